@@ -1,0 +1,1 @@
+"""Exact spectral entropy of a network's representations, cheap enough to leave on while it trains."""

@@ -1,0 +1,1 @@
+"""The paper's experiments: plain functions over runs, their statistics, figures and report."""

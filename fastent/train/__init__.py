@@ -1,0 +1,1 @@
+"""The slim trainer: tasks, seed-stacked models, loop and run folders."""

@@ -1,0 +1,1 @@
+"""Triton kernels of fastent and their launchers (torch and triton alone)."""

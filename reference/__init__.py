@@ -1,0 +1,1 @@
+"""The mathematics of fastent in plain NumPy: slow, obvious, independent of torch."""
