@@ -1,0 +1,231 @@
+"""Centred covariance of activations in float64, on whichever side is smaller.
+
+``C = (1/n) sum (h_i - mean)(h_i - mean)^T``, rows are samples. Products and sums are float64 whatever comes in;
+float16, bfloat16 and float32 products are exact there, so the only error is that of the float64 sum. Centring is by a
+shift first, so an offset of 1e7 times the spread costs no digits. For n < d the n x n Gram matrix of the
+centred rows has the same non-zero spectrum and costs less.
+
+Two backends compute the same: Triton kernels on CUDA (`fastent.kernels`), torch on any device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastent import torch_backend
+from fastent.activations import Tokens, first_nonfinite, matrix_of
+
+Backend = Literal["auto", "torch", "triton"]
+Side = Literal["covariance", "gram"]
+
+
+@dataclass(frozen=True)
+class CenteredMatrix:
+    """A float64 matrix with the non-zero spectrum of the covariance, and where it came from.
+
+    Attributes
+    ----------
+    matrix : Tensor, shape (..., m, m)
+        float64; only the lower triangle is meaningful. m is d for the covariance, n for the Gram matrix.
+    shift, delta : Tensor, shape (..., d)
+        A row of the input, and the mean minus that row, both float64.
+    side : {"covariance", "gram"}
+        Which of the two `matrix` is.
+    n, d : int
+        Samples and features.
+    resolution : float
+        Spacing of the input's dtype at 1: what it could not tell apart, this cannot either.
+    """
+
+    matrix: Tensor
+    shift: Tensor
+    delta: Tensor
+    side: Side
+    n: int
+    d: int
+    resolution: float
+
+    @property
+    def trace(self) -> Tensor:
+        """Total variance, shape (...,), in units of the input squared."""
+        return self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def covariance(
+    h: Tensor,
+    *,
+    correction: int = 0,
+    tokens: Tokens | None = None,
+    batch_dims: int = 0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Covariance of activations, centred exactly and accumulated in float64.
+
+    Parameters
+    ----------
+    h : Tensor, shape (n, d), or (batch, n, d) with ``batch_dims=1``
+        Activations, one sample per row; any real dtype, device and strides. (n, tokens, d) needs `tokens`.
+    correction : int
+        The normaliser is ``n - correction``: 0 as in the paper, 1 for the unbiased estimate.
+    tokens : {"flatten", "last", "mean", "skip_first"}, optional
+        What to make of a token axis; see `fastent.activations.matrix_of`.
+    batch_dims : {0, 1}
+        1 when the first axis counts independent matrices.
+    backend : {"auto", "torch", "triton"}
+        "auto" takes Triton on CUDA from sm_80 on and torch elsewhere; "triton" raises where it cannot run.
+
+    Returns
+    -------
+    Tensor, shape (d, d) or (batch, d, d), float64
+        Symmetric bit for bit, on the device of `h`, in units of `h` squared.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For unusable input (`fastent.activations.matrix_of`), NaN or Inf in it, or ``n <= correction``.
+    OverflowError
+        If the squares leave float64's range: values near 1e200 or 1e-200.
+
+    References
+    ----------
+    Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983; arXiv 2604.13123, Definition 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> covariance(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+    tensor([[0.5000, 0.0000],
+            [0.0000, 0.5000]], dtype=torch.float64)
+    """
+    x = matrix_of(h, tokens=tokens, batch_dims=batch_dims)
+    n = x.shape[-2]
+    if correction >= n:
+        raise ValueError(
+            f"the normaliser is n - correction and must be positive; got n = {n}, correction = {correction}"
+        )
+    centered = centered_matrix(x, backend=backend, side="covariance", scale=1.0 / (n - correction))
+    _refuse_out_of_range(centered, x)
+    return mirror_lower(centered.matrix)
+
+
+def centered_matrix(
+    x: Tensor, *, backend: Backend = "auto", side: Side | None = None, scale: float | None = None
+) -> CenteredMatrix:
+    """Covariance, or for n < d Gram matrix, of checked activations; the way to every spectrum.
+
+    Parameters
+    ----------
+    x : Tensor, shape (n, d) or (batch, n, d)
+        What `fastent.activations.matrix_of` returned.
+    backend : {"auto", "torch", "triton"}
+        See `covariance`.
+    side : {"covariance", "gram"}, optional
+        The smaller one by default.
+    scale : float, optional
+        Factor of the sum of products; 1/n by default.
+
+    Returns
+    -------
+    CenteredMatrix
+        On the device of `x`; nothing was checked for range.
+    """
+    n, d = x.shape[-2:]
+    side = side or ("gram" if n < d else "covariance")
+    scale = 1.0 / n if scale is None else scale
+    resolution = torch.finfo(x.dtype).eps
+    if _use_triton(x, backend):
+        from fastent.kernels import covariance as kernels
+
+        matrix, shift, delta = getattr(kernels, side)(x, scale=scale)
+    else:
+        function = getattr(torch_backend, side)
+        if x.ndim == 2:
+            matrix, shift, delta = function(x, scale)
+        else:
+            parts = [function(item, scale) for item in x]
+            matrix, shift, delta = (torch.stack(part) for part in zip(*parts, strict=True))
+    return CenteredMatrix(matrix, shift, delta, side, n, d, resolution)
+
+
+def mirror_lower(matrix: Tensor) -> Tensor:
+    """Symmetric matrix from its lower triangle, whatever the upper one holds; shape (..., m, m)."""
+    return matrix.tril() + matrix.tril(-1).mT
+
+
+def _refuse_out_of_range(centered: CenteredMatrix, x: Tensor) -> None:
+    trace = centered.trace
+    bad = ~in_range(trace)
+    if not bool(bad.any()):
+        return
+    found = first_nonfinite(x)
+    if found is not None:
+        raise ValueError(f"h holds {found[0]} NaN or Inf ({x.dtype}); the first is at {found[1]}")
+    constant = (x == x[..., :1, :]).flatten(-2).all(-1)  # whose covariance is truly 0
+    if bool((bad & ~constant).any()):
+        seen = trace[bad & ~constant].flatten()[0].item()
+        raise OverflowError(
+            f"the squares of h leave float64's range (total variance {seen:.3g}); multiply h by a power of two first"
+        )
+
+
+def in_range(trace: Tensor) -> Tensor:
+    """Where a total variance is finite and normal, so that its matrix kept all digits; bool, same shape."""
+    return (trace >= torch.finfo(torch.float64).tiny) & (trace < torch.inf)
+
+
+def _use_triton(x: Tensor, backend: Backend) -> bool:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}; got {backend!r}")
+    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
+        return False
+    obstacle = triton_obstacle(x.device)
+    if obstacle is None:
+        return True
+    if backend == "triton":
+        raise RuntimeError(f'backend="triton" cannot run: {obstacle}; use backend="torch"')
+    _warn_once(obstacle)
+    return False
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on `device`, in a sentence; None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        return (
+            None
+            if os.environ.get("TRITON_INTERPRET") == "1"
+            else "the tensor is on the CPU, without TRITON_INTERPRET=1"
+        )
+    if device.type != "cuda":
+        return f"the tensor is on {device.type}"
+    return _cuda_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _cuda_obstacle(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the GPU is sm_{major}{minor}, and fp64 matrix instructions start at sm_80"
+    try:  # one small launch: a compiler that fails must not stop a training run later
+        from fastent.kernels import covariance as kernels
+
+        kernels.covariance(torch.zeros((2, 2), device=f"cuda:{index}"), scale=0.5)
+    except Exception as error:  # noqa: BLE001  whatever the compiler raises, the torch path still works
+        return f"a trial compilation failed: {type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def _warn_once(obstacle: str) -> None:
+    warnings.warn(
+        f"fastent uses torch instead of its Triton kernels: {obstacle}", RuntimeWarning, stacklevel=2
+    )

@@ -1,0 +1,375 @@
+"""Spectral entropy of activations.
+
+``H = -sum p log p`` with ``p = eig(C) / tr C``, in nats; divided by ``log d`` it lies in [0, 1]. Eigenvalues below
+``d eps`` times the largest count as 0, so H does not depend on the scale. float64 throughout. A number that cannot
+be trusted says so in its `status`; H is NaN only where the input was not finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastent.activations import Tokens, first_nonfinite, matrix_of
+from fastent.covariance import Backend, CenteredMatrix, centered_matrix, in_range
+
+Convention = Literal["relative", "paper"]
+
+EPS = torch.finfo(torch.float64).eps
+PAPER_FLOOR = 1e-12
+# Rounding of the input itself makes up this share of the total variance: H then moves by about as much.
+UNRESOLVED_SHARE = 0.01
+
+_log = logging.getLogger(__name__)
+
+
+class Status(str, Enum):
+    """What to distrust in a result, from the least to the most severe."""
+
+    OK = "ok"
+    RANK_LIMITED = "rank_limited"
+    UNRESOLVED_OFFSET = "unresolved_offset"
+    OUT_OF_RANGE = "out_of_range"
+    ZERO_VARIANCE = "zero_variance"
+    NONFINITE = "nonfinite"
+
+    @property
+    def usable(self) -> bool:
+        """Whether crossings, stopping and forecasts may use the result."""
+        return self in (Status.OK, Status.RANK_LIMITED)
+
+    @property
+    def severity(self) -> int:
+        """Place in the order of the members; the worst of several is the largest."""
+        return list(Status).index(self)
+
+
+@dataclass(frozen=True)
+class SpectralEntropy:
+    """Entropy of a covariance spectrum, with all that is needed to doubt it.
+
+    The numbers are floats, or tensors of shape (batch,) when the input was batched; then `status` is the worst of
+    the batch, `flags` and `message` are those of all, and `unbind` gives the results one by one.
+
+    Attributes
+    ----------
+    normalized : float
+        H / log d, 0 (one direction) to 1 (all directions equal); no unit.
+    entropy : float
+        H in nats.
+    effective_rank : float
+        exp(H), 1 to d (Roy and Vetterli 2007, on eigenvalues).
+    participation_ratio : float
+        (tr C)^2 / ||C||_F^2, 1 to d; the exponential of the Renyi-2 entropy, never above `effective_rank`.
+    eigenvalues : Tensor, shape (d,) or (batch, d)
+        float64 on the CPU, ascending, as the solver gave them (tiny negative ones included), zeros added where
+        n < d; in units of the input squared.
+    total_variance : float
+        tr C in units of the input squared; infinite or 0 where it leaves float64's range.
+    status : Status
+        The worst of `flags`.
+    flags : tuple of Status
+        All that apply; empty when all is well.
+    message : str
+        The flags in sentences, with the remedy; empty when all is well.
+    ceiling : float
+        The largest `normalized` that n samples allow: log(n - 1) / log d for n <= d, else 1.
+    n, d : int
+        Samples and features.
+    solver : str
+        "lapack" or "cusolver", and the matrix it solved; "none" where there was nothing to solve.
+    """
+
+    normalized: float | Tensor
+    entropy: float | Tensor
+    effective_rank: float | Tensor
+    participation_ratio: float | Tensor
+    eigenvalues: Tensor
+    total_variance: float | Tensor
+    status: Status
+    flags: tuple[Status, ...]
+    message: str
+    ceiling: float
+    n: int
+    d: int
+    solver: str
+    _items: tuple[SpectralEntropy, ...] = dataclasses.field(default=(), repr=False)
+
+    def unbind(self) -> tuple[SpectralEntropy, ...]:
+        """Results of the batch one by one; of an unbatched result, itself alone."""
+        return self._items or (self,)
+
+
+def spectral_entropy(
+    h: Tensor,
+    *,
+    convention: Convention = "relative",
+    tokens: Tokens | None = None,
+    batch_dims: int = 0,
+    backend: Backend = "auto",
+) -> SpectralEntropy:
+    """Entropy of the covariance spectrum of `h`.
+
+    Parameters
+    ----------
+    h : Tensor, shape (n, d), or (batch, n, d) with ``batch_dims=1``
+        Activations, one sample per row; any real dtype, device and strides.
+    convention : {"relative", "paper"}
+        "paper" clamps eigenvalues at an absolute 1e-12 and adds 1e-12 inside the logarithm, as printed in the
+        paper's Appendix B. For comparison only: constant rows score 1, and H depends on the scale.
+    tokens : {"flatten", "last", "mean", "skip_first"}, optional
+        What to make of a (n, tokens, d) input.
+    batch_dims : {0, 1}
+        1 when the first axis counts independent matrices (layers, seeds).
+    backend : {"auto", "torch", "triton"}
+        See `fastent.covariance`.
+
+    Returns
+    -------
+    SpectralEntropy
+        Floats, or tensors of shape (batch,). On CUDA this waits for the device.
+
+    Raises
+    ------
+    TypeError
+        If `h` is not a dense real tensor with data.
+    ValueError
+        If the shape is wrong or leaves a choice open, n < 2, d < 2, or an argument is unknown.
+
+    References
+    ----------
+    arXiv 2604.13123, Definition 2; Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+
+    Examples
+    --------
+    >>> import torch
+    >>> h = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    >>> spectral_entropy(h).normalized
+    1.0
+    >>> spectral_entropy(torch.ones(4, 2)).status
+    <Status.ZERO_VARIANCE: 'zero_variance'>
+    """
+    if convention not in get_args(Convention):
+        raise ValueError(f"convention must be 'relative' or 'paper'; got {convention!r}")
+    x = matrix_of(h, tokens=tokens, batch_dims=batch_dims)
+    if x.shape[-1] < 2:
+        raise ValueError("the normalised entropy divides by log d, so d must be at least 2; got d = 1")
+    centered = centered_matrix(x, backend=backend)
+    trace = centered.trace.cpu()
+    if x.ndim == 2:
+        if bool(in_range(trace)):
+            return entropy_of_matrix(centered, convention=convention)
+        return _of_extreme_values(x, centered, convention, backend)
+    items = []
+    solved = _eigenvalues(centered, in_range(trace))
+    for i, good in enumerate(in_range(trace).tolist()):
+        part = dataclasses.replace(
+            centered, matrix=centered.matrix[i], shift=centered.shift[i], delta=centered.delta[i]
+        )
+        if good:
+            items.append(_summarize(part, solved[0][i], solved[1], float(trace[i]), convention))
+        else:
+            items.append(_of_extreme_values(x[i], part, convention, backend))
+    return _stack(items)
+
+
+def entropy_of_matrix(centered: CenteredMatrix, *, convention: Convention = "relative") -> SpectralEntropy:
+    """Entropy of one centred matrix whose activations are no longer at hand.
+
+    Parameters
+    ----------
+    centered : CenteredMatrix
+        Unbatched, scaled by 1/n.
+    convention : {"relative", "paper"}
+        See `spectral_entropy`.
+
+    Returns
+    -------
+    SpectralEntropy
+        With status `out_of_range` where the squares left float64's range: without the activations
+        they cannot be scaled and squared again.
+    """
+    trace = centered.trace
+    value = float(trace)
+    if bool(in_range(trace)):
+        values, solver = _eigenvalues(centered, None)
+        return _summarize(centered, values, solver, value, convention)
+    if math.isnan(value):
+        return _unsolved(centered, Status.NONFINITE, math.nan, "the activations hold NaN or Inf", convention)
+    if value == 0 and not bool(centered.delta.any()):
+        return _constant_rows(centered, convention)
+    message = f"the squares leave float64's range (total variance {value:.3g}): scale the activations by a power of two"
+    return _unsolved(centered, Status.OUT_OF_RANGE, value, message, convention)
+
+
+def _of_extreme_values(
+    x: Tensor, centered: CenteredMatrix, convention: Convention, backend: Backend
+) -> SpectralEntropy:
+    """Entropy where the trace was 0, subnormal or not finite: look at the data, scale by a power of two, redo."""
+    found = first_nonfinite(x)
+    if found is not None:
+        count, index = found
+        message = f"{count} NaN or Inf in the activations ({x.dtype}), the first at {index}"
+        return _unsolved(centered, Status.NONFINITE, math.nan, message, convention)
+    if not bool((x != x[:1]).any()):
+        return _constant_rows(centered, convention)
+    exponent = math.frexp(float(x.abs().amax()))[1]
+    # In two steps: one factor of 2^1074 would overflow.
+    half = -exponent // 2
+    scaled = x.to(torch.float64) * 2.0**half * 2.0 ** (-exponent - half)
+    again = entropy_of_matrix(centered_matrix(scaled, backend=backend), convention=convention)
+    unit = [2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)] * 2
+    values, total = again.eigenvalues, float(again.total_variance)
+    for factor in unit:
+        values, total = values * factor, total * factor
+    return dataclasses.replace(again, eigenvalues=values, total_variance=total)
+
+
+def _eigenvalues(centered: CenteredMatrix, good: Tensor | None) -> tuple[Tensor, str]:
+    """Eigenvalues (..., m) on the CPU and the solver's name; items of a batch that are not `good` give zeros."""
+    matrix = centered.matrix
+    if good is not None and not bool(good.all()):
+        matrix = torch.where(good.to(matrix.device)[:, None, None], matrix, 0.0)
+    if matrix.device.type == "cuda":
+        try:
+            values = torch.linalg.eigvalsh(matrix).cpu()
+            if _sums_to_trace(values, matrix):
+                return values, f"cusolver ({centered.side})"
+            reason = "its eigenvalues do not sum to the trace"
+        except RuntimeError as error:  # torch.linalg.LinAlgError is one
+            reason = str(error)
+        fallbacks.append(reason)
+        _log.warning("eigvalsh failed on the GPU (%s): solved on the CPU, %d so far", reason, len(fallbacks))
+        matrix = matrix.cpu()
+    return torch.linalg.eigvalsh(matrix), f"lapack ({centered.side})"
+
+
+fallbacks: list[str] = []
+"""Reasons of the eigensolves that failed on a GPU and were done again on the CPU, in order."""
+
+
+def _sums_to_trace(values: Tensor, matrix: Tensor) -> bool:
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1).cpu()
+    gate = max(1e-12, 30 * matrix.shape[-1] * EPS)
+    return bool(((values.sum(-1) - trace).abs() <= gate * trace).all())
+
+
+def _summarize(
+    centered: CenteredMatrix, values: Tensor, solver: str, trace: float, convention: Convention
+) -> SpectralEntropy:
+    n, d = centered.n, centered.d
+    if centered.side == "gram":
+        values = torch.cat([values, values.new_zeros(d - n)]).sort().values
+    weights = values.clamp(min=PAPER_FLOOR) if convention == "paper" else _floored(values, d)
+    p = weights / weights.sum()
+    if convention == "paper":
+        h, purity = torch.stack([-(p * (p + PAPER_FLOOR).log()).sum(), p.dot(p)]).tolist()
+    else:
+        h, purity = torch.stack([torch.special.entr(p).sum(), p.dot(p)]).tolist()
+    ceiling = _ceiling(n, d)
+    normalized = h / math.log(d)
+    if convention == "relative":  # rounding must not lift H out of its range; the paper's floor may
+        normalized = min(max(normalized, 0.0), ceiling)
+        h = min(max(h, 0.0), math.log(d))
+    flags, sentences = [], []
+    if n <= d:
+        flags.append(Status.RANK_LIMITED)
+        sentences.append(
+            f"{n} samples in {d} dimensions: H cannot exceed {ceiling:.4f}; {d + 1} lift the ceiling"
+        )
+    share = _rounding_share(centered, trace)
+    if share > UNRESOLVED_SHARE:
+        flags.append(Status.UNRESOLVED_OFFSET)
+        sentences.append(
+            f"the input's own rounding makes up {min(share, 1.0):.0%} of the variance: its offset is too large for "
+            "its dtype; take float32 or float64 activations, or subtract the offset before the cast"
+        )
+    return SpectralEntropy(
+        normalized=normalized,
+        entropy=h,
+        effective_rank=math.exp(h),
+        participation_ratio=1.0 / purity,
+        eigenvalues=values,
+        total_variance=trace,
+        status=max(flags, key=lambda flag: flag.severity, default=Status.OK),
+        flags=tuple(flags),
+        message="; ".join(sentences),
+        ceiling=ceiling,
+        n=n,
+        d=d,
+        solver=solver,
+    )
+
+
+def _floored(values: Tensor, d: int) -> Tensor:
+    return torch.where(values < d * EPS * values[-1], 0.0, values)
+
+
+def _ceiling(n: int, d: int) -> float:
+    return math.log(n - 1) / math.log(d) if n <= d else 1.0
+
+
+def _rounding_share(centered: CenteredMatrix, trace: float) -> float:
+    """Variance that rounding the input at the size of its mean adds, as a share of the total variance."""
+    mean = centered.shift + centered.delta
+    return centered.resolution**2 * float(mean.dot(mean)) / (12.0 * trace)
+
+
+def _constant_rows(centered: CenteredMatrix, convention: Convention) -> SpectralEntropy:
+    message = "all rows are equal: there is no variance to have a spectrum"
+    return _unsolved(centered, Status.ZERO_VARIANCE, 0.0, message, convention)
+
+
+def _unsolved(
+    centered: CenteredMatrix, status: Status, trace: float, message: str, convention: Convention
+) -> SpectralEntropy:
+    """Result where there is no spectrum: NaN if the input was not finite, else 0 (1 in the paper's convention)."""
+    n, d = centered.n, centered.d
+    bad = status is Status.NONFINITE
+    uniform = convention == "paper" and not bad
+    h = math.nan if bad else math.log(d) if uniform else 0.0
+    flags = (Status.RANK_LIMITED, status) if n <= d else (status,)
+    return SpectralEntropy(
+        normalized=h / math.log(d),
+        entropy=h,
+        effective_rank=math.exp(h),
+        participation_ratio=math.nan if bad else float(d) if uniform else 1.0,
+        eigenvalues=torch.full((d,), math.nan if bad else 0.0, dtype=torch.float64),
+        total_variance=trace,
+        status=status,
+        flags=flags,
+        message=message,
+        ceiling=_ceiling(n, d),
+        n=n,
+        d=d,
+        solver="none",
+    )
+
+
+def _stack(items: list[SpectralEntropy]) -> SpectralEntropy:
+    def column(name: str) -> Tensor:
+        return torch.tensor([getattr(item, name) for item in items], dtype=torch.float64)
+
+    flags = sorted({flag for item in items for flag in item.flags}, key=lambda flag: flag.severity)
+    messages = dict.fromkeys(item.message for item in items if item.message)
+    changes: dict[str, Any] = {
+        name: column(name)
+        for name in ("normalized", "entropy", "effective_rank", "participation_ratio", "total_variance")
+    }
+    return dataclasses.replace(
+        items[0],
+        eigenvalues=torch.stack([item.eigenvalues for item in items]),
+        status=max((item.status for item in items), key=lambda status: status.severity),
+        flags=tuple(flags),
+        message="; ".join(messages),
+        solver=", ".join(dict.fromkeys(item.solver for item in items)),
+        _items=tuple(items),
+        **changes,
+    )
