@@ -26,7 +26,8 @@ def _rows(x: ArrayLike, extended: bool) -> Array:
     rows = np.asarray(x)
     if rows.ndim != 2 or rows.shape[0] < 1:
         raise ValueError(f"x must have shape (n, d) with n >= 1; got {rows.shape}")
-    rows = rows.astype(np.longdouble if extended else np.float64)
+    # In C order whatever came in, so that BLAS sums in the same order and strides change no bit.
+    rows = rows.astype(np.longdouble if extended else np.float64, order="C")
     if not np.isfinite(rows).all():
         raise ValueError("x must be finite; it holds NaN or Inf")
     return rows

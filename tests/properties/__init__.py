@@ -1,0 +1,1 @@
+"""Property suite: what must hold of every activation matrix, on every backend."""

@@ -1,0 +1,145 @@
+"""The implementations that must agree, behind one interface; the decorator that runs a property on each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastent
+from fastent.reference import covariance as reference_covariance
+from fastent.reference import entropy as reference_entropy
+from fastent.reference import moments as reference_moments
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a backend says of one matrix; floats, and the eigenvalues ascending."""
+
+    entropy: float
+    normalized: float
+    effective_rank: float
+    participation_ratio: float
+    total_variance: float
+    ceiling: float
+    eigenvalues: np.ndarray
+
+
+FIELDS = ("entropy", "normalized", "effective_rank", "participation_ratio", "total_variance", "ceiling")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`fastent.reference`, NumPy in float64."""
+
+    name: str = "reference"
+    share: float = 1.0  # of the profile's examples
+
+    def covariance(self, h: Tensor, correction: int = 0) -> np.ndarray:
+        return reference_covariance.covariance(_array(h), correction=correction)
+
+    def result(self, h: Tensor) -> Result:
+        got = reference_entropy.spectral_entropy(_array(h))
+        return Result(*(getattr(got, name) for name in FIELDS), np.asarray(got.eigenvalues))
+
+    def entropy(self, h: Tensor) -> float:
+        return self.result(h).entropy
+
+    def moments(self, h: Tensor) -> reference_moments.Moments:
+        # The plain float64 mean is known to lose digits at large offsets; see fastent.reference.moments.
+        return reference_moments.moments(_array(h), extended=True)
+
+    def merge(self, a: reference_moments.Moments, b: reference_moments.Moments) -> reference_moments.Moments:
+        return reference_moments.merge(a, b)
+
+    def of_moments(self, m: reference_moments.Moments) -> tuple[np.ndarray, float]:
+        matrix = m.covariance().astype(np.float64)
+        eigenvalues = reference_covariance.eigenvalues(matrix)
+        return matrix, reference_entropy.entropy_of_eigenvalues(eigenvalues)
+
+
+@dataclass(frozen=True)
+class Fastent:
+    """The package, with one of its backends on one device."""
+
+    name: str
+    backend: str
+    device: str = "cpu"
+    share: float = 1.0
+
+    def covariance(self, h: Tensor, correction: int = 0) -> np.ndarray:
+        got = fastent.covariance(h.to(self.device), correction=correction, backend=self.backend)
+        return got.cpu().numpy()
+
+    def result(self, h: Tensor) -> Result:
+        got = fastent.spectral_entropy(h.to(self.device), backend=self.backend)
+        return Result(*(getattr(got, name) for name in FIELDS), got.eigenvalues.cpu().numpy())
+
+    def entropy(self, h: Tensor) -> float:
+        return self.result(h).entropy
+
+    def moments(self, h: Tensor) -> fastent.Moments:
+        return fastent.Moments().update(h.to(self.device), backend=self.backend)
+
+    def merge(self, a: fastent.Moments, b: fastent.Moments) -> fastent.Moments:
+        return a.merge(b)
+
+    def of_moments(self, m: fastent.Moments) -> tuple[np.ndarray, float]:
+        return m.covariance().cpu().numpy(), m.spectral_entropy().entropy
+
+
+Backend = Reference | Fastent
+
+
+def backends(device: str) -> list[Backend]:
+    """All that can run here: the CPU's three, and with ``--device cuda`` the GPU's two."""
+    # The interpreter runs a kernel some hundred times slower than compiled code, so it gets fewer examples.
+    found: list[Backend] = [Reference(), Fastent("torch", "torch")]
+    if torch.cuda.is_available():
+        if device == "cuda":
+            found += [Fastent("torch-cuda", "torch", "cuda"), Fastent("triton-cuda", "triton", "cuda")]
+    else:
+        found.append(Fastent("triton-interpreter", "triton", share=0.5))
+    return found
+
+
+def for_every_backend(
+    **strategies: st.SearchStrategy[Any],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Like `given`, for a check of (backend, ...): one test per backend, each with its share of examples."""
+
+    def decorate(check: Callable[..., None]) -> Callable[..., None]:
+        def test(backend: Backend) -> None:
+            examples = max(1, math.ceil(settings().max_examples * backend.share))
+            run = given(backend=st.just(backend), **strategies)(check)
+            settings(max_examples=examples)(run)()
+
+        test.__name__ = check.__name__
+        test.__qualname__ = check.__qualname__
+        test.__module__ = check.__module__
+        test.__doc__ = check.__doc__
+        return test
+
+    return decorate
+
+
+def merge_tree(backend: Backend, parts: list[Any], choices: list[int]) -> Any:
+    """Merge neighbours in the order that `choices` spell: every binary tree has a spelling."""
+    parts = list(parts)
+    for choice in choices:
+        if len(parts) > 1:
+            i = choice % (len(parts) - 1)
+            parts[i : i + 2] = [backend.merge(parts[i], parts[i + 1])]
+    return reduce(backend.merge, parts)
+
+
+def _array(h: Tensor) -> np.ndarray:
+    return h.detach().to(torch.float64).cpu().numpy()
