@@ -1,7 +1,8 @@
 """The trainer's models as ordinary modules: what it is tested and timed against, and what a state exports to.
 
-`PlainTransformer` is `torch.nn.TransformerEncoderLayer` under `torch.nn.Embedding`, every position computed in
-full. Its parameters have the names of `fastent.train.models`, so a state moves over by `load_state_dict`.
+`PlainTransformer` is `torch.nn.TransformerEncoderLayer` under `torch.nn.Embedding`, every position computed
+in full. Its parameters have the names of `fastent.train.models`, so a state moves over by
+`load_state_dict`.
 """
 
 from __future__ import annotations

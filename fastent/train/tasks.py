@@ -1,9 +1,10 @@
 """Data: every pair of a finite structure, its split and its batches, all pure functions of numbers.
 
-The tasks are tables: all pairs of operands with the class of the result. The split, the probe and the order of
-the batches come from counter-based generators (Philox, keyed by seed and purpose), so that batch number `step` of
-a seed is the same whatever else is trained beside it and from whichever step a run is resumed. Only the
-generator's raw words are used: NumPy promises those, and not the methods of `numpy.random.Generator`.
+The tasks are tables: all pairs of operands with the class of the result. The split, the probe and the order
+of the batches come from counter-based generators (Philox, keyed by seed and purpose), so that batch number
+`step` of a seed is the same whatever else is trained beside it and from whichever step a run is resumed.
+Only the generator's raw words are used: NumPy promises those, and not the methods of
+`numpy.random.Generator`.
 """
 
 from __future__ import annotations
