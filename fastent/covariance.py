@@ -36,7 +36,7 @@ class CenteredMatrix:
     matrix : Tensor, shape (..., m, m)
         float64; only the lower triangle is meaningful. m is d for the covariance, n for the Gram matrix.
     shift, delta : Tensor, shape (..., d)
-        A row of the input, and the mean minus that row, both float64.
+        Their sum is the mean of the rows, float64; apart, since the sum rounds at the size of the offset.
     side : {"covariance", "gram"}
         Which of the two `matrix` is.
     n, d : int
@@ -56,7 +56,9 @@ class CenteredMatrix:
     @property
     def trace(self) -> Tensor:
         """Total variance, shape (...,), in units of the input squared."""
-        return self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return (
+            self.matrix.trace() if self.matrix.ndim == 2 else self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        )
 
 
 def covariance(
@@ -117,7 +119,12 @@ def covariance(
 
 
 def centered_matrix(
-    x: Tensor, *, backend: Backend = "auto", side: Side | None = None, scale: float | None = None
+    x: Tensor,
+    *,
+    backend: Backend = "auto",
+    side: Side | None = None,
+    scale: float | None = None,
+    exact_mean: bool = False,
 ) -> CenteredMatrix:
     """Covariance, or for n < d Gram matrix, of checked activations; the way to every spectrum.
 
@@ -131,6 +138,9 @@ def centered_matrix(
         The smaller one by default.
     scale : float, optional
         Factor of the sum of products; 1/n by default.
+    exact_mean : bool
+        Give the mean beyond the rounding of one float64, as merging parts at a large offset needs. The kernels
+        always do; only the covariance side has it.
 
     Returns
     -------
@@ -146,12 +156,16 @@ def centered_matrix(
 
         matrix, shift, delta = getattr(kernels, side)(x, scale=scale)
     else:
-        function = getattr(torch_backend, side)
-        if x.ndim == 2:
-            matrix, shift, delta = function(x, scale)
-        else:
-            parts = [function(item, scale) for item in x]
+        parts = [
+            torch_backend.gram(item, scale)
+            if side == "gram"
+            else torch_backend.covariance(item, scale, exact_mean=exact_mean)
+            for item in (x if x.ndim == 3 else (x,))
+        ]
+        if x.ndim == 3:
             matrix, shift, delta = (torch.stack(part) for part in zip(*parts, strict=True))
+        else:
+            ((matrix, shift, delta),) = parts
     return CenteredMatrix(matrix, shift, delta, side, n, d, resolution)
 
 
@@ -162,7 +176,7 @@ def mirror_lower(matrix: Tensor) -> Tensor:
 
 def _refuse_out_of_range(centered: CenteredMatrix, x: Tensor) -> None:
     trace = centered.trace
-    bad = ~in_range(trace)
+    bad = ~((trace >= torch.finfo(torch.float64).tiny) & (trace < torch.inf))
     if not bool(bad.any()):
         return
     found = first_nonfinite(x)
@@ -174,11 +188,6 @@ def _refuse_out_of_range(centered: CenteredMatrix, x: Tensor) -> None:
         raise OverflowError(
             f"the squares of h leave float64's range (total variance {seen:.3g}); multiply h by a power of two first"
         )
-
-
-def in_range(trace: Tensor) -> Tensor:
-    """Where a total variance is finite and normal, so that its matrix kept all digits; bool, same shape."""
-    return (trace >= torch.finfo(torch.float64).tiny) & (trace < torch.inf)
 
 
 def _use_triton(x: Tensor, backend: Backend) -> bool:
@@ -219,7 +228,7 @@ def _cuda_obstacle(index: int) -> str | None:
         from fastent.kernels import covariance as kernels
 
         kernels.covariance(torch.zeros((2, 2), device=f"cuda:{index}"), scale=0.5)
-    except Exception as error:  # noqa: BLE001  whatever the compiler raises, the torch path still works
+    except Exception as error:  # whatever the compiler raises, the torch path still works
         return f"a trial compilation failed: {type(error).__name__}: {error}"
     return None
 

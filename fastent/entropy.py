@@ -8,29 +8,28 @@ be trusted says so in its `status`; H is NaN only where the input was not finite
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastent.activations import Tokens, first_nonfinite, matrix_of
-from fastent.covariance import Backend, CenteredMatrix, centered_matrix, in_range
+from fastent.covariance import Backend, CenteredMatrix, centered_matrix
+from fastent.eigenvalues import EPS, eigenvalues
 
 Convention = Literal["relative", "paper"]
 
-EPS = torch.finfo(torch.float64).eps
+TINY = torch.finfo(torch.float64).tiny  # below it, and at infinity, a total variance has lost digits
 PAPER_FLOOR = 1e-12
 # Rounding of the input itself makes up this share of the total variance: H then moves by about as much.
 UNRESOLVED_SHARE = 0.01
 
-_log = logging.getLogger(__name__)
 
-
-class Status(str, Enum):
+class Status(StrEnum):
     """What to distrust in a result, from the least to the most severe."""
 
     OK = "ok"
@@ -162,21 +161,26 @@ def spectral_entropy(
     if x.shape[-1] < 2:
         raise ValueError("the normalised entropy divides by log d, so d must be at least 2; got d = 1")
     centered = centered_matrix(x, backend=backend)
-    trace = centered.trace.cpu()
     if x.ndim == 2:
-        if bool(in_range(trace)):
-            return entropy_of_matrix(centered, convention=convention)
+        trace = float(centered.trace)
+        if TINY <= trace < math.inf:
+            return _summarize(centered, *eigenvalues(centered), trace, convention)
         return _of_extreme_values(x, centered, convention, backend)
+    traces = centered.trace.tolist()
+    good = [TINY <= trace < math.inf for trace in traces]
+    if not all(good):  # a NaN would stop the solver for the whole batch
+        kept = torch.tensor(good, device=x.device)[:, None, None]
+        centered = dataclasses.replace(centered, matrix=torch.where(kept, centered.matrix, 0.0))
+    values, solver = eigenvalues(centered)
     items = []
-    solved = _eigenvalues(centered, in_range(trace))
-    for i, good in enumerate(in_range(trace).tolist()):
-        part = dataclasses.replace(
+    for i, trace in enumerate(traces):
+        item = dataclasses.replace(
             centered, matrix=centered.matrix[i], shift=centered.shift[i], delta=centered.delta[i]
         )
-        if good:
-            items.append(_summarize(part, solved[0][i], solved[1], float(trace[i]), convention))
+        if good[i]:
+            items.append(_summarize(item, values[i], solver, trace, convention))
         else:
-            items.append(_of_extreme_values(x[i], part, convention, backend))
+            items.append(_of_extreme_values(x[i], item, convention, backend))
     return _stack(items)
 
 
@@ -196,11 +200,9 @@ def entropy_of_matrix(centered: CenteredMatrix, *, convention: Convention = "rel
         With status `out_of_range` where the squares left float64's range: without the activations
         they cannot be scaled and squared again.
     """
-    trace = centered.trace
-    value = float(trace)
-    if bool(in_range(trace)):
-        values, solver = _eigenvalues(centered, None)
-        return _summarize(centered, values, solver, value, convention)
+    value = float(centered.trace)
+    if TINY <= value < math.inf:
+        return _summarize(centered, *eigenvalues(centered), value, convention)
     if math.isnan(value):
         return _unsolved(centered, Status.NONFINITE, math.nan, "the activations hold NaN or Inf", convention)
     if value == 0 and not bool(centered.delta.any()):
@@ -232,47 +234,13 @@ def _of_extreme_values(
     return dataclasses.replace(again, eigenvalues=values, total_variance=total)
 
 
-def _eigenvalues(centered: CenteredMatrix, good: Tensor | None) -> tuple[Tensor, str]:
-    """Eigenvalues (..., m) on the CPU and the solver's name; items of a batch that are not `good` give zeros."""
-    matrix = centered.matrix
-    if good is not None and not bool(good.all()):
-        matrix = torch.where(good.to(matrix.device)[:, None, None], matrix, 0.0)
-    if matrix.device.type == "cuda":
-        try:
-            values = torch.linalg.eigvalsh(matrix).cpu()
-            if _sums_to_trace(values, matrix):
-                return values, f"cusolver ({centered.side})"
-            reason = "its eigenvalues do not sum to the trace"
-        except RuntimeError as error:  # torch.linalg.LinAlgError is one
-            reason = str(error)
-        fallbacks.append(reason)
-        _log.warning("eigvalsh failed on the GPU (%s): solved on the CPU, %d so far", reason, len(fallbacks))
-        matrix = matrix.cpu()
-    return torch.linalg.eigvalsh(matrix), f"lapack ({centered.side})"
-
-
-fallbacks: list[str] = []
-"""Reasons of the eigensolves that failed on a GPU and were done again on the CPU, in order."""
-
-
-def _sums_to_trace(values: Tensor, matrix: Tensor) -> bool:
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1).cpu()
-    gate = max(1e-12, 30 * matrix.shape[-1] * EPS)
-    return bool(((values.sum(-1) - trace).abs() <= gate * trace).all())
-
-
 def _summarize(
     centered: CenteredMatrix, values: Tensor, solver: str, trace: float, convention: Convention
 ) -> SpectralEntropy:
     n, d = centered.n, centered.d
     if centered.side == "gram":
         values = torch.cat([values, values.new_zeros(d - n)]).sort().values
-    weights = values.clamp(min=PAPER_FLOOR) if convention == "paper" else _floored(values, d)
-    p = weights / weights.sum()
-    if convention == "paper":
-        h, purity = torch.stack([-(p * (p + PAPER_FLOOR).log()).sum(), p.dot(p)]).tolist()
-    else:
-        h, purity = torch.stack([torch.special.entr(p).sum(), p.dot(p)]).tolist()
+    h, purity = _paper_entropy(values) if convention == "paper" else _relative_entropy(values, d)
     ceiling = _ceiling(n, d)
     normalized = h / math.log(d)
     if convention == "relative":  # rounding must not lift H out of its range; the paper's floor may
@@ -288,8 +256,8 @@ def _summarize(
     if share > UNRESOLVED_SHARE:
         flags.append(Status.UNRESOLVED_OFFSET)
         sentences.append(
-            f"the input's own rounding makes up {min(share, 1.0):.0%} of the variance: its offset is too large for "
-            "its dtype; take float32 or float64 activations, or subtract the offset before the cast"
+            f"the input's own rounding makes up {min(share, 1.0):.0%} of the variance, its offset is too large for "
+            "its dtype: take activations of a wider dtype, or subtract the offset before the cast"
         )
     return SpectralEntropy(
         normalized=normalized,
@@ -308,8 +276,19 @@ def _summarize(
     )
 
 
-def _floored(values: Tensor, d: int) -> Tensor:
-    return torch.where(values < d * EPS * values[-1], 0.0, values)
+# NumPy for vectors of a few hundred: a call costs a fifth of torch's.
+def _relative_entropy(values: Tensor, d: int) -> tuple[float, float]:
+    """H in nats and sum p^2 of ascending eigenvalues (d,)."""
+    ascending = values.numpy()
+    kept = ascending[ascending.searchsorted(d * EPS * ascending[-1]) :]
+    p = kept / np.add.reduce(kept)
+    return -float(p.dot(np.log(p))), float(p.dot(p))
+
+
+def _paper_entropy(values: Tensor) -> tuple[float, float]:
+    clamped = np.maximum(values.numpy(), PAPER_FLOOR)
+    p = clamped / np.add.reduce(clamped)
+    return -float(p.dot(np.log(p + PAPER_FLOOR))), float(p.dot(p))
 
 
 def _ceiling(n: int, d: int) -> float:
@@ -318,7 +297,7 @@ def _ceiling(n: int, d: int) -> float:
 
 def _rounding_share(centered: CenteredMatrix, trace: float) -> float:
     """Variance that rounding the input at the size of its mean adds, as a share of the total variance."""
-    mean = centered.shift + centered.delta
+    mean = (centered.shift + centered.delta).cpu().numpy()
     return centered.resolution**2 * float(mean.dot(mean)) / (12.0 * trace)
 
 
@@ -330,7 +309,7 @@ def _constant_rows(centered: CenteredMatrix, convention: Convention) -> Spectral
 def _unsolved(
     centered: CenteredMatrix, status: Status, trace: float, message: str, convention: Convention
 ) -> SpectralEntropy:
-    """Result where there is no spectrum: NaN if the input was not finite, else 0 (1 in the paper's convention)."""
+    """Make the result where there is no spectrum: NaN for non-finite input, else 0 (the paper's convention: 1)."""
     n, d = centered.n, centered.d
     bad = status is Status.NONFINITE
     uniform = convention == "paper" and not bad

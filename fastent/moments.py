@@ -83,7 +83,7 @@ class Moments:
             part.n = 1
             part._state = (shift, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift)))
         else:
-            centered = centered_matrix(x, backend=backend, side="covariance", scale=1.0)
+            centered = centered_matrix(x, backend=backend, side="covariance", scale=1.0, exact_mean=True)
             part.n = centered.n
             part._state = (centered.shift, centered.delta, centered.matrix)
         return self.merge(part)

@@ -1,25 +1,28 @@
 """Centred covariance and Gram matrices in plain torch: the CPU path, and CUDA without Triton.
 
-The input goes through a float64 buffer of at most `CHUNK_BYTES`, so there is never a float64 copy of it. Only
-the lower triangle is computed, as slabs of `SLABS` row blocks: 10/16 of the products of a full matrix. torch has
-no syrk, and scipy's runs in a second thread pool that fights torch's (bench/NOTES.md). Long chunks are cut into
-`GROUPS` for a batched product, which gives every thread a panel of its own where one tall product leaves them idle.
+The input goes through a float64 buffer of at most `CHUNK_BYTES`, so there is never a float64 copy of a large one.
+Only the lower triangle is computed, slab by slab: four slabs take 10/16 of the products of a full matrix. torch
+has no syrk, and scipy's runs in a second thread pool that fights torch's (bench/NOTES.md). Long chunks are cut
+into `GROUPS` for a batched product: every thread gets a panel, where one tall product leaves threads idle.
 
-All choices follow from the shape alone: the bits do not depend on strides, device load or batch.
+All choices follow from the shape alone, so the bits do not depend on strides or on other items of a batch.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
 
 CHUNK_BYTES = 4 * 2**20
-SLABS = 4
 GROUPS = 4
 GROUPED_FROM = 1024  # shorter panels lose more to the extra sum than the threads gain
+# Slabs from this many multiplications on; below, the calls cost more than the products they save.
+SLABS = ((2**23, 4), (2**22, 2), (0, 1))
 
 
-def covariance(x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def covariance(x: Tensor, scale: float, *, exact_mean: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Lower triangle of ``scale * sum (x - mean)(x - mean)^T``.
 
     Parameters
@@ -28,39 +31,33 @@ def covariance(x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         Activations, any float dtype and strides.
     scale : float
         1/n for the covariance.
+    exact_mean : bool
+        Give the mean beyond the rounding of one float64, as merging parts at a large offset needs: one more pass.
 
     Returns
     -------
     lower : Tensor, shape (d, d), float64
-        Symmetric in exact arithmetic; only the lower triangle is meaningful.
+        Only the lower triangle is meaningful; the rest is uninitialised.
     shift, delta : Tensor, shape (d,), float64
-        Row 0, and the mean minus row 0: apart, since their sum rounds at the size of the offset.
+        Their sum is the mean; apart, since the sum rounds at the size of the offset.
     """
     n, d = x.shape
     rows = _chunk_length(n, d)
-    buffer = torch.empty((rows, d), dtype=torch.float64, device=x.device)
-    lower = torch.zeros((d, d), dtype=torch.float64, device=x.device)
-    row0 = x[0].to(torch.float64)
-    center = row0
-    for start in range(0, n, rows):
+    buffer = x[:rows].to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+    lower = torch.empty((d, d), dtype=torch.float64, device=x.device)
+    shift, delta = _center(buffer, exact=exact_mean or x.dtype == torch.float64)
+    _add_lower_product(lower, buffer.T, scale, first=True)
+    if n == rows:  # the two-pass algorithm
+        return lower, shift, delta
+    center = shift + delta
+    residual = buffer.sum(0)
+    for start in range(rows, n, rows):
         chunk = x[start : start + rows]
-        y = buffer[: chunk.shape[0]]
-        y.copy_(chunk)
-        y.sub_(center)
-        if start == 0:
-            # Constant columns give exactly 0 here, as they must; then the chunk's own mean, so that an
-            # outlier in row 0 costs no digits. A whole input in one chunk is the two-pass algorithm.
-            first = y.mean(0)
-            center = row0 + first
-            y.sub_(first)
-            residual = torch.zeros_like(first) if n <= rows else y.sum(0)
-        else:
-            residual += y.sum(0)
-        _add_lower_product(lower, y.T)
-    residual /= n
-    if n > rows:
-        _add_lower_outer(lower, residual, -float(n))
-    return lower.mul_(scale), row0, first.add_(residual)
+        y = buffer[: chunk.shape[0]].copy_(chunk).sub_(center)
+        residual += y.sum(0)
+        _add_lower_product(lower, y.T, scale)
+    lower.addr_(residual, residual, alpha=-scale / n)
+    return lower, shift, delta.add_(residual, alpha=1.0 / n)
 
 
 def gram(x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,27 +73,35 @@ def gram(x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     Returns
     -------
     lower : Tensor, shape (n, n), float64
-        Only the lower triangle is meaningful.
+        Only the lower triangle is meaningful; the rest is uninitialised.
     shift, delta : Tensor, shape (d,), float64
-        Row 0, and the mean minus row 0.
+        Their sum is the mean.
     """
     n, d = x.shape
     columns = _chunk_length(d, n)
-    buffer = torch.empty(n * columns, dtype=torch.float64, device=x.device)
-    lower = torch.zeros((n, n), dtype=torch.float64, device=x.device)
-    row0 = x[0].to(torch.float64)
-    delta = torch.empty_like(row0)
+    lower = torch.empty((n, n), dtype=torch.float64, device=x.device)
+    means = []
     for start in range(0, d, columns):
-        chunk = x[:, start : start + columns]
-        width = chunk.shape[1]
-        y = buffer[: n * width].view(n, width)
-        y.copy_(chunk)
-        y.sub_(row0[start : start + width])
-        mean = delta[start : start + width]
-        torch.mean(y, 0, out=mean)
-        y.sub_(mean)
-        _add_lower_product(lower, y)
-    return lower.mul_(scale), row0, delta
+        y = x[:, start : start + columns].to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+        means.append(_center(y, exact=x.dtype == torch.float64))
+        _add_lower_product(lower, y, scale, first=start == 0)
+    shifts, deltas = zip(*means, strict=True)
+    return lower, torch.cat(shifts), torch.cat(deltas)
+
+
+def _center(y: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
+    """Subtract the mean of the rows of `y` (k, d) in place; return it as shift and delta.
+
+    A constant column must give exactly 0. The float64 mean of up to 2^29 equal values of 24 bits is that value, so
+    for inputs narrower than float64 one pass will do; `exact` takes row 0 off first, then the mean of the rest.
+    """
+    shift = y[0].clone() if exact else y.mean(0)
+    y.sub_(shift)
+    if not exact:
+        return shift, torch.zeros_like(shift)
+    delta = y.mean(0)
+    y.sub_(delta)
+    return shift, delta
 
 
 def _chunk_length(length: int, width: int) -> int:
@@ -105,21 +110,20 @@ def _chunk_length(length: int, width: int) -> int:
     return length if length <= fit else fit // GROUPS * GROUPS
 
 
-def _add_lower_product(lower: Tensor, a: Tensor) -> None:
-    """Add ``a a^T`` for `a` of shape (m, k) to the lower triangle, slab by slab."""
+def _add_lower_product(lower: Tensor, a: Tensor, scale: float, *, first: bool = False) -> None:
+    """Add ``scale * a a^T`` to the lower triangle (`first`: overwrite it); `a` has shape (m, k)."""
     m, k = a.shape
+    slabs = next(count for least, count in SLABS if m * m * k >= least)
+    if slabs == 1:
+        torch.addmm(lower, a, a.T, beta=0.0 if first else 1.0, alpha=scale, out=lower)
+        return
     grouped = k >= GROUPED_FROM and k % GROUPS == 0
-    panels = a.view(m, GROUPS, k // GROUPS).transpose(0, 1) if grouped else a
-    edges = [m * i // SLABS for i in range(SLABS + 1)]
-    for low, high in zip(edges, edges[1:], strict=False):
-        if low == high:
-            continue
+    if grouped:  # (m, k) -> (GROUPS, m, k / GROUPS), whichever of the two axes is contiguous
+        panels = a.unflatten(1, (GROUPS, k // GROUPS)).transpose(0, 1)
+    for low, high in itertools.pairwise(m * i // slabs for i in range(slabs + 1)):
         slab = lower[low:high, :high]
         if grouped:
-            slab += torch.bmm(panels[:, low:high], panels[:, :high].transpose(1, 2)).sum(0)
+            product = torch.bmm(panels[:, low:high], panels[:, :high].mT).sum(0)
+            torch.mul(product, scale, out=slab) if first else slab.add_(product, alpha=scale)
         else:
-            slab.addmm_(panels[low:high], panels[:high].T)
-
-
-def _add_lower_outer(lower: Tensor, v: Tensor, factor: float) -> None:
-    lower.addr_(v, v, alpha=factor)
+            torch.addmm(slab, a[low:high], a[:high].T, beta=0.0 if first else 1.0, alpha=scale, out=slab)

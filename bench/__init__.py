@@ -1,0 +1,1 @@
+"""Benchmarks: one module per question, one row format, paired and interleaved timing."""
