@@ -65,7 +65,7 @@ def test_crossing_is_strict_and_skips_unusable_entropy():
 
 @pytest.mark.parametrize(
     ("slope", "expected"),
-    # After k evaluations of a steady fall the window shows min(k, 4) * slope: five evaluations, four intervals.
+    # After k evaluations of a steady fall the window shows min(k, 4) * slope: five evaluations, four steps.
     [(0.06, 100), (0.03, 200), (0.02, 300), (0.013, 400), (0.012, None)],
 )
 def test_collapse_of_a_steady_fall_is_seen_when_four_intervals_exceed_tau(slope, expected):

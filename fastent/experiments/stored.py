@@ -1,0 +1,158 @@
+"""Run folders read for analysis, never written: a folder may belong to a run that is still training.
+
+What a folder holds is told in `fastent.train.runs`. The last line of a live log may be half written; it is
+left out here with a warning, and left alone on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastent.experiments.quantities import Levels, MeasuredRun, Trajectory, summarize_run
+from fastent.train.errors import RunError, RunWarning
+from fastent.train.presets import PRESETS, TrainConfig
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """One run folder as it was found.
+
+    `config` holds the trainer's settings as JSON gives them, `environment` the machine and software (empty if
+    not recorded), `done` the content of DONE (None while the run is not complete), `failed` that of FAILED.
+    """
+
+    path: Path
+    experiment: str
+    condition: str
+    seed: int
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+    done: dict[str, Any] | None
+    failed: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def preset(self) -> tuple[str, dict[str, Any]]:
+        """The preset nearest to its settings, the task aside, and the values of the fields that differ."""
+        changes = {name: _changes(self.config, preset) for name, preset in _PRESETS.items()}
+        name = min(changes, key=lambda name: len(changes[name]))
+        return name, changes[name]
+
+    @property
+    def state(self) -> str:
+        """What became of it, in words."""
+        if self.done is not None:
+            return f"complete: {self.done.get('reason', 'no reason recorded')}"
+        last = f"step {self.rows[-1]['step']:,}" if self.rows else "no evaluation yet"
+        if self.failed is not None:
+            return f"failed at {last}: {self.failed.get('reason', 'no reason recorded')}"
+        return f"not complete: {last}"
+
+    def measure(self) -> MeasuredRun:
+        """Its columns and quantities.
+
+        Raises
+        ------
+        ValueError
+            If it holds no evaluation, or rows that do not follow each other.
+        """
+        trajectory = Trajectory.from_rows(self.rows)
+        levels = Levels(self.config["criterion"], self.config["memorised"])
+        return MeasuredRun(
+            name=self.name,
+            seed=self.seed,
+            complete=self.done is not None,
+            evaluate_every=self.config["evaluate_every"],
+            levels=levels,
+            trajectory=trajectory,
+            summary=summarize_run(trajectory, levels),
+        )
+
+
+def _as_json(config: TrainConfig) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return values
+
+
+_PRESETS = {name: _as_json(config) for name, config in PRESETS.items()}
+
+PAPER = _PRESETS["paper"]
+"""Settings of the preset `paper` as JSON gives them."""
+
+
+def _changes(config: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
+    keys = [key for key in {**preset, **config} if key != "task"]
+    return {key: config.get(key) for key in keys if config.get(key) != preset.get(key)}
+
+
+def read_runs(root: Path) -> list[StoredRun]:
+    """All run folders directly below `root`, by experiment, condition, task and seed.
+
+    Raises
+    ------
+    RunError
+        If `root` is not a folder or holds no run, or a file of a run cannot be read.
+    """
+    if not root.is_dir():
+        raise RunError(f"{root} is not a folder: give the --out of `fastent run`")
+    found = [_read_run(path.parent) for path in root.glob("*/config.json")]
+    if not found:
+        raise RunError(f"{root} holds no run folder: give the --out of `fastent run`")
+    return sorted(found, key=lambda r: (r.experiment, r.condition, str(r.config.get("task")), r.seed))
+
+
+def _read_run(path: Path) -> StoredRun:
+    record = _object(path / "config.json")
+    if record is None:
+        raise RunError(f"{path / 'config.json'} went away while it was read")
+    try:
+        return StoredRun(
+            path=path,
+            experiment=str(record["experiment"]),
+            condition=str(record["condition"]),
+            seed=int(record["seed"]),
+            config=dict(record["config"]),
+            environment=_object(path / "environment.json") or {},
+            rows=tuple(_rows(path / "metrics.jsonl")),
+            done=_object(path / "DONE"),
+            failed=_object(path / "FAILED"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path / 'config.json'} is not a run's configuration ({error!r})") from error
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    data = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            message = f"{path}: line {number} is torn; it and what follows it are not in the report"
+            warnings.warn(message, RunWarning, stacklevel=2)
+            break
+        rows.append(row)
+    return rows
