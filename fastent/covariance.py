@@ -154,7 +154,8 @@ def centered_matrix(
     if _use_triton(x, backend):
         from fastent.kernels import covariance as kernels
 
-        matrix, shift, delta = getattr(kernels, side)(x, scale=scale)
+        matrix, shift = getattr(kernels, side)(x, scale=scale)
+        delta = torch.zeros_like(shift)
     else:
         parts = [
             torch_backend.gram(item, scale)

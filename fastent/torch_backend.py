@@ -119,7 +119,7 @@ def _add_lower_product(lower: Tensor, a: Tensor, scale: float, *, first: bool = 
         return
     grouped = k >= GROUPED_FROM and k % GROUPS == 0
     if grouped:  # (m, k) -> (GROUPS, m, k / GROUPS), whichever of the two axes is contiguous
-        panels = a.unflatten(1, (GROUPS, k // GROUPS)).transpose(0, 1)
+        panels = a.view(m, GROUPS, k // GROUPS).transpose(0, 1)
     for low, high in itertools.pairwise(m * i // slabs for i in range(slabs + 1)):
         slab = lower[low:high, :high]
         if grouped:
