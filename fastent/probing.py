@@ -1,0 +1,302 @@
+"""The probe, and the forward pass that takes activations from it.
+
+A probe is a fixed input: its content is hashed when it is taken on, and a probe that changed is an error. The
+pass runs the plain module (what a compiled or DDP wrapper holds) inside `fastent.guard.undisturbed`, with
+hooks that exist for its duration only. A layer's activation is its module's output, reduced at the moment it
+appears: an in-place operation later in the model cannot change it, and it is not kept.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastent.guard import fsdp_modules, undisturbed
+
+R = TypeVar("R")
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+LayerFunction = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
+Layers = str | Iterable[str] | LayerFunction
+
+
+class Probe:
+    """A fixed input of a model, known by its content.
+
+    Parameters
+    ----------
+    inputs : Tensor, tuple of arguments, or mapping of keyword arguments
+        Tensors, nested in tuples, lists and mappings, beside plain values (numbers, strings, None). The
+        tensors are kept by reference. Samples are counted along dimension 0 of the first tensor.
+    rows_from_tokens : bool
+        Whether each token is a row, so that one sample is enough.
+
+    Raises
+    ------
+    TypeError
+        For a leaf whose content cannot be hashed.
+    ValueError
+        If there is no tensor, or fewer samples than a covariance needs.
+    """
+
+    def __init__(self, inputs: Inputs, *, rows_from_tokens: bool = False) -> None:
+        if isinstance(inputs, Tensor):
+            self.inputs: Inputs = inputs
+            self.args: tuple[Any, ...] = (inputs,)
+            self.kwargs: dict[str, Any] = {}
+        elif isinstance(inputs, Mapping):
+            self.inputs = self.kwargs = dict(inputs)
+            self.args = ()
+        elif isinstance(inputs, tuple):
+            self.inputs = self.args = inputs
+            self.kwargs = {}
+        else:
+            raise TypeError(
+                "probe must be a tensor, a tuple of arguments or a dict of keyword arguments; "
+                f"got {type(inputs).__name__}"
+            )
+        tensors = self._tensors()
+        samples = [t.shape[0] for t in tensors if t.ndim]
+        if not samples:
+            raise ValueError("the probe holds no tensor with a sample axis")
+        self.n = samples[0]
+        if self.n < (1 if rows_from_tokens else 2):
+            raise ValueError(f"a covariance needs at least 2 samples; the probe has N = {self.n}")
+        self._marks = [_mark(t) for t in tensors]
+        self.digest = self._hash()
+
+    def check(self, *, content: bool = False) -> None:
+        """Refuse to go on with a probe that changed or moved.
+
+        Tensors on the CPU are hashed again (about 0.5 ms for each MiB): NumPy may write to their memory and
+        leave no mark. On a device that would stop the host, so there the address and version counter are
+        compared first, and the content only where they differ or on request (`content`).
+        """
+        tensors = self._tensors()
+        marks = [_mark(t) for t in tensors]
+        for old, new in zip(self._marks, marks, strict=False):
+            if old[0] != new[0]:
+                raise ValueError(
+                    f"the probe moved from {old[0]} to {new[0]}: move it back, or make a new monitor"
+                )
+        if marks != self._marks or content or any(t.device.type == "cpu" for t in tensors):
+            digest = self._hash()
+            if digest != self.digest:
+                raise ValueError(
+                    f"the probe changed: its content was {self.digest[:12]} and is {digest[:12]}; "
+                    "entropies of different probes do not compare: keep a clone for the probe"
+                )
+            self._marks = marks
+
+    def _tensors(self) -> list[Tensor]:
+        return [leaf for _, leaf in _leaves(self.args or self.kwargs) if isinstance(leaf, Tensor)]
+
+    def _hash(self) -> str:
+        sha = hashlib.sha256()
+        # By path: keyword arguments in another order are the same probe.
+        for path, leaf in sorted(_leaves(self.args or self.kwargs), key=lambda item: item[0]):
+            if isinstance(leaf, Tensor):
+                sha.update(f"{path} {leaf.dtype} {tuple(leaf.shape)};".encode())
+                raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                sha.update(raw.numpy().data)
+            else:
+                sha.update(f"{path} {leaf!r};".encode())
+        return sha.hexdigest()
+
+
+def plain_module(model: nn.Module) -> nn.Module:
+    """Take off the wrappers of `torch.compile`, DistributedDataParallel and DataParallel, in any order."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif _is_compiled(model):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, str]:
+    """Resolve names and globs to submodules.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A plain module.
+    layers : str or iterable of str
+        Names as in ``model.named_modules()``, or `fnmatch` patterns over them, in which ``*`` crosses dots.
+        The wrapper of a compiled submodule is not part of its name.
+
+    Returns
+    -------
+    dict
+        From the layer's name to the path for ``model.get_submodule``, in the order asked for.
+
+    Raises
+    ------
+    ValueError
+        If a name or pattern fits nothing; close names are given.
+    """
+    paths: dict[str, str] = {}
+    for path, _ in model.named_modules(remove_duplicate=False):
+        paths.setdefault(_name(path), path)
+    once = {
+        _name(path): path for path, _ in model.named_modules() if path
+    }  # a shared module by its first name
+    found: dict[str, str] = {}
+    for wanted in [layers] if isinstance(layers, str) else layers:
+        if not isinstance(wanted, str):
+            raise TypeError(f"layers takes names; got {type(wanted).__name__} among them")
+        if wanted in paths:
+            matches = [wanted]
+        else:
+            matches = [name for name in once if fnmatch.fnmatchcase(name, wanted)]
+        if not matches:
+            close = difflib.get_close_matches(wanted, list(paths), n=3)
+            names = ", ".join(map(repr, close or list(once)[:10])) or "no submodules"
+            raise ValueError(
+                f"no layer matches {wanted!r}; {'close to it' if close else 'the model has'}: {names}"
+            )
+        found.update((name, paths[name]) for name in matches)
+    if not found:
+        raise ValueError("layers is empty: name at least one")
+    return found
+
+
+def reduce_activations(
+    model: nn.Module,
+    probe: Probe,
+    layers: Mapping[str, str] | LayerFunction,
+    reduce: Callable[[str, Tensor], R],
+) -> dict[str, R]:
+    """Run the probe through the model and reduce the activations of the layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A plain module; when it is sharded by FSDP2 or tensor parallelism, every rank must call this.
+    probe : Probe
+        The input.
+    layers : mapping or callable
+        What `find_layers` returned, or a function of (model, probe as it was given) that returns activations,
+        or a mapping of names to them.
+    reduce : callable
+        Gets the layer's name and its activation, as soon as there is one.
+
+    Returns
+    -------
+    dict
+        What `reduce` returned, by layer. Nothing in part: if one layer fails, it raises.
+
+    Raises
+    ------
+    RuntimeError
+        If a layer ran not exactly once.
+    TypeError
+        If a layer's output holds no tensor.
+    """
+    with undisturbed(model):
+        if callable(layers):
+            given = layers(model, probe.inputs)
+            named = given if isinstance(given, Mapping) else {name_of(layers): given}
+            return {name: reduce(name, _whole(h)) for name, h in named.items()}
+        results: dict[str, R] = {}
+        fired = dict.fromkeys(layers, 0)
+
+        def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                fired[name] += 1
+                if fired[name] == 1:
+                    results[name] = reduce(name, _whole(_first_tensor(name, output)))
+
+            return hook
+
+        handles = []
+        try:
+            for name, path in layers.items():
+                module = plain_module(model.get_submodule(path))
+                handles.append(module.register_forward_hook(hook_for(name)))
+            model(*probe.args, **probe.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    for name, count in fired.items():
+        if count != 1:
+            reason = (
+                "its parent does not call it on this probe, or uses its weights without calling it"
+                if count == 0
+                else "it is shared or runs in a loop, so which of its outputs is meant is open"
+            )
+            raise RuntimeError(
+                f"layer {name!r} fired {count} times in one forward pass: {reason}; "
+                "pass a callable as layers to choose the activations yourself"
+            )
+    return {name: results[name] for name in layers}
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass of `model` needs every rank: FSDP2 or tensor parallelism."""
+    return any(hasattr(p, "full_tensor") for p in model.parameters()) or bool(
+        fsdp_modules(list(model.modules()))
+    )
+
+
+def name_of(layers: LayerFunction) -> str:
+    """Layer name of activations that a function returned without one."""
+    return str(getattr(layers, "__name__", type(layers).__name__))
+
+
+def _name(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(model, dynamo.OptimizedModule)
+
+
+def _first_tensor(name: str, output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        parts: Iterable[Any] = output.values()
+    else:
+        parts = output if isinstance(output, tuple | list) else ()
+    for part in parts:
+        if isinstance(part, Tensor):
+            return part
+    raise TypeError(
+        f"layer {name!r} returned {type(output).__name__} without a tensor at its first level; "
+        "pass a callable as layers to take the activations out of it"
+    )
+
+
+def _whole(h: Tensor) -> Tensor:
+    """Gather a tensor that is spread over ranks; all of them are here."""
+    return h.full_tensor() if hasattr(h, "full_tensor") else h
+
+
+def _mark(t: Tensor) -> tuple[torch.device, int, int | None]:
+    return t.device, t.data_ptr(), None if t.is_inference() else t._version
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}")
+    elif isinstance(value, tuple | list):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{path}.{i}")
+    elif isinstance(value, Tensor) and value.layout != torch.strided:
+        raise TypeError(f"a probe's tensors must be dense; probe{path} has layout {value.layout}")
+    elif value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device):
+        yield path, value
+    else:
+        raise TypeError(
+            f"a probe holds tensors and plain values; probe{path} is {type(value).__name__}: pass its tensors"
+        )
