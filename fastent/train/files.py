@@ -159,3 +159,29 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
+
+
+def read_rows(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Read the whole rows that begin at byte `offset` of a log which another process is writing.
+
+    Returns
+    -------
+    rows : list of dict
+        Empty if there is no such file yet.
+    offset : int
+        Where to go on next time.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return [], offset
+    rows = []
+    for line in data.splitlines(keepends=True):
+        row = _parse(line)
+        if row is None:
+            break
+        rows.append(row)
+        offset += len(line)
+    return rows, offset

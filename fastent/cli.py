@@ -1,0 +1,307 @@
+"""The command line: ``fastent run``, ``report``, ``entropy``, ``list`` and ``doctor``.
+
+Every setting of `fastent.train.presets.TrainConfig` is an option of ``run``, with the preset's value as its
+default. Exit status: 0 done; 1 failed or refused, with the reason on standard error; 2 wrong usage; 130 and
+143 stopped by SIGINT or SIGTERM, saved.
+
+The parser and what it calls come with the extra ``fastent[train]`` and are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastent.activations import Tokens
+from fastent.entropy import Convention, spectral_entropy
+from fastent.train.presets import TrainConfig
+from fastent.train.presets import preset as preset_called
+
+EXTRA = ("tyro", "rich", "safetensors", "matplotlib")
+"""What ``fastent[train]`` installs."""
+
+
+def run(
+    experiment: str,
+    *,
+    config: TrainConfig,
+    preset: str = "quick",
+    seeds: str = "0-2",
+    out: Path = Path("runs"),
+    workers: int = 1,
+    device: str = "cpu",
+    quiet: bool = False,
+    force: bool = False,
+) -> int:
+    """Train an experiment's runs, or go on with those that are not complete.
+
+    Parameters
+    ----------
+    experiment : str
+        One of `fastent list`, or "all".
+    config : TrainConfig
+        The preset, with changes.
+    preset : str
+        The settings that the options below start from: quick or paper.
+    seeds : str
+        Such as 0-2 or 0,3,7-9.
+    out : Path
+        Folder for one folder a run.
+    workers : int
+        Processes to train in, which share the threads out among them.
+    device : str
+        Where to train, as torch names it.
+    quiet : bool
+        No progress bar.
+    force : bool
+        Go on with runs of another configuration or of a newer fastent, saying what is ignored.
+    """
+    from fastent.experiments.jobs import JOBS
+    from fastent.train.progress import ProgressBar
+    from fastent.train.runs import plan_stacks
+    from fastent.train.signals import StopRequest
+    from fastent.train.sweep import run_jobs
+
+    if experiment not in (*JOBS, "all"):
+        raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
+    numbers = parse_seeds(seeds)
+    asked = [job for name in JOBS if experiment in (name, "all") for job in JOBS[name](config, numbers)]
+    jobs = [stack for job in asked for stack in plan_stacks(job, out, workers)]
+    with StopRequest() as stop, ProgressBar(jobs, quiet=quiet) as bar:
+        outcomes = run_jobs(
+            jobs, out, workers=workers, device=device, force=force, observers=[bar], stop=stop
+        )
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if len(failed) < len(outcomes):
+        _print_summary(out, {job.run_name(seed) for job in jobs for seed in job.seeds})
+    for outcome in failed:
+        names = ", ".join(outcome.job.run_name(seed) for seed in outcome.job.seeds)
+        tried = f" after {outcome.attempts} attempts" if outcome.attempts > 1 else ""
+        _complain(f"failed{tried}: {names}: {outcome.error}")
+    if failed:
+        _complain(f"{len(failed)} of {len(outcomes)} jobs failed")
+    return 1 if failed else 0
+
+
+def _print_summary(out: Path, names: set[str]) -> None:
+    """Print the times, entropies and leads of each run, leads from the H* of the other seeds of its job."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastent.experiments.claims import decimal, steps
+    from fastent.experiments.leads import left_out_threshold
+    from fastent.experiments.stored import read_runs
+
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for stored in read_runs(out):
+        if stored.name in names and stored.rows:
+            groups.setdefault((stored.experiment, stored.condition, stored.config["task"]), []).append(stored)
+    console = Console()
+    for key, runs in groups.items():
+        table = Table(
+            "seed",
+            title=" ".join(key),
+            caption="T_cross: first H under the mean H at T_grok of the other seeds",
+            box=SIMPLE,
+        )
+        for column in ("T_mem", "T_grok", "H at T_grok", "T_cross", "lead", "test", "steps"):
+            table.add_column(column, justify="right")
+        table.add_column("ended")
+        measured = [run.measure() for run in runs]
+        leads = left_out_threshold(measured)
+        for i, (run, one) in enumerate(zip(runs, measured, strict=True)):
+            s = one.summary
+            numbers = (
+                steps(s.t_mem),
+                steps(s.t_grok),
+                decimal(s.h_star),
+                steps(leads.times[i]),
+                steps(leads.leads[i]),
+            )
+            ended = run.state if run.done is None else run.done["reason"]
+            table.add_row(str(run.seed), *numbers, decimal(s.test_accuracy_end), steps(s.last_step), ended)
+        console.print(table)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Read "0-2,5" as (0, 1, 2, 5).
+
+    Raises
+    ------
+    ValueError
+        If `text` is no such list, or names a seed twice.
+    """
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            seeds += range(int(first), int(last if dash else first) + 1)
+    except ValueError:
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"seeds must be numbers and ranges without repetition, such as 0-2 or 0,3,7-9; got {text!r}"
+        )
+    return tuple(seeds)
+
+
+def report(runs: Path, *, out: Path = Path("report")) -> int:
+    """Write the report on a folder of runs.
+
+    Parameters
+    ----------
+    runs : Path
+        The --out of `fastent run`.
+    out : Path
+        Folder of the report; open its index.html.
+    """
+    from fastent.experiments.report import write_report
+
+    print(write_report(runs, out))
+    return 0
+
+
+def entropy(activations: Path, *, tokens: Tokens | None = None, convention: Convention = "relative") -> int:
+    """Print the spectral entropy of activations in a .npy file.
+
+    Parameters
+    ----------
+    activations : Path
+        An array of shape (n, d), one sample a row, or (n, tokens, d). A file with pickled objects is refused.
+    tokens : {"flatten", "last", "mean", "skip_first"}, optional
+        What to make of a tokens axis.
+    convention : {"relative", "paper"}
+        "paper" clamps eigenvalues at 1e-12, for comparison only.
+    """
+    array = np.load(activations, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{activations} holds several arrays: save one of them with numpy.save")
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    result = spectral_entropy(torch.from_numpy(native), tokens=tokens, convention=convention)
+    lines = {
+        "H (normalised)": f"{result.normalized:.6f}   0 to {result.ceiling:.4f}",
+        "entropy": f"{result.entropy:.6f}   nats",
+        "effective rank": f"{result.effective_rank:.4f}   of {result.d}",
+        "participation ratio": f"{result.participation_ratio:.4f}",
+        "total variance": f"{result.total_variance:.6g}",
+        "samples, features": f"{result.n}, {result.d}   {array.dtype}",
+        "status": result.status.value + (f": {result.message}" if result.message else ""),
+    }
+    for name, value in lines.items():
+        print(f"{name:<20} {value}")
+    return 0
+
+
+def list_() -> int:
+    """Print the experiments and the presets."""
+    from fastent.experiments.jobs import JOBS
+    from fastent.experiments.report import EXPERIMENTS
+    from fastent.train.presets import PRESETS
+
+    print("experiments")
+    for experiment in EXPERIMENTS:
+        print(
+            f"  {experiment.id}  {experiment.question}"
+            + ("" if experiment.id in JOBS else "  (not in this version)")
+        )
+    print("presets")
+    for name, config in PRESETS.items():
+        changes = {
+            field.name: value
+            for field in dataclasses.fields(config)
+            if (value := getattr(config, field.name)) != field.default
+        }
+        print(
+            f"  {name:<6} " + (", ".join(f"{k} = {v}" for k, v in changes.items()) or "the paper's setting")
+        )
+    return 0
+
+
+def doctor() -> int:
+    """Print what fastent would use on this machine, and why."""
+    from fastent.doctor import examine
+
+    for name, value in examine():
+        print(f"{name:<12} {value}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (`sys.argv` if None); return the exit status.
+
+    Raises
+    ------
+    SystemExit
+        For ``--help`` and wrong usage, from the parser.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show_warning
+    try:
+        return _dispatch(arguments)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in EXTRA:
+            raise
+        _complain(f"this needs {error.name}, which is not installed: pip install 'fastent[train]'")
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    import tyro
+
+    from fastent.train.errors import Interrupted, RunError
+
+    try:
+        commands: dict[str, Callable[..., int]] = {
+            "run": functools.partial(run, config=preset_called(_named_preset(arguments))),
+            "report": report,
+            "entropy": entropy,
+            "list": list_,
+            "doctor": doctor,
+        }
+        status: int = tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="fastent",
+            args=arguments,
+            config=(
+                tyro.conf.PositionalRequiredArgs,
+                tyro.conf.FlagCreatePairsOff,
+                tyro.conf.OmitArgPrefixes,
+            ),
+        )
+    except Interrupted as interruption:
+        _complain(str(interruption))
+        return 128 + interruption.signal
+    except (RunError, OSError, ValueError, TypeError) as error:
+        _complain(str(error))
+        return 1
+    return status
+
+
+def _named_preset(arguments: Sequence[str]) -> str:
+    """Find the preset in the arguments before they are parsed: its values are the defaults of the options."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--preset":
+            return value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "quick")
+    return "quick"
+
+
+def _complain(message: str) -> None:
+    print(f"fastent: {message}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _complain(f"warning: {message}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

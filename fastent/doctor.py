@@ -1,0 +1,71 @@
+"""What fastent would use on this machine, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from fastent.cli import EXTRA
+from fastent.covariance import triton_obstacle
+from fastent.train.environment import commit, processor
+
+
+def examine() -> list[tuple[str, str]]:
+    """Look at software, processor, GPUs and extras.
+
+    Returns
+    -------
+    list of (str, str)
+        What was looked at, and what was found, in the order for reading.
+    """
+    found = [
+        ("fastent", _version("fastent") + (f", commit {commit()}" if commit() else "")),
+        ("python", platform.python_version()),
+        (
+            "torch",
+            f"{torch.__version__}, "
+            + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"),
+        ),
+        ("triton", _version("triton")),
+        ("processor", processor()),
+        ("threads", _threads()),
+    ]
+    if not torch.cuda.is_available():
+        found.append(
+            ("GPU", "none that torch can use: tensors stay on the CPU, and torch computes the covariance")
+        )
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        obstacle = triton_obstacle(torch.device("cuda", i))
+        way = "the Triton kernels compute" if obstacle is None else f"torch computes, because {obstacle}:"
+        found.append(
+            (f"GPU {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}: {way} the covariance")
+        )
+    versions = {name: _version(name) for name in EXTRA}
+    found += versions.items()
+    missing = [name for name, version in versions.items() if version == MISSING]
+    if missing:
+        found.append(("to do", f"pip install 'fastent[train]' for {', '.join(missing)}"))
+    return found
+
+
+MISSING = "not installed"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return MISSING
+
+
+def _threads() -> str:
+    reasons = [
+        f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
+    ]
+    return f"{torch.get_num_threads()} of {os.cpu_count()} processors" + "".join(
+        f", {reason}" for reason in reasons
+    )

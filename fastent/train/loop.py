@@ -1,0 +1,235 @@
+"""Train a stack of seeds, evaluate it under the entropy monitor, save it, and go on exactly where it stopped.
+
+The loop has one order: evaluate, end the runs that are over, save, stop if asked, step. Everything that
+decides what comes next (the data of a step, the ending of a run, which seeds share a stack) is a function of
+the configuration and the step, so a resumed run meets the same arithmetic as an uninterrupted one and its
+metrics and weights are equal bit for bit on the same device with the same number of threads.
+
+A seed that is over leaves the stack, which may change the others' last bits. So the stack of any step can be
+rebuilt: checkpoints are written before it shrinks, and where a damaged checkpoint forces a resume from before
+that, the seed that is over trains along once more without a trace in its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastent.entropy import spectral_entropy
+from fastent.experiments.quantities import summarize_run
+from fastent.monitor import SpectralEntropyMonitor
+from fastent.train.checkpoint import KEPT, Checkpoint
+from fastent.train.clock import Clock
+from fastent.train.environment import describe_environment
+from fastent.train.errors import CheckpointError, Interrupted, RunError, RunWarning
+from fastent.train.observers import Observer, Observers
+from fastent.train.runs import Job, Row, Run, common_steps
+from fastent.train.signals import StopRequest
+from fastent.train.stack import Stack
+
+CHECKPOINT_EVERY = 500
+"""Steps between checkpoints. It decides how much a crash costs, not what is computed."""
+
+LAYER = "representation"
+
+CONDITIONS: dict[str, object] = {"baseline": None}
+"""By name, what a condition changes in the training: what `Stack` takes as its `condition`."""
+
+
+def train(
+    job: Job,
+    out: Path,
+    *,
+    device: str | torch.device = "cpu",
+    checkpoint_every: int = CHECKPOINT_EVERY,
+    force: bool = False,
+    observers: Sequence[Observer] = (),
+    stop: StopRequest | None = None,
+) -> None:
+    """Train the seeds of `job` as one stack to their ends, from their newest common checkpoint if any.
+
+    Parameters
+    ----------
+    job : Job
+        What to train.
+    out : Path
+        Folder of the run folders.
+    device : str or torch.device
+        Where to train.
+    checkpoint_every : int
+        Steps between checkpoints; the newest two are kept until the run is complete, then the last.
+    force : bool
+        Go on although the folders hold another configuration or a newer schema (see `Run`).
+    observers : sequence of Observer
+        Told of each row, after it is on its way to the disk.
+    stop : StopRequest, optional
+        Looked at after each step.
+
+    Raises
+    ------
+    Interrupted
+        If `stop` asked for it; the state is saved.
+    RunError
+        If a folder is locked, was written with another configuration, or cannot be written (disk full,
+        read-only); what was saved before is intact.
+    """
+    environment = describe_environment(device)
+    with _disk_errors_explained(out), contextlib.ExitStack() as opened:
+        runs = [opened.enter_context(Run(out, job, seed, environment, force=force)) for seed in job.seeds]
+        unfinished = [run for run in runs if run.done is None]
+        if unfinished:
+            training = _Training(job, runs, device, observers)
+            training.run(checkpoint_every, stop)
+        for run in runs:
+            run.keep_newest(1)
+
+
+class _Training:
+    """The stack, with the run folder and the monitor of each of its seeds."""
+
+    def __init__(
+        self, job: Job, runs: Sequence[Run], device: str | torch.device, observers: Sequence[Observer]
+    ) -> None:
+        self.job = job
+        self.runs = {run.seed: run for run in runs}
+        self.clock = Clock()
+        self.observers = Observers(observers)
+        step, checkpoints = _resume_point(runs)
+        seeds = [run.seed for run in runs if run.trains_after(step)]
+        self.stack = Stack(job.config, seeds, device=device, condition=_condition(job.condition))
+        self.monitors = {seed: SpectralEntropyMonitor(every=job.config.evaluate_every) for seed in seeds}
+        for seed, checkpoint in checkpoints.items():
+            self.stack.load_state_dict(seed, checkpoint.tensors)
+            self.monitors[seed].load_state_dict(checkpoint.state["monitor"])
+        self.saved = step
+        for run in self._recorded():
+            run.rewind(step if checkpoints else None)
+            run.timing.append({"event": "resume" if checkpoints else "start", "step": step, **self._now()})
+
+    def run(self, checkpoint_every: int, stop: StopRequest | None) -> None:
+        """Evaluate, end, save, stop or step, until no seed is left."""
+        while self.stack.seeds:
+            step = self.stack.steps_done
+            self._evaluate(step)
+            ended = {seed: reason for seed in self.stack.seeds if (reason := self._ending(seed, step))}
+            asked = None if stop is None else stop.signal
+            if step != self.saved and (ended or asked or step % checkpoint_every == 0):
+                self._save(step)
+            if ended:
+                self._finish(ended, step)
+            elif asked:
+                name = signal.Signals(asked).name
+                raise Interrupted(
+                    asked, f"{name}: stopped after step {step}, saved; the same command goes on"
+                )
+            else:
+                self.stack.train_step()
+
+    def _recorded(self) -> list[Run]:
+        """Pick the runs of the stack that are not complete: complete ones train along without a trace."""
+        return [self.runs[seed] for seed in self.stack.seeds if self.runs[seed].done is None]
+
+    def _evaluate(self, step: int) -> None:
+        due = [run for run in self._recorded() if run.evaluation_due(step) and run.last_row_step < step]
+        if not due:
+            return
+        values = {name: column.tolist() for name, column in self.stack.evaluate().items()}
+        entropies = spectral_entropy(self.stack.representations(), batch_dims=1).unbind()
+        for run in due:
+            at = self.stack.seeds.index(run.seed)
+            (record,) = self.monitors[run.seed].observe(step, entropies[at], layer=LAYER)
+            row: Row = {
+                "step": step,
+                **{name: column[at] for name, column in values.items()},
+                "entropy": record.normalized,
+                "entropy_status": record.status.value,
+                "effective_rank": record.effective_rank,
+                "participation_ratio": record.participation_ratio,
+            }
+            run.metrics.append({key: _json_number(value) for key, value in row.items()})
+            run.timing.append({"event": "evaluation", "step": step, **self._now()})
+            self.observers.row(self.job, run.seed, run.metrics.rows[-1])
+
+    def _ending(self, seed: int, step: int) -> str | None:
+        """Why the run of `seed` ends at `step`, or None."""
+        run, config = self.runs[seed], self.job.config
+        if run.done is not None:
+            return str(run.done["reason"]) if step >= run.done["steps"] else None
+        if step >= config.max_steps:
+            return "max_steps"
+        if not run.evaluation_due(step):
+            return None
+        grokked = summarize_run(run.metrics.rows, config).t_grok_sustained
+        if grokked is None:
+            return None
+        beyond = max(config.run_past_steps, config.run_past_share * grokked)
+        return "grokked" if step >= grokked + beyond else None
+
+    def _save(self, step: int) -> None:
+        for run in self._recorded():
+            state = {"monitor": self.monitors[run.seed].state_dict()}
+            run.save(Checkpoint(step, self.stack.state_dict(run.seed), state))
+        # Not before all are written: until then the newest common checkpoint is the one before.
+        for run in self._recorded():
+            run.keep_newest(KEPT)
+        self.saved = step
+
+    def _finish(self, ended: dict[int, str], step: int) -> None:
+        for run in self._recorded():
+            if run.seed in ended:
+                summary = summarize_run(run.metrics.rows, self.job.config)
+                names = ("t_mem", "t_grok", "t_grok_sustained")
+                run.finish(step, ended[run.seed], {name: getattr(summary, name) for name in names})
+                self.observers.done(self.job, run.seed)
+        self.stack.keep([seed for seed in self.stack.seeds if seed not in ended])
+
+    def _now(self) -> dict[str, float]:
+        time, seconds = self.clock.read()
+        return {"time": time, "seconds": seconds}
+
+
+def _condition(name: str) -> object:
+    if name not in CONDITIONS:
+        raise RunError(f"no condition is called {name!r}; there are {', '.join(CONDITIONS)}")
+    return CONDITIONS[name]
+
+
+def _resume_point(runs: Sequence[Run]) -> tuple[int, dict[int, Checkpoint]]:
+    """Find the greatest step with sound checkpoints of the whole stack, and these; otherwise step 0."""
+    unfinished = [run for run in runs if run.done is None]
+    for step in common_steps(unfinished):
+        try:
+            return step, {run.seed: run.load(step) for run in runs if run.trains_after(step)}
+        except CheckpointError as error:
+            warnings.warn(f"falls back to the checkpoint before: {error}", RunWarning, stacklevel=2)
+    if any(run.checkpoint_steps() for run in unfinished):
+        warnings.warn(
+            f"{', '.join(run.name for run in unfinished)}: no step of which all have a sound checkpoint; they "
+            "start again from step 0",
+            RunWarning,
+            stacklevel=2,
+        )
+    return 0, {}
+
+
+def _json_number(value: Any) -> Any:
+    """`value`, with None for NaN and infinities, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def _disk_errors_explained(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {error.filename or out}: {error.strerror}. What was saved before is intact: make "
+            "room or make it writable, and give the same command again"
+        ) from error

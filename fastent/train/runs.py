@@ -1,0 +1,342 @@
+"""Run folders: one per seed, with everything needed to continue it, judge it and repeat it.
+
+::
+
+    <out>/<experiment>-<condition>-<task>-seed<k>/
+        config.json         schema, experiment, condition, seed, seeds trained as one stack, every setting
+        environment.json    machine and software of the first start metrics.jsonl       one row an evaluation;
+        a function of the configuration alone, so equal after a resume
+        timing.jsonl        clocks, starts and resumes; all that differs from one execution to the next
+        checkpoint-<step>.safetensors, .json
+        DONE                why and when the run ended, as JSON; it is complete
+        FAILED              why a sweep gave the run up, as JSON; removed when it goes on
+        lock                pid and host, while a process holds the run
+
+The stack is part of a run's identity because a batched matrix product may round differently with the number
+of matrices: seeds that started together are resumed together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fastent.train.checkpoint import (
+    Checkpoint,
+    checkpoint_steps,
+    clean,
+    keep_newest,
+    read_checkpoint,
+    remove_checkpoints,
+    write_checkpoint,
+)
+from fastent.train.environment import changes_of_bits
+from fastent.train.errors import CheckpointError, RunError, RunWarning
+from fastent.train.files import JsonLines, dump_json, remove_temporaries, write_atomically
+from fastent.train.lock import RunLock
+from fastent.train.presets import TrainConfig
+
+SCHEMA_VERSION = 1
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Runs that share everything but the seed: what an experiment asks the trainer for.
+
+    Attributes
+    ----------
+    experiment : str
+        "e1" to "e8".
+    condition : str
+        What sets the job apart within its experiment, "baseline" where nothing does.
+    config : TrainConfig
+        Every setting.
+    seeds : tuple of int
+        Trained as one stack.
+    """
+
+    experiment: str
+    condition: str
+    config: TrainConfig
+    seeds: tuple[int, ...]
+
+    def run_name(self, seed: int) -> str:
+        """Name of the folder of one seed."""
+        return f"{self.experiment}-{self.condition}-{self.config.task}-seed{seed}"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the configuration as JSON gives it back."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        return values
+
+    @classmethod
+    def of_settings(
+        cls, experiment: str, condition: str, settings: dict[str, Any], seeds: Sequence[int]
+    ) -> Self:
+        """Make a job from what `settings` gave.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `settings` has fields or values that `TrainConfig` does not take.
+        """
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return cls(experiment, condition, TrainConfig(**values), tuple(seeds))
+
+
+def plan_stacks(job: Job, out: Path, workers: int = 1) -> list[Job]:
+    """Split the seeds of `job` into the stacks to train.
+
+    Seeds with a folder stay in the stack that it records, together with the rest of that stack; new seeds are
+    shared out over `workers` stacks.
+
+    Raises
+    ------
+    RunError
+        If a folder's config.json cannot be read.
+    """
+    stacks: dict[tuple[int, ...], None] = {}
+    for seed in job.seeds:
+        recorded = _read_config(out / job.run_name(seed))
+        if recorded is not None:
+            stacks[tuple(recorded["stack"])] = None
+    started = {seed for stack in stacks for seed in stack}
+    new = [seed for seed in job.seeds if seed not in started]
+    share = -(-len(new) // workers)
+    parts = [tuple(new[i : i + share]) for i in range(0, len(new), share)] if new else []
+    extra = sorted(
+        seed for seed in started.difference(job.seeds) if not (out / job.run_name(seed) / "DONE").exists()
+    )
+    if extra:
+        warnings.warn(
+            f"seeds {', '.join(map(str, extra))} of {job.experiment}-{job.condition} started in one stack with "
+            "seeds asked for, so they go on as well",
+            RunWarning,
+            stacklevel=2,
+        )
+    return [dataclasses.replace(job, seeds=stack) for stack in (*stacks, *parts)]
+
+
+class Run:
+    """The folder of one seed, locked while open (``with``).
+
+    Parameters
+    ----------
+    out : Path
+        Folder of all runs; made if it is not there.
+    job : Job
+        Its seeds are the stack.
+    seed : int
+        One of them.
+    environment : dict
+        `describe_environment` of this process.
+    force : bool
+        Go on although the folder was written with another configuration or by a newer fastent; each thing
+        ignored is said in a `RunWarning`.
+
+    Raises
+    ------
+    RunLocked
+        On ``with``, if another process holds the folder.
+    RunError
+        On ``with``, if the folder was written with another configuration or a newer schema, and not `force`.
+    OSError
+        If the folder cannot be written.
+    """
+
+    def __init__(
+        self, out: Path, job: Job, seed: int, environment: dict[str, Any], *, force: bool = False
+    ) -> None:
+        self.job = job
+        self.seed = seed
+        self.name = job.run_name(seed)
+        self.path = out / self.name
+        self.done: dict[str, Any] | None = None
+        self._environment = environment
+        self._force = force
+        self._lock = RunLock(self.path)
+
+    def __enter__(self) -> Self:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        remove_temporaries(self.path)
+        self._check_config()
+        done = self.path / "DONE"
+        if done.exists():
+            self.done = json.loads(done.read_bytes())
+        else:
+            (self.path / "FAILED").unlink(missing_ok=True)
+            clean(self.path)
+        self._check_environment()
+        self.metrics = JsonLines(self.path / "metrics.jsonl")
+        self.timing = JsonLines(self.path / "timing.jsonl")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.metrics.close()
+        self.timing.close()
+        self._lock.release()
+
+    def _check_config(self) -> None:
+        now = {
+            "schema_version": SCHEMA_VERSION,
+            "experiment": self.job.experiment,
+            "condition": self.job.condition,
+            "seed": self.seed,
+            "stack": list(self.job.seeds),
+            "config": self.job.settings(),
+        }
+        path = self.path / "config.json"
+        recorded = _read_config(self.path)
+        if recorded is not None:
+            changes = _differences(recorded, now)
+            if changes and not self._force:
+                raise RunError(
+                    f"{path} was written with another configuration:\n  " + "\n  ".join(changes) + "\n"
+                    "Give another --out or the settings of the folder; --force goes on with those given now"
+                )
+            if not changes or (self.path / "DONE").exists():
+                return
+            warnings.warn(
+                f"{self.path}: --force ignores that the folder has\n  " + "\n  ".join(changes),
+                RunWarning,
+                stacklevel=2,
+            )
+            at = max(checkpoint_steps(self.path), default=0)
+            now["forced"] = [*recorded.get("forced", []), {"checkpoint": at, "changes": changes}]
+        write_atomically(path, dump_json(now))
+
+    def _check_environment(self) -> None:
+        path = self.path / "environment.json"
+        if not path.exists():
+            write_atomically(path, dump_json(self._environment))
+        elif self.done is None and (
+            changes := changes_of_bits(json.loads(path.read_bytes()), self._environment)
+        ):
+            warnings.warn(
+                f"{self.path}: it began with {'; '.join(changes)}: the last bits of its numbers may differ from "
+                "an uninterrupted run's",
+                RunWarning,
+                stacklevel=2,
+            )
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether a row belongs to `step`: every `evaluate_every` steps, and at the last."""
+        return step % self.job.config.evaluate_every == 0 or step == self.job.config.max_steps
+
+    @property
+    def last_row_step(self) -> int:
+        """Step of the newest row; -1 if there is none."""
+        return int(self.metrics.rows[-1]["step"]) if self.metrics.rows else -1
+
+    def trains_after(self, step: int) -> bool:
+        """Whether the run has steps to make after `step`, as far as is known."""
+        return self.done is None or int(self.done["steps"]) > step
+
+    def checkpoint_steps(self) -> list[int]:
+        """List the steps of its checkpoints, ascending, their content not checked."""
+        return checkpoint_steps(self.path)
+
+    def load(self, step: int) -> Checkpoint:
+        """Its state after `step` steps, if checkpoint and metrics are whole up to there.
+
+        Raises
+        ------
+        CheckpointError
+            If the checkpoint is damaged or rows before it are lost.
+        """
+        checkpoint = read_checkpoint(self.path, step)
+        have = [row["step"] for row in self.metrics.rows if row["step"] <= step]
+        due = [s for s in range(step + 1) if self.evaluation_due(s)]
+        if have != due:
+            lost = next((s for s in due if s not in have), step)
+            raise CheckpointError(
+                f"{self.metrics.path}: the row of step {lost} is lost, so checkpoint {step} cannot serve"
+            )
+        return checkpoint
+
+    def rewind(self, step: int | None) -> None:
+        """Drop rows and checkpoints after `step`; all of them if it is None."""
+        limit = -1 if step is None else step
+        self.metrics.keep(sum(row["step"] <= limit for row in self.metrics.rows))
+        remove_checkpoints(self.path, above=limit)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write `checkpoint`, the rows before it first."""
+        self.metrics.sync()
+        write_checkpoint(self.path, checkpoint)
+
+    def keep_newest(self, count: int) -> None:
+        """Remove all but the `count` newest checkpoints."""
+        keep_newest(self.path, count)
+
+    def finish(self, steps: int, reason: str, quantities: dict[str, Any]) -> None:
+        """Mark the run complete after `steps` steps."""
+        done = {"schema_version": SCHEMA_VERSION, "steps": steps, "reason": reason, **quantities}
+        write_atomically(self.path / "DONE", dump_json(done))
+        self.done = done
+
+
+def mark_failed(out: Path, job: Job, attempts: int, reason: str) -> None:
+    """Leave a FAILED file in the folder of each run of `job` that is not complete."""
+    for seed in job.seeds:
+        path = out / job.run_name(seed)
+        if path.is_dir() and not (path / "DONE").exists():
+            write_atomically(path / "FAILED", dump_json({"attempts": attempts, "reason": reason}))
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    path = path / "config.json"
+    try:
+        recorded = json.loads(path.read_bytes())
+        if not (isinstance(recorded["config"], dict) and isinstance(recorded["stack"], list)):
+            raise TypeError("config or stack")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is not a run's configuration ({error!r}): give another --out") from error
+    return dict(recorded)
+
+
+def _differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each field that differs, in words; fields of `recorded` that this version does not know included."""
+    before, after = _flat(recorded), _flat(now)
+    lines = []
+    if before["schema_version"] > SCHEMA_VERSION:
+        lines.append(
+            f"schema_version: {before['schema_version']}, of a newer fastent; this one knows {SCHEMA_VERSION}"
+        )
+    for key in sorted({*before, *after} - {"schema_version", "forced"}):
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT):
+            lines.append(f"{key}: {before.get(key, _ABSENT)} in the folder, {after.get(key, _ABSENT)} now")
+    return lines
+
+
+_ABSENT = "(absent)"
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    nested = {f"config.{key}": value for key, value in record["config"].items()}
+    return {**{key: value for key, value in record.items() if key != "config"}, **nested}
+
+
+def common_steps(runs: Sequence[Run]) -> list[int]:
+    """List the steps of which all `runs` have a checkpoint, the greatest first."""
+    return sorted(set.intersection(*(set(run.checkpoint_steps()) for run in runs)), reverse=True)
