@@ -282,13 +282,13 @@ def _relative_entropy(values: Tensor, d: int) -> tuple[float, float]:
     ascending = values.numpy()
     kept = ascending[ascending.searchsorted(d * EPS * ascending[-1]) :]
     p = kept / np.add.reduce(kept)
-    return -float(p.dot(np.log(p))), float(p.dot(p))
+    return 0.0 - float(p.dot(np.log(p))), float(p.dot(p))  # never -0.0
 
 
 def _paper_entropy(values: Tensor) -> tuple[float, float]:
     clamped = np.maximum(values.numpy(), PAPER_FLOOR)
     p = clamped / np.add.reduce(clamped)
-    return -float(p.dot(np.log(p + PAPER_FLOOR))), float(p.dot(p))
+    return 0.0 - float(p.dot(np.log(p + PAPER_FLOOR))), float(p.dot(p))
 
 
 def _ceiling(n: int, d: int) -> float:

@@ -11,7 +11,9 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the tests put their tensors")
+    parser.addoption(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where the tests put their tensors"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

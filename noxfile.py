@@ -1,0 +1,71 @@
+"""Sessions of the project; `nox -l` lists them with the first line of each docstring."""
+
+import os
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["tests", "lint", "types"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def install(session: nox.Session, *groups: str, extra: str = "train") -> None:
+    """Put the project (editable) and dependency groups into the session's environment, in one resolution."""
+    session.install("-e", f".[{extra}]", *nox.project.dependency_groups(PROJECT, *groups))
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train to grokking on a CPU under the live monitor and write the report with its figures."""
+    install(session)
+    seeds = session.posargs or ["0-2"]
+    session.run("fastent", "run", "e1", "--preset", "quick", "--seeds", *seeds, "--out", "runs/quick")
+    session.run("fastent", "report", "runs/quick", "--out", "report")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the default test suite and the docstring examples (no GPU needed)."""
+    install(session, "test")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """Run the whole suite with 2,000 examples a property, slow tests included."""
+    install(session, "test")
+    session.run("pytest", "-m", "", *session.posargs, env={"HYPOTHESIS_PROFILE": "nightly"})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Type-check the installed wheel with mypy, strict."""
+    # The wheel, from elsewhere: `fastent.kernels` exists only once it is installed.
+    session.install(".[train]", *nox.project.dependency_groups(PROJECT, "types"))
+    config = os.path.abspath("pyproject.toml")
+    session.chdir(session.create_tmp())
+    session.run("mypy", "--config-file", config)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Run the examples in the docstrings and the README."""
+    install(session, "test")
+    session.run("pytest", "--doctest-modules", "--pyargs", "fastent", "tests/test_readme.py")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build a wheel, install it elsewhere and use it."""
+    install(session, "test")
+    session.run("pytest", "tests/test_packaging.py", "-m", "")

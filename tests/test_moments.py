@@ -1,0 +1,157 @@
+"""Streaming, merging and sharding give what the whole gives; and moments say what they lack."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastent
+from fastent import Moments, Status
+
+
+def activations(n: int, d: int, dtype: torch.dtype = torch.float64, offset: float = 0.0) -> torch.Tensor:
+    return (torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + offset).to(
+        dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+@pytest.mark.parametrize("sizes", [(60, 40), (1, 99), (1, 1, 98), (33, 0, 33, 34), (100,)])
+def test_chunks_of_any_size_give_the_whole(sizes, offset, dtype):
+    h = activations(100, 5, dtype, offset)
+    moments = Moments()
+    for chunk in h.split(sizes):
+        moments.update(chunk)
+    whole = fastent.covariance(h)
+    assert moments.n == 100
+    assert torch.allclose(moments.covariance(), whole, rtol=0, atol=2e-14 * float(whole.abs().max()))
+    assert torch.allclose(moments.mean, h.double().mean(0), rtol=1e-15, atol=1e-14)
+    ours, theirs = moments.spectral_entropy(), fastent.spectral_entropy(h)
+    assert abs(ours.entropy - theirs.entropy) < 1e-13
+    assert ours.status is theirs.status
+
+
+def test_merging_at_a_large_offset_keeps_the_digits_that_raw_sums_lose():
+    h = activations(2000, 8, offset=1e7)
+    left, right = Moments().update(h[:900]), Moments().update(h[900:])
+    whole = fastent.covariance(h)
+    assert (left.merge(right).covariance() - whole).abs().max() < 1e-14 * whole.max()
+
+
+def test_merge_leaves_the_other_as_it_is_and_empty_ones_change_nothing():
+    h = activations(30, 4)
+    left, right = Moments().update(h[:10]), Moments().update(h[10:])
+    before = right.covariance()
+    left.merge(right).merge(Moments())
+    assert torch.equal(right.covariance(), before)
+    assert left.n == 30
+    assert torch.equal(Moments().merge(right).covariance(), before)
+    # a merge into an empty one must not share its state
+    copy = Moments().merge(right)
+    copy.update(h)
+    assert torch.equal(right.covariance(), before)
+
+
+def test_a_change_of_d_is_an_error_naming_both():
+    with pytest.raises(ValueError, match="d = 4, the new rows d = 3"):
+        Moments().update(activations(5, 4)).update(activations(5, 3))
+
+
+def test_too_few_rows_are_errors():
+    with pytest.raises(ValueError, match="no row"):
+        _ = Moments().mean
+    with pytest.raises(ValueError, match="N = 1"):
+        Moments().update(activations(1, 4)).covariance()
+    with pytest.raises(ValueError, match="n = 5, correction = 5"):
+        Moments().update(activations(5, 4)).covariance(correction=5)
+    with pytest.raises(ValueError, match="d = 1"):
+        Moments().update(activations(5, 1)).spectral_entropy()
+
+
+def test_what_cannot_be_scaled_again_is_out_of_range_and_constant_rows_are_not():
+    h = activations(20, 4)
+    assert Moments().update(h * 1e-200).spectral_entropy().status is Status.OUT_OF_RANGE
+    assert Moments().update(h * 1e200).spectral_entropy().status is Status.OUT_OF_RANGE
+    assert Moments().update(torch.full((20, 4), 0.3)).spectral_entropy().status is Status.ZERO_VARIANCE
+    h[0, 0] = torch.nan
+    assert Moments().update(h).spectral_entropy().status is Status.NONFINITE
+
+
+def test_rows_of_a_narrow_dtype_keep_their_resolution():
+    h = activations(100, 4, torch.bfloat16, offset=300.0)
+    moments = Moments().update(h).update(activations(1, 4) + 300.0)
+    assert moments.spectral_entropy().status is fastent.spectral_entropy(h).status is Status.UNRESOLVED_OFFSET
+
+
+def test_state_survives_a_checkpoint_to_the_bit():
+    h = activations(50, 4, offset=1e5)
+    moments = Moments().update(h[:20])
+    copy = Moments()
+    copy.load_state_dict(moments.state_dict())
+    assert torch.equal(copy.update(h[20:]).covariance(), moments.update(h[20:]).covariance())
+    empty = Moments()
+    empty.load_state_dict(Moments().state_dict())
+    assert empty.n == 0
+
+
+RANK = """
+import json, sys, torch, torch.distributed as dist, fastent
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=3)
+h = torch.randn(200, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e6
+outcomes = {}
+for case, parts in {"empty": (0, 120, 80), "nan": (50, 100, 50), "widths": (100, 100, 0), "none": (0, 0, 0)}.items():
+    mine = h.split(parts)[rank] if sum(parts) else h[:0]
+    if case == "nan" and rank == 1:
+        mine = mine.clone()
+        mine[3, 2] = torch.nan
+    if case == "widths" and rank == 0:
+        mine = mine[:, :5]
+    moments = fastent.Moments().update(mine)
+    try:
+        total = moments.all_reduce()
+        again = moments.all_reduce()
+        r = total.spectral_entropy()
+        error = (total.covariance() - fastent.covariance(h)).abs().max().item()
+        outcomes[case] = [total.n, again.n, moments.n, r.status, r.entropy, error]
+    except ValueError as failure:
+        outcomes[case] = str(failure)
+print(json.dumps(outcomes))
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of three processes printed: the outcome of every case."""
+    store = str(tmp_path_factory.mktemp("group") / "store")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), store], stdout=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    return [json.loads(output) for output in outputs]
+
+
+def test_ranks_merge_to_the_whole_also_when_one_is_empty(ranks):
+    h = torch.randn(200, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e6
+    whole = fastent.spectral_entropy(h)
+    for rank, outcome in enumerate(ranks):
+        n, again, own, status, entropy, error = outcome["empty"]
+        assert (n, again, own) == (200, 200, (0, 120, 80)[rank])
+        assert status == "ok"
+        assert abs(entropy - whole.entropy) < 1e-13
+        assert error < 1e-14
+
+
+def test_nan_on_one_rank_is_flagged_on_all(ranks):
+    assert [outcome["nan"][3] for outcome in ranks] == ["nonfinite"] * 3
+
+
+def test_ranks_of_different_width_or_without_rows_all_raise(ranks):
+    assert all("d = [5, 6]" in outcome["widths"] for outcome in ranks)
+    assert [outcome["none"] for outcome in ranks] == ["no rank holds a row"] * 3
