@@ -14,7 +14,6 @@ from fastent.experiments.document import Block, Figure, Section, Table, Text
 from fastent.experiments.e1_baseline import CRITERIA, TAUS, TITLE, Baseline
 from fastent.experiments.leads import Leads
 from fastent.experiments.quantities import TAU
-from fastent.experiments.style import Theme
 
 
 def headline(result: Baseline) -> str:
@@ -117,7 +116,7 @@ def section(result: Baseline) -> Section:
     return Section("e1", TITLE, tuple(blocks))
 
 
-def _figure(name: str, draw: Callable[[Theme], Plot], caption: str, alt: str) -> Figure:
+def _figure(name: str, draw: Callable[[], Plot], caption: str, alt: str) -> Figure:
     light, dark = figures.both(draw)
     return Figure(name, caption, alt, light, dark)
 

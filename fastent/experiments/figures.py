@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -44,46 +46,58 @@ FALL: dict[str, Any] = {
 GROK: dict[str, Any] = {**CROSS, "marker": "o", "markersize": 6}
 
 
-def render_svg(draw: Callable[[Theme], Figure], theme: Theme) -> str:
-    """Write the figure that `draw` makes in the colours of `theme` as SVG; same data, same text."""
-    with mpl.rc_context({"svg.hashsalt": "fastent", "svg.fonttype": "path"}):
+def both(draw: Callable[[], Figure]) -> tuple[str, str]:
+    """Return the figure that `draw` makes as SVG text for light and for dark screens; same data, same text."""
+    with mpl.rc_context({"svg.fonttype": "path"}):
         file = io.StringIO()
-        _drawn(draw, theme).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    # What precedes the element names a DTD on the network; no reader needs it.
-    text = file.getvalue()
-    return text[text.index("<svg") :]
+        _drawn(draw).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    # What precedes the element names a document type on the network; no reader needs it.
+    light = _numbered(file.getvalue())
+    light = light[light.index("<svg") :]
+    dark = {getattr(LIGHT, f.name): getattr(DARK, f.name) for f in fields(Theme)}
+    return light, re.sub("#[0-9a-f]{6}", lambda match: dark.get(match[0], match[0]), light)
 
 
-def save_png(draw: Callable[[Theme], Figure], path: Path, *, dpi: int = 150) -> None:
+def _numbered(svg: str) -> str:
+    """Name the elements of `svg` in the order they appear: matplotlib hashes their last bits, which can waver."""
+    names: dict[str, str] = {}
+    return re.sub(r"\b[mp][0-9a-f]{10}\b", lambda match: names.setdefault(match[0], f"e{len(names)}"), svg)
+
+
+def save_png(draw: Callable[[], Figure], path: Path, *, dpi: int = 150) -> None:
     """Write the figure that `draw` makes to `path`, in the colours for light screens."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _drawn(draw, LIGHT).savefig(path, format="png", dpi=dpi, metadata={"Software": None})
+    _drawn(draw).savefig(path, format="png", dpi=dpi, metadata={"Software": None})
 
 
-def both(draw: Callable[[Theme], Figure]) -> tuple[str, str]:
-    """SVG texts for light and for dark screens."""
-    return render_svg(draw, LIGHT), render_svg(draw, DARK)
-
-
-def _drawn(draw: Callable[[Theme], Figure], theme: Theme) -> Figure:
-    colours: dict[Any, Any] = {
-        "figure.facecolor": theme.paper, "savefig.facecolor": theme.paper, "axes.facecolor": theme.paper,
-        "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.edgecolor": theme.ink,
-        "xtick.color": theme.ink, "ytick.color": theme.ink, "grid.color": theme.faint,
-    }  # fmt: skip
+def _drawn(draw: Callable[[], Figure]) -> Figure:
     look: dict[Any, Any] = {
-        "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left",
-        "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.linewidth": 0.5, "legend.frameon": False, "legend.fontsize": 9, "axes.axisbelow": True,
-    }  # fmt: skip
-    with mpl.rc_context({**colours, **look}):
-        figure = draw(theme)
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), LIGHT.ink
+        ),
+        **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), LIGHT.paper),
+        "grid.color": LIGHT.faint,
+        "grid.linewidth": 0.5,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+    }
+    with mpl.rc_context(look):
+        figure = draw()
         FigureCanvasAgg(figure)
         return figure
 
 
 def training_dynamics(
-    runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads, h_star: float | None, theme: Theme
+    runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads, h_star: float | None
 ) -> Figure:
     """Accuracies, entropy and parameter norm against the step: the paper's Figure 1.
 
@@ -92,25 +106,25 @@ def training_dynamics(
     """
     figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
     a, b, c = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 1.35, 0.85))
-    _lines(a, runs, "train_accuracy", colour=theme.train, dash=(0, (5, 2)), label="train")
-    _lines(a, runs, "test_accuracy", colour=theme.test, dash="solid", label="test")
+    _lines(a, runs, "train_accuracy", colour=LIGHT.train, dash=(0, (5, 2)), label="train")
+    _lines(a, runs, "test_accuracy", colour=LIGHT.test, dash="solid", label="test")
     a.set(title="A  Accuracy", ylabel="accuracy (share)", ylim=(-0.03, 1.05))
 
-    _lines(b, runs, "entropy", colour=theme.entropy, dash="solid", label="H")
+    _lines(b, runs, "entropy", colour=LIGHT.entropy, dash="solid", label="H")
     known = [h for h in crossing.thresholds if h is not None]
     if known:
         label = f"H* of {crossing.rule}"
-        b.axhspan(min(known), max(known), color=theme.signal, alpha=0.22, linewidth=0, label=label)
+        b.axhspan(min(known), max(known), color=LIGHT.signal, alpha=0.22, linewidth=0, label=label)
     if h_star is not None:
-        b.axhline(h_star, color=theme.signal, linewidth=1.2, linestyle=(0, (2, 2)), label="H*, mean")
+        b.axhline(h_star, color=LIGHT.signal, linewidth=1.2, linestyle=(0, (2, 2)), label="H*, mean")
     b.set(title="B  Spectral entropy", ylabel="H (normalised, no unit)")
 
-    _lines(c, runs, "parameter_norm", colour=theme.norm, dash="solid", label="norm")
+    _lines(c, runs, "parameter_norm", colour=LIGHT.norm, dash="solid", label="norm")
     c.set(title="C  Parameter norm", ylabel="Euclidean norm (no unit)", xlabel="training step")
     c.set_ylim(bottom=0)
     columns = {a: "test_accuracy", b: "entropy", c: "parameter_norm"}
     for axes, name in columns.items():
-        _marks(axes, runs, name, crossing, fall, theme)
+        _marks(axes, runs, name, crossing, fall)
     for axes in (a, b):
         axes.legend(
             loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=7, borderaxespad=0, columnspacing=1.3
@@ -120,13 +134,11 @@ def training_dynamics(
     return figure
 
 
-def around_grokking(
-    runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads, theme: Theme, *, reach: int
-) -> Figure:
+def around_grokking(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads, *, reach: int) -> Figure:
     """Test accuracy and entropy against the step counted from each run's own T_grok, `reach` either way."""
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     a, b = figure.subplots(2, 1, sharex=True)
-    for axes, name, colour in ((a, "test_accuracy", theme.test), (b, "entropy", theme.entropy)):
+    for axes, name, colour in ((a, "test_accuracy", LIGHT.test), (b, "entropy", LIGHT.entropy)):
         for run, crossed, fell in zip(runs, crossing.times, fall.times, strict=True):
             if run.summary.t_grok is None:
                 continue
@@ -137,10 +149,10 @@ def around_grokking(
             for at, marker in ((crossed, CROSS), (fell, FALL)):
                 if at is not None and abs(at - run.summary.t_grok) <= reach:
                     here = run.trajectory.step == at
-                    axes.plot(x[here], y[here], color=theme.signal, **marker)
-        axes.axvline(0, color=theme.ink, linewidth=1)
-    b.plot([], [], color=theme.signal, label="T_collapse", **FALL)
-    b.plot([], [], color=theme.signal, label=f"T_cross, H* of {crossing.rule}", **CROSS)
+                    axes.plot(x[here], y[here], color=LIGHT.signal, **marker)
+        axes.axvline(0, color=LIGHT.ink, linewidth=1)
+    b.plot([], [], color=LIGHT.signal, label="T_collapse", **FALL)
+    b.plot([], [], color=LIGHT.signal, label=f"T_cross, H* of {crossing.rule}", **CROSS)
     b.legend(loc="lower left")
     a.set(title="A  Test accuracy", ylabel="accuracy (share)", ylim=(-0.03, 1.05))
     b.set(title="B  Spectral entropy", ylabel="H (normalised, no unit)", xlabel="training steps after T_grok")
@@ -148,7 +160,7 @@ def around_grokking(
     return figure
 
 
-def per_seed(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads, theme: Theme) -> Figure:
+def per_seed(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads) -> Figure:
     """One panel a run: accuracies and entropy on one scale; the span from T_collapse to T_grok is shaded."""
     columns = min(len(runs), 3)
     rows = -(-len(runs) // columns)
@@ -157,15 +169,15 @@ def per_seed(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads, theme: T
     for axes, run, threshold, fell in zip(grid, runs, crossing.thresholds, fall.times, strict=False):
         step, t_grok = run.trajectory.step, run.summary.t_grok
         axes.plot(
-            step, run.trajectory.train_accuracy, color=theme.train, linestyle=(0, (5, 2)), linewidth=1.3
+            step, run.trajectory.train_accuracy, color=LIGHT.train, linestyle=(0, (5, 2)), linewidth=1.3
         )
-        axes.plot(step, run.trajectory.test_accuracy, color=theme.test, linewidth=1.8)
-        axes.plot(step, run.trajectory.entropy, color=theme.entropy, linewidth=1.8)
+        axes.plot(step, run.trajectory.test_accuracy, color=LIGHT.test, linewidth=1.8)
+        axes.plot(step, run.trajectory.entropy, color=LIGHT.entropy, linewidth=1.8)
         if threshold is not None:
-            axes.axhline(threshold, color=theme.signal, linestyle=(0, (2, 2)), linewidth=1.2)
+            axes.axhline(threshold, color=LIGHT.signal, linestyle=(0, (2, 2)), linewidth=1.2)
         title = f"seed {run.seed}"
         if fell is not None and t_grok is not None:
-            axes.axvspan(min(fell, t_grok), max(fell, t_grok), color=theme.signal, alpha=0.18, linewidth=0)
+            axes.axvspan(min(fell, t_grok), max(fell, t_grok), color=LIGHT.signal, alpha=0.18, linewidth=0)
             title += f": {_signed(t_grok - fell)} steps"
         axes.set(title=title, ylim=(-0.03, 1.05))
         axes.xaxis.set_major_formatter(_thousands)
@@ -178,28 +190,28 @@ def per_seed(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads, theme: T
         axes.set_ylabel("accuracy; H (no unit)")
     grid[0].set_xlim(0, max(int(r.trajectory.step[-1]) for r in runs))
     handles = [
-        grid[0].plot([], [], color=theme.train, linestyle=(0, (5, 2)), label="train accuracy")[0],
-        grid[0].plot([], [], color=theme.test, linewidth=1.8, label="test accuracy")[0],
-        grid[0].plot([], [], color=theme.entropy, linewidth=1.8, label="spectral entropy H")[0],
-        grid[0].plot([], [], color=theme.signal, linestyle=(0, (2, 2)), label=f"H* of {crossing.rule}")[0],
-        grid[0].fill_between([], [], color=theme.signal, alpha=0.18, label="lead: T_collapse to T_grok"),
+        grid[0].plot([], [], color=LIGHT.train, linestyle=(0, (5, 2)), label="train accuracy")[0],
+        grid[0].plot([], [], color=LIGHT.test, linewidth=1.8, label="test accuracy")[0],
+        grid[0].plot([], [], color=LIGHT.entropy, linewidth=1.8, label="spectral entropy H")[0],
+        grid[0].plot([], [], color=LIGHT.signal, linestyle=(0, (2, 2)), label=f"H* of {crossing.rule}")[0],
+        grid[0].fill_between([], [], color=LIGHT.signal, alpha=0.18, label="lead: T_collapse to T_grok"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=9)
     return figure
 
 
-def lead_dots(rules: Sequence[Leads], theme: Theme) -> Figure:
+def lead_dots(rules: Sequence[Leads]) -> Figure:
     """Every run's lead by every rule, with the mean and its interval."""
     figure = Figure(figsize=(WIDTH, 1.0 + 0.62 * len(rules)), layout="constrained")
     axes = figure.subplots()
     for row, rule in enumerate(rules):
         known = [x for x in rule.leads if x is not None]
-        axes.plot(known, [row] * len(known), "o", color=theme.signal, alpha=0.65, markeredgewidth=0)
+        axes.plot(known, [row] * len(known), "o", color=LIGHT.signal, alpha=0.65, markeredgewidth=0)
         if rule.mean is not None:
-            axes.plot(rule.mean.value, row, "D", color=theme.ink, markersize=6, zorder=3)
+            axes.plot(rule.mean.value, row, "D", color=LIGHT.ink, markersize=6, zorder=3)
             if rule.mean.low is not None and rule.mean.high is not None:
-                axes.plot([rule.mean.low, rule.mean.high], [row, row], color=theme.ink, linewidth=1.5)
-    axes.axvline(0, color=theme.ink, linewidth=1)
+                axes.plot([rule.mean.low, rule.mean.high], [row, row], color=LIGHT.ink, linewidth=1.5)
+    axes.axvline(0, color=LIGHT.ink, linewidth=1)
     axes.set_yticks(range(len(rules)), [rule.source for rule in rules])
     axes.set_ylim(len(rules) - 0.5, -0.5)
     axes.set_xlabel("lead: T_grok minus the step of the signal (training steps)")
@@ -207,24 +219,24 @@ def lead_dots(rules: Sequence[Leads], theme: Theme) -> Figure:
     return figure
 
 
-def threshold_sweep(result: Sweep, runs: Sequence[MeasuredRun], theme: Theme) -> Figure:
+def threshold_sweep(result: Sweep, runs: Sequence[MeasuredRun]) -> Figure:
     """Share of runs preceded, lead, and false and early alarms, against the threshold."""
     figure = Figure(figsize=(WIDTH, 7.2), layout="constrained")
     a, b, c = figure.subplots(3, 1, sharex=True)
     h = result.thresholds
-    a.plot(h, result.preceding, color=theme.test, linewidth=1.8)
+    a.plot(h, result.preceding, color=LIGHT.test, linewidth=1.8)
     a.set(title="A  Runs in which H fell below the threshold before grokking", ylabel="share of grokked runs")
-    b.fill_between(h, result.lead_low, result.lead_high, color=theme.entropy, alpha=0.25, linewidth=0)
-    b.plot(h, result.lead, color=theme.entropy, linewidth=1.8)
-    b.axhline(0, color=theme.ink, linewidth=1)
+    b.fill_between(h, result.lead_low, result.lead_high, color=LIGHT.entropy, alpha=0.25, linewidth=0)
+    b.plot(h, result.lead, color=LIGHT.entropy, linewidth=1.8)
+    b.axhline(0, color=LIGHT.ink, linewidth=1)
     b.set(title="B  Lead: mean, smallest and largest of the runs", ylabel="training steps")
     b.yaxis.set_major_formatter(_thousands)
     label = f"no grokking within {result.horizon:,} steps"
-    c.plot(h, result.false, color=theme.signal, linewidth=1.8, label=label)
+    c.plot(h, result.false, color=LIGHT.signal, linewidth=1.8, label=label)
     c.plot(
         h,
         result.early,
-        color=theme.train,
+        color=LIGHT.train,
         linestyle=(0, (5, 2)),
         linewidth=1.5,
         label="before it has memorised",
@@ -236,10 +248,10 @@ def threshold_sweep(result: Sweep, runs: Sequence[MeasuredRun], theme: Theme) ->
     useful = result.useful()
     for axes in (a, b, c):
         if useful is not None:
-            axes.axvspan(*useful, color=theme.norm, alpha=0.18, linewidth=0)
+            axes.axvspan(*useful, color=LIGHT.norm, alpha=0.18, linewidth=0)
         for run in runs:
             if run.summary.h_star is not None:
-                axes.axvline(run.summary.h_star, color=theme.ink, linewidth=0.8, linestyle=(0, (1, 2)))
+                axes.axvline(run.summary.h_star, color=LIGHT.ink, linewidth=0.8, linestyle=(0, (1, 2)))
     return figure
 
 
@@ -270,21 +282,19 @@ def mean_over_runs(runs: Sequence[MeasuredRun], name: str) -> tuple[NDArray[np.i
     return shared, np.mean(values, axis=0)
 
 
-def _marks(
-    axes: Axes, runs: Sequence[MeasuredRun], name: str, crossing: Leads, fall: Leads, theme: Theme
-) -> None:
+def _marks(axes: Axes, runs: Sequence[MeasuredRun], name: str, crossing: Leads, fall: Leads) -> None:
     for run, crossed, fell in zip(runs, crossing.times, fall.times, strict=True):
         y = _column(run.trajectory, name)
         for at, marker, colour in (
-            (fell, FALL, theme.signal),
-            (crossed, CROSS, theme.signal),
-            (run.summary.t_grok, GROK, theme.ink),
+            (fell, FALL, LIGHT.signal),
+            (crossed, CROSS, LIGHT.signal),
+            (run.summary.t_grok, GROK, LIGHT.ink),
         ):
             here = run.trajectory.step == at
             axes.plot(run.trajectory.step[here], y[here], color=colour, **marker)
-    axes.plot([], [], color=theme.signal, label="T_collapse", **FALL)
-    axes.plot([], [], color=theme.signal, label="T_cross", **CROSS)
-    axes.plot([], [], color=theme.ink, label="T_grok", **GROK)
+    axes.plot([], [], color=LIGHT.signal, label="T_collapse", **FALL)
+    axes.plot([], [], color=LIGHT.signal, label="T_cross", **CROSS)
+    axes.plot([], [], color=LIGHT.ink, label="T_grok", **GROK)
 
 
 def main() -> None:

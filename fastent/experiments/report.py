@@ -161,18 +161,14 @@ MEANINGS = (
     ("T_mem", "first evaluation at which the train accuracy reaches 0.99: the model fits its training set"),
     (
         "T_grok",
-        (
-            "first evaluation at which the test accuracy reaches the criterion, 0.99; sustained: first of three "
-            "in a row"
-        ),
+        "first evaluation at which the test accuracy reaches the criterion, 0.99; sustained: the first of three "
+        "such in a row",
     ),
     ("H*", "H at T_grok. It needs test labels, and a run that is over"),
     (
         "T_cross",
-        (
-            "first evaluation with H below H*, which must come from somewhere: the run itself, all seeds, other "
-            "seeds"
-        ),
+        "first evaluation with H below H*, which must come from somewhere: the run itself, all seeds, or the "
+        "other seeds",
     ),
     (
         "T_collapse",
@@ -182,8 +178,8 @@ MEANINGS = (
     ("lead", "T_grok minus T_cross or T_collapse, in steps. Positive: the entropy came first"),
     (
         "false alarm",
-        "a crossing before grokking after which grokking does not come within 1,000 steps, the paper's "
-        'horizon for "imminent"',
+        "a crossing before grokking after which grokking does not come within 1,000 steps, the paper's horizon "
+        'for "imminent"',
     ),
     ("parameter norm", "the Euclidean norm of all parameters together"),
 )

@@ -55,13 +55,15 @@ monospace; background: var(--panel);
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; padding: .7rem .9rem;
   overflow-x: auto; }
 pre code { background: none; padding: 0; overflow-wrap: normal; } .scroll { overflow-x: auto; margin: 1.1rem
-0; } table { border-collapse: collapse; max-width: 100%; min-width: min(100%, 30rem); font-size: .9rem; line-height: 1.45; } caption {
+0; } table { border-collapse: collapse; max-width: 100%; min-width: min(100%, 30rem);
+  font-size: .9rem; line-height: 1.45; } caption {
 text-align: left; color: var(--soft); padding-bottom: .5rem; max-width: 52rem; } th, td { text-align: left;
 vertical-align: top; padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line); } thead th {
 border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; } td:last-child, th:last-child
 { padding-right: 0; } .number { text-align: right; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.verdict { font-weight: 600; white-space: nowrap; } .verdict.yes { color: var(--yes); } .verdict.part { color: var(--part); }
+.verdict { font-weight: 600; white-space: nowrap; }
+.verdict.yes { color: var(--yes); } .verdict.part { color: var(--part); }
 .verdict.no { color: var(--no); } .verdict.none { color: var(--none); font-weight: 400; } figure { margin:
 1.5rem 0; } figure img { display: block; width: 100%; height: auto; } figcaption { color: var(--soft);
 font-size: .92rem; max-width: 52rem; margin-top: .5rem; } @media print {

@@ -1,17 +1,20 @@
-"""Run folders in closed form, so that every quantity of the report has an exact value."""
+"""Runs in closed form, as folders and as measured, so that every quantity of the report has an exact value."""
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fastent.experiments.quantities import Levels, MeasuredRun, Trajectory, summarize_run
 from fastent.train.presets import preset
 from fastent.train.runs import Job
 
 EVERY = 50
 T_MEM = 300
+ENVIRONMENT = {"torch": "2.0", "cpu": "an <b>old</b> one & slow | `loud`"}
 
 
 def entropy_at(step: int, seed: int) -> float:
@@ -19,13 +22,13 @@ def entropy_at(step: int, seed: int) -> float:
     return round(0.85 - 0.01 * min(max(0, step - 500) // EVERY, 30) + 0.01 * seed, 10)
 
 
-def row_at(step: int, seed: int, t_grok: int) -> dict[str, object]:
+def row_at(step: int, seed: int, t_grok: int | None) -> dict[str, object]:
     return {
         "step": step,
         "train_loss": 1.0 / (1 + step),
         "train_accuracy": min(1.0, step / T_MEM),
         "test_loss": 2.0,
-        "test_accuracy": 1.0 if step >= t_grok else 0.25 if step >= t_grok - 200 else 0.0,
+        "test_accuracy": 1.0 if t_grok is not None and step >= t_grok else 0.25,
         "parameter_norm": 120.0 - step / 100,
         "entropy": entropy_at(step, seed),
         "entropy_status": "ok",
@@ -38,43 +41,63 @@ def write_run(
     out: Path,
     seed: int,
     *,
-    t_grok: int = 1500,
+    t_grok: int | None = 1500,
     last_step: int = 2500,
     done: bool = True,
     experiment: str = "e1",
-    condition: str = "baseline",
-    environment: dict[str, object] | None = None,
 ) -> Path:
-    job = Job(experiment, condition, preset("quick", task="add"), (0, 1, 2))
+    job = Job(experiment, "baseline", preset("quick", task="add", evaluate_every=EVERY), (0, 1, 2))
     folder = out / job.run_name(seed)
     folder.mkdir(parents=True)
     config = {
         "schema_version": 1,
         "experiment": experiment,
-        "condition": condition,
+        "condition": "baseline",
         "seed": seed,
         "stack": [0, 1, 2],
-        "config": json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(job.config, evaluate_every=EVERY)))),
+        "config": dataclasses.asdict(job.config),
     }
     (folder / "config.json").write_text(json.dumps(config))
-    if environment is not None:
-        (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
     lines = [json.dumps(row_at(step, seed, t_grok)) + "\n" for step in range(0, last_step + 1, EVERY)]
     (folder / "metrics.jsonl").write_text("".join(lines))
     if done:
-        (folder / "DONE").write_text(json.dumps({"schema_version": 1, "steps": last_step, "reason": "grokked"}))
+        (folder / "DONE").write_text(
+            json.dumps({"schema_version": 1, "steps": last_step, "reason": "grokked"})
+        )
     return folder
-
-
-@pytest.fixture
-def three_runs(tmp_path: Path) -> Path:
-    """Seeds 0, 1, 2, grokked at 1,500, 1,600 and 1,700, with H* 0.65, 0.64 and 0.63."""
-    out = tmp_path / "runs"
-    for seed in range(3):
-        write_run(out, seed, t_grok=1500 + 100 * seed, environment={"torch": "2.0", "cpu": "an <b>old</b> one & slow"})
-    return out
 
 
 @pytest.fixture
 def writer() -> Callable[..., Path]:
     return write_run
+
+
+@pytest.fixture
+def three_runs(tmp_path: Path) -> Path:
+    """Seeds 0, 1, 2, grokked at 1,500, 1,600 and 1,700, with H* 0.65, 0.64 and 0.63."""
+    for seed in range(3):
+        write_run(tmp_path / "runs", seed, t_grok=1500 + 100 * seed)
+    return tmp_path / "runs"
+
+
+def measured(
+    entropy: Sequence[float], test: Sequence[float], *, seed: int = 0, every: int = 100, t_mem: int = 0
+) -> MeasuredRun:
+    step = every * np.arange(len(entropy))
+    trajectory = Trajectory(
+        step,
+        np.where(step >= t_mem, 1.0, 0.0),
+        np.array(test, dtype=float),
+        np.array(entropy, dtype=float),
+        np.full(len(entropy), 10.0),
+    )
+    levels = Levels(0.99, 0.99)
+    return MeasuredRun(
+        f"seed{seed}", seed, True, every, levels, trajectory, summarize_run(trajectory, levels)
+    )
+
+
+@pytest.fixture
+def measure() -> Callable[..., MeasuredRun]:
+    return measured

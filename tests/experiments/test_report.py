@@ -1,0 +1,149 @@
+"""The written report: complete, self-contained, repeatable, and honest about what is not there."""
+
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from fastent.experiments.report import write_report
+from fastent.train.errors import RunError
+
+
+class Cells(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.cells, self.references, self.tags, self.inside = [], [], set(), False
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.references += [value for key, value in attrs if key in ("src", "srcset", "href")]
+        if tag == "td":
+            self.inside = True
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "td"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.cells[-1] += data
+
+
+def parse(path):
+    parser = Cells()
+    parser.feed(path.read_text(encoding="utf-8"))
+    parser.close()
+    return parser
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    from conftest import write_run
+
+    out = tmp_path_factory.mktemp("written")
+    for seed in range(3):
+        write_run(out / "runs", seed, t_grok=1500 + 100 * seed)
+    return out / "runs", write_report(out / "runs", out / "report")
+
+
+def test_page_holds_the_numbers_of_its_runs_and_the_verdicts(written):
+    cells = parse(written[1]).cells
+    for value in (
+        "1,500",
+        "1,600",
+        "1,700",
+        "0.635",
+        "0.630 to 0.650",
+        "−100",
+        "not reproduced",
+        "other setting",
+    ):
+        assert value in cells
+    assert "0 of 3 runs (95 % CI 0 % to 71 %); lead −50 steps (95 % CI −100 to 0; n = 3)" in cells
+
+
+def test_page_is_self_contained(written):
+    page = parse(written[1])
+    assert len([r for r in page.references if r.startswith("data:image/svg+xml;base64,")]) == 10
+    assert all(r.startswith(("data:", "#")) for r in page.references)
+    assert "script" not in page.tags
+    assert re.findall(r"https?://", written[1].read_text()) == []
+
+
+def test_text_from_files_is_escaped(written):
+    page = written[1].read_text()
+    assert "an <b>old</b>" not in page
+    assert "an &lt;b&gt;old&lt;/b&gt; one &amp; slow" in page
+
+
+def test_the_same_runs_give_the_same_bytes_and_are_left_alone(written):
+    runs, page = written
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*")}
+    first = page.read_bytes(), (page.parent / "report.md").read_bytes()
+    write_report(runs, page.parent)
+    assert (page.read_bytes(), (page.parent / "report.md").read_bytes()) == first
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*")} == before
+    assert not list(page.parent.rglob("*.tmp"))
+
+
+def test_markdown_says_the_same_and_its_figures_lie_beside_it(written):
+    text = (written[1].parent / "report.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((figures/[^)]+)\)", text)
+    assert len(links) == 5
+    for link in links:
+        assert (written[1].parent / link).read_text().startswith("<svg")
+    assert "| 0 | 300 | 1,500 | 1,500 | 0.635 | 1,600 | −100 | – | – | 2,500 |" in text
+
+
+def test_what_was_not_run_is_shown_as_not_run(written):
+    cells = parse(written[1]).cells
+    assert cells.count("not run: this version has no analysis of it") == 7
+    assert "3 of 3" in cells
+
+
+def test_page_gives_the_commands_and_the_settings_with_their_source(written):
+    runs, page = written
+    text = page.read_text()
+    assert f"fastent run e1 --preset quick --seeds 0-2 --out {runs}" in text
+    assert f"fastent report {runs} --out {page.parent}" in text
+    cells = parse(page).cells
+    assert "paper, Appendix A" in cells
+    assert "quick" in cells
+
+
+def test_corrections_hold_the_first_order_loss_and_the_dead_score(written):
+    text = written[1].read_text()
+    for value in ("−0.990", "−0.939", "−0.896", "−0.886"):
+        assert value in parse(written[1]).cells
+    assert "constant rows score 1.000 by the paper" in text
+
+
+def test_incomplete_failed_and_unknown_runs_are_listed_and_not_counted(written, tmp_path, writer):
+    runs = tmp_path / "runs"
+    shutil.copytree(written[0], runs)
+    writer(runs, 3, done=False)
+    failed = writer(runs, 4, done=False)
+    (failed / "FAILED").write_text('{"attempts": 2, "reason": "killed by signal 9"}')
+    writer(runs, 0, experiment="e99")
+    cells = parse(write_report(runs, tmp_path / "report")).cells
+    assert "not complete: step 2,500" in cells
+    assert "failed at step 2,500: killed by signal 9" in cells
+    assert "reported from its complete runs" in cells
+    assert "unknown to this version" in cells
+    assert "0 of 3 runs (95 % CI 0 % to 71 %); lead −50 steps (95 % CI −100 to 0; n = 3)" in cells
+
+
+def test_without_a_complete_run_the_page_says_so(tmp_path, writer):
+    writer(tmp_path / "runs", 0, done=False)
+    page = write_report(tmp_path / "runs", tmp_path / "report").read_text()
+    assert "No experiment has a complete run yet" in page
+    assert "no complete run" in page
+
+
+def test_a_folder_without_runs_is_refused_by_name(tmp_path):
+    with pytest.raises(RunError, match="holds no run folder"):
+        write_report(tmp_path, tmp_path / "report")
+    with pytest.raises(RunError, match="is not a folder"):
+        write_report(tmp_path / "nowhere", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
