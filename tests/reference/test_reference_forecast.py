@@ -2,6 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
+
 from fastent.reference.forecast import (
     entropy_paper,
     entropy_power,
@@ -14,9 +18,6 @@ from fastent.reference.forecast import (
     remaining_power,
     remaining_repaired,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.integrate import solve_ivp
 
 H0, H_STAR = 0.9, 0.605
 
@@ -86,6 +87,7 @@ def test_power_law_accelerates_only_for_gamma_above_1_and_relaxation_always_slow
         assert (np.diff(h, 2) > 0).all()
 
 
+@settings(deadline=None)
 @given(
     h_star=st.floats(0.2, 0.8), below=st.floats(1e-3, 0.2), gap=st.floats(1e-4, 0.2), k=st.floats(1e-5, 1e-2)
 )

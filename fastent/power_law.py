@@ -1,0 +1,282 @@
+"""The power law of the remaining time: ``T_grok - t = C1 (H(t) - H*)^gamma + C2`` (the paper's equation 2).
+
+Least squares over all (t, H(t), T_grok) with ``t < T_grok`` and ``H(t) > H*`` of the runs that grokked, with C1
+and C2 not negative. H* is their mean entropy at ``T_grok``, fixed inside a fit.
+
+Evaluations of one run share its ``T_grok`` and are far from independent, so whatever measures uncertainty here
+leaves out whole runs. A law describes the runs that grok: it does not say whether a run will.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastent.history import LEVEL, Array, History, Interval, mean_interval
+from fastent.triples import Solution, Triples, fit_line, solve
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """``remaining = c1 (H - h_star)^gamma + c2`` in steps, and how far to trust it.
+
+    `fit` makes one from runs. One made by hand forecasts too, but without an interval.
+
+    Attributes
+    ----------
+    c1 : float
+        Steps that remain beyond `c2` at a gap of 1.
+    gamma : float
+        Exponent. Above 1 the law implies that H falls ever faster; see `fastent.reference.forecast`.
+    c2 : float
+        Steps that remain when H crosses H*; never negative.
+    h_star : float
+        Threshold on the normalised entropy.
+    r_squared : float, optional
+        Share of the remaining time's variance that the law explains on the runs it was fitted to. The clock
+        explains much of it too: compare with `leave_one_run_out`.
+    gamma_without_c2, r_squared_without_c2 : float, optional
+        The best law with c2 = 0: when its `r_squared` is as good, the runs do not determine c2.
+    intervals : mapping of str to (low, high) or None
+        Of "c1", "gamma", "c2", "h_star" and "r_squared" at `level`; None where the runs do not determine the
+        parameter (gamma ended at a bound of its search, or c1 at 0, with all runs or with one left out).
+    correlations : mapping of str to float or None
+        Of the estimates "log c1, log gamma", "log c1, c2" and "log gamma, c2" as runs are left out; near 1 or
+        -1 the parameters trade against each other and only their combination is known.
+    gap_range : (low, high)
+        Gaps ``H - h_star`` that the fit has seen; `predict_grok_time` goes a tenth of the width beyond.
+    residual : (steps, share), optional
+        Standard deviation of a new run's residual: ``hypot(steps, share * remaining)``.
+    n_points, n_runs : int
+        Evaluations and runs in the fit.
+    level : float
+        Confidence of `intervals` and of forecasts.
+
+    Raises
+    ------
+    ValueError
+        If c1 or c2 is negative, gamma not positive, `h_star` outside [0, 1), or one of them not finite.
+
+    Notes
+    -----
+    Intervals are the delete-one-run jackknife's, with Student's t on n - 1 degrees of freedom, of log c1, log
+    gamma, c2 (fitted without its sign, then cut at 0), h_star (a mean) and -log(1 - r_squared). A resample of few runs
+    repeats some of them and fits the rest too well: over 100 draws of 4 and of 10 simulated runs, of four kinds,
+    a nominal 95 % of the percentile bootstrap over runs covered the true r_squared in 35 to 81 %, even when
+    widened for few runs, the jackknife in 86 to 97 %; gamma in 65 to 95 % against 88 to 98 %.
+
+    The residual's spread comes from leaving out each run, H* included: squared residuals, each run with the
+    same weight, are fitted by ``steps^2 + share^2 remaining^2`` with both terms not negative. In the same
+    simulations forecasts at 95 % held the truth in 95 to 99 % of evaluations of a new run.
+
+    References
+    ----------
+    arXiv 2604.13123, equation 2 and Section 8. Golub and Pereyra, "The differentiation of pseudo-inverses and
+    nonlinear least squares problems whose variables separate", 1973.
+
+    Examples
+    --------
+    >>> law = PowerLaw(c1=40_000.0, gamma=2.0, c2=500.0, h_star=0.6)
+    >>> law.remaining([0.7, 0.6, 0.5]).round(6)
+    array([900., 500.,  nan])
+    """
+
+    c1: float
+    gamma: float
+    c2: float
+    h_star: float
+    r_squared: float | None = None
+    gamma_without_c2: float | None = None
+    r_squared_without_c2: float | None = None
+    intervals: Mapping[str, Interval | None] = field(default_factory=dict)
+    correlations: Mapping[str, float | None] = field(default_factory=dict)
+    gap_range: Interval = (0.0, 1.0)
+    residual: tuple[float, float] | None = None
+    n_points: int = 0
+    n_runs: int = 0
+    level: float = LEVEL
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (self.c1, self.gamma, self.c2, self.h_star))):
+            raise ValueError(f"c1, gamma, c2 and h_star must be finite; got {self}")
+        if self.c1 < 0 or self.c2 < 0 or self.gamma <= 0:
+            raise ValueError(f"c1 and c2 must not be negative and gamma must be positive; got {self}")
+        if not 0 <= self.h_star < 1:
+            raise ValueError(f"h_star is a normalised entropy, in [0, 1); got {self.h_star}")
+
+    @classmethod
+    def fit(cls, histories: Sequence[History], *, level: float = LEVEL) -> Self:
+        """Fit the law to the runs that grokked.
+
+        Parameters
+        ----------
+        histories : sequence of History
+            One per seed, at least three with `t_grok` and a usable entropy there; the others take no part.
+        level : float
+            Confidence of the intervals and of the forecasts, in (0, 1).
+
+        Raises
+        ------
+        ValueError
+            If fewer than three runs can be used, or with one of them left out fewer than three different gaps
+            above H* remain.
+        """
+        triples = Triples.of(histories)
+        n = len(triples.origin)
+        if n < 3:
+            raise ValueError(
+                f"a power law needs at least 3 runs that grokked with a usable entropy there; got {n} of "
+                f"{len(histories)} runs: with fewer its error cannot be estimated"
+            )
+        everyone = np.ones(n, dtype=bool)
+        others = ~np.eye(n, dtype=bool)
+        best = solve(triples, everyone)
+        folds = [solve(triples, used) for used in others]
+        # At its bound of 0 the constrained c2 does not vary and would look certain.
+        free = solve(triples, everyone, c2="free").c2
+        free_folds = [solve(triples, used, c2="free").c2 for used in others]
+        without = solve(triples, everyone, c2="zero")
+        intervals = {
+            "c1": _student(best.c1, [fold.c1 for fold in folds], level, np.log, math.exp),
+            "gamma": _student(best.gamma, [fold.gamma for fold in folds], level, np.log, math.exp),
+            "c2": _student(free, free_folds, level, back=lambda x: max(x, 0.0)),
+            "h_star": mean_interval(triples.entropy_at_grok, level),
+            "r_squared": _student(
+                best.r_squared, [fold.r_squared for fold in folds], level, _unexplained, _explained
+            ),
+        }
+        if not all(fold.determined for fold in (best, *folds)):
+            intervals["c1"] = intervals["gamma"] = None
+        return cls(
+            c1=best.c1,
+            gamma=best.gamma,
+            c2=best.c2,
+            h_star=best.h_star,
+            r_squared=best.r_squared,
+            gamma_without_c2=without.gamma,
+            r_squared_without_c2=without.r_squared,
+            intervals=intervals,
+            correlations=_correlations(folds, free_folds),
+            gap_range=best.gap_range,
+            residual=_residual(triples, folds),
+            n_points=best.n_points,
+            n_runs=n,
+            level=level,
+        )
+
+    def remaining(self, h: ArrayLike) -> Array:
+        """Return the steps until grokking at normalised entropies `h`; NaN below `h_star`."""
+        gap = np.asarray(h, dtype=np.float64) - self.h_star
+        steps: Array = self.c1 * np.where(gap >= 0, gap, np.nan) ** self.gamma + self.c2
+        return steps
+
+    def half_width(self, remaining: float) -> float | None:
+        """Half the prediction interval of a new run at `level`, in steps; None without `residual`.
+
+        Student's t on n_runs - 1 degrees of freedom times the residual's standard deviation: runs count, not
+        evaluations.
+        """
+        if self.residual is None or self.n_runs < 2:
+            return None
+        from scipy.special import stdtrit
+
+        steps, share = self.residual
+        return -float(stdtrit(self.n_runs - 1, (1 - self.level) / 2)) * math.hypot(steps, share * remaining)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionary for JSON; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Law from what `as_dict` gave, also by way of JSON, which turns tuples into lists."""
+        intervals = {k: None if v is None else tuple(v) for k, v in values["intervals"].items()}
+        residual = values["residual"]
+        changes = {
+            "intervals": intervals,
+            "gap_range": tuple(values["gap_range"]),
+            "residual": None if residual is None else tuple(residual),
+        }
+        return cls(**{**values, **changes})
+
+
+def profile_gamma(histories: Sequence[History], gammas: ArrayLike) -> Array:
+    """R^2 of the best law at each of `gammas` (m,), C1 and C2 fitted anew: the profile likelihood of gamma.
+
+    A flat top means that the runs do not determine gamma.
+
+    Raises
+    ------
+    ValueError
+        If no run can be used, or they hold fewer than three different gaps.
+    """
+    triples = Triples.of(histories)
+    if not triples.origin:
+        raise ValueError(f"none of {len(histories)} runs grokked with a usable entropy there")
+    everyone = np.ones(len(triples.origin), dtype=bool)
+    return np.array([solve(triples, everyone, gamma=float(g)).r_squared for g in np.ravel(gammas)])
+
+
+def _student(
+    value: float,
+    left_out: Sequence[float],
+    level: float,
+    transform: Callable[[Any], Any] = lambda x: x,
+    back: Callable[[float], float] = lambda x: x,
+) -> Interval | None:
+    """Delete-one-run jackknife interval on a transformed scale."""
+    from scipy.special import stdtrit
+
+    with np.errstate(divide="ignore"):
+        replicates, centre = transform(np.array(left_out)), float(transform(value))
+    n = len(replicates)
+    if not (np.isfinite(replicates).all() and math.isfinite(centre)):
+        return None
+    width = -stdtrit(n - 1, (1 - level) / 2) * math.sqrt((n - 1) * float(replicates.var()))
+    return float(back(centre - width)), float(back(centre + width))
+
+
+def _unexplained(r_squared: Any) -> Any:
+    # Rounding leaves a perfect fit at 1 - 1e-16.
+    return -np.log(np.maximum(1 - r_squared, 1e-15))
+
+
+def _explained(x: float) -> float:
+    return max(-math.expm1(-x), 0.0)
+
+
+def _correlations(folds: Sequence[Solution], c2: Sequence[float]) -> dict[str, float | None]:
+    with np.errstate(divide="ignore"):
+        columns = {
+            "log c1": np.log([fold.c1 for fold in folds]),
+            "log gamma": np.log([fold.gamma for fold in folds]),
+            "c2": np.array(c2),
+        }
+    names = list(columns)
+    pairs = [(names[i], names[j]) for i in range(3) for j in range(i + 1, 3)]
+    return {f"{a}, {b}": _correlation(columns[a], columns[b]) for a, b in pairs}
+
+
+def _correlation(a: Array, b: Array) -> float | None:
+    if not (np.isfinite(a).all() and np.isfinite(b).all()) or a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _residual(triples: Triples, folds: Sequence[Solution]) -> tuple[float, float]:
+    """Fit the squared residuals of left-out runs; `PowerLaw.residual`."""
+    squares, predicted, weights = [], [], []
+    for i, fold in enumerate(folds):
+        own = (triples.run == i) & (triples.entropy > fold.h_star)
+        steps = fold.remaining(triples.entropy[own])
+        squares.append((triples.remaining[own] - steps) ** 2)
+        predicted.append(steps**2)
+        weights.append(np.full(len(steps), 1 / max(len(steps), 1)))
+    share, steps, _ = fit_line(*map(np.concatenate, (predicted, squares, weights)))
+    return math.sqrt(float(steps)), math.sqrt(float(share))

@@ -1,0 +1,188 @@
+"""The fitted law against planted ones, its intervals against their level, and what it says when it cannot know."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planted_runs import H_STAR, planted_runs
+from scipy import stats
+
+from fastent.history import History
+from fastent.power_law import PowerLaw, profile_gamma
+from fastent.reference.forecast import remaining_power
+
+NOISY = {"scale": 0.15, "offset": 0.01, "noise": 0.002}
+
+
+@pytest.mark.parametrize("gamma", [0.7, 1.0, 1.65, 3.0])
+@pytest.mark.parametrize("c2", [0.0, 700.0])
+def test_a_planted_law_is_recovered(gamma, c2):
+    runs = planted_runs(4, gamma=gamma, c2=c2)
+    law = PowerLaw.fit(runs)
+    # H* is known and nothing is noisy; what is left is the end of the search in log gamma, 1e-9.
+    assert law.h_star == H_STAR
+    assert law.gamma == pytest.approx(gamma, rel=1e-6)
+    assert law.c1 == pytest.approx(40_000.0, rel=1e-5)
+    assert law.c2 == pytest.approx(c2, abs=0.01)
+    assert law.r_squared == pytest.approx(1, abs=1e-9)
+    assert (law.n_runs, law.n_points) == (4, sum(int((run.entropy > H_STAR).sum()) for run in runs))
+    gaps = np.concatenate([run.entropy[run.entropy > H_STAR] - H_STAR for run in runs])
+    assert law.gap_range == (gaps.min(), gaps.max())
+
+
+@settings(deadline=None)
+@given(
+    gamma=st.floats(0.1, 5),
+    c1=st.floats(0, 1e6),
+    c2=st.floats(0, 1e4),
+    h_star=st.floats(0, 0.99),
+    h=st.floats(0, 1),
+)
+def test_remaining_time_is_the_references(gamma, c1, c2, h_star, h):
+    law = PowerLaw(c1, gamma, c2, h_star)
+    expected = remaining_power(h, h_star=h_star, c1=c1, gamma=gamma, c2=c2)
+    assert law.remaining(h) == pytest.approx(expected, rel=1e-13, nan_ok=True)
+
+
+def test_intervals_cover_the_truth_at_their_level():
+    # What a fit to very many runs finds: noise in H biases all fits alike.
+    truth = PowerLaw.fit(planted_runs(60, rng=np.random.default_rng(1), **NOISY))
+    rng = np.random.default_rng(2)
+    laws = [PowerLaw.fit(planted_runs(6, rng=rng, **NOISY)) for _ in range(80)]
+    # 95 % less three binomial standard deviations; R^2 is skewed even in log(1 - R^2).
+    for name, least in (("c1", 0.87), ("gamma", 0.87), ("c2", 0.87), ("h_star", 0.87), ("r_squared", 0.8)):
+        ends = np.array([law.intervals[name] for law in laws])
+        points = np.array([getattr(law, name) for law in laws])
+        assert ((ends[:, 0] <= points) & (points <= ends[:, 1])).all(), name
+        assert (
+            np.mean((ends[:, 0] <= getattr(truth, name)) & (getattr(truth, name) <= ends[:, 1])) >= least
+        ), name
+    # Not by being endless: they know gamma to a factor.
+    assert np.median([np.ptp(np.log(law.intervals["gamma"])) for law in laws]) < math.log(2)
+
+
+def test_intervals_and_correlations_are_the_jackknife_over_runs():
+    runs = planted_runs(6, rng=np.random.default_rng(3), **NOISY)
+    law = PowerLaw.fit(runs)
+    parts = [PowerLaw.fit(runs[:i] + runs[i + 1 :]) for i in range(6)]
+    log_gamma = np.log([part.gamma for part in parts])
+    width = stats.t.ppf(0.975, 5) * math.sqrt(5 / 6 * ((log_gamma - log_gamma.mean()) ** 2).sum())
+    assert np.log(law.intervals["gamma"]) == pytest.approx(math.log(law.gamma) + np.array([-width, width]))
+    at_grok = [run.entropy_at_grok for run in runs]
+    student = stats.t.interval(0.95, 5, np.mean(at_grok), stats.sem(at_grok))
+    assert law.intervals["h_star"] == pytest.approx(student, rel=1e-9)
+    together = np.corrcoef(np.log([part.c1 for part in parts]), log_gamma)[0, 1]
+    assert law.correlations["log c1, log gamma"] == pytest.approx(together, rel=1e-6)
+
+
+def test_evaluating_each_run_more_often_does_not_make_the_law_surer():
+    ratios = []
+    for seed in range(4):
+        often = planted_runs(6, every=50, rng=np.random.default_rng(seed), scale=0.15, offset=0.01)
+        seldom = [History(run.step[::-9][::-1], run.entropy[::-9][::-1], run.t_grok) for run in often]
+        widths = [np.ptp(np.log(PowerLaw.fit(runs).intervals["gamma"])) for runs in (often, seldom)]
+        ratios.append(widths[0] / widths[1])
+    # Resampling evaluations would claim a third of the width for nine times as many.
+    assert np.mean(ratios) > 0.7
+
+
+def test_without_c2_the_fit_is_as_good_only_where_none_was_planted():
+    zero = PowerLaw.fit(planted_runs(5, c2=0.0))
+    assert zero.r_squared_without_c2 == pytest.approx(zero.r_squared, abs=1e-9)
+    assert zero.gamma_without_c2 == pytest.approx(zero.gamma, rel=1e-6)
+    large = PowerLaw.fit(planted_runs(5, c2=3_000.0, gamma=3.0))
+    assert large.r_squared_without_c2 < large.r_squared - 0.01
+    low, high = large.intervals["c2"]
+    assert 0 < low <= 3_000.01
+    assert high >= 2_999.99
+
+
+def test_profile_peaks_at_the_fitted_gamma():
+    runs = planted_runs(5, rng=np.random.default_rng(5), **NOISY)
+    law = PowerLaw.fit(runs)
+    below, at, above = profile_gamma(runs, [law.gamma / 1.5, law.gamma, law.gamma * 1.5])
+    assert at == pytest.approx(law.r_squared, rel=1e-12)
+    assert max(below, above) < at
+
+
+def test_parameters_that_the_runs_do_not_determine_have_no_interval():
+    # The entropy rises towards grokking: the best non-increasing law is a constant.
+    step = np.arange(0, 2001, 100)
+    runs = [History(step, np.append(0.7 + 1e-4 * step[:-1] + 0.001 * i, 0.6), 2000) for i in range(4)]
+    law = PowerLaw.fit(runs)
+    assert (law.c1, law.c2) == (0, pytest.approx(1050))
+    assert law.r_squared == pytest.approx(0, abs=1e-12)
+    assert law.intervals["c1"] is None
+    assert law.intervals["gamma"] is None
+    assert law.correlations["log c1, log gamma"] is None
+    # A step function of the entropy: gamma goes to the end of its search.
+    runs = [
+        History(step, np.where(step < 1000, 0.9, np.where(step < 2000, 0.89 + 1e-5 * i, 0.6)), 2000)
+        for i in range(4)
+    ]
+    assert PowerLaw.fit(runs).intervals["gamma"] is None
+
+
+def test_runs_that_did_not_grok_take_no_part_and_order_does_not_matter():
+    runs = planted_runs(5, rng=np.random.default_rng(6), **NOISY)
+    law = PowerLaw.fit(runs)
+    assert PowerLaw.fit([*runs, History([0, 200, 400], [0.9, 0.95, 0.99])]) == law
+    back = PowerLaw.fit(runs[::-1])
+    assert [back.c1, back.gamma, back.c2] == pytest.approx([law.c1, law.gamma, law.c2], rel=1e-6)
+    assert back.intervals["gamma"] == pytest.approx(law.intervals["gamma"], rel=1e-5)
+
+
+def test_time_in_other_units_scales_only_the_steps():
+    runs = planted_runs(5, rng=np.random.default_rng(7), **NOISY)
+    law = PowerLaw.fit(runs)
+    other = PowerLaw.fit([History(8 * run.step, run.entropy, 8 * run.t_grok) for run in runs])
+    assert [other.c1, other.c2, other.residual[0]] == pytest.approx(
+        [8 * law.c1, 8 * law.c2, 8 * law.residual[0]], rel=1e-6
+    )
+    assert [other.gamma, other.r_squared, other.residual[1]] == pytest.approx(
+        [law.gamma, law.r_squared, law.residual[1]], rel=1e-6
+    )
+
+
+def test_a_law_comes_back_from_json():
+    runs = planted_runs(5, rng=np.random.default_rng(8), **NOISY)
+    for law in (PowerLaw.fit(runs), PowerLaw(1.0, 2.0, 0.0, 0.5)):
+        assert PowerLaw.from_dict(json.loads(json.dumps(law.as_dict(), allow_nan=False))) == law
+
+
+def test_fewer_than_three_runs_that_grokked_are_refused():
+    with pytest.raises(ValueError, match=r"at least 3 runs that grokked.* got 2 of 3"):
+        PowerLaw.fit([*planted_runs(2), History([0, 200], [0.9, 0.8])])
+    with pytest.raises(ValueError, match="none of 0 runs"):
+        profile_gamma([], [1.0])
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        (-1.0, 1.0, 0.0, 0.5),
+        (1.0, 0.0, 0.0, 0.5),
+        (1.0, 1.0, -1.0, 0.5),
+        (1.0, 1.0, 0.0, 1.0),
+        (math.nan, 1.0, 0.0, 0.5),
+    ],
+)
+def test_a_law_that_forecasts_nonsense_is_refused(parameters):
+    with pytest.raises(ValueError, match=r"must|in \[0, 1\)"):
+        PowerLaw(*parameters)
+
+
+def test_importing_the_package_does_not_load_scipy():
+    program = (
+        "import fastent.forecast, fastent.diagnosis, sys\n"
+        "print([name for name in sys.modules if name.startswith('scipy')])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == "[]"
