@@ -38,9 +38,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             stack.enter_context(guard(modules))
         stack.enter_context(_random_states())
         stack.enter_context(_plain_layers())
-        stack.enter_context(
-            torch.no_grad()
-        )  # not inference_mode: what a forward pass keeps must stay trainable
+        # Not inference_mode: a tensor that the model keeps for later must be one that training can use.
+        stack.enter_context(torch.no_grad())
         yield
 
 

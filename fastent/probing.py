@@ -65,9 +65,8 @@ class Probe:
         samples = [t.shape[0] for t in tensors if t.ndim]
         if not samples:
             raise ValueError("the probe holds no tensor with a sample axis")
-        self.n = samples[0]
-        if self.n < (1 if rows_from_tokens else 2):
-            raise ValueError(f"a covariance needs at least 2 samples; the probe has N = {self.n}")
+        if samples[0] < (1 if rows_from_tokens else 2):
+            raise ValueError(f"a covariance needs at least 2 samples; the probe has N = {samples[0]}")
         self._marks = [_mark(t) for t in tensors]
         self.digest = self._hash()
 
@@ -152,10 +151,9 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, str]
     for wanted in [layers] if isinstance(layers, str) else layers:
         if not isinstance(wanted, str):
             raise TypeError(f"layers takes names; got {type(wanted).__name__} among them")
-        if wanted in paths:
-            matches = [wanted]
-        else:
-            matches = [name for name in once if fnmatch.fnmatchcase(name, wanted)]
+        matches = (
+            [wanted] if wanted in paths else [name for name in once if fnmatch.fnmatchcase(name, wanted)]
+        )
         if not matches:
             close = difflib.get_close_matches(wanted, list(paths), n=3)
             names = ", ".join(map(repr, close or list(once)[:10])) or "no submodules"
@@ -219,8 +217,7 @@ def reduce_activations(
         handles = []
         try:
             for name, path in layers.items():
-                module = plain_module(model.get_submodule(path))
-                handles.append(module.register_forward_hook(hook_for(name)))
+                handles.append(model.get_submodule(path).register_forward_hook(hook_for(name)))
             model(*probe.args, **probe.kwargs)
         finally:
             for handle in handles:

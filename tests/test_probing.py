@@ -446,6 +446,15 @@ def test_an_fsdp2_model_trains_to_the_same_bits_with_a_probe_before_and_after_ea
     assert not hasattr(net.first.weight, "full_tensor")
 
 
+def test_activations_that_are_spread_over_ranks_are_gathered(process_group: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, x = init_device_mesh("cpu", (1,)), inputs()
+    record = Monitor(Net(), x, lambda net, probe: distribute_tensor(probe, mesh, [Shard(0)])).step(0)[0]
+    assert record.normalized == spectral_entropy(x).normalized
+
+
 def test_of_a_sharded_model_rank_0_alone_records_and_the_others_run_the_pass(
     process_group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
