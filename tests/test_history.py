@@ -1,4 +1,4 @@
-"""A run's history, H* from several, and the robust helpers they share."""
+"""A run's history, H* from several, and the trend that one wild evaluation does not move."""
 
 import math
 
