@@ -87,6 +87,8 @@ def _check_kind(h: Tensor) -> None:
         raise TypeError(
             "h is a meta or fake tensor: it has a shape but no data; run the model on real tensors"
         )
+    if h.is_nested:
+        raise TypeError("h is a nested tensor: use h.values(), whose rows are its tokens")
     if h.layout != torch.strided:
         raise TypeError(f"h must be dense; got layout {h.layout}: use h.to_dense()")
     if h.is_quantized:

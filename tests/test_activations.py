@@ -71,6 +71,14 @@ def test_tensors_without_dense_data_are_type_errors_with_the_reason():
         spectral_entropy(torch.eye(4).to_sparse())
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_a_type_error(layout):
+    nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=layout)
+    with pytest.raises(TypeError, match="nested tensor"):
+        spectral_entropy(nested)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_quantised_tensors_are_a_type_error():
     quantised = torch.quantize_per_tensor(torch.randn(4, 3), 0.1, 0, torch.qint8)
