@@ -1,0 +1,177 @@
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+"""Gram matrix of the column-centred rows in float64, lower triangle: the smaller side when N < d.
+
+``G = Z Z^T * scale`` with ``z_n = (h_n - shift) - mean(h - shift)``, the shift as in `fastent.kernels.covariance`.
+Centring needs every row before the first product, and correcting afterwards would need the row sums of all of G;
+so the means come from a launch of their own, which reads `h` once: small beside the product, and the result has
+the accuracy of two passes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, plan
+from .tiles import (
+    OPTIONS,
+    column_shift,
+    finish_launch,
+    fold,
+    partials,
+    product_launch,
+    run,
+    strides,
+    tile_index,
+    widen,
+)
+
+# Rows and columns that one program of the column means holds at once.
+_ROWS, _COLUMNS, _WARPS = 128, 32, 8
+
+
+@triton.jit(do_not_specialize=["n", "blocks"])
+def _mean_kernel(
+    h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
+    mean_ptr,  # (batch, d) fp64 out
+    centre_ptr,  # (batch, 2, d) fp64 out: shift, and mean of what is left after it
+    n,
+    d,
+    h_batch,
+    h_row,
+    h_col,
+    blocks,  # blocks of columns
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = cols < d
+    h_ptr += batch * h_batch
+    shift = column_shift(h_ptr, n, cols, h_row, h_col, inside)
+    rows = tl.arange(0, ROWS)
+    at = h_ptr + rows.to(tl.int64)[:, None] * h_row + cols.to(tl.int64)[None, :] * h_col
+    stride = tl.full((), ROWS, tl.int64) * h_row
+    total = tl.zeros((ROWS, COLUMNS), tl.float64)
+    for _ in range(0, n, ROWS):
+        live = (rows < n)[:, None]
+        x = tl.load(at, mask=live & inside[None, :], other=0.0).to(tl.float64)
+        total += tl.where(live, x - shift[None, :], 0.0)
+        rows += ROWS
+        at += stride
+    rest = fold(total, ROWS, COLUMNS) / n.to(tl.float64)
+    tl.store(mean_ptr + batch * d + cols, shift + rest, mask=inside)
+    tl.store(centre_ptr + 2 * batch * d + cols, shift, mask=inside)
+    tl.store(centre_ptr + (2 * batch + 1) * d + cols, rest, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "tiles", "chunk"])
+def _gram_kernel(
+    h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
+    centre_ptr,  # (batch, 2, d) fp64: shift, and mean of what is left after it
+    lower_ptr,  # (batch, n, n) fp64 out, when there is one part
+    partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64 out, when there are parts
+    n,
+    d,
+    h_batch,
+    h_row,
+    h_col,
+    tiles,
+    chunk,  # columns of a part
+    scale: tl.float64,
+    EDGE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    tile = tl.program_id(0) % tiles
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    i, j = tile_index(tile)
+    rows_i = i * EDGE + tl.arange(0, EDGE)
+    rows_j = j * EDGE + tl.arange(0, EDGE)
+    in_i = rows_i < n
+    in_j = rows_j < n
+
+    start = part * chunk
+    stop = tl.minimum(start + chunk, d)
+    cols = start + tl.arange(0, STEP)
+    at_cols = h_ptr + batch * h_batch + cols.to(tl.int64)[None, :] * h_col
+    at_i = at_cols + rows_i.to(tl.int64)[:, None] * h_row
+    at_j = at_cols + rows_j.to(tl.int64)[:, None] * h_row
+    at_centre = centre_ptr + 2 * batch * d + cols
+    stride = tl.full((), STEP, tl.int64) * h_col
+    live = cols < stop
+    x_i = widen(tl.load(at_i, mask=in_i[:, None] & live[None, :], other=0.0))
+    x_j = widen(tl.load(at_j, mask=in_j[:, None] & live[None, :], other=0.0))
+    shift = tl.load(at_centre, mask=live, other=0.0)
+    rest = tl.load(at_centre + d, mask=live, other=0.0)
+    product = tl.zeros((EDGE, EDGE), tl.float64)
+    for _ in range(start, stop, STEP):
+        # Two subtractions: their sum is the mean rounded at the size of the offset, and that rounding would
+        # enter every entry to first order. Columns past the end are 0 - 0 - 0; rows past it are not stored.
+        z_i = (x_i.to(tl.float64) - shift[None, :]) - rest[None, :]
+        z_j = (x_j.to(tl.float64) - shift[None, :]) - rest[None, :]
+        cols += STEP
+        at_i += stride
+        at_j += stride
+        at_centre += STEP
+        live = cols < stop
+        next_i = tl.load(at_i, mask=in_i[:, None] & live[None, :], other=0.0)
+        next_j = tl.load(at_j, mask=in_j[:, None] & live[None, :], other=0.0)
+        shift = tl.load(at_centre, mask=live, other=0.0)
+        rest = tl.load(at_centre + d, mask=live, other=0.0)
+        product = tl.dot(z_i, tl.trans(z_j), product, out_dtype=tl.float64)
+        x_i = widen(next_i)
+        x_j = widen(next_j)
+
+    if parts == 1:
+        at = lower_ptr + (batch * n + rows_i[:, None]) * n + rows_j[None, :]
+        tl.store(at, product * scale, mask=in_i[:, None] & in_j[None, :])
+    else:
+        r = tl.arange(0, EDGE)
+        index = (batch * parts + part) * tiles + tile
+        tl.store(partial_ptr + index * EDGE * EDGE + r[:, None] * EDGE + r[None, :], product)
+
+
+def gram_launches(h: Tensor, lower: Tensor, mean: Tensor, scale: float) -> list[Launch]:
+    """Return the launches that turn `h` (batch, n, d) into `lower` (batch, n, n) and `mean` (batch, d), float64."""
+    batch, n, d = h.shape
+    cut = plan(n, d)
+    partial = partials(h, cut) if cut.parts > 1 else lower
+    centre = torch.empty((batch, 2, d), dtype=torch.float64, device=h.device)
+    blocks = -(-d // _COLUMNS)
+    means = Launch(
+        _mean_kernel,
+        (blocks * batch, 1),
+        (h, mean, centre, n, d, *strides(h), blocks, _ROWS, _COLUMNS),
+        {"num_warps": _WARPS, "num_stages": 1, **OPTIONS},
+    )
+    shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale, cut.tile.edge, cut.tile.step)
+    product = product_launch(_gram_kernel, h, cut, (h, centre, lower, partial, *shape))
+    if cut.parts == 1:
+        return [means, product]
+    return [means, product, finish_launch(partial, None, lower, None, n, cut, scale)]
+
+
+def gram(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Gram matrix of the column-centred rows: entry (n, m) is ``(h_n - mean) . (h_m - mean) * scale``.
+
+    It has the non-zero eigenvalues of `covariance` and is the smaller of the two when n < d.
+
+    Parameters
+    ----------
+    h : Tensor, shape (n, d) or (batch, n, d)
+        As in `covariance`.
+    scale : float, optional
+        Factor of the sum; 1 / n when left out.
+
+    Returns
+    -------
+    lower : Tensor, shape (n, n) or (batch, n, n), float64
+        The lower triangle in units of `h` squared. What stands above the diagonal has no meaning.
+    mean : Tensor, shape (d,) or (batch, d), float64
+        Column means.
+    """
+    return run(gram_launches, h, h.shape[-2], scale)

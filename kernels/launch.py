@@ -1,0 +1,80 @@
+"""Tile sizes and launch shapes, chosen from the shape of the input alone.
+
+Neither the batch size, nor the device, nor the dtype has a say: so the order of every sum, and with it every
+bit of the result, depends on the shape of one matrix and on nothing else. `fastent.kernels.compile` checks
+each entry ahead of time for spills, shared memory and matrix instructions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+# Programs to aim at: one on each multiprocessor of an H100 or H200 (132), in powers of two.
+_PROGRAMS = 128
+# A part of a split axis shorter than this costs more in its start than it wins by running beside the others.
+_SHORTEST_PART = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One entry of the launch table: an output tile and the way to walk to it."""
+
+    edge: int  # the output tile is edge x edge
+    step: int  # rows (columns, on the Gram side) taken per iteration
+    warps: int
+    stages: int = 1  # the kernels prefetch by hand: the compiler's pipelining stays off
+
+
+class Launch(NamedTuple):
+    """One kernel launch, as the launcher runs it and as the ahead-of-time compiler sees it."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Launch on the current device and stream."""
+        self.kernel[self.grid](*self.args, **self.options)
+
+
+# Largest edge of the result an entry serves, and the entry. 64 x 64 at 4 warps spills for float64 input under
+# triton 3.6 and 3.7, and so does a step of 32; 32 x 32 gives a small matrix enough tiles to fill the chip.
+TABLE: tuple[tuple[int | None, Tile], ...] = (
+    (256, Tile(edge=32, step=16, warps=4)),
+    (None, Tile(edge=64, step=16, warps=8)),
+)
+
+
+class Plan(NamedTuple):
+    """How the lower triangle of an m x m product over a summed axis is cut up."""
+
+    tile: Tile
+    tiles: int  # tiles on and below the diagonal
+    parts: int  # of the summed axis, each with its own partial sums
+    chunk: int  # length of a part, a multiple of `tile.step`
+
+
+def plan(m: int, length: int) -> Plan:
+    """Cut an m x m lower triangle, summed over `length` terms, into programs.
+
+    Parameters
+    ----------
+    m : int
+        Edge of the result: d on the covariance side, N on the Gram side.
+    length : int
+        Length of the summed axis: N on the covariance side, d on the Gram side.
+
+    Returns
+    -------
+    Plan
+        A function of (m, length) alone.
+    """
+    tile = next(entry for largest, entry in TABLE if largest is None or m <= largest)
+    across = -(-m // tile.edge)
+    tiles = across * (across + 1) // 2
+    wanted = max(1, min(_PROGRAMS // tiles, length // _SHORTEST_PART))
+    steps = -(-length // tile.step)
+    chunk = -(-steps // wanted) * tile.step
+    return Plan(tile, tiles, -(-length // chunk), chunk)

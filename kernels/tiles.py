@@ -1,0 +1,161 @@
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+"""What the covariance and the Gram kernel share: tiles, exact shifts, sums in a fixed order, the end of a split.
+
+Every sum has a fixed order. The products go through `tl.dot` step by step. Column sums are kept one for each
+row of a step and folded by halves at the end: `tl.sum` would add in an order that follows the register
+layout, and that follows the strides of the input. Where the summed axis is split, each part writes its
+partial sums and a second launch adds them, in a fixed order too. No atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, Plan
+
+# No fused multiply-add outside the products: the bits then do not hang on what a compiler chooses to contract.
+OPTIONS = {"enable_fp_fusion": False}
+# Parts added at once, and elements a program takes, where the parts of a split axis are added.
+_GROUP, _ELEMENTS = 8, 256
+
+
+@triton.jit
+def tile_index(tile):
+    """Row and column of a tile from its number, counted along the rows of a lower triangle."""
+    i = 0
+    j = tile
+    while j > i:  # exact for any number, where a float square root is not
+        j -= i + 1
+        i += 1
+    return i, j
+
+
+@triton.jit
+def fold(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum over the rows of x (ROWS, COLUMNS), halves onto each other: the same order in every layout."""
+    LEVELS: tl.constexpr = ROWS.bit_length() - 2
+    for level in tl.static_range(LEVELS):
+        halves = tl.permute(tl.reshape(x, (2, ROWS >> (level + 1), COLUMNS)), (1, 2, 0))
+        first, second = tl.split(halves)
+        x = first + second
+    return tl.sum(x, axis=0)  # two rows are left, and two terms have one order
+
+
+@triton.jit
+def widen(x):
+    """16-bit values as float32, exactly: triton 3.6 and 3.7 cannot trace a float64 dot to a 16-bit value."""
+    if x.dtype.primitive_bitwidth < 32:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def column_shift(h_ptr, n, cols, h_row, h_col, mask):
+    """Median of the first, middle and last entry of the columns."""
+    first = h_ptr + cols.to(tl.int64) * h_col
+    a = tl.load(first, mask=mask, other=0.0).to(tl.float64)
+    b = tl.load(first + (n // 2).to(tl.int64) * h_row, mask=mask, other=0.0).to(tl.float64)
+    c = tl.load(first + (n - 1).to(tl.int64) * h_row, mask=mask, other=0.0).to(tl.float64)
+    median = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+    # A maximum over one row changes nothing, but stops triton 3.6 and 3.7 at it (see widen).
+    return tl.max(median[None, :], axis=0)
+
+
+@triton.jit(do_not_specialize=["n", "m", "tiles", "parts"])
+def _finish_kernel(
+    partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64
+    sums_ptr,  # (batch, parts, m) fp64: sum of y; None on the Gram side, where nothing is left to subtract
+    lower_ptr,  # (batch, m, m) fp64 out
+    mean_ptr,  # (batch, m) fp64, shift in and mean out; None on the Gram side
+    n,
+    m,
+    tiles,
+    parts,
+    scale: tl.float64,
+    EDGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    tile = tl.program_id(0) % tiles
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    i, j = tile_index(tile)
+    element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
+    row = i * EDGE + element // EDGE
+    col = j * EDGE + element % EDGE
+    inside = (row < m) & (col < m)
+    group = tl.arange(0, GROUP)
+    product = tl.zeros((GROUP, ELEMENTS), tl.float64)
+    sum_i = tl.zeros((GROUP, ELEMENTS), tl.float64)
+    sum_j = tl.zeros((GROUP, ELEMENTS), tl.float64)
+    for first in range(0, parts, GROUP):
+        part = (first + group)[:, None]
+        mask = (part < parts) & inside[None, :]
+        index = batch * parts + part
+        at = partial_ptr + (index * tiles + tile) * EDGE * EDGE + element[None, :]
+        product += tl.load(at, mask=mask, other=0.0)
+        if sums_ptr is not None:
+            sum_i += tl.load(sums_ptr + index * m + row[None, :], mask=mask, other=0.0)
+            sum_j += tl.load(sums_ptr + index * m + col[None, :], mask=mask, other=0.0)
+    result = fold(product, GROUP, ELEMENTS)
+    if sums_ptr is not None:
+        count = n.to(tl.float64)
+        mean_i = fold(sum_i, GROUP, ELEMENTS) / count
+        mean_j = fold(sum_j, GROUP, ELEMENTS) / count
+        result -= (mean_i * mean_j) * count
+        at_mean = mean_ptr + batch * m + row
+        owner = inside & (row == col)
+        tl.store(at_mean, tl.load(at_mean, mask=owner, other=0.0) + mean_i, mask=owner)
+    tl.store(lower_ptr + (batch * m + row) * m + col, result * scale, mask=inside)
+
+
+def run(
+    launches: Callable[[Tensor, Tensor, Tensor, float], list[Launch]],
+    h: Tensor,
+    edge: int,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Allocate an (edge, edge) triangle and the means for each matrix of `h`, and run the launches that fill them."""
+    x = h if h.ndim == 3 else h.unsqueeze(0)
+    batch, n, d = x.shape
+    lower = torch.empty((batch, edge, edge), dtype=torch.float64, device=h.device)
+    mean = torch.empty((batch, d), dtype=torch.float64, device=h.device)
+    with torch.cuda.device_of(h):  # Triton launches on the current device
+        for launch in launches(x, lower, mean, 1.0 / n if scale is None else scale):
+            launch.run()
+    return (lower, mean) if h.ndim == 3 else (lower[0], mean[0])
+
+
+def strides(h: Tensor) -> tuple[int, int, int]:
+    """Strides of `h` (batch, n, d) in elements: batch, row, column."""
+    # A single matrix has no batch stride; 0 counts as aligned, so it does not cost a compilation of its own.
+    return (0 if h.shape[0] == 1 else h.stride(0), h.stride(1), h.stride(2))
+
+
+def partials(h: Tensor, cut: Plan) -> Tensor:
+    """Room for the partial products of a split axis."""
+    edge = cut.tile.edge
+    shape = (h.shape[0], cut.parts, cut.tiles, edge, edge)
+    return torch.empty(shape, dtype=torch.float64, device=h.device)
+
+
+def product_launch(kernel: Any, h: Tensor, cut: Plan, args: tuple[Any, ...]) -> Launch:
+    """Return the launch of a product: one program for each tile, matrix and part."""
+    options = {"num_warps": cut.tile.warps, "num_stages": cut.tile.stages, **OPTIONS}
+    return Launch(kernel, (cut.tiles * h.shape[0], cut.parts), args, options)
+
+
+def finish_launch(
+    partial: Tensor, sums: Tensor | None, lower: Tensor, mean: Tensor | None, n: int, cut: Plan, scale: float
+) -> Launch:
+    """Return the launch that adds the parts of `partial` (and `sums`) and writes `lower` (and `mean`)."""
+    batch, m = lower.shape[:2]
+    edge = cut.tile.edge
+    args = (partial, sums, lower, mean, n, m, cut.tiles, cut.parts, scale, edge, _GROUP, _ELEMENTS)
+    grid = (cut.tiles * batch, edge * edge // _ELEMENTS)
+    return Launch(_finish_kernel, grid, args, {"num_warps": 4, "num_stages": 1, **OPTIONS})
