@@ -13,7 +13,7 @@ from fastent.experiments.claims import NONE, counted, decimal, percent, steps, w
 from fastent.experiments.document import Block, Figure, Section, Table, Text
 from fastent.experiments.e1_baseline import CRITERIA, TAUS, TITLE, Baseline
 from fastent.experiments.leads import Leads
-from fastent.experiments.quantities import TAU
+from fastent.experiments.quantities import TAU, MeasuredRun, value_at
 
 
 def headline(result: Baseline) -> str:
@@ -137,14 +137,25 @@ def _times_table(result: Baseline) -> Table:
                 steps(left_out.leads[i]),
                 steps(fall.times[i]),
                 steps(fall.leads[i]),
+                percent(_accuracy_at(run, left_out.times[i])),
+                percent(_accuracy_at(run, fall.times[i])),
                 steps(s.last_step),
             )
         )
     columns = (
         *("seed", "T_mem", "T_grok", "T_grok sustained"),
-        *("H* (other seeds)", "T_cross", "lead", "T_collapse", "lead", "last step"),
+        *("H* (other seeds)", "T_cross", "lead", "T_collapse", "lead"),
+        *("test accuracy at T_cross", "test accuracy at T_collapse", "last step"),
     )
-    return Table("Times of each run, in training steps.", columns, tuple(rows), tuple(range(10)))
+    caption = (
+        "Times of each run, in training steps, and how far the test accuracy had risen when the entropy gave its "
+        "signal."
+    )
+    return Table(caption, columns, tuple(rows), tuple(range(12)))
+
+
+def _accuracy_at(run: MeasuredRun, step: int | None) -> float | None:
+    return value_at(run.trajectory.step, run.trajectory.test_accuracy, step)
 
 
 def _values_table(result: Baseline) -> Table:
@@ -183,13 +194,20 @@ def _rules_table(result: Baseline) -> Table:
         missed = sum(
             t is None and r.summary.t_grok is not None for t, r in zip(rule.times, result.runs, strict=True)
         )
-        rows.append((rule.source, threshold, counted(rule.preceding), worded(rule.mean), str(missed)))
+        reached = [_accuracy_at(r, t) for r, t in zip(result.runs, rule.times, strict=True)]
+        there = [a for a in reached if a is not None]
+        accuracy = f"{percent(min(there))} to {percent(max(there))}" if there else NONE
+        cells = (counted(rule.preceding), worded(rule.mean), accuracy, str(missed))
+        rows.append((rule.source, threshold, *cells))
     caption = (
         "How far the entropy led, by each rule. A run is preceded if its lead is positive; the mean lead "
         "includes negative ones."
     )
-    columns = ("signal: H below", "threshold", "preceded", "mean lead", "grokked without signal")
-    return Table(caption, columns, tuple(rows), (4,))
+    columns = (
+        *("signal: H below", "threshold", "preceded", "mean lead"),
+        *("test accuracy at the signal", "grokked without signal"),
+    )
+    return Table(caption, columns, tuple(rows), (5,))
 
 
 def _sensitivity_table(result: Baseline) -> Table:

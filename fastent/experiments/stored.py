@@ -14,6 +14,7 @@ from typing import Any
 
 from fastent.experiments.quantities import Levels, MeasuredRun, Trajectory, summarize_run
 from fastent.train.errors import RunError, RunWarning
+from fastent.train.files import read_rows
 from fastent.train.presets import PRESETS, TrainConfig
 
 
@@ -143,16 +144,9 @@ def _object(path: Path) -> dict[str, Any] | None:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    data = path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(data.splitlines(keepends=True), start=1):
-        try:
-            row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            message = f"{path}: line {number} is torn; it and what follows it are not in the report"
-            warnings.warn(message, RunWarning, stacklevel=2)
-            break
-        rows.append(row)
+    size = path.stat().st_size if path.exists() else 0  # before reading: the file may grow meanwhile
+    rows, end = read_rows(path, 0)
+    if end < size:
+        message = f"{path}: line {len(rows) + 1} is torn; it and what follows it are not in the report"
+        warnings.warn(message, RunWarning, stacklevel=2)
     return rows
