@@ -1,21 +1,32 @@
 """Exact spectral entropy of a network's representations, cheap enough to leave on while it trains."""
 
 from fastent.covariance import covariance
+from fastent.diagnosis import Diagnosis, diagnose
 from fastent.entropy import SpectralEntropy, Status, spectral_entropy
+from fastent.forecast import Forecast, predict_grok_time
+from fastent.history import History, calibrate_threshold
 from fastent.mixing import mix_representations
 from fastent.moments import Moments
 from fastent.monitor import SpectralEntropyMonitor
+from fastent.power_law import PowerLaw
 from fastent.records import EntropyRecord
 from fastent.stopping import StopAfterCrossing
 
 __all__ = [
+    "Diagnosis",
     "EntropyRecord",
+    "Forecast",
+    "History",
     "Moments",
+    "PowerLaw",
     "SpectralEntropy",
     "SpectralEntropyMonitor",
     "Status",
     "StopAfterCrossing",
+    "calibrate_threshold",
     "covariance",
+    "diagnose",
     "mix_representations",
+    "predict_grok_time",
     "spectral_entropy",
 ]

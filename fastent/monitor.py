@@ -21,7 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from fastent.activations import Tokens
+from fastent.diagnosis import Diagnosis, diagnose
 from fastent.entropy import SpectralEntropy, Status, spectral_entropy
+from fastent.forecast import WINDOW as FORECAST_WINDOW
+from fastent.forecast import Forecast, predict_grok_time
+from fastent.history import History
+from fastent.power_law import PowerLaw
 from fastent.probing import (
     Inputs,
     LayerFunction,
@@ -60,6 +65,8 @@ class SpectralEntropyMonitor:
         `step` evaluates at multiples of this.
     threshold : float, optional
         Normalised entropy, in (0, 1], that counts as collapse, for each layer.
+    law : PowerLaw, optional
+        What `predict_grok_time` forecasts with. Its H* is the threshold where none is given.
     stopping : callable, optional
         Policy for `should_stop`: a function of the monitor, such as `fastent.StopAfterCrossing`.
     tokens : {"flatten", "last", "mean", "skip_first"}, optional
@@ -128,12 +135,15 @@ class SpectralEntropyMonitor:
         *,
         every: int = 200,
         threshold: float | None = None,
+        law: PowerLaw | None = None,
         stopping: Callable[[SpectralEntropyMonitor], bool] | None = None,
         tokens: Tokens | None = None,
         history_size: int = 10_000,
         on_nonfinite: OnNonfinite = "record",
         on_record: Callable[[EntropyRecord], object] | None = None,
     ) -> None:
+        if threshold is None and law is not None:
+            threshold = law.h_star
         for name, value in (("every", every), ("history_size", history_size)):
             if operator.index(value) < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
@@ -144,6 +154,7 @@ class SpectralEntropyMonitor:
         _check_choice("tokens", tokens, (None, *get_args(Tokens)))
         _check_choice("on_nonfinite", on_nonfinite, get_args(OnNonfinite))
         self._every, self._threshold, self._stopping = operator.index(every), threshold, stopping
+        self._law = law
         self._tokens, self._on_nonfinite, self._on_record = tokens, on_nonfinite, on_record
 
         self._model: nn.Module | None = None
@@ -268,6 +279,49 @@ class SpectralEntropyMonitor:
         """Answer of the stopping policy; False if none was given."""
         return self._stopping is not None and self._stopping(self)
 
+    def predict_grok_time(self, *, layer: str | None = None) -> Forecast:
+        """Forecast when the run will grok, by the monitor's law.
+
+        Parameters
+        ----------
+        layer : str, optional
+            Needed where more than one is recorded.
+
+        Returns
+        -------
+        Forecast
+            Always one; see `fastent.predict_grok_time` for when its `step` is None.
+
+        Raises
+        ------
+        ValueError
+            If `layer` is needed or has no record.
+        """
+        return predict_grok_time(History.from_records(self._of(layer)[-FORECAST_WINDOW:]), self._law)
+
+    def diagnose(self, *, layer: str | None = None, test_accuracy: float | None = None) -> Diagnosis:
+        """Find the run's row in the paper's diagnostic guide.
+
+        Parameters
+        ----------
+        layer : str, optional
+            Needed where more than one is recorded.
+        test_accuracy : float, optional
+            The latest, in [0, 1]. Without it a collapse cannot be told from grokking.
+
+        Returns
+        -------
+        Diagnosis
+            For the monitor's threshold; other tolerances are arguments of `fastent.diagnose`.
+
+        Raises
+        ------
+        ValueError
+            If `layer` is needed or has no record, or the accuracy lies outside [0, 1].
+        """
+        history = History.from_records(self._of(layer))
+        return diagnose(history, threshold=self._threshold, test_accuracy=test_accuracy)
+
     def state_dict(self) -> dict[str, Any]:
         """State as plain JSON values; float64 survives a round trip through JSON bit for bit."""
         return {
@@ -329,6 +383,15 @@ class SpectralEntropyMonitor:
             self._layers = layers
         else:
             self._layers = find_layers(plain_module(model), layers)
+
+    def _of(self, layer: str | None) -> list[EntropyRecord]:
+        """Records of one layer, oldest first; of the only one where `layer` is None."""
+        recorded = sorted(self._recording.layers)
+        if layer is None and len(recorded) > 1:
+            raise ValueError(f"several layers are recorded: name one of {recorded} as layer")
+        if layer is not None and layer not in recorded:
+            raise ValueError(f"layer {layer!r} has no record; recorded so far: {recorded}")
+        return [record for record in self._recording.records if layer in (None, record.layer)]
 
     def _advance(self, step: int) -> int:
         if self._closed:
