@@ -34,6 +34,9 @@ PAPER_T_GROK = 14_360
 PAPER_H_STAR = 0.605
 PAPER_LEAD = 1_020
 
+PAPER_SPAN = 800
+"""Steps that the paper's window spans: five evaluations, 200 steps apart."""
+
 TAUS = (0.02, 0.05, 0.10)
 CRITERIA = (0.5, 0.9, 0.99)
 

@@ -178,7 +178,7 @@ def per_seed(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads) -> Figur
         title = f"seed {run.seed}"
         if fell is not None and t_grok is not None:
             axes.axvspan(min(fell, t_grok), max(fell, t_grok), color=LIGHT.signal, alpha=0.18, linewidth=0)
-            title += f": {_signed(t_grok - fell)} steps"
+            title += f", lead {_thousands(t_grok - fell, 0)} steps"
         axes.set(title=title, ylim=(-0.03, 1.05))
         axes.xaxis.set_major_formatter(_thousands)
     for axes in grid[len(runs) :]:
@@ -257,10 +257,6 @@ def threshold_sweep(result: Sweep, runs: Sequence[MeasuredRun]) -> Figure:
 
 def _thousands(value: float, _: float) -> str:
     return f"{value:,.0f}".replace("-", "−")
-
-
-def _signed(value: int) -> str:
-    return f"{value:+,}".replace("-", "−")
 
 
 def _column(trajectory: Trajectory, name: str) -> Array:

@@ -135,8 +135,9 @@ def _summary(parts: dict[str, Part], stored: Sequence[StoredRun]) -> Section:
     blocks: list[Block] = [Text(part.headline) for part in parts.values()]
     if claims:
         caption = (
-            f'Claims of the paper and what {complete} complete runs say. "Other setting": the number '
-            "belongs to the paper's setting, and these runs were made with another, so it is not judged."
+            f"Claims of the paper and what {complete} complete runs say of them. How a run goes is judged for the "
+            'setting of these runs alone; a number of the paper only in its own setting, else it reads "other '
+            'setting".'
         )
         blocks.append(claims_table(caption, claims))
         blocks.append(

@@ -116,3 +116,20 @@ def test_a_collapse_amid_the_rise_precedes_the_criterion_but_not_half_the_accura
     got = verdicts(result)
     assert got["T_collapse comes before T_grok in 100 % of runs"] == REPRODUCED
     assert got["the collapse comes before generalisation"] == NOT_REPRODUCED
+
+
+def test_sensitivity_counts_signals_before_memorising_and_adds_the_papers_span(measure, undrawn):
+    # Every 50 steps: a dip by 0.03 at step 100, before T_mem at 200; then 0.006 an evaluation.
+    entropy = [0.9, 0.9, 0.87, 0.9, 0.9] + [0.9 - 0.006 * i for i in range(1, 31)]
+    test = [0.0] * 34 + [1.0]
+    runs = [measure(entropy, test, seed=s, every=50, t_mem=200) for s in range(3)]
+    section = e1_section.section(e1_baseline.analyse(runs, comparable=False))
+    table = next(b for b in section.blocks if isinstance(b, Table) and b.columns[0] == "signal")
+    rows = {row[0]: row[3] for row in table.rows}
+    assert rows["fall of H by more than 0.02 within 5 evaluations"] == "3 of 3; 1,600 (3 before T_mem)"
+    assert rows["fall of H by more than 0.05 within 5 evaluations"] == "–"
+    # 0.054 below the level of step 200 after nine evaluations, at step 650; T_grok is 1,700.
+    assert (
+        rows["fall of H by more than 0.05 within 17 evaluations (800 steps, the paper's span)"]
+        == "3 of 3; 1,050"
+    )

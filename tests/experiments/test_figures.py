@@ -84,8 +84,8 @@ def test_around_grokking_puts_every_run_at_its_own_zero(runs, rules):
 def test_per_seed_titles_give_the_lead_of_the_collapse(runs, rules):
     axes = figures.per_seed(runs, *rules).axes
     assert [a.get_title(loc="left") or a.get_title() for a in axes] == [
-        "seed 3: +200 steps",
-        "seed 4: +300 steps",
+        "seed 3, lead 200 steps",
+        "seed 4, lead 300 steps",
     ]
 
 
