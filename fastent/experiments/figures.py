@@ -24,6 +24,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from fastent.experiments.leads import Leads, Sweep, collapse, left_out_threshold
@@ -181,6 +182,7 @@ def per_seed(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads) -> Figur
             title += f", lead {_thousands(t_grok - fell, 0)} steps"
         axes.set(title=title, ylim=(-0.03, 1.05))
         axes.xaxis.set_major_formatter(_thousands)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     for axes in grid[len(runs) :]:
         axes.set_visible(False)
     for axes in grid[max(0, len(runs) - columns) : len(runs)]:
@@ -300,6 +302,8 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="PNG file to write")
     given = parser.parse_args()
     runs = [run.measure() for run in read_runs(given.runs) if run.experiment == "e1" and run.done is not None]
+    if not runs:
+        parser.error(f"{given.runs} holds no complete run of E1")
     save_png(functools.partial(per_seed, runs, left_out_threshold(runs), collapse(runs)), given.picture)
 
 

@@ -1,5 +1,6 @@
 """Figures: what is drawn where, the same bytes for the same data, nothing from outside."""
 
+import dataclasses
 import functools
 import xml.etree.ElementTree as ElementTree
 
@@ -128,3 +129,23 @@ def test_figures_of_runs_that_never_grok_or_have_no_entropy_are_drawn(measure):
     assert figures.both(dynamics(runs, rules))[0].startswith("<svg")
     assert figures.both(functools.partial(figures.per_seed, runs, *rules))[0].startswith("<svg")
     assert figures.both(functools.partial(figures.lead_dots, rules))[0].startswith("<svg")
+
+
+def test_no_two_roles_of_a_theme_share_a_colour_so_that_one_can_be_put_for_the_other():
+    for theme in (LIGHT, DARK):
+        assert len(set(dataclasses.astuple(theme))) == len(dataclasses.fields(theme))
+    assert not set(dataclasses.astuple(LIGHT)) & set(dataclasses.astuple(DARK))
+
+
+def test_command_draws_the_complete_runs_and_refuses_a_folder_without_any(
+    three_runs, tmp_path, writer, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.argv", ["figures", str(three_runs), str(tmp_path / "docs" / "quick.png")])
+    figures.main()
+    assert (tmp_path / "docs" / "quick.png").read_bytes().startswith(b"\x89PNG")
+    writer(tmp_path / "begun", 0, done=False)
+    monkeypatch.setattr("sys.argv", ["figures", str(tmp_path / "begun"), str(tmp_path / "other.png")])
+    with pytest.raises(SystemExit):
+        figures.main()
+    assert "holds no complete run of E1" in capsys.readouterr().err
+    assert not (tmp_path / "other.png").exists()
