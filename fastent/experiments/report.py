@@ -54,7 +54,12 @@ class Experiment:
 def _baseline(runs: Sequence[StoredRun]) -> Part:
     comparable = all(run.preset == ("paper", {}) for run in runs)
     result = e1_baseline.analyse([run.measure() for run in runs], comparable=comparable)
-    return Part(e1_section.headline(result), tuple(e1_baseline.claims(result)), e1_section.section(result))
+    headline = e1_section.headline(result)
+    if any(run.config != runs[0].config for run in runs):
+        headline += (
+            " These runs differ in their settings (see the last section), and what is said of all mixes them."
+        )
+    return Part(headline, tuple(e1_baseline.claims(result)), e1_section.section(result))
 
 
 EXPERIMENTS = (
@@ -135,9 +140,9 @@ def _summary(parts: dict[str, Part], stored: Sequence[StoredRun]) -> Section:
     blocks: list[Block] = [Text(part.headline) for part in parts.values()]
     if claims:
         caption = (
-            f"Claims of the paper and what {complete} complete runs say of them. How a run goes is judged for the "
-            'setting of these runs alone; a number of the paper only in its own setting, else it reads "other '
-            'setting".'
+            f"Claims of the paper and what {complete} complete runs say of them. How a run goes is judged "
+            "for the setting of these runs alone; a number of the paper only in its own setting, else it "
+            'reads "other setting".'
         )
         blocks.append(claims_table(caption, claims))
         blocks.append(
@@ -162,8 +167,8 @@ MEANINGS = (
     ("T_mem", "first evaluation at which the train accuracy reaches 0.99: the model fits its training set"),
     (
         "T_grok",
-        "first evaluation at which the test accuracy reaches the criterion, 0.99; sustained: the first of three "
-        "such in a row",
+        "first evaluation at which the test accuracy reaches the criterion, 0.99; sustained: the first of "
+        "three such in a row",
     ),
     ("H*", "H at T_grok. It needs test labels, and a run that is over"),
     (
@@ -179,8 +184,8 @@ MEANINGS = (
     ("lead", "T_grok minus T_cross or T_collapse, in steps. Positive: the entropy came first"),
     (
         "false alarm",
-        "a crossing before grokking after which grokking does not come within 1,000 steps, the paper's horizon "
-        'for "imminent"',
+        "a crossing before grokking after which grokking does not come within 1,000 steps, the paper's "
+        'horizon for "imminent"',
     ),
     ("parameter norm", "the Euclidean norm of all parameters together"),
 )

@@ -1,5 +1,6 @@
 """The written report: complete, self-contained, repeatable, and honest about what is not there."""
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -147,3 +148,14 @@ def test_a_folder_without_runs_is_refused_by_name(tmp_path):
     with pytest.raises(RunError, match="is not a folder"):
         write_report(tmp_path / "nowhere", tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_runs_of_different_settings_are_not_passed_off_as_one(tmp_path, writer):
+    mixed = "differ in their settings"
+    writer(tmp_path / "runs", 0)
+    other = writer(tmp_path / "runs", 1) / "config.json"
+    assert mixed not in write_report(tmp_path / "runs", tmp_path / "report").read_text()
+    record = json.loads(other.read_text())
+    record["config"]["weight_decay"] = 0.5
+    other.write_text(json.dumps(record))
+    assert mixed in write_report(tmp_path / "runs", tmp_path / "report").read_text()
