@@ -1,16 +1,60 @@
-"""Names, shapes and initial values of the models' parameters."""
+"""The stacked models: which there are, their parameters' names, shapes and starting values, head and loss."""
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastent.train.mlp import MLP
 from fastent.train.presets import TrainConfig
+from fastent.train.products import Parameters, into_input, into_weight, linear
 from fastent.train.tasks import Task, generator
+from fastent.train.transformer import Transformer
+
+
+class Model(Protocol):
+    """Forward pass and gradients of a model whose parameters, (S, ...) each, are handed in."""
+
+    columns: Tensor
+    """For every pair of the task, (K, M) int64: where it looks things up, and its label last."""
+
+    def table(self, p: Parameters) -> Any:
+        """Compute what depends on one token only."""
+
+    def forward(self, p: Parameters, table: Any, columns: Tensor) -> tuple[Tensor, Any]:
+        """Representation handed to the head, (S, N, d), for columns (K, S, N), and what gradients need."""
+
+    def backward(self, p: Parameters, kept: Any, grad: Tensor) -> Parameters:
+        """Gradients of all parameters but the head's from that of the representation."""
+
+
+def make_model(config: TrainConfig, task: Task, device: torch.device) -> Model:
+    """Return the stacked forward pass and gradients of a configuration's model (it holds no parameters)."""
+    return Transformer(config, task, device) if config.model == "transformer" else MLP(config, task, device)
+
+
+def pair_losses(p: Parameters, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each pair, and whether its class is the likeliest: (S, N) each, labels (S, N)."""
+    logits = linear(hidden, p["head.weight"], p["head.bias"])
+    right = logits.argmax(2) == labels
+    return -logits.log_softmax(2).gather(2, labels.unsqueeze(2)).squeeze(2), right
+
+
+def head_gradients(p: Parameters, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Parameters]:
+    """Mean cross-entropy (S,), its gradient in the representation (S, N, d), and the head's gradients."""
+    n = hidden.shape[1]
+    places = labels.unsqueeze(2)
+    chances = linear(hidden, p["head.weight"], p["head.bias"]).log_softmax(2)
+    losses = chances.gather(2, places).mean((1, 2)).neg_()
+    grad = chances.exp_().div_(n)
+    grad.scatter_add_(2, places, grad.new_full((1, 1, 1), -1 / n).expand(places.shape))
+    head = {"head.weight": into_weight(grad, hidden), "head.bias": grad.sum(1)}
+    return losses, into_input(grad, p["head.weight"]), head
 
 
 def parameter_shapes(config: TrainConfig, task: Task) -> dict[str, tuple[int, ...]]:

@@ -1,17 +1,31 @@
-"""Several seeds of one configuration in training: parameters, AdamW, one step, evaluation."""
+"""Several seeds of one configuration in training: parameters, AdamW, one step, evaluation.
+
+Every seed is a run of its own: its split, starting values and batches depend on its number alone, and
+nothing of one seed enters another. On a GPU the seeds share each launch, stacked along the leading axis; on
+a CPU they take turns, which keeps one seed's working set in the cache and its bits those of its solo run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from fastent.train.models import initial_parameters
-from fastent.train.plain import plain_model
+from fastent.train.conditions import Condition
+from fastent.train.models import (
+    head_gradients,
+    initial_parameters,
+    make_model,
+    pair_losses,
+)
+from fastent.train.plain import PlainMLP, PlainTransformer, plain_model
 from fastent.train.presets import TrainConfig
-from fastent.train.tasks import batch_index, make_task, probe_index, split
+from fastent.train.products import Parameters
+from fastent.train.tasks import Task, batch_index, make_task, probe_index, split
+
+_EVALUATION_ROWS = 1024  # pairs in a forward pass of an evaluation: they stay in the cache
 
 
 class Stack:
@@ -22,11 +36,16 @@ class Stack:
     config : TrainConfig
         What to train.
     seeds : sequence of int
-        Each seed decides its split, starting values, batches and probes alone.
+        Distinct; each decides its split, starting values, batches and probes alone.
     device : str or torch.device
         Where to train.
+    condition : Condition, optional
+        An intervention; without one, the baseline.
     dtype : torch.dtype
         float32, or float64 for tests.
+    together : bool, optional
+        Whether the seeds share each launch. Where they do, a seed's last bits may depend on how many there
+        are. Default: on a GPU yes, on a CPU no.
 
     Attributes
     ----------
@@ -34,6 +53,11 @@ class Stack:
         Steps that every seed has made.
     seeds : tuple of int
         The seeds still in training, in the order of every result's leading axis.
+
+    Raises
+    ------
+    ValueError
+        If no seed is given, or one twice.
     """
 
     def __init__(
@@ -41,107 +65,208 @@ class Stack:
         config: TrainConfig,
         seeds: Sequence[int],
         device: str | torch.device = "cpu",
-        condition: object | None = None,
+        condition: Condition | None = None,
+        *,
         dtype: torch.dtype = torch.float32,
+        together: bool | None = None,
     ) -> None:
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise ValueError(f"seeds must be at least one and distinct; got {list(seeds)}")
+        # A step's tensors are freed at its end. glibc would give that memory back and fault it in again at the
+        # next step, 1,100 faults and a fifth of the time; having freed one block of this size, it keeps them.
+        torch.empty(30 << 20, dtype=torch.uint8)
         self.config = config
         self.task = make_task(config)
-        self.seeds = tuple(seeds)
         self.steps_done = 0
-        self._models = {}
-        self._optimizers = {}
-        self._split = {}
-        for seed in self.seeds:
-            model = plain_model(config, self.task).to(device, dtype)
-            model.load_state_dict(initial_parameters(config, self.task, seed))
-            self._models[seed] = model
-            self._optimizers[seed] = torch.optim.AdamW(
-                model.parameters(),
-                lr=config.learning_rate,
-                weight_decay=config.weight_decay,
-                betas=config.betas,
-            )
-            self._split[seed] = split(self.task, config.train_fraction, seed)
+        self._condition = condition
+        self._model = make_model(config, self.task, torch.device(device))
+        if together is None:
+            together = torch.device(device).type != "cpu"
+        parts = [tuple(seeds)] if together else [(seed,) for seed in seeds]
+        self._groups = [_Group(config, self.task, part, torch.device(device), dtype) for part in parts]
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds still in training."""
+        return tuple(seed for group in self._groups for seed in group.seeds)
+
+    @torch.no_grad()
     def train_step(self) -> Tensor:
         """Make one step of every seed and return its training losses, (S,), detached."""
-        losses = []
-        for seed in self.seeds:
-            train = self._split[seed][0]
-            pairs = train[
-                torch.from_numpy(batch_index(seed, self.steps_done, len(train), self.config.batch_size))
-            ]
-            loss = cross_entropy(self._models[seed](self.task.inputs[pairs]), self.task.labels[pairs])
-            self._optimizers[seed].zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            self._optimizers[seed].step()
-            losses.append(loss.detach())
+        losses = [self._step(group) for group in self._groups]
         self.steps_done += 1
-        return torch.stack(losses)
+        return losses[0] if len(losses) == 1 else torch.cat(losses)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Tensor]:
         """Return train and test loss and accuracy, and parameter_norm, each (S,), float64."""
-        rows: dict[str, list[Tensor]] = {}
-        for seed in self.seeds:
-            model = self._models[seed]
-            for name, index in zip(("train", "test"), self._split[seed], strict=True):
-                logits, labels = model(self.task.inputs[index]), self.task.labels[index]
-                rows.setdefault(f"{name}_loss", []).append(cross_entropy(logits, labels).double())
-                rows.setdefault(f"{name}_accuracy", []).append((logits.argmax(1) == labels).double().mean())
-            squares = sum((p.double() ** 2).sum() for p in model.parameters())
-            rows.setdefault("parameter_norm", []).append(torch.as_tensor(squares).sqrt())
-        return {name: torch.stack(values) for name, values in rows.items()}
+        results = [self._evaluate(group) for group in self._groups]
+        return {name: torch.cat([r[name] for r in results]) for name in results[0]}
 
-    @torch.no_grad()
     def representations(self, which: str = "probe") -> Tensor:
         """Return what the head reads, (S, N, d), on a probe of training ("probe") or "test" pairs.
 
         The pairs of a seed stay the same for the whole run.
         """
-        place = {"probe": 0, "test": 1}[which]
-        return torch.stack(
-            [
-                self._models[seed].represent(
-                    self.task.inputs[
-                        probe_index(self._split[seed][place], self.config.probe_size, seed, which)
-                    ]
-                )
-                for seed in self.seeds
-            ]
-        )
+        return self.represent(torch.cat([group.probes[which] for group in self._groups]))
 
-    def state_dict(self, seed: int) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def represent(self, pairs: Tensor) -> Tensor:
+        """Return what the head reads, (S, N, d), for pairs (N,), or (S, N), numbered as in the task."""
+        model, found, first = self._model, [], 0
+        pairs = pairs.to(model.columns.device).expand(len(self.seeds), -1)
+        for group in self._groups:
+            columns = model.columns[:, pairs[first : first + len(group.seeds)]]
+            found.append(model.forward(group.parameters, model.table(group.parameters), columns)[0])
+            first += len(group.seeds)
+        return torch.cat(found)
+
+    def state_dict(self, seed: int) -> Parameters:
         """Return a seed's whole training state as flat named tensors (copies), steps included."""
-        state = {f"parameter.{k}": v.clone() for k, v in self._models[seed].state_dict().items()}
-        moments = self._optimizers[seed].state
-        for name, parameter in self._models[seed].named_parameters():
-            if parameter in moments:
-                state[f"first.{name}"] = moments[parameter]["exp_avg"].clone()
-                state[f"second.{name}"] = moments[parameter]["exp_avg_sq"].clone()
-            else:
-                state[f"first.{name}"] = torch.zeros_like(parameter)
-                state[f"second.{name}"] = torch.zeros_like(parameter)
+        group, s = self._find(seed)
+        state = {
+            f"{kind}.{name}": tensor[s].clone()
+            for kind, tensors in group.state.items()
+            for name, tensor in tensors.items()
+        }
         return state | {"steps": torch.tensor(self.steps_done)}
 
-    def load_state_dict(self, seed: int, state: dict[str, Tensor]) -> None:
-        """Put a seed's state back; load all seeds of a stack from the same step.
+    def load_state_dict(self, seed: int, state: Parameters) -> None:
+        """Put a seed's state back; all seeds of a stack must be loaded from the same step.
 
         Raises
         ------
         KeyError
             If the seed is not of this stack, or a tensor is missing.
         """
-        model = self._models[seed]
-        model.load_state_dict({name: state[f"parameter.{name}"] for name in model.state_dict()})
-        for name, parameter in model.named_parameters():
-            self._optimizers[seed].state[parameter] = {
-                "step": state["steps"].float(),
-                "exp_avg": state[f"first.{name}"].clone(),
-                "exp_avg_sq": state[f"second.{name}"].clone(),
-            }
+        group, s = self._find(seed)
+        for kind, tensors in group.state.items():
+            for name, tensor in tensors.items():
+                tensor[s].copy_(state[f"{kind}.{name}"])
+        group.count.fill_(float(state["steps"]))
         self.steps_done = int(state["steps"])
 
     def keep(self, seeds: Sequence[int]) -> None:
         """Drop every other seed; the ones kept go on unchanged."""
-        self.seeds = tuple(seed for seed in self.seeds if seed in set(seeds))
+        for group in self._groups:
+            group.keep(seeds)
+        self._groups = [group for group in self._groups if group.seeds]
+
+    def module(self, seed: int) -> PlainTransformer | PlainMLP:
+        """Return an ordinary module with a copy of a seed's parameters."""
+        group, s = self._find(seed)
+        module = plain_model(self.config, self.task)
+        module.load_state_dict({name: tensor[s] for name, tensor in group.parameters.items()})
+        return module
+
+    def _step(self, group: _Group) -> Tensor:
+        model, p, config = self._model, group.parameters, self.config
+        batch = [
+            batch_index(seed, self.steps_done, group.train.shape[1], config.batch_size)
+            for seed in group.seeds
+        ]
+        pairs = group.train.gather(1, torch.from_numpy(np.stack(batch)).to(group.train.device))
+        columns = model.columns.index_select(1, pairs.view(-1)).view(-1, *pairs.shape)
+        hidden, kept = model.forward(p, model.table(p), columns)
+        labels, condition = columns[-1], self._condition
+        if condition is None:
+            losses, grad, head = head_gradients(p, hidden, labels)
+        else:
+            mixed = condition.before_head(hidden)
+            losses, grad, head = head_gradients(p, mixed, labels.repeat(1, mixed.shape[1] // labels.shape[1]))
+            grad = condition.before_head_gradient(grad)
+        group.update(model.backward(p, kept, grad) | head, config)
+        if condition is not None:
+            condition.after_step(group.seeds, self.steps_done + 1, p)
+        return losses
+
+    def _evaluate(self, group: _Group) -> Parameters:
+        model, p = self._model, group.parameters
+        table = model.table(p)
+        parts = []
+        for first in range(0, model.columns.shape[1], _EVALUATION_ROWS):
+            columns = model.columns[:, None, first : first + _EVALUATION_ROWS].expand(
+                -1, len(group.seeds), -1
+            )
+            parts.append(pair_losses(p, model.forward(p, table, columns)[0], columns[-1]))
+        losses, right = (torch.cat(part, 1).double() for part in zip(*parts, strict=True))
+        norms = [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in p.values()]
+        return {
+            "train_loss": losses.gather(1, group.train).mean(1),
+            "train_accuracy": right.gather(1, group.train).mean(1),
+            "test_loss": losses.gather(1, group.test).mean(1),
+            "test_accuracy": right.gather(1, group.test).mean(1),
+            "parameter_norm": torch.linalg.vector_norm(torch.stack(norms), dim=0),
+        }
+
+    def _find(self, seed: int) -> tuple[_Group, int]:
+        for group in self._groups:
+            if seed in group.seeds:
+                return group, group.seeds.index(seed)
+        raise KeyError(f"seed {seed} is not in this stack; it has {self.seeds}")
+
+
+class _Group:
+    """Seeds that share each launch: their split, parameters and AdamW, each tensor led by an axis of seeds."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: Task,
+        seeds: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.seeds = seeds
+        parts = [split(task, config.train_fraction, seed) for seed in seeds]
+        self.train = torch.stack([train for train, _ in parts]).to(device)
+        self.test = torch.stack([test for _, test in parts]).to(device)
+        self.probes = {
+            which: torch.stack(
+                [
+                    probe_index(part[place], config.probe_size, seed, which)
+                    for seed, part in zip(seeds, parts, strict=True)
+                ]
+            ).to(device)
+            for place, which in enumerate(("probe", "test"))
+        }
+        start = [initial_parameters(config, task, seed) for seed in seeds]
+        self.parameters = {n: torch.stack([s[n] for s in start]).to(device, dtype) for n in start[0]}
+        self.first = {name: torch.zeros_like(tensor) for name, tensor in self.parameters.items()}
+        self.second = {name: torch.zeros_like(tensor) for name, tensor in self.parameters.items()}
+        self.count = torch.zeros((), dtype=torch.float32, device=device)
+
+    @property
+    def state(self) -> dict[str, Parameters]:
+        """All that a checkpoint holds but the steps."""
+        return {"parameter": self.parameters, "first": self.first, "second": self.second}
+
+    def update(self, gradients: Parameters, config: TrainConfig) -> None:
+        """Take one step of AdamW: S optimisers in one launch, as they share nothing and stand at one step."""
+        self.count.add_(1)
+        torch._fused_adamw_(
+            list(self.parameters.values()),
+            [gradients[name] for name in self.parameters],
+            list(self.first.values()),
+            list(self.second.values()),
+            [],
+            [self.count] * len(self.parameters),
+            lr=config.learning_rate,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            weight_decay=config.weight_decay,
+            eps=config.epsilon,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def keep(self, seeds: Sequence[int]) -> None:
+        """Drop every other seed."""
+        places = [s for s, seed in enumerate(self.seeds) if seed in seeds]
+        if len(places) == len(self.seeds):
+            return
+        self.seeds = tuple(self.seeds[s] for s in places)
+        self.train, self.test = self.train[places], self.test[places]
+        for tensors in (self.probes, self.parameters, self.first, self.second):
+            for name in tensors:
+                tensors[name] = tensors[name][places]
