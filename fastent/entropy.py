@@ -298,7 +298,9 @@ def _ceiling(n: int, d: int) -> float:
 def _rounding_share(centered: CenteredMatrix, trace: float) -> float:
     """Variance that rounding the input at the size of its mean adds, as a share of the total variance."""
     mean = (centered.shift + centered.delta).cpu().numpy()
-    return centered.resolution**2 * float(mean.dot(mean)) / (12.0 * trace)
+    with np.errstate(over="ignore"):
+        rounding = mean * (centered.resolution / math.sqrt(12.0 * trace))  # before squaring: it may be 1e160
+        return float(rounding.dot(rounding))
 
 
 def _constant_rows(centered: CenteredMatrix, convention: Convention) -> SpectralEntropy:
