@@ -105,7 +105,8 @@ def entropy_of_eigenvalues(eigenvalues: ArrayLike, *, convention: Convention = "
     if kept.size == 0:
         return 0.0
     p = kept / kept.sum()
-    return max(0.0, float(-(p * np.log(p)).sum()))  # log(1 - eps) would leave a -0.0
+    entropy = float(-(p * np.log(p)).sum())
+    return min(max(0.0, entropy), float(np.log(len(lam))))  # rounding must not leave [0, log d]
 
 
 def effective_rank(entropy: float) -> float:

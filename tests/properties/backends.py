@@ -107,18 +107,18 @@ def backends(device: str) -> list[Backend]:
         if device == "cuda":
             found += [Fastent("torch-cuda", "torch", "cuda"), Fastent("triton-cuda", "triton", "cuda")]
     else:
-        found.append(Fastent("triton-interpreter", "triton", share=0.5))
+        found.append(Fastent("triton-interpreter", "triton", share=0.4))
     return found
 
 
 def for_every_backend(
-    **strategies: st.SearchStrategy[Any],
+    share: float = 1.0, /, **strategies: st.SearchStrategy[Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Like `given`, for a check of (backend, ...): one test per backend, each with its share of examples."""
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
         def test(backend: Backend) -> None:
-            examples = max(1, math.ceil(settings().max_examples * backend.share))
+            examples = max(1, math.ceil(settings().max_examples * backend.share * share))
             run = given(backend=st.just(backend), **strategies)(check)
             settings(max_examples=examples)(run)()
 

@@ -9,8 +9,8 @@ from properties.backends import backends
 
 # No deadline: an interpreted kernel or an eigensolve at 50 digits takes its time, and others may be running.
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("dev", max_examples=50, **COMMON)
-settings.register_profile("ci", max_examples=100, derandomize=True, **COMMON)
+settings.register_profile("dev", max_examples=30, **COMMON)
+settings.register_profile("ci", max_examples=60, derandomize=True, **COMMON)
 settings.register_profile("nightly", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
