@@ -136,3 +136,14 @@ def test_parts_merged_in_any_tree_have_the_moments_of_the_whole(
     error = np.abs(covariance.astype(np.longdouble) - np.ldexp(truth.matrix, truth.exponent))
     assert (error <= EPS * h.n * np.outer(reach, reach)).all()
     assert abs(merged_entropy - truth.entropy) <= truth.tolerance(1e-12)
+
+
+def test_merging_costs_no_digits_at_an_offset_of_1e6(backend: Backend) -> None:
+    # Means that were rounded at the size of the offset would lose eps * 1e6 here, and H 1e-11.
+    x = Activations(97, 6, "geometric", offset=1e6, seed=3).tensor()
+    parts = [backend.moments(part) for part in x.split([1, 2, 40, 53, 1])]
+    covariance, merged_entropy = backend.of_moments(merge_tree(backend, parts, [2, 0]))
+    truth = truth_of(x)
+    error = np.abs(covariance.astype(np.longdouble) - np.ldexp(truth.matrix, truth.exponent))
+    assert np.max(error) < 1e-14 * np.trace(covariance)
+    assert abs(merged_entropy - truth.entropy) < 1e-13
