@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastent.train.mlp import MLP
@@ -96,15 +97,21 @@ def initial_parameters(config: TrainConfig, task: Task, seed: int) -> dict[str, 
     return {name: torch.from_numpy(_draw(name, shapes, config, seed)) for name in shapes}
 
 
-def _draw(name: str, shapes: dict[str, tuple[int, ...]], config: TrainConfig, seed: int) -> np.ndarray:
+def _draw(
+    name: str, shapes: dict[str, tuple[int, ...]], config: TrainConfig, seed: int
+) -> NDArray[np.float64]:
     shape = shapes[name]
     if ".norm" in name:
         return np.full(shape, 1.0 if name.endswith("weight") else 0.0)
     if name in ("layer.self_attn.in_proj_bias", "layer.self_attn.out_proj.bias"):
         return np.zeros(shape)
-    numbers = np.random.Generator(generator(seed, f"start {name}"))
+    # Two uniforms in (0, 1) for each number, from the generator's raw words, which NumPy promises to keep.
+    words = generator(seed, f"start {name}").random_raw(2 * math.prod(shape))
+    first, second = ((words.reshape(2, *shape) >> np.uint64(11)) + 0.5) * 2.0**-53
     if name in ("tokens.weight", "positions.weight"):
-        return config.init_scale * numbers.standard_normal(shape)
+        normal: NDArray[np.float64] = np.sqrt(-2 * np.log(first)) * np.cos(2 * np.pi * second)
+        return config.init_scale * normal  # Box and Muller 1958
     fan_in = shapes[name.removesuffix("bias") + "weight"][1] if name.endswith("bias") else shape[1]
     bound = math.sqrt(6 / sum(shape)) if name.endswith("in_proj_weight") else 1 / math.sqrt(fan_in)
-    return numbers.uniform(-bound, bound, shape)
+    uniform: NDArray[np.float64] = 2 * first - 1
+    return bound * uniform

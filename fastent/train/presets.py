@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 TaskName = Literal["add", "sub", "mul", "mul_nonzero", "s5"]
 ModelName = Literal["transformer", "mlp"]
+MeasureName = Literal["test_probe", "probe_sizes", "fourier", "progress"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,13 @@ class TrainConfig:
     """A run goes on at least this many steps past T_grok ..."""
     run_past_share: float = 0.2
     """... and at least this share of T_grok; `max_steps` caps both."""
+    measures: tuple[MeasureName, ...] = ()
+    """Further columns at each evaluation (`fastent.train.measures`); they change nothing of the training."""
 
     def __post_init__(self) -> None:
+        for name in ("betas", "hidden", "measures"):
+            # JSON knows lists only; a configuration must come back equal, and hashable.
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("width", "heads", "feedforward", "batch_size", "max_steps", "evaluate_every", "modulus"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
         _require(
@@ -154,6 +160,7 @@ SOURCES: dict[str, str] = {
     "memorised": "ours: the paper has no criterion for memorising",
     "run_past_steps": "ours: to see what entropy does after grokking, and T_grok sustained",
     "run_past_share": "ours: as run_past_steps",
+    "measures": "ours: none; each experiment names those it analyses",
 }
 """Where the `paper` preset's value of each field comes from."""
 

@@ -121,6 +121,10 @@ class Stack:
             first += len(group.seeds)
         return torch.cat(found)
 
+    def parameter(self, name: str) -> Tensor:
+        """Return a parameter of all seeds, (S, ...); not to be written to."""
+        return torch.cat([group.parameters[name] for group in self._groups])
+
     def state_dict(self, seed: int) -> Parameters:
         """Return a seed's whole training state as flat named tensors (copies), steps included."""
         group, s = self._find(seed)
@@ -155,7 +159,7 @@ class Stack:
     def module(self, seed: int) -> PlainTransformer | PlainMLP:
         """Return an ordinary module with a copy of a seed's parameters."""
         group, s = self._find(seed)
-        module = plain_model(self.config, self.task)
+        module = plain_model(self.config, self.task).to(group.train.device, group.dtype)
         module.load_state_dict({name: tensor[s] for name, tensor in group.parameters.items()})
         return module
 
@@ -217,7 +221,7 @@ class _Group:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.seeds = seeds
+        self.seeds, self.dtype = seeds, dtype
         parts = [split(task, config.train_fraction, seed) for seed in seeds]
         self.train = torch.stack([train for train, _ in parts]).to(device)
         self.test = torch.stack([test for _, test in parts]).to(device)

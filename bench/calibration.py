@@ -1,0 +1,143 @@
+"""The grids by which the presets were chosen: every trial a line, on seeds that no experiment uses.
+
+``python -m bench.calibration quick`` or ``paper`` runs the trials of its grid that are not yet in
+``bench/results/calibration-<grid>.jsonl`` and appends them, one thread, one seed at a time. Entropy is the
+reference's. A trial ends as a run of its configuration would.
+
+Columns: `t_mem`, `t_10`, `t_grok` (first evaluation at 99 % of the training set, 10 % and 99 % of the test set),
+`plateau` (`t_10` - `t_mem`: memorised, and hardly better than chance on the rest), `h_*` and `norm_*` (entropy and
+parameter norm at the start, at those evaluations, and their extremes), `seconds` (of this thread's processor
+time: a trial may share its core).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import environment
+from fastent.reference.entropy import spectral_entropy
+from fastent.train.presets import TrainConfig
+from fastent.train.stack import Stack
+
+Changes = dict[str, Any]
+
+_QUICK: list[Changes] = [
+    *(
+        {"readout": readout, "train_fraction": fraction, "init_scale": scale}
+        for readout, fraction, scale in product(("mean", "last"), (0.3, 0.4, 0.5), (1.0, 0.05))
+    ),
+    *(
+        {"equals_token": True, "train_fraction": fraction, "init_scale": scale}
+        for fraction, scale in product((0.4, 0.5), (1.0, 0.05))
+    ),
+    *(
+        {"activation": "gelu", "readout": readout, "train_fraction": fraction}
+        for readout, fraction in product(("last", "mean"), (0.3, 0.4))
+    ),
+    *({"norm_place": "pre", "readout": readout} for readout in ("last", "mean")),
+    *(
+        {"learning_rate": 2e-3, "readout": readout, "train_fraction": fraction}
+        for readout, fraction in product(("last", "mean"), (0.3, 0.4))
+    ),
+]
+
+GRIDS: dict[str, tuple[Changes, list[Changes], tuple[int, ...]]] = {
+    "quick": ({"evaluate_every": 50, "run_past_steps": 1000, "max_steps": 8000}, _QUICK, (1000, 1001)),
+}
+"""What all trials of a grid share, its trials, and their seeds."""
+
+
+def trial(config: TrainConfig, seed: int) -> dict[str, Any]:
+    """Train one seed to the end of its run and return the columns."""
+    stack = Stack(config, [seed])
+    start, rows, end = time.thread_time(), [], config.max_steps
+    while True:
+        step = stack.steps_done
+        if step % config.evaluate_every == 0:
+            row = {name: float(value) for name, value in stack.evaluate().items()}
+            row["h"] = spectral_entropy(stack.representations()[0].numpy()).normalized
+            rows.append({"step": step, **row})
+            if row["test_accuracy"] >= config.criterion:
+                end = min(end, config.last_step(step))
+        if step >= end:
+            break
+        stack.train_step()
+    marks = {
+        name: next((row for row in rows if row[column] >= level), None)
+        for name, column, level in (
+            ("mem", "train_accuracy", config.memorised),
+            ("10", "test_accuracy", 0.1),
+            ("grok", "test_accuracy", config.criterion),
+        )
+    }
+    found: dict[str, Any] = {f"t_{name}": row and row["step"] for name, row in marks.items()}
+    found["plateau"] = (found["t_10"] or end) - found["t_mem"] if found["t_mem"] is not None else None
+    for key, column in (("h", "h"), ("norm", "parameter_norm")):
+        values = [row[column] for row in rows]
+        found |= {
+            f"{key}_start": values[0],
+            f"{key}_max": max(values),
+            f"{key}_min": min(values),
+            f"{key}_end": values[-1],
+        }
+        found |= {f"{key}_{name}": row and row[column] for name, row in marks.items()}
+    found |= {"test_accuracy_end": rows[-1]["test_accuracy"], "steps": end}
+    return {
+        **{key: round(v, 4) if isinstance(v, float) else v for key, v in found.items()},
+        "seconds": round(time.thread_time() - start, 1),
+    }
+
+
+def main() -> None:
+    """Run what is missing of a grid."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("grid", choices=list(GRIDS))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    out = arguments.out or Path(f"bench/results/calibration-{arguments.grid}.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    shared, trials, seeds = GRIDS[arguments.grid]
+    done = {_key(row) for row in map(json.loads, out.read_text().splitlines())} if out.exists() else set()
+    for seed, changes in product(seeds, trials):
+        config = replace(TrainConfig(), **{**shared, **changes})
+        row = {"seed": seed, "changes": changes, "config": asdict(config)}
+        row = json.loads(json.dumps(row))
+        if _key(row) in done:
+            continue
+        row |= trial(config, seed) | environment()
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps({key: row[key] for key in ("seed", "changes", *_SHOWN)}), flush=True)
+
+
+_SHOWN = (
+    "t_mem",
+    "t_10",
+    "t_grok",
+    "plateau",
+    "h_start",
+    "h_max",
+    "h_grok",
+    "norm_start",
+    "norm_max",
+    "seconds",
+)
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps([row["seed"], row["config"]], sort_keys=True)
+
+
+if __name__ == "__main__":
+    main()
