@@ -27,8 +27,11 @@ from fastent.experiments.quantities import summarize_run
 from fastent.monitor import SpectralEntropyMonitor
 from fastent.train.checkpoint import KEPT, Checkpoint
 from fastent.train.clock import Clock
+from fastent.train.conditions import Condition
 from fastent.train.environment import describe_environment
 from fastent.train.errors import CheckpointError, Interrupted, RunError, RunWarning
+from fastent.train.interventions import make_condition
+from fastent.train.measures import Measures
 from fastent.train.observers import Observer, Observers
 from fastent.train.runs import Job, Row, Run, common_steps
 from fastent.train.signals import StopRequest
@@ -38,9 +41,6 @@ CHECKPOINT_EVERY = 500
 """Steps between checkpoints. It decides how much a crash costs, not what is computed."""
 
 LAYER = "representation"
-
-CONDITIONS: dict[str, object] = {"baseline": None}
-"""By name, what a condition changes in the training: what `Stack` takes as its `condition`."""
 
 
 def train(
@@ -78,14 +78,15 @@ def train(
         If `stop` asked for it; the state is saved.
     RunError
         If a folder is locked, was written with another configuration, or cannot be written (disk full,
-        read-only); what was saved before is intact.
+        read-only); what was saved before is intact. Or if there is no such condition, or it lacks a run that
+        it follows.
     """
     environment = describe_environment(device)
     with _disk_errors_explained(out), contextlib.ExitStack() as opened:
         runs = [opened.enter_context(Run(out, job, seed, environment, force=force)) for seed in job.seeds]
         unfinished = [run for run in runs if run.done is None]
         if unfinished:
-            training = _Training(job, runs, device, observers)
+            training = _Training(job, runs, device, observers, make_condition(job, out))
             training.run(checkpoint_every, stop)
         for run in runs:
             run.keep_newest(1)
@@ -95,7 +96,12 @@ class _Training:
     """The stack, with the run folder and the monitor of each of its seeds."""
 
     def __init__(
-        self, job: Job, runs: Sequence[Run], device: str | torch.device, observers: Sequence[Observer]
+        self,
+        job: Job,
+        runs: Sequence[Run],
+        device: str | torch.device,
+        observers: Sequence[Observer],
+        condition: Condition | None,
     ) -> None:
         self.job = job
         self.runs = {run.seed: run for run in runs}
@@ -103,7 +109,8 @@ class _Training:
         self.observers = Observers(observers)
         step, checkpoints = _resume_point(runs)
         seeds = [run.seed for run in runs if run.trains_after(step)]
-        self.stack = Stack(job.config, seeds, device=device, condition=_condition(job.condition))
+        self.stack = Stack(job.config, seeds, device=device, condition=condition)
+        self.measures = Measures(job.config)
         self.monitors = {seed: SpectralEntropyMonitor(every=job.config.evaluate_every) for seed in seeds}
         for seed, checkpoint in checkpoints.items():
             self.stack.load_state_dict(seed, checkpoint.tensors)
@@ -141,6 +148,7 @@ class _Training:
         if not due:
             return
         values = {name: column.tolist() for name, column in self.stack.evaluate().items()}
+        further = self.measures(self.stack)
         entropies = spectral_entropy(self.stack.representations(), batch_dims=1).unbind()
         for run in due:
             at = self.stack.seeds.index(run.seed)
@@ -152,6 +160,7 @@ class _Training:
                 "entropy_status": record.status.value,
                 "effective_rank": record.effective_rank,
                 "participation_ratio": record.participation_ratio,
+                **{name: column[at] for name, column in further.items()},
             }
             run.metrics.append({key: _json_number(value) for key, value in row.items()})
             run.timing.append({"event": "evaluation", "step": step, **self._now()})
@@ -193,12 +202,6 @@ class _Training:
     def _now(self) -> dict[str, float]:
         time, seconds = self.clock.read()
         return {"time": time, "seconds": seconds}
-
-
-def _condition(name: str) -> object:
-    if name not in CONDITIONS:
-        raise RunError(f"no condition is called {name!r}; there are {', '.join(CONDITIONS)}")
-    return CONDITIONS[name]
 
 
 def _resume_point(runs: Sequence[Run]) -> tuple[int, dict[int, Checkpoint]]:

@@ -1,8 +1,9 @@
 """Train many jobs, in this process or in several, and say of each what became of it.
 
-A job that fails does not stop the others. In a process of its own (``workers > 1``) a job whose process was
-killed or died is tried once more, from its last checkpoint, and then marked failed; one that was refused
-(locked, another configuration, disk full) is not tried again.
+A job that fails does not stop the others. One that follows the norm of other runs starts once these are over. In a
+process of its own (``workers > 1``) a job whose process was killed or died is tried once more, from its last
+checkpoint, and then marked failed; one that was refused (locked, another configuration, disk full) is not tried
+again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from fastent.train.errors import Interrupted, RunError
 from fastent.train.files import read_rows
+from fastent.train.interventions import source_job
 from fastent.train.loop import train
 from fastent.train.observers import Observer, Observers
 from fastent.train.runs import Job, mark_failed
@@ -135,7 +137,7 @@ class _Pool:
         self.observers = Observers(observers)
         self.stop = stop
         self.threads = max(1, torch.get_num_threads() // workers)
-        self.waiting = deque((job, 1) for job in jobs)
+        self.waiting = deque((job, 1) for job in dict.fromkeys(jobs))
         self.working: list[_Worker] = []
         self.outcomes: dict[Job, Outcome] = {}
         self.told: dict[tuple[Job, int], int] = {}
@@ -146,8 +148,9 @@ class _Pool:
             while self.waiting or self.working:
                 if self.stop is not None and self.stop.signal is not None:
                     self._interrupt(self.stop.signal)
-                while self.waiting and len(self.working) < self.size:
-                    self.working.append(self._start(*self.waiting.popleft()))
+                while len(self.working) < self.size and (turn := self._next()) is not None:
+                    self.waiting.remove(turn)
+                    self.working.append(self._start(*turn))
                 time.sleep(POLL_SECONDS)
                 for worker in list(self.working):
                     ended = worker.process.poll() is not None
@@ -160,6 +163,15 @@ class _Pool:
                 worker.process.kill()
                 worker.process.wait()
         return [self.outcomes[job] for job in self.jobs]
+
+    def _next(self) -> tuple[Job, int] | None:
+        """Find the first job in waiting whose condition follows no run that is not over."""
+        unfinished = [job for job, _ in self.waiting] + [worker.job for worker in self.working]
+        for turn in self.waiting:
+            source = source_job(turn[0])
+            if source is None or not any(_overlap(source, job) for job in unfinished):
+                return turn
+        return None
 
     def _start(self, job: Job, attempt: int) -> _Worker:
         messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed when the worker ends
@@ -217,6 +229,11 @@ class _Pool:
         self.working.clear()
         name = signal.Signals(number).name
         raise Interrupted(number, f"{name}: stopped and saved; the same command goes on")
+
+
+def _overlap(a: Job, b: Job) -> bool:
+    """Whether two jobs share a run."""
+    return bool({a.run_name(seed) for seed in a.seeds} & {b.run_name(seed) for seed in b.seeds})
 
 
 def _close(worker: _Worker) -> str:

@@ -1,0 +1,220 @@
+"""The paper's interventions by name: mixed representations (E2), a held parameter norm (E3), and both.
+
+A condition's name says what it does, its parts joined by "+":
+
+- ``losses-<alpha>``: the head is trained on the representations and on their mixture, the two losses averaged
+  (the formula of Appendix C). ``logits-<alpha>``: the two logits averaged (the text of Appendix C). The head is
+  affine, so that is the loss of its answer to ``(h + h~) / 2``: mixing alone, with half the alpha.
+- ``norm-start``: after each step all parameters are scaled by one factor, so that their common Euclidean norm
+  stays what it was at initialisation. ``norm-start-each``: each tensor by its own factor; a tensor that starts
+  at 0 is left free. ``norm-as-<condition>``: the common norm follows that of the same seed's complete run under
+  another condition, log-linear between its evaluations and constant after its end.
+
+Scaling changes the parameters only: AdamW's two moments stay, in the units of the gradients that made them. A
+single step's factor is within about one per cent of 1, so over the moments' memory (10 and 50 steps) the
+mismatch is small. Evaluation and entropy see the representations as they are, never mixed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastent.mixing import mix_representations
+from fastent.train.conditions import Condition
+from fastent.train.errors import RunError
+from fastent.train.files import read_rows
+from fastent.train.models import initial_parameters
+from fastent.train.presets import TrainConfig
+from fastent.train.runs import Job
+from fastent.train.tasks import make_task
+
+NONE = ("baseline", "to-the-end")
+"""Conditions that leave the training as it is and differ in the experiment's settings, if at all."""
+
+_AS = "norm-as-"
+
+Average = Literal["losses", "logits"]
+Norms = Callable[[int, int], Sequence[float]]
+"""Norms to hold, by seed and step: a single one for all parameters together, or one for each tensor."""
+
+
+def make_condition(job: Job, out: Path) -> Condition | None:
+    """Return what the condition of `job` does to its training; None if nothing.
+
+    Parameters
+    ----------
+    job : Job
+        Its `condition` is a name as above.
+    out : Path
+        Folder of the run folders, where the run is whose norm is followed.
+
+    Raises
+    ------
+    RunError
+        If no condition is called that, or the run to follow is missing, incomplete or of other settings.
+    """
+    if job.condition in NONE:
+        return None
+    parts = [_part(text, job, out) for text in job.condition.split("+")]
+    return parts[0] if len(parts) == 1 else InTurn(parts)
+
+
+def followed(condition: str) -> str | None:
+    """Name the condition whose runs must be complete before those of `condition` can start, if any.
+
+    Examples
+    --------
+    >>> followed("losses-0.1+norm-as-baseline")
+    'baseline'
+    """
+    names = [part.removeprefix(_AS) for part in condition.split("+") if part.startswith(_AS)]
+    return names[-1] if names else None
+
+
+def source_job(job: Job) -> Job | None:
+    """Return the runs whose norms those of `job` follow: E1's baseline, or E2's runs under a mixing."""
+    condition = followed(job.condition)
+    if condition is None:
+        return None
+    return Job("e1" if condition == "baseline" else "e2", condition, job.config, job.seeds)
+
+
+def _part(text: str, job: Job, out: Path) -> Condition:
+    if found := re.fullmatch(r"(losses|logits)-(\d*\.?\d+)", text):
+        return Mixing(float(found[2]), "losses" if found[1] == "losses" else "logits")
+    if text in ("norm-start", "norm-start-each"):
+        return HeldNorm(_starting_norms(job.config, each=text.endswith("each")))
+    if text.startswith(_AS):
+        return HeldNorm(_followed_norms(job, out))
+    raise RunError(
+        f"no condition is called {job.condition!r}; there are {', '.join(NONE)}, losses-0.1, logits-0.1, "
+        "norm-start, norm-start-each, norm-as-baseline, and several of these joined by +"
+    )
+
+
+class Mixing(Condition):
+    """Trains the head on representations mixed along the batch, whose order is random: the paper's E2.
+
+    Parameters
+    ----------
+    alpha : float
+        Weight of the next row of the batch, 0 to 1 (no unit).
+    average : {"losses", "logits"}
+        What is averaged over the original and the mixed representations.
+    """
+
+    def __init__(self, alpha: float, average: Average) -> None:
+        if not 0 <= alpha <= 1:
+            raise RunError(f"alpha must lie in [0, 1]; got {alpha:g}")
+        self.average = average
+        self.alpha = alpha if average == "losses" else alpha / 2
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """Append the mixed rows, (S, N, d) to (S, 2 N, d), or put them in the place of the original."""
+        mixed = mix_representations(hidden, self.alpha)
+        return torch.cat([hidden, mixed], 1) if self.average == "losses" else mixed
+
+    def before_head_gradient(self, grad: Tensor) -> Tensor:
+        """Gradient of `before_head`."""
+        if self.average == "logits":
+            return self._mixed_gradient(grad)
+        own, mixed = grad.chunk(2, 1)
+        return own + self._mixed_gradient(mixed)
+
+    def _mixed_gradient(self, grad: Tensor) -> Tensor:
+        # The transpose of a cyclic shift by -1 is the shift by 1.
+        return mix_representations(grad, self.alpha, shift=-1)
+
+
+class HeldNorm(Condition):
+    """Scales the parameters after each step to given Euclidean norms.
+
+    Parameters
+    ----------
+    norms : function of seed and step
+        One norm for all parameters of a seed together, or one for each tensor in their order. 0 leaves free.
+    """
+
+    def __init__(self, norms: Norms) -> None:
+        self._norms = norms
+
+    def after_step(self, seeds: Sequence[int], step: int, parameters: dict[str, Tensor]) -> None:
+        """Scale the parameters, (S, ...) each, in place."""
+        tensors = list(parameters.values())
+        wanted = torch.tensor([self._norms(seed, step) for seed in seeds], dtype=torch.float64).T
+        now = torch.stack(
+            [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in tensors]
+        )
+        if len(wanted) == 1:
+            now = torch.linalg.vector_norm(now, dim=0, keepdim=True)
+        wanted = wanted.to(now.device, non_blocking=True)
+        factors = torch.where((wanted > 0) & (now > 0), wanted / now, 1.0)
+        for tensor, factor in zip(tensors, factors.expand(len(tensors), -1), strict=True):
+            tensor.mul_(factor.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)))
+
+
+class InTurn(Condition):
+    """Several conditions, each applied to what the one before it made."""
+
+    def __init__(self, parts: Sequence[Condition]) -> None:
+        self._parts = parts
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """Pass through each."""
+        for part in self._parts:
+            hidden = part.before_head(hidden)
+        return hidden
+
+    def before_head_gradient(self, grad: Tensor) -> Tensor:
+        """Pass back through each."""
+        for part in reversed(self._parts):
+            grad = part.before_head_gradient(grad)
+        return grad
+
+    def after_step(self, seeds: Sequence[int], step: int, parameters: dict[str, Tensor]) -> None:
+        """Apply each."""
+        for part in self._parts:
+            part.after_step(seeds, step, parameters)
+
+
+def _starting_norms(config: TrainConfig, *, each: bool) -> Norms:
+    task = make_task(config)
+
+    @functools.cache
+    def at_start(seed: int) -> tuple[float, ...]:
+        norms = [float(torch.linalg.vector_norm(t)) for t in initial_parameters(config, task, seed).values()]
+        return tuple(norms) if each else (math.hypot(*norms),)
+
+    return lambda seed, step: at_start(seed)
+
+
+def _followed_norms(job: Job, out: Path) -> Norms:
+    source = source_job(job)
+    assert source is not None
+    logs = {seed: _norm_log(source, seed, out) for seed in job.seeds}
+    return lambda seed, step: (math.exp(np.interp(step, *logs[seed])),)
+
+
+def _norm_log(source: Job, seed: int, out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps and the logarithms of the norm in the log of a complete run."""
+    path = out / source.run_name(seed)
+    remedy = f"`fastent run {source.experiment}` with the same settings, seeds and --out makes it"
+    if not (path / "DONE").exists():
+        raise RunError(f"{path}, whose norm is to be followed, is missing or not complete: {remedy}")
+    if json.loads((path / "config.json").read_bytes())["config"] != source.settings():
+        raise RunError(f"{path}, whose norm is to be followed, was trained with other settings: {remedy}")
+    rows, _ = read_rows(path / "metrics.jsonl", 0)
+    norms = [row["parameter_norm"] for row in rows]
+    if not norms or any(norm is None or norm <= 0 for norm in norms):
+        raise RunError(f"{path / 'metrics.jsonl'} holds no norm, or none that can be followed")
+    return np.array([row["step"] for row in rows], dtype=np.float64), np.log(norms)
