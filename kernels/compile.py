@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -92,8 +93,8 @@ def launches(dtype: torch.dtype, layout: str) -> Iterator[Launch]:
         for build, n, d, edge in ((covariance_launches, 4096, m, m), (gram_launches, m, 4096, m)):
             h = _empty(n, d, dtype, layout)
             lower = torch.empty((1, edge, edge), dtype=torch.float64, device="meta")
-            mean = torch.empty((1, d), dtype=torch.float64, device="meta")
-            yield from build(h, lower, mean, 1 / n)
+            centre = torch.empty((1, 3, d), dtype=torch.float64, device="meta")
+            yield from build(h, lower, centre, 1 / n)
 
 
 def _empty(n: int, d: int, dtype: torch.dtype, layout: str) -> Tensor:
@@ -106,30 +107,34 @@ def _empty(n: int, d: int, dtype: torch.dtype, layout: str) -> Tensor:
     return torch.empty((1, n, d), dtype=dtype, device="meta")
 
 
-def measure(launch: Launch, arch: int, *, layout: str, seen: set[str]) -> Resources | None:
-    """Compile one launch for one architecture and read its resources; None if `seen` has it already."""
+def specialize(launch: Launch, arch: int) -> tuple[ASTSource, dict[str, Any]]:
+    """Turn a launch into what Triton's launcher would compile for it: the typed source, and the options."""
     fn = launch.kernel
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    # The two steps by which Triton's launcher turns arguments into a signature: so the kernel is the very one.
+    backend = make_backend(GPUTarget("cuda", arch, 32))
     binder = create_function_from_signature(fn.signature, fn.params, backend)
     bound, specialization, options = binder(*launch.args, **launch.options)
     options, signature, constexprs, attrs = fn._pack_args(backend, options, bound, specialization, options)
-    source = ASTSource(fn, signature, constexprs, attrs)
+    return ASTSource(fn, signature, constexprs, attrs), options.__dict__
+
+
+def measure(launch: Launch, arch: int, *, layout: str, seen: set[str]) -> Resources | None:
+    """Compile one launch for one architecture and read its resources; None if `seen` has it already."""
+    source, options = specialize(launch, arch)
     key = f"{arch} {source.hash()}"
     if key in seen:
         return None
     seen.add(key)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, sass = _disassemble(compiled.asm["cubin"])
     inner = Counter(_instructions(_inner_loop(sass)))
     whole = Counter(_instructions(sass))
-    element = signature.get("h_ptr", "*").removeprefix("*")
+    element = source.signature.get("h_ptr", "*").removeprefix("*")
+    names = launch.kernel.arg_names
     return Resources(
-        kernel=fn.__name__.removeprefix("_").removesuffix("_kernel"),
+        kernel=launch.kernel.__name__.removeprefix("_").removesuffix("_kernel"),
         dtype=element or "-",
         layout=layout if element else "-",
-        edge=bound.get("EDGE"),
+        edge=launch.args[names.index("EDGE")] if "EDGE" in names else None,
         arch=arch,
         registers=usage["REG"],
         stack=usage["STACK"],

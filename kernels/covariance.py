@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 """Centred covariance in float64, lower triangle, in one pass over fp16, bf16, fp32 or fp64 activations.
 
 With the shifted rows ``y_n = h_n - shift`` it accumulates ``S = sum y y^T`` and ``s = sum y`` together and writes
@@ -34,14 +35,14 @@ from .tiles import (
     widen,
 )
 
-__all__ = ["covariance", "covariance_launches", "gram"]
+__all__ = ["covariance", "covariance_launches", "gram", "shifted_covariance"]
 
 
 @triton.jit(do_not_specialize=["n", "tiles", "chunk"])
 def _covariance_kernel(
     h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
     lower_ptr,  # (batch, d, d) fp64 out, when there is one part
-    mean_ptr,  # (batch, d) fp64 out: the mean, or the shift alone when there are parts
+    centre_ptr,  # (batch, 3, d) fp64 out: shift, mean - shift, mean; when there are parts, the shift alone
     partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64 out, when there are parts: sum of y y^T
     sums_ptr,  # (batch, parts, d) fp64 out, when there are parts: sum of y
     n,
@@ -101,37 +102,40 @@ def _covariance_kernel(
     total_j = fold(sum_j, STEP, EDGE)
 
     owner = in_i & (cols_i == cols_j)  # one tile on the diagonal writes for its columns
+    at_centre = centre_ptr + 3 * batch * d + cols_i
     if parts == 1:
         count = n.to(tl.float64)
-        mean_i = total_i / count
-        mean_j = total_j / count
+        delta_i = total_i / count
+        delta_j = total_j / count
         # Symmetric in i and j, and no larger than the product: nothing overflows that need not.
-        outer = (mean_i[:, None] * mean_j[None, :]) * count
+        outer = (delta_i[:, None] * delta_j[None, :]) * count
         at = lower_ptr + (batch * d + cols_i[:, None]) * d + cols_j[None, :]
         tl.store(at, (product - outer) * scale, mask=in_i[:, None] & in_j[None, :])
-        tl.store(mean_ptr + batch * d + cols_i, shift_i + mean_i, mask=owner)
+        tl.store(at_centre, shift_i, mask=owner)
+        tl.store(at_centre + d, delta_i, mask=owner)
+        tl.store(at_centre + 2 * d, shift_i + delta_i, mask=owner)
     else:
         index = batch * parts + part
         r = tl.arange(0, EDGE)
         tl.store(partial_ptr + (index * tiles + tile) * EDGE * EDGE + r[:, None] * EDGE + r[None, :], product)
         tl.store(sums_ptr + index * d + cols_i, total_i, mask=owner)
         if part == 0:
-            tl.store(mean_ptr + batch * d + cols_i, shift_i, mask=owner)
+            tl.store(at_centre, shift_i, mask=owner)
 
 
-def covariance_launches(h: Tensor, lower: Tensor, mean: Tensor, scale: float) -> list[Launch]:
-    """Return the launches that turn `h` (batch, n, d) into `lower` (batch, d, d) and `mean` (batch, d), float64."""
+def covariance_launches(h: Tensor, lower: Tensor, centre: Tensor, scale: float) -> list[Launch]:
+    """Return the launches that fill `lower` (batch, d, d) and `centre` (batch, 3, d) from `h` (batch, n, d)."""
     n, d = h.shape[1:]
     cut = plan(d, n)
-    partial, sums = lower, mean  # not touched when there is one part
+    partial, sums = lower, centre  # not touched when there is one part
     if cut.parts > 1:
         partial = partials(h, cut)
         sums = torch.empty((h.shape[0], cut.parts, d), dtype=torch.float64, device=h.device)
     shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale, cut.tile.edge, cut.tile.step)
-    product = product_launch(_covariance_kernel, h, cut, (h, lower, mean, partial, sums, *shape))
+    product = product_launch(_covariance_kernel, h, cut, (h, lower, centre, partial, sums, *shape))
     if cut.parts == 1:
         return [product]
-    return [product, finish_launch(partial, sums, lower, mean, n, cut, scale)]
+    return [product, finish_launch(partial, sums, lower, centre, n, cut, scale)]
 
 
 def covariance(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -152,4 +156,29 @@ def covariance(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor
     mean : Tensor, shape (d,) or (batch, d), float64
         Column means.
     """
-    return run(covariance_launches, h, h.shape[-1], scale)
+    lower, centre = run(covariance_launches, h, h.shape[-1], scale)
+    return lower, centre[..., 2, :]
+
+
+def shifted_covariance(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `covariance`, with the mean in two parts whose sum one float64 would round.
+
+    Parameters
+    ----------
+    h : Tensor, shape (n, d) or (batch, n, d)
+        As in `covariance`.
+    scale : float, optional
+        Factor of the sum; 1 / n when left out.
+
+    Returns
+    -------
+    lower : Tensor, shape (d, d) or (batch, d, d), float64
+        As in `covariance`.
+    shift : Tensor, shape (d,) or (batch, d), float64
+        An entry of each column.
+    delta : Tensor, shape (d,) or (batch, d), float64
+        Column means minus `shift`, to the last bits of their own size. Merging the moments of parts needs
+        them: where the offset is large, a mean in one float64 has lost more than the merge may lose.
+    """
+    lower, centre = run(covariance_launches, h, h.shape[-1], scale)
+    return lower, centre[..., 0, :], centre[..., 1, :]

@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 """Gram matrix of the column-centred rows in float64, lower triangle: the smaller side when N < d.
 
 ``G = Z Z^T * scale`` with ``z_n = (h_n - shift) - mean(h - shift)``, the shift as in `fastent.kernels.covariance`.
@@ -9,7 +10,6 @@ the accuracy of two passes.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,8 +35,7 @@ _ROWS, _COLUMNS, _WARPS = 128, 32, 8
 @triton.jit(do_not_specialize=["n", "blocks"])
 def _mean_kernel(
     h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
-    mean_ptr,  # (batch, d) fp64 out
-    centre_ptr,  # (batch, 2, d) fp64 out: shift, and mean of what is left after it
+    centre_ptr,  # (batch, 3, d) fp64 out: shift, mean - shift, mean
     n,
     d,
     h_batch,
@@ -61,16 +60,17 @@ def _mean_kernel(
         total += tl.where(live, x - shift[None, :], 0.0)
         rows += ROWS
         at += stride
-    rest = fold(total, ROWS, COLUMNS) / n.to(tl.float64)
-    tl.store(mean_ptr + batch * d + cols, shift + rest, mask=inside)
-    tl.store(centre_ptr + 2 * batch * d + cols, shift, mask=inside)
-    tl.store(centre_ptr + (2 * batch + 1) * d + cols, rest, mask=inside)
+    delta = fold(total, ROWS, COLUMNS) / n.to(tl.float64)
+    at_centre = centre_ptr + 3 * batch * d + cols
+    tl.store(at_centre, shift, mask=inside)
+    tl.store(at_centre + d, delta, mask=inside)
+    tl.store(at_centre + 2 * d, shift + delta, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "tiles", "chunk"])
 def _gram_kernel(
     h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
-    centre_ptr,  # (batch, 2, d) fp64: shift, and mean of what is left after it
+    centre_ptr,  # (batch, 3, d) fp64: shift, mean - shift, mean
     lower_ptr,  # (batch, n, n) fp64 out, when there is one part
     partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64 out, when there are parts
     n,
@@ -100,19 +100,19 @@ def _gram_kernel(
     at_cols = h_ptr + batch * h_batch + cols.to(tl.int64)[None, :] * h_col
     at_i = at_cols + rows_i.to(tl.int64)[:, None] * h_row
     at_j = at_cols + rows_j.to(tl.int64)[:, None] * h_row
-    at_centre = centre_ptr + 2 * batch * d + cols
+    at_centre = centre_ptr + 3 * batch * d + cols
     stride = tl.full((), STEP, tl.int64) * h_col
     live = cols < stop
     x_i = widen(tl.load(at_i, mask=in_i[:, None] & live[None, :], other=0.0))
     x_j = widen(tl.load(at_j, mask=in_j[:, None] & live[None, :], other=0.0))
     shift = tl.load(at_centre, mask=live, other=0.0)
-    rest = tl.load(at_centre + d, mask=live, other=0.0)
+    delta = tl.load(at_centre + d, mask=live, other=0.0)
     product = tl.zeros((EDGE, EDGE), tl.float64)
     for _ in range(start, stop, STEP):
         # Two subtractions: their sum is the mean rounded at the size of the offset, and that rounding would
         # enter every entry to first order. Columns past the end are 0 - 0 - 0; rows past it are not stored.
-        z_i = (x_i.to(tl.float64) - shift[None, :]) - rest[None, :]
-        z_j = (x_j.to(tl.float64) - shift[None, :]) - rest[None, :]
+        z_i = (x_i.to(tl.float64) - shift[None, :]) - delta[None, :]
+        z_j = (x_j.to(tl.float64) - shift[None, :]) - delta[None, :]
         cols += STEP
         at_i += stride
         at_j += stride
@@ -121,7 +121,7 @@ def _gram_kernel(
         next_i = tl.load(at_i, mask=in_i[:, None] & live[None, :], other=0.0)
         next_j = tl.load(at_j, mask=in_j[:, None] & live[None, :], other=0.0)
         shift = tl.load(at_centre, mask=live, other=0.0)
-        rest = tl.load(at_centre + d, mask=live, other=0.0)
+        delta = tl.load(at_centre + d, mask=live, other=0.0)
         product = tl.dot(z_i, tl.trans(z_j), product, out_dtype=tl.float64)
         x_i = widen(next_i)
         x_j = widen(next_j)
@@ -135,17 +135,16 @@ def _gram_kernel(
         tl.store(partial_ptr + index * EDGE * EDGE + r[:, None] * EDGE + r[None, :], product)
 
 
-def gram_launches(h: Tensor, lower: Tensor, mean: Tensor, scale: float) -> list[Launch]:
-    """Return the launches that turn `h` (batch, n, d) into `lower` (batch, n, n) and `mean` (batch, d), float64."""
+def gram_launches(h: Tensor, lower: Tensor, centre: Tensor, scale: float) -> list[Launch]:
+    """Return the launches that fill `lower` (batch, n, n) and `centre` (batch, 3, d) from `h` (batch, n, d)."""
     batch, n, d = h.shape
     cut = plan(n, d)
     partial = partials(h, cut) if cut.parts > 1 else lower
-    centre = torch.empty((batch, 2, d), dtype=torch.float64, device=h.device)
     blocks = -(-d // _COLUMNS)
     means = Launch(
         _mean_kernel,
         (blocks * batch, 1),
-        (h, mean, centre, n, d, *strides(h), blocks, _ROWS, _COLUMNS),
+        (h, centre, n, d, *strides(h), blocks, _ROWS, _COLUMNS),
         {"num_warps": _WARPS, "num_stages": 1, **OPTIONS},
     )
     shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale, cut.tile.edge, cut.tile.step)
@@ -174,4 +173,5 @@ def gram(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
     mean : Tensor, shape (d,) or (batch, d), float64
         Column means.
     """
-    return run(gram_launches, h, h.shape[-2], scale)
+    lower, centre = run(gram_launches, h, h.shape[-2], scale)
+    return lower, centre[..., 2, :]

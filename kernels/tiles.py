@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 """What the covariance and the Gram kernel share: tiles, exact shifts, sums in a fixed order, the end of a split.
 
 Every sum has a fixed order. The products go through `tl.dot` step by step. Column sums are kept one for each
@@ -72,7 +73,7 @@ def _finish_kernel(
     partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64
     sums_ptr,  # (batch, parts, m) fp64: sum of y; None on the Gram side, where nothing is left to subtract
     lower_ptr,  # (batch, m, m) fp64 out
-    mean_ptr,  # (batch, m) fp64, shift in and mean out; None on the Gram side
+    centre_ptr,  # (batch, 3, m) fp64: shift in; mean - shift and mean out; None on the Gram side
     n,
     m,
     tiles,
@@ -105,12 +106,14 @@ def _finish_kernel(
     result = fold(product, GROUP, ELEMENTS)
     if sums_ptr is not None:
         count = n.to(tl.float64)
-        mean_i = fold(sum_i, GROUP, ELEMENTS) / count
-        mean_j = fold(sum_j, GROUP, ELEMENTS) / count
-        result -= (mean_i * mean_j) * count
-        at_mean = mean_ptr + batch * m + row
+        delta_i = fold(sum_i, GROUP, ELEMENTS) / count
+        delta_j = fold(sum_j, GROUP, ELEMENTS) / count
+        result -= (delta_i * delta_j) * count
+        at_centre = centre_ptr + 3 * batch * m + row
         owner = inside & (row == col)
-        tl.store(at_mean, tl.load(at_mean, mask=owner, other=0.0) + mean_i, mask=owner)
+        shift = tl.load(at_centre, mask=owner, other=0.0)
+        tl.store(at_centre + m, delta_i, mask=owner)
+        tl.store(at_centre + 2 * m, shift + delta_i, mask=owner)
     tl.store(lower_ptr + (batch * m + row) * m + col, result * scale, mask=inside)
 
 
@@ -120,15 +123,15 @@ def run(
     edge: int,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Allocate an (edge, edge) triangle and the means for each matrix of `h`, and run the launches that fill them."""
+    """Allocate (edge, edge) triangles and (3, d) centres for the matrices of `h`; run the launches that fill them."""
     x = h if h.ndim == 3 else h.unsqueeze(0)
     batch, n, d = x.shape
     lower = torch.empty((batch, edge, edge), dtype=torch.float64, device=h.device)
-    mean = torch.empty((batch, d), dtype=torch.float64, device=h.device)
+    centre = torch.empty((batch, 3, d), dtype=torch.float64, device=h.device)
     with torch.cuda.device_of(h):  # Triton launches on the current device
-        for launch in launches(x, lower, mean, 1.0 / n if scale is None else scale):
+        for launch in launches(x, lower, centre, 1.0 / n if scale is None else scale):
             launch.run()
-    return (lower, mean) if h.ndim == 3 else (lower[0], mean[0])
+    return (lower, centre) if h.ndim == 3 else (lower[0], centre[0])
 
 
 def strides(h: Tensor) -> tuple[int, int, int]:
@@ -151,11 +154,17 @@ def product_launch(kernel: Any, h: Tensor, cut: Plan, args: tuple[Any, ...]) -> 
 
 
 def finish_launch(
-    partial: Tensor, sums: Tensor | None, lower: Tensor, mean: Tensor | None, n: int, cut: Plan, scale: float
+    partial: Tensor,
+    sums: Tensor | None,
+    lower: Tensor,
+    centre: Tensor | None,
+    n: int,
+    cut: Plan,
+    scale: float,
 ) -> Launch:
-    """Return the launch that adds the parts of `partial` (and `sums`) and writes `lower` (and `mean`)."""
+    """Return the launch that adds the parts of `partial` (and `sums`) and writes `lower` (and `centre`)."""
     batch, m = lower.shape[:2]
     edge = cut.tile.edge
-    args = (partial, sums, lower, mean, n, m, cut.tiles, cut.parts, scale, edge, _GROUP, _ELEMENTS)
+    args = (partial, sums, lower, centre, n, m, cut.tiles, cut.parts, scale, edge, _GROUP, _ELEMENTS)
     grid = (cut.tiles * batch, edge * edge // _ELEMENTS)
     return Launch(_finish_kernel, grid, args, {"num_warps": 4, "num_stages": 1, **OPTIONS})
