@@ -112,6 +112,8 @@ def _print_summary(out: Path, names: set[str]) -> None:
             title=" ".join(key),
             caption="T_cross: first H under the mean H at T_grok of the other seeds",
             box=SIMPLE,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
         )
         for column in ("T_mem", "T_grok", "H at T_grok", "T_cross", "lead", "test", "steps"):
             table.add_column(column, justify="right")
@@ -244,13 +246,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         For ``--help`` and wrong usage, from the parser.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    warnings.showwarning = _show_warning
     try:
-        return _dispatch(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _dispatch(arguments)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
             raise
-        _complain(f"this needs {error.name}, which is not installed: pip install 'fastent[train]'")
+        _complain(f"this needs {package}, which is not installed: pip install 'fastent[train]'")
         return 1
 
 

@@ -139,9 +139,7 @@ def remove_checkpoints(folder: Path, *, below: int = 0, above: int | None = None
 
 def keep_newest(folder: Path, count: int = KEPT) -> None:
     """Remove all but the `count` newest checkpoints."""
-    steps = checkpoint_steps(folder)
-    if len(steps) > count:
-        remove_checkpoints(folder, below=steps[-count])
+    remove_checkpoints(folder, below=min(checkpoint_steps(folder)[-count:], default=0))
 
 
 def clean(folder: Path) -> None:

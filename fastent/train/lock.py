@@ -77,10 +77,13 @@ class RunLock:
 
     def release(self) -> None:
         """Give the lock back and remove its file."""
-        if self._descriptor is not None:
+        if self._descriptor is None:
+            return
+        try:
             # Removed while still held, so that nobody can lock the name in between.
             with contextlib.suppress(OSError):
                 self.path.unlink()
+        finally:
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -102,7 +102,11 @@ def plan_stacks(job: Job, out: Path, workers: int = 1) -> list[Job]:
     ------
     RunError
         If a folder's config.json cannot be read.
+    ValueError
+        If `workers` is below 1.
     """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1; got {workers}")
     stacks: dict[tuple[int, ...], None] = {}
     for seed in job.seeds:
         recorded = _read_config(out / job.run_name(seed))

@@ -1,0 +1,225 @@
+"""The command line, from the arguments to the exit status."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from fastent import cli, doctor, spectral_entropy
+from fastent.cli import main, parse_seeds
+from fastent.train import sweep
+from fastent.train.errors import RunWarning
+from fastent.train.presets import preset
+
+TINY = (
+    *("--modulus", "7", "--width", "8", "--feedforward", "8", "--heads", "2", "--batch-size", "8"),
+    *("--probe-size", "8", "--evaluate-every", "10", "--max-steps", "40"),
+)
+
+
+def test_run_trains_every_seed_and_prints_a_row_for_each(tmp_path, capsys):
+    assert main(["run", "e1", "--seeds", "0,3", "--out", str(tmp_path / "runs"), *TINY]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""  # no progress bar where there is no terminal
+    assert "e1 baseline add" in captured.out
+    for word in ("seed", "T_mem", "T_grok", "T_cross", "lead"):
+        assert word in captured.out
+    assert re.findall(r"^ +(\d) .* 40 +max_steps", captured.out, re.MULTILINE) == ["0", "3"]
+    config = json.loads((tmp_path / "runs" / "e1-baseline-add-seed3" / "config.json").read_text())
+    assert config["stack"] == [0, 3]
+    assert config["config"]["modulus"] == 7
+    assert config["config"]["readout"] == preset("quick").readout == "mean"
+
+
+def test_run_starts_from_the_preset_it_is_given(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(sweep, "run_jobs", lambda jobs, *arguments, **options: seen.extend(jobs) or [])
+    monkeypatch.setattr(cli, "_print_summary", lambda *arguments: None)
+    for spelling in (["--preset", "paper"], ["--preset=paper"]):
+        assert (
+            main(["run", "all", *spelling, "--seeds", "4", "--weight-decay", "0.5", "--out", str(tmp_path)])
+            == 0
+        )
+    assert [job.config for job in seen] == [preset("paper", weight_decay=0.5)] * 2
+    assert [job.seeds for job in seen] == [(4,), (4,)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["e9"], "experiment must be one of e1 or all; got 'e9'"),
+        (
+            ["e1", "--seeds", "2-0"],
+            "seeds must be numbers and ranges without repetition, such as 0-2 or 0,3,7-9; got '2-0'",
+        ),
+        (["e1", "--preset", "slow"], "no preset is called 'slow'; there are quick, paper"),
+        (["e1", "--workers", "0"], "workers must be at least 1; got 0"),
+    ],
+)
+def test_run_says_what_an_argument_must_be(tmp_path, capsys, arguments, message):
+    assert main(["run", *arguments, "--out", str(tmp_path / "runs")]) == 1
+    assert f"fastent: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_another_configuration_fails_with_the_diff_and_force_goes_on(tmp_path, capsys):
+    arguments = ["run", "e1", "--seeds", "0", "--out", str(tmp_path), *TINY]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--learning-rate", "0.5"]) == 1
+    captured = capsys.readouterr()
+    assert "config.learning_rate: 0.001 in the folder, 0.5 now" in captured.err
+    assert "fastent: 1 of 1 jobs failed" in captured.err
+    assert captured.out == ""
+    (tmp_path / "e1-baseline-add-seed0" / "DONE").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RunWarning)
+        assert main([*arguments, "--learning-rate", "0.5", "--force"]) == 0
+    name = tmp_path / "e1-baseline-add-seed0"
+    assert capsys.readouterr().err == (
+        f"fastent: warning: {name}: --force ignores that the folder has\n"
+        "  config.learning_rate: 0.001 in the folder, 0.5 now\n"
+    )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_command_with_its_status_and_the_same_command_goes_on(
+    tmp_path, number, status, capsys
+):
+    arguments = ["run", "e1", "--seeds", "0-1", "--out", str(tmp_path), *TINY[:-1], "6000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fastent.cli", *arguments]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        metrics = tmp_path / "e1-baseline-add-seed1" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, error = process.communicate()
+    assert process.returncode == status
+    assert re.search(
+        rf"fastent: {number.name}: stopped after step \d+, saved; the same command goes on", error
+    )
+    stopped = json.loads(next((tmp_path / "e1-baseline-add-seed1").glob("checkpoint-*.json")).read_text())[
+        "step"
+    ]
+    assert 30 <= stopped < 6000
+
+
+def test_report_is_written_from_a_folder_of_runs(tmp_path, capsys):
+    assert main(["run", "e1", "--seeds", "0", "--out", str(tmp_path / "runs"), *TINY]) == 0
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
+    page = tmp_path / "report" / "index.html"
+    assert capsys.readouterr().out.strip() == str(page)
+    assert page.exists()
+    assert main(["report", str(tmp_path / "nothing")]) == 1
+    assert "nothing is not a folder" in capsys.readouterr().err
+
+
+def test_entropy_prints_what_the_function_returns(tmp_path, capsys):
+    h = np.random.default_rng(0).normal(size=(50, 8)) * np.arange(1, 9)
+    np.save(tmp_path / "h.npy", h.astype(">f8"))
+    assert main(["entropy", str(tmp_path / "h.npy")]) == 0
+    printed = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    expected = spectral_entropy(torch.from_numpy(h))
+    assert float(printed["H (normalised)"].split()[0]) == pytest.approx(expected.normalized, abs=1e-6)
+    assert float(printed["effective rank"].split()[0]) == pytest.approx(expected.effective_rank, abs=1e-4)
+    assert printed["samples, features"] == "50, 8   >f8"
+    assert printed["status"] == "ok"
+
+
+def test_entropy_passes_errors_and_warnings_on(tmp_path, capsys):
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).normal(size=(20, 3, 4)))
+    assert main(["entropy", str(tmp_path / "tokens.npy")]) == 1
+    assert 'tokens="flatten"' in capsys.readouterr().err
+    assert main(["entropy", str(tmp_path / "tokens.npy"), "--tokens", "mean"]) == 0
+    np.save(tmp_path / "few.npy", np.eye(4))
+    assert main(["entropy", str(tmp_path / "few.npy")]) == 0
+    assert "rank_limited: 4 samples in 4 dimensions" in capsys.readouterr().out
+    assert main(["entropy", str(tmp_path / "missing.npy")]) == 1
+    assert "missing.npy" in capsys.readouterr().err
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+@pytest.mark.parametrize("form", ["array of objects", "bare pickle"])
+def test_entropy_refuses_pickled_objects_and_runs_nothing_in_them(tmp_path, monkeypatch, capsys, form):
+    monkeypatch.chdir(tmp_path)
+    if form == "bare pickle":
+        (tmp_path / "h.npy").write_bytes(pickle.dumps(Bomb()))
+    else:
+        np.save(tmp_path / "h.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    assert main(["entropy", "h.npy"]) == 1
+    assert "allow_pickle" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_list_names_experiments_and_presets(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^  e1  Does the entropy collapse precede grokking\?$", printed, re.MULTILINE)
+    assert re.search(r"^  e2  .*\(not in this version\)$", printed, re.MULTILINE)
+    assert re.search(r"^  paper  the paper's setting$", printed, re.MULTILINE)
+    assert re.search(r"^  quick  .*evaluate_every = 50", printed, re.MULTILINE)
+
+
+def test_doctor_says_what_would_be_used_and_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "EXTRA", ("tyro", "no-such-package"))
+    assert main(["doctor"]) == 0
+    found = dict(re.split(r" +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert found["torch"].startswith(torch.__version__)
+    assert found["threads"].startswith(f"{torch.get_num_threads()} of {os.cpu_count()} processors")
+    assert found["no-such-package"] == "not installed"
+    if not torch.cuda.is_available():
+        assert found["GPU"].endswith("torch computes the covariance")
+
+
+def test_doctor_ends_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(doctor, "EXTRA", ("tyro", "no-such-package"))
+    assert doctor.examine()[-1] == ("to do", "pip install 'fastent[train]' for no-such-package")
+
+
+WITHOUT = """
+import sys
+from fastent.cli import main
+for name in ("tyro", "safetensors", "rich"):
+    sys.modules[name] = None
+    print(main(["run", "e1", "--seeds", "0", "--out", sys.argv[1]]), file=sys.stderr)
+    del sys.modules[name]
+"""
+
+
+def test_fastent_imports_without_its_extra_and_names_the_remedy_where_it_is_needed(tmp_path):
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path / "runs")]
+    error = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert error == "".join(
+        f"fastent: this needs {name}, which is not installed: pip install 'fastent[train]'\n1\n"
+        for name in ("tyro", "safetensors", "rich")
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("0-2", (0, 1, 2)), ("5", (5,)), ("0,3,7-9", (0, 3, 7, 8, 9)), ("10-10", (10,))]
+)
+def test_seeds_are_read_as_numbers_and_ranges(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1,,2", "0-2,1", "1.5"])
+def test_what_is_no_list_of_seeds_is_refused(text):
+    with pytest.raises(ValueError, match="seeds must be numbers and ranges without repetition"):
+        parse_seeds(text)
