@@ -152,10 +152,15 @@ def centered_matrix(
     scale = 1.0 / n if scale is None else scale
     resolution = torch.finfo(x.dtype).eps
     if _use_triton(x, backend):
-        from fastent.kernels import covariance as kernels
+        if side == "gram":
+            from fastent.kernels.gram import gram
 
-        matrix, shift = getattr(kernels, side)(x, scale=scale)
-        delta = torch.zeros_like(shift)
+            matrix, shift = gram(x, scale=scale)
+            delta = torch.zeros_like(shift)
+        else:
+            from fastent.kernels.covariance import shifted_covariance
+
+            matrix, shift, delta = shifted_covariance(x, scale=scale)
     else:
         parts = [
             torch_backend.gram(item, scale)
