@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from fastent.experiments import corrections, e1_baseline, e1_section
-from fastent.experiments.claims import Claim, claims_table
+from fastent.experiments import corrections
+from fastent.experiments.claims import claims_table
 from fastent.experiments.document import (
     Block,
     Code,
@@ -27,51 +26,13 @@ from fastent.experiments.document import (
     as_markdown,
     figures_of,
 )
+from fastent.experiments.parts import EXPERIMENTS, Part
 from fastent.experiments.stored import PAPER, StoredRun, read_runs
 from fastent.train.presets import SOURCES
 
+__all__ = ["EXPERIMENTS", "write_report"]
+
 TITLE = "Spectral entropy and grokking"
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one experiment gives to the report: a few sentences, its claims and its section."""
-
-    headline: str
-    claims: tuple[Claim, ...]
-    section: Section
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """An experiment of the paper; `part` makes its part from complete runs, None where there is none yet."""
-
-    id: str
-    question: str
-    part: Callable[[Sequence[StoredRun]], Part] | None = None
-
-
-def _baseline(runs: Sequence[StoredRun]) -> Part:
-    comparable = all(run.preset == ("paper", {}) for run in runs)
-    result = e1_baseline.analyse([run.measure() for run in runs], comparable=comparable)
-    headline = e1_section.headline(result)
-    if any(run.config != runs[0].config for run in runs):
-        headline += (
-            " These runs differ in their settings (see the last section), and what is said of all mixes them."
-        )
-    return Part(headline, tuple(e1_baseline.claims(result)), e1_section.section(result))
-
-
-EXPERIMENTS = (
-    Experiment("e1", "Does the entropy collapse precede grokking?", _baseline),
-    Experiment("e2", "Does mixing the representations delay grokking?"),
-    Experiment("e3", "Is it the norm? Control with the norm held."),
-    Experiment("e4", "Norm against entropy as predictors."),
-    Experiment("e5", "Does a power law forecast the time of grokking?"),
-    Experiment("e6", "Do other tasks and groups show the same?"),
-    Experiment("e7", "Is the collapse sufficient? MLP against Transformer."),
-    Experiment("e8", "Does the choice of the probe matter?"),
-)
 
 
 def write_report(runs: Path, out: Path) -> Path:
@@ -119,11 +80,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sections(stored: Sequence[StoredRun], runs: Path, out: Path) -> list[Section]:
-    parts = {}
-    for experiment in EXPERIMENTS:
-        complete = [run for run in stored if run.experiment == experiment.id and run.done is not None]
-        if complete and experiment.part is not None:
-            parts[experiment.id] = experiment.part(complete)
+    made = {experiment.id: experiment.make_part(stored) for experiment in EXPERIMENTS}
+    parts = {name: part for name, part in made.items() if part is not None}
     return [
         _summary(parts, stored),
         *(part.section for part in parts.values()),

@@ -1,0 +1,71 @@
+"""The paper's experiments, and what each gives to the report.
+
+An experiment reads complete runs, its own and those it is compared with, and makes its part: a few sentences,
+its claims and its section. One that finds nothing to say of the runs there are gives None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fastent.experiments import e1_baseline, e1_section
+from fastent.experiments.claims import Claim
+from fastent.experiments.document import Section
+from fastent.experiments.stored import StoredRun
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one experiment gives to the report: a few sentences, its claims and its section."""
+
+    headline: str
+    claims: tuple[Claim, ...]
+    section: Section
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment of the paper.
+
+    `part` makes its part from the complete runs of the experiments in `reads` (its own if that is empty); None
+    where this version has no analysis of it.
+    """
+
+    id: str
+    question: str
+    part: Callable[[Sequence[StoredRun]], Part | None] | None = None
+    reads: tuple[str, ...] = ()
+
+    def make_part(self, stored: Sequence[StoredRun]) -> Part | None:
+        """Make its part from those of `stored` that it reads and that are complete; None if it cannot be."""
+        reads = self.reads or (self.id,)
+        complete = [run for run in stored if run.experiment in reads and run.done is not None]
+        return self.part(complete) if complete and self.part is not None else None
+
+
+def _baseline(runs: Sequence[StoredRun]) -> Part:
+    result = e1_baseline.analyse([run.measure() for run in runs], comparable=in_papers_setting(runs))
+    headline = e1_section.headline(result)
+    if any(run.config != runs[0].config for run in runs):
+        headline += (
+            " These runs differ in their settings (see the last section), and what is said of all mixes them."
+        )
+    return Part(headline, tuple(e1_baseline.claims(result)), e1_section.section(result))
+
+
+def in_papers_setting(runs: Sequence[StoredRun]) -> bool:
+    """Whether all of `runs` were made with the preset `paper`, so that the paper's numbers can be judged."""
+    return all(run.preset == ("paper", {}) for run in runs)
+
+
+EXPERIMENTS = (
+    Experiment("e1", "Does the entropy collapse precede grokking?", _baseline),
+    Experiment("e2", "Does mixing the representations delay grokking?"),
+    Experiment("e3", "Is it the norm? Control with the norm held."),
+    Experiment("e4", "Norm against entropy as predictors."),
+    Experiment("e5", "Does a power law forecast the time of grokking?"),
+    Experiment("e6", "Do other tasks and groups show the same?"),
+    Experiment("e7", "Is the collapse sufficient? MLP against Transformer."),
+    Experiment("e8", "Does the choice of the probe matter?"),
+)
