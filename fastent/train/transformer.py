@@ -184,7 +184,8 @@ class Transformer:
         scores = torch.ops.aten._softmax_backward_data(weights, kept.weights, 2, weights.dtype)
         value = torch.zeros_like(table.value, memory_format=torch.contiguous_format)
         for k in range(t):
-            rows = (heads * kept.weights[:, :, k].unsqueeze(4)).sum(1)
+            rows = heads * kept.weights[:, :, k].unsqueeze(4)
+            rows = rows.sum(1) if u > 1 else rows[:, 0]
             add_rows(value, kept.columns[k], rows.view(seeds, n, -1))
         full = torch.zeros_like(table.scores)
         full.scatter_add_(2, kept.places, scores.permute(0, 4, 1, 2, 3).reshape(seeds, h, u * t * n))

@@ -138,12 +138,14 @@ def test_a_start_depends_on_the_seed_and_a_variant_leaves_the_rest_alone():
     assert not torch.equal(with_norm["layer.linear1.weight"], other["layer.linear1.weight"])
 
 
-def test_pair_losses_are_cross_entropy_and_ties_go_to_the_first_class():
-    p = {"head.weight": torch.zeros(1, 3, 4), "head.bias": torch.zeros(1, 3)}
-    losses, right = pair_losses(p, torch.randn(1, 3, 4), torch.tensor([[0, 1, 2]]))
-    assert torch.allclose(losses, torch.full((1, 3), math.log(3)), atol=1e-6)
-    # A head that says nothing is right on one class in three, not on all.
-    assert right.tolist() == [[True, False, False]]
+def test_pair_losses_are_cross_entropy_and_a_tie_is_not_right():
+    p = {"head.weight": torch.eye(3).unsqueeze(0), "head.bias": torch.zeros(1, 3)}
+    logits = torch.tensor([[[3.0, 1.0, 1.0], [3.0, 1.0, 1.0], [0.0, 2.0, 2.0], [1.0, 1.0, 1.0]]])
+    labels = torch.tensor([[0, 1, 1, 0]])
+    losses, right = pair_losses(p, logits, labels)
+    assert right.tolist() == [[True, False, False, False]]
+    want = torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="none")
+    assert torch.allclose(losses[0], want, atol=1e-6)
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
