@@ -74,7 +74,8 @@ def run(
         raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
     numbers = parse_seeds(seeds)
     asked = [job for name in JOBS if experiment in (name, "all") for job in JOBS[name](config, numbers)]
-    jobs = [stack for job in asked for stack in plan_stacks(job, out, workers)]
+    # Experiments share runs: each is trained once.
+    jobs = [stack for job in dict.fromkeys(asked) for stack in plan_stacks(job, out, workers)]
     with StopRequest() as stop, ProgressBar(jobs, quiet=quiet) as bar:
         outcomes = run_jobs(
             jobs, out, workers=workers, device=device, force=force, observers=[bar], stop=stop

@@ -16,9 +16,11 @@ import torch
 
 from fastent import cli, doctor, spectral_entropy
 from fastent.cli import main, parse_seeds
+from fastent.experiments.jobs import JOBS
 from fastent.train import sweep
 from fastent.train.errors import RunWarning
 from fastent.train.presets import preset
+from fastent.train.runs import Job
 
 TINY = (
     *("--modulus", "7", "--width", "8", "--feedforward", "8", "--heads", "2", "--batch-size", "8"),
@@ -49,14 +51,17 @@ def test_run_starts_from_the_preset_it_is_given(monkeypatch, tmp_path):
             main(["run", "all", *spelling, "--seeds", "4", "--weight-decay", "0.5", "--out", str(tmp_path)])
             == 0
         )
-    assert [job.config for job in seen] == [preset("paper", weight_decay=0.5)] * 2
-    assert [job.seeds for job in seen] == [(4,), (4,)]
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert first == second
+    assert first[0] == Job("e1", "baseline", preset("paper", weight_decay=0.5), (4,))
+    assert all(job.config.weight_decay == 0.5 and job.seeds == (4,) for job in first)
+    assert len({job.run_name(4) for job in first}) == len(first)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["e9"], "experiment must be one of e1 or all; got 'e9'"),
+        (["e9"], f"experiment must be one of {', '.join(JOBS)} or all; got 'e9'"),
         (
             ["e1", "--seeds", "2-0"],
             "seeds must be numbers and ranges without repetition, such as 0-2 or 0,3,7-9; got '2-0'",
@@ -171,7 +176,7 @@ def test_list_names_experiments_and_presets(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^  e1  Does the entropy collapse precede grokking\?$", printed, re.MULTILINE)
-    assert re.search(r"^  e2  .*\(not in this version\)$", printed, re.MULTILINE)
+    assert len(re.findall(r"^  e\d  .*[.?]$", printed, re.MULTILINE)) == len(JOBS)
     assert re.search(r"^  paper  the paper's setting$", printed, re.MULTILINE)
     assert re.search(r"^  quick  .*evaluate_every = 50", printed, re.MULTILINE)
 
