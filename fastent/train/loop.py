@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -149,7 +150,9 @@ class _Training:
             return
         values = {name: column.tolist() for name, column in self.stack.evaluate().items()}
         further = self.measures(self.stack)
+        before = time.perf_counter()
         entropies = spectral_entropy(self.stack.representations(), batch_dims=1).unbind()
+        cost = {"monitor_seconds": time.perf_counter() - before, "seeds": len(entropies)}
         for run in due:
             at = self.stack.seeds.index(run.seed)
             (record,) = self.monitors[run.seed].observe(step, entropies[at], layer=LAYER)
@@ -163,7 +166,7 @@ class _Training:
                 **{name: column[at] for name, column in further.items()},
             }
             run.metrics.append({key: _json_number(value) for key, value in row.items()})
-            run.timing.append({"event": "evaluation", "step": step, **self._now()})
+            run.timing.append({"event": "evaluation", "step": step, **self._now(), **cost})
             self.observers.row(self.job, run.seed, run.metrics.rows[-1])
 
     def _ending(self, seed: int, step: int) -> str | None:

@@ -6,7 +6,8 @@
         config.json         schema, experiment, condition, seed, seeds trained as one stack, every setting
         environment.json    machine and software of the first start metrics.jsonl       one row an evaluation;
         a function of the configuration alone, so equal after a resume
-        timing.jsonl        clocks, starts and resumes; all that differs from one execution to the next
+        timing.jsonl        clocks, starts and resumes, and what H cost the stack at each evaluation; all that
+                            differs from one execution to the next
         checkpoint-<step>.safetensors, .json
         DONE                why and when the run ended, as JSON; it is complete
         FAILED              why a sweep gave the run up, as JSON; removed when it goes on
