@@ -25,7 +25,7 @@ from fastent.entropy import Convention, spectral_entropy
 from fastent.train.presets import TrainConfig
 from fastent.train.presets import preset as preset_called
 
-EXTRA = ("tyro", "rich", "safetensors", "matplotlib")
+EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "pyarrow")
 """What ``fastent[train]`` installs."""
 
 

@@ -1,13 +1,15 @@
-"""Run folders read for analysis, never written: a folder may belong to a run that is still training.
+"""Runs read for analysis, never written: a folder may belong to a run that is still training.
 
-What a folder holds is told in `fastent.train.runs`. The last line of a live log may be half written; it is
-left out here with a warning, and left alone on disk.
+What a folder holds is told in `fastent.train.runs`; runs packed into Parquet files by
+`fastent.experiments.records` are read as if they were folders. The last line of a live log may be half written;
+it is left out here with a warning, and left alone on disk.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +22,53 @@ from fastent.train.presets import PRESETS, TrainConfig
 
 @dataclass(frozen=True)
 class StoredRun:
-    """One run folder as it was found.
+    """One run as it was found.
 
-    `config` holds the trainer's settings as JSON gives them, `environment` the machine and software (empty if
-    not recorded), `done` the content of DONE (None while the run is not complete), `failed` that of FAILED.
+    `path` is its folder, `record` the content of its config.json, `environment` the machine and software (empty
+    if not recorded), `rows` its metrics and `timing` its clocks, `done` the content of DONE (None while the run
+    is not complete), `failed` that of FAILED.
+
+    Raises
+    ------
+    RunError
+        If `record` is not a run's configuration.
     """
 
     path: Path
-    experiment: str
-    condition: str
-    seed: int
-    config: dict[str, Any]
+    record: dict[str, Any]
     environment: dict[str, Any]
     rows: tuple[dict[str, Any], ...]
+    timing: tuple[dict[str, Any], ...]
     done: dict[str, Any] | None
     failed: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        try:
+            dict(self.record["config"])
+            _ = self.experiment, self.condition, self.seed
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{self.path / 'config.json'} is not a run's configuration ({error!r})") from error
+
+    @property
+    def experiment(self) -> str:
+        """Which experiment asked for it, "e1" to "e8"."""
+        return str(self.record["experiment"])
+
+    @property
+    def condition(self) -> str:
+        """What sets it apart within its experiment."""
+        return str(self.record["condition"])
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.record["seed"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The trainer's settings as JSON gives them."""
+        settings: dict[str, Any] = self.record["config"]
+        return settings
 
     @property
     def name(self) -> str:
@@ -91,44 +125,56 @@ PAPER = _PRESETS["paper"]
 
 
 def _changes(config: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
-    keys = [key for key in {**preset, **config} if key != "task"]
+    # Neither the task nor what is measured beside makes it another setting.
+    keys = [key for key in {**preset, **config} if key not in ("task", "measures")]
     return {key: config.get(key) for key in keys if config.get(key) != preset.get(key)}
 
 
 def read_runs(root: Path) -> list[StoredRun]:
-    """All run folders directly below `root`, by experiment, condition, task and seed.
+    """All runs directly below `root`, folders and packed ones, by experiment, condition, task and seed.
 
     Raises
     ------
     RunError
-        If `root` is not a folder or holds no run, or a file of a run cannot be read.
+        If `root` is not a folder or holds no run, holds one twice, or a file of a run cannot be read.
     """
     if not root.is_dir():
         raise RunError(f"{root} is not a folder: give the --out of `fastent run`")
-    found = [_read_run(path.parent) for path in root.glob("*/config.json")]
+    found = [read_run(path.parent) for path in root.glob("*/config.json")]
+    if packed := sorted(root.glob("*.parquet")):
+        from fastent.experiments.records import unpack
+
+        found += [run for path in packed for run in unpack(path)]
     if not found:
         raise RunError(f"{root} holds no run folder: give the --out of `fastent run`")
+    names = Counter(run.name for run in found)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise RunError(
+            f"{root} holds {', '.join(sorted(twice))} twice: as a folder and packed, or in two files"
+        )
     return sorted(found, key=lambda r: (r.experiment, r.condition, str(r.config.get("task")), r.seed))
 
 
-def _read_run(path: Path) -> StoredRun:
+def read_run(path: Path) -> StoredRun:
+    """Read one run folder.
+
+    Raises
+    ------
+    RunError
+        If one of its files cannot be read.
+    """
     record = _object(path / "config.json")
     if record is None:
-        raise RunError(f"{path / 'config.json'} went away while it was read")
-    try:
-        return StoredRun(
-            path=path,
-            experiment=str(record["experiment"]),
-            condition=str(record["condition"]),
-            seed=int(record["seed"]),
-            config=dict(record["config"]),
-            environment=_object(path / "environment.json") or {},
-            rows=tuple(_rows(path / "metrics.jsonl")),
-            done=_object(path / "DONE"),
-            failed=_object(path / "FAILED"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path / 'config.json'} is not a run's configuration ({error!r})") from error
+        raise RunError(f"{path / 'config.json'} is not there, or went away while it was read")
+    return StoredRun(
+        path=path,
+        record=record,
+        environment=_object(path / "environment.json") or {},
+        rows=tuple(_rows(path / "metrics.jsonl")),
+        timing=tuple(_rows(path / "timing.jsonl")),
+        done=_object(path / "DONE"),
+        failed=_object(path / "FAILED"),
+    )
 
 
 def _object(path: Path) -> dict[str, Any] | None:
