@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from fastent.train.presets import TrainConfig
+from fastent.experiments.variants import MLPS, TASKS, Variant, controls
+from fastent.train.presets import MeasureName, TrainConfig
 from fastent.train.runs import Job
 
 ALPHA = 0.1
@@ -21,12 +22,18 @@ DOSES = (0.05, 0.1, 0.2, 0.4)
 FEWER, TO_THE_END = 5, 3
 """Seeds, the first ones, of the runs that only support others, and of those to the limit of steps."""
 
+MEASURES: tuple[MeasureName, ...] = ("test_probe", "probe_sizes", "fourier", "progress")
+"""What every run records beside H: E8 compares probes, E7 sets the MLPs' spectra beside the Transformer's."""
+
+LONGER = 1.6
+"""Steps of an MLP that does not grok, over the preset's limit: the paper's 80,000 over its 50,000."""
+
 Jobs = Callable[[TrainConfig, Sequence[int]], list[Job]]
 
 
 def e1(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     """E1, does the collapse of the entropy precede grokking: the settings as they are."""
-    return [Job("e1", "baseline", config, tuple(seeds))]
+    return [_job("e1", "baseline", config, seeds)]
 
 
 def e2(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
@@ -65,9 +72,46 @@ def e5(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     return [*e1(config, seeds), _job("e5", "to-the-end", to_the_end, seeds[:TO_THE_END])]
 
 
+def e6(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
+    """E6, do other tasks and groups show the same: E1's runs, the paper's other tasks, and relabelled ones."""
+    other = [
+        _variant("e6", task, config, seeds if task.changes["task"] == "s5" else seeds[:FEWER])
+        for task in TASKS
+    ]
+    relabelled = [_variant("e6", each, config, seeds[:FEWER]) for each in controls(config.modulus)]
+    return [*e1(config, seeds), *other, *relabelled]
+
+
+def e7(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
+    """E7, is the collapse sufficient: MLPs for longer than E1's Transformers, which they are set beside.
+
+    The first two are the plainest, and have more seeds than those that vary one thing.
+    """
+    longer = dataclasses.replace(config, max_steps=round(LONGER * config.max_steps))
+    mlps = [
+        _variant("e7", mlp, longer, seeds[: FEWER if place < 2 else TO_THE_END])
+        for place, mlp in enumerate(MLPS)
+    ]
+    return [*e1(config, seeds), *mlps]
+
+
+def _variant(experiment: str, variant: Variant, config: TrainConfig, seeds: Sequence[int]) -> Job:
+    return _job(experiment, variant.condition, dataclasses.replace(config, **variant.changes), seeds)
+
+
 def _job(experiment: str, condition: str, config: TrainConfig, seeds: Sequence[int]) -> Job:
-    return Job(experiment, condition, config, tuple(seeds))
+    measures = tuple(dict.fromkeys((*config.measures, *MEASURES)))
+    return Job(experiment, condition, dataclasses.replace(config, measures=measures), tuple(seeds))
 
 
-JOBS: dict[str, Jobs] = {"e1": e1, "e2": e2, "e3": e3, "e4": e1, "e5": e5}
-"""By id, every experiment that can be run. E4 is an analysis of E1's runs."""
+JOBS: dict[str, Jobs] = {
+    "e1": e1,
+    "e2": e2,
+    "e3": e3,
+    "e4": e1,
+    "e5": e5,
+    "e6": e6,
+    "e7": e7,
+    "e8": e1,
+}
+"""By id, every experiment that can be run. E4 and E8 are analyses of E1's runs."""

@@ -41,6 +41,9 @@ from fastent.train.tasks import make_task
 NONE = ("baseline", "to-the-end")
 """Conditions that leave the training as it is and differ in the experiment's settings, if at all."""
 
+SETTINGS = "with-"
+"""The same goes for every condition that begins so: it names settings, such as "with-mlp-sum"."""
+
 _AS = "norm-as-"
 
 Average = Literal["losses", "logits"]
@@ -63,7 +66,7 @@ def make_condition(job: Job, out: Path) -> Condition | None:
     RunError
         If no condition is called that, or the run to follow is missing, incomplete or of other settings.
     """
-    if job.condition in NONE:
+    if job.condition in NONE or job.condition.startswith(SETTINGS):
         return None
     parts = [_part(text, job, out) for text in job.condition.split("+")]
     return parts[0] if len(parts) == 1 else InTurn(parts)
