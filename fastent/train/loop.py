@@ -38,7 +38,7 @@ from fastent.train.runs import Job, Row, Run, common_steps
 from fastent.train.signals import StopRequest
 from fastent.train.stack import Stack
 
-CHECKPOINT_EVERY = 500
+CHECKPOINT_EVERY = 250
 """Steps between checkpoints. It decides how much a crash costs, not what is computed."""
 
 LAYER = "representation"
