@@ -111,6 +111,57 @@ def proportion(successes: int, n: int, *, level: float = LEVEL) -> Estimate:
     return Estimate(successes / n, float(interval.low), float(interval.high), n, "Clopper-Pearson", level)
 
 
+def pearson(x: Sequence[float], y: Sequence[float], *, level: float = LEVEL) -> Estimate:
+    """Pearson's r of pairs, one a seed, with Fisher's interval (exact for normal pairs only, from 4 pairs).
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two pairs, or not as many of one as of the other.
+
+    References
+    ----------
+    Fisher, "On the probable error of a coefficient of correlation deduced from a small sample", Metron 1 (1921).
+
+    Examples
+    --------
+    >>> pearson([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]).value
+    1.0
+    """
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if a.shape != b.shape or a.size < 2:
+        raise ValueError(f"r needs two or more pairs; got {a.size} and {b.size} values")
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return Estimate(
+            float("nan"), None, None, a.size, "r is undefined: all values of one are equal", level
+        )
+    r = float(np.clip(np.corrcoef(a, b)[0, 1], -1.0, 1.0))
+    if a.size < 4 or abs(r) == 1:
+        return Estimate(r, None, None, a.size, f"no interval: n = {a.size}, r = {r:.3g}", level)
+    half = float(stats.norm.ppf((1 + level) / 2)) / (a.size - 3) ** 0.5
+    low, high = (float(np.tanh(np.arctanh(r) + sign * half)) for sign in (-1, 1))
+    return Estimate(r, low, high, a.size, "Pearson r, Fisher interval", level)
+
+
+def welch(x: Sequence[float], y: Sequence[float], *, level: float = LEVEL) -> Estimate:
+    """Mean of `y` minus mean of `x`, of runs that share nothing, with Welch's interval.
+
+    Raises
+    ------
+    ValueError
+        If one of them is empty.
+    """
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if min(a.size, b.size) == 0:
+        raise ValueError(f"each group needs a value; got {a.size} and {b.size}")
+    gap = float(b.mean() - a.mean())
+    if min(a.size, b.size) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
+        return Estimate(gap, None, None, a.size + b.size, f"no interval: n = {a.size} and {b.size}", level)
+    interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(level)
+    low, high = float(interval.low), float(interval.high)
+    return Estimate(gap, low, high, a.size + b.size, "difference of means, Welch interval", level)
+
+
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down adjustment of one family of p-values, by name, in the order given.
 
