@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from fastent.experiments.leads import Leads, Sweep, collapse, left_out_threshold
-from fastent.experiments.quantities import MeasuredRun, Trajectory
+from fastent.experiments.leads import Leads, Sweep
+from fastent.experiments.quantities import TAU, MeasuredRun, Trajectory
 from fastent.experiments.stored import read_runs
 from fastent.experiments.style import DARK, LIGHT, Theme
 
@@ -162,7 +162,7 @@ def around_grokking(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads, *
 
 
 def per_seed(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads) -> Figure:
-    """One panel a run: accuracies and entropy on one scale; the span from T_collapse to T_grok is shaded."""
+    """One panel a run: accuracies and entropy on one scale; the span from the fall of H to T_grok is shaded."""
     columns = min(len(runs), 3)
     rows = -(-len(runs) // columns)
     figure = Figure(figsize=(WIDTH, 0.8 + 2.8 * rows), layout="constrained")
@@ -196,7 +196,9 @@ def per_seed(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads) -> Figur
         grid[0].plot([], [], color=LIGHT.test, linewidth=1.8, label="test accuracy")[0],
         grid[0].plot([], [], color=LIGHT.entropy, linewidth=1.8, label="spectral entropy H")[0],
         grid[0].plot([], [], color=LIGHT.signal, linestyle=(0, (2, 2)), label=f"H* of {crossing.rule}")[0],
-        grid[0].fill_between([], [], color=LIGHT.signal, alpha=0.18, label="lead: T_collapse to T_grok"),
+        grid[0].fill_between(
+            [], [], color=LIGHT.signal, alpha=0.18, label=f"from a fall of H by {TAU:g} to T_grok"
+        ),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=9)
     return figure
@@ -297,6 +299,8 @@ def _marks(axes: Axes, runs: Sequence[MeasuredRun], name: str, crossing: Leads, 
 
 def main() -> None:
     """Draw the README's picture: one panel for each complete E1 run of a folder of runs."""
+    from fastent.experiments import e1_baseline
+
     parser = argparse.ArgumentParser(prog="python -m fastent.experiments.figures", description=main.__doc__)
     parser.add_argument("runs", type=Path, help="folder of runs, the --out of `fastent run e1`")
     parser.add_argument("picture", type=Path, help="PNG file to write")
@@ -304,7 +308,8 @@ def main() -> None:
     runs = [run.measure() for run in read_runs(given.runs) if run.experiment == "e1" and run.done is not None]
     if not runs:
         parser.error(f"{given.runs} holds no complete run of E1")
-    save_png(functools.partial(per_seed, runs, left_out_threshold(runs), collapse(runs)), given.picture)
+    result = e1_baseline.analyse(runs, comparable=False)
+    save_png(functools.partial(per_seed, result.runs, result.left_out, result.signal), given.picture)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,10 @@ def left_out_threshold(runs: Sequence[MeasuredRun]) -> Leads:
 def collapse(runs: Sequence[MeasuredRun], *, tau: float = TAU, window: int = WINDOW) -> Leads:
     """Lead of the first fall by more than `tau` within `window` evaluations."""
     times = [first_collapse(r.trajectory.step, r.trajectory.entropy, tau=tau, window=window) for r in runs]
+    spans = {(window - 1) * r.evaluate_every for r in runs}
     source = f"a fall of H by more than {tau:g} within {window} evaluations"
+    if len(spans) == 1:
+        source += f" ({spans.pop():,} steps)"
     return _leads("collapse", source, runs, [None] * len(runs), times)
 
 

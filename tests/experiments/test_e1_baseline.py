@@ -1,5 +1,7 @@
 """E1 on closed-form runs: its analysis, its verdicts and its section."""
 
+import re
+
 import pytest
 
 from fastent.experiments import e1_baseline, e1_section, figures
@@ -20,7 +22,10 @@ def undrawn(monkeypatch):
 
 
 def verdicts(result):
-    return {claim.says.split(",")[0]: claim.verdict for claim in e1_baseline.claims(result)}
+    return {
+        re.sub(r"a fall of H .*? within (\d+) .*?steps\)", r"\1", claim.says).split(",")[0]: claim.verdict
+        for claim in e1_baseline.claims(result)
+    }
 
 
 def test_analysis_has_the_closed_form_times_thresholds_and_leads(result):
@@ -36,6 +41,8 @@ def test_analysis_has_the_closed_form_times_thresholds_and_leads(result):
     assert result.own.leads == (-50, -50, -50)
     # 0.01 an evaluation: 0.04 in a window of five, less than tau.
     assert result.fall.times == (None, None, None)
+    assert result.wide.times[:2] == (800, 800)
+    assert result.signal == result.wide
     assert result.t_grok.value == 1600
 
 
@@ -47,7 +54,10 @@ def test_claims_judge_the_closed_form_runs(result):
     assert got["H* is stable over seeds"] == REPRODUCED
     assert got["H falls below H* before grokking in 100 % of runs"] == NOT_REPRODUCED
     assert got["the same"] == NOT_REPRODUCED
-    assert got["T_collapse comes before T_grok in 100 % of runs"] == NOT_REPRODUCED
+    # Straight down by 0.01 an evaluation: 0.04 in five evaluations, 0.05 in six of the paper's 800 steps.
+    assert got["T_collapse (5) comes before T_grok in 100 % of runs"] == NOT_REPRODUCED
+    assert got["T_collapse (17) comes before T_grok in 100 % of runs"] == REPRODUCED
+    assert got["the collapse (17) comes before generalisation"] == REPRODUCED
     assert got["Phase I: H stays high and stable while the model memorises"] == REPRODUCED
     assert got["Phase I: the parameter norm grows while the model memorises"] == NOT_REPRODUCED
 
@@ -97,25 +107,34 @@ def test_section_tables_hold_the_closed_form_values(result, undrawn):
     assert values.rows[2][:6] == ("2", "0.870", "0.870", "0.870", "0.630", "0.570")
     assert values.rows[2][6:10] == ("120.0", "117.0", "103.0", "95.0")
     rules = tables[2]
-    assert [row[1] for row in rules.rows] == ["0.630 to 0.650", "0.640", "0.635 to 0.645", "–"]
-    assert [row[4] for row in rules.rows] == ["100 % to 100 %", "100 % to 100 %", "25 % to 100 %", "–"]
-    assert [row[5] for row in rules.rows] == ["0", "0", "0", "3"]
+    assert [row[1] for row in rules.rows] == ["0.630 to 0.650", "0.640", "0.635 to 0.645", "–", "–"]
+    assert [row[4] for row in rules.rows] == [
+        "100 % to 100 %",
+        "100 % to 100 %",
+        "25 % to 100 %",
+        "–",
+        "25 % to 25 %",
+    ]
+    assert [row[5] for row in rules.rows] == ["0", "0", "0", "3", "0"]
 
 
 def test_headline_and_sweep_say_what_the_runs_show(result, undrawn):
     assert "3 of 3 runs grok, at step 1,600 on average, where H is 0.640" in e1_section.headline(result)
-    assert "in none of 3 runs" in e1_section.headline(result)
+    assert "came before T_grok in 3 of 3 runs" in e1_section.headline(result)
+    assert "other seeds before T_grok in 1 of 3 runs" in e1_section.headline(result)
     said = " ".join(block.text for block in e1_section.section(result).blocks if isinstance(block, Text))
     assert "Every threshold from 0.665 to 0.840" in said
 
 
 def test_a_collapse_amid_the_rise_precedes_the_criterion_but_not_half_the_accuracy(measure):
-    # H falls by 0.1 at step 300, when the test accuracy is 0.6 already; it reaches the criterion at 500.
+    # H falls by 0.1 at step 600, when the test accuracy is 0.6 already; it reaches the criterion at 1,000.
     entropy, test = [0.9, 0.9, 0.9, 0.8, 0.7, 0.6], [0, 0, 0.5, 0.6, 0.9, 1.0]
-    result = e1_baseline.analyse([measure(entropy, test, seed=s) for s in range(3)], comparable=False)
+    runs = [measure(entropy, test, seed=s, every=200) for s in range(3)]
+    result = e1_baseline.analyse(runs, comparable=False)
     got = verdicts(result)
-    assert got["T_collapse comes before T_grok in 100 % of runs"] == REPRODUCED
-    assert got["the collapse comes before generalisation"] == NOT_REPRODUCED
+    assert result.wide is None  # on the paper's own grid there is one window
+    assert got["T_collapse (5) comes before T_grok in 100 % of runs"] == REPRODUCED
+    assert got["the collapse (5) comes before generalisation"] == NOT_REPRODUCED
 
 
 def test_sensitivity_counts_signals_before_memorising_and_adds_the_papers_span(measure, undrawn):
@@ -130,6 +149,5 @@ def test_sensitivity_counts_signals_before_memorising_and_adds_the_papers_span(m
     assert rows["fall of H by more than 0.05 within 5 evaluations"] == "–"
     # 0.054 below the level of step 200 after nine evaluations, at step 650; T_grok is 1,700.
     assert (
-        rows["fall of H by more than 0.05 within 17 evaluations (800 steps, the paper's span)"]
-        == "3 of 3; 1,050"
+        rows["fall of H by more than 0.05 within 17 evaluations (800 steps, as the paper)"] == "3 of 3; 1,050"
     )
