@@ -270,7 +270,10 @@ def cohens_d(control: Times, treated: Times, *, level: float = LEVEL) -> Estimat
 
     def bound(share: float) -> float:
         def gap(noncentrality: float) -> float:
-            return float(stats.nct.cdf(d * scale, freedom, noncentrality) - share)
+            chance = float(stats.nct.cdf(d * scale, freedom, noncentrality))
+            # scipy gives NaN far out on the other side of 0, where the chance is 1 or 0 to the last digit.
+            saturated = float(noncentrality < d * scale)
+            return (saturated if np.isnan(chance) else chance) - share
 
         reach = 10 + abs(d * scale)
         return float(optimize.brentq(gap, d * scale - reach, d * scale + reach) / scale)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastent.experiments import e1_baseline, e1_section
+from fastent.experiments import e1_baseline, e1_section, e2_mixing, e2_section, e3_norm, e3_section
 from fastent.experiments.claims import Claim
 from fastent.experiments.document import Section
 from fastent.experiments.stored import StoredRun
@@ -54,6 +54,20 @@ def _baseline(runs: Sequence[StoredRun]) -> Part:
     return Part(headline, tuple(e1_baseline.claims(result)), e1_section.section(result))
 
 
+def _mixing(runs: Sequence[StoredRun]) -> Part | None:
+    result = e2_mixing.analyse(runs, comparable=in_papers_setting(runs))
+    if result is None:
+        return None
+    return Part(e2_section.headline(result), tuple(e2_mixing.claims(result)), e2_section.section(result))
+
+
+def _norm(runs: Sequence[StoredRun]) -> Part | None:
+    result = e3_norm.analyse(runs, comparable=in_papers_setting(runs))
+    if result is None:
+        return None
+    return Part(e3_section.headline(result), tuple(e3_norm.claims(result)), e3_section.section(result))
+
+
 def in_papers_setting(runs: Sequence[StoredRun]) -> bool:
     """Whether all of `runs` were made with the preset `paper`, so that the paper's numbers can be judged."""
     return all(run.preset == ("paper", {}) for run in runs)
@@ -61,8 +75,8 @@ def in_papers_setting(runs: Sequence[StoredRun]) -> bool:
 
 EXPERIMENTS = (
     Experiment("e1", "Does the entropy collapse precede grokking?", _baseline),
-    Experiment("e2", "Does mixing the representations delay grokking?"),
-    Experiment("e3", "Is it the norm? Control with the norm held."),
+    Experiment("e2", "Does mixing the representations delay grokking?", _mixing, ("e1", "e2")),
+    Experiment("e3", "Is it the norm? Control with the norm held.", _norm, ("e1", "e2", "e3")),
     Experiment("e4", "Norm against entropy as predictors."),
     Experiment("e5", "Does a power law forecast the time of grokking?"),
     Experiment("e6", "Do other tasks and groups show the same?"),

@@ -144,3 +144,16 @@ def test_times_refuse_an_event_after_the_end_and_unequal_lengths():
         Times.of([12], 10)
     with pytest.raises(ValueError, match="got 2, 1"):
         Times.of([1, 2], [5])
+
+
+def test_cohens_d_of_groups_far_apart_has_an_interval_where_scipys_t_is_not_a_number():
+    # Freedom 8 and t near 11: scipy's non-central t has NaN at non-centralities from -10 to -8.
+    control, treated = (
+        times(1000, 1100, 1200, 1300, 1400, 1500, limit=4000),
+        times(2200, 2300, 2400, 2500, limit=4000),
+    )
+    d = cohens_d(control, treated)
+    assert d.value == pytest.approx(1100 / (22.5e4 / 8) ** 0.5)
+    scale = (6 * 4 / 10) ** 0.5
+    for bound, share in ((d.low, 0.975), (d.high, 0.025)):
+        assert stats.nct.cdf(d.value * scale, 8, bound * scale) == pytest.approx(share, abs=1e-9)
