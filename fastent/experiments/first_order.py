@@ -12,8 +12,10 @@ Everything is float64, whatever the trainer computes in.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -111,7 +113,12 @@ def displacement(
         for name, p in module.named_parameters()
     }
     function: Callable[..., Tensor] = lambda values: functional_call(_Represent(module), values, (pairs,))  # noqa: E731
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward derivative
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        warnings.catch_warnings(),
+    ):  # the fused attention has no forward derivative
+        # torch's own, at its first forward derivative
+        warnings.filterwarnings("ignore", "`torch.jit.script` is", DeprecationWarning)
         _, moved = jvp(function, (parameters,), (tangents,))
     result: NDArray[np.float64] = moved.detach().numpy()
     return result
@@ -230,3 +237,50 @@ def remainders(
         rest = covariance(represent(moved, pairs)) - c - rate * linear
         found.append(float(np.linalg.norm(rest)) / rate**2)
     return np.array(found)
+
+
+class BatchNoise(NamedTuple):
+    """How far the first-order update of single minibatches is from that of the whole training set, under SGD.
+
+    Attributes
+    ----------
+    mean_error : float
+        ``||mean over an epoch's batches - full|| / ||full||`` of ``A + A^T``: 0, as both are linear.
+    deviation : float
+        Root mean square of ``||one batch - full|| / ||full||``. It does not shrink with the rate: a single step is off
+        by a term of first order, and only the expectation follows the lemma.
+    batches : int
+        In the epoch.
+    """
+
+    mean_error: float
+    deviation: float
+    batches: int
+
+
+def batch_noise(stack: Stack, seed: int, batch_size: int) -> BatchNoise:
+    """Compare the batches of one epoch, which cut the training set into equal parts, with all of it.
+
+    Raises
+    ------
+    ValueError
+        If `batch_size` does not divide the training set.
+    """
+    task = stack.task
+    train = split(task, stack.config.train_fraction, seed)[0]
+    if len(train) % batch_size:
+        raise ValueError(f"batch_size must divide the {len(train)} training pairs; got {batch_size}")
+    module = stack.module(seed).double()
+    probe = task.inputs[train]
+    h = represent(module, probe)
+
+    def update(pairs: Tensor) -> NDArray[np.float64]:
+        gradient = loss_gradient(module, task.inputs[pairs], task.labels[pairs])
+        return covariance_update(h, displacement(module, probe, gradient))
+
+    full = update(train)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(train)))
+    parts = [update(train[part]) - full for part in order.split(batch_size)]
+    scale = np.linalg.norm(full)
+    deviation = np.sqrt(np.mean([np.linalg.norm(part) ** 2 for part in parts])) / scale
+    return BatchNoise(float(np.linalg.norm(np.mean(parts, axis=0)) / scale), float(deviation), len(parts))

@@ -1,0 +1,54 @@
+"""One small network that groks, trained inside the session and followed closely, for the statements about training."""
+
+import pytest
+import torch
+
+from fastent.experiments.following import follow
+from fastent.train.presets import preset
+from fastent.train.stack import Stack
+
+SMALL = preset(
+    "quick",
+    modulus=23,
+    width=32,
+    feedforward=128,
+    train_fraction=0.7,
+    learning_rate=2e-3,
+    batch_size=256,
+    evaluate_every=50,
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """The products are small: a second thread costs more than it brings, and more where others run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def small_run():
+    """Addition mod 23 by a Transformer of width 32, from the start to beyond grokking."""
+    run = follow(SMALL, 0, max_steps=2800, measure_every=20)
+    assert run.evaluations[-1]["test_accuracy"] > 0.9
+    return run
+
+
+@pytest.fixture(scope="session", params=["transformer", "transformer, gelu", "mlp"])
+def trained(request):
+    """A stack of one seed after 200 steps, memorising; its architecture by name."""
+    changes = {
+        "transformer": {},
+        "transformer, gelu": {"activation": "gelu"},
+        "mlp": {"model": "mlp", "hidden": (64, 32)},
+    }[request.param]
+    stack = Stack(preset("quick", **{**_values(SMALL), **changes}), [0])
+    for _ in range(200):
+        stack.train_step()
+    return request.param, stack
+
+
+def _values(config):
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
