@@ -174,7 +174,9 @@ def _escape(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _escape(text))
+    # A number keeps its per cent sign, and n its value, on one line.
+    kept = re.sub(r"(?<=\d) %", "&nbsp;%", _escape(text)).replace("n = ", "n&nbsp;=&nbsp;")
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", kept)
 
 
 def as_markdown(title: str, subtitle: str, sections: Sequence[Section], figures: str = "figures") -> str:

@@ -133,3 +133,8 @@ def test_a_row_of_another_length_than_the_columns_is_refused():
 
 def test_figures_of_gives_all_in_order():
     assert [f.name for f in figures_of([SECTION, SECTION])] == ["picture", "picture"]
+
+
+def test_per_cent_signs_and_n_stay_with_their_numbers():
+    page = as_html("Title", "", [Section("s", "S", (Text("95 % CI 1 to 2; n = 3"),))])
+    assert "95&nbsp;% CI 1 to 2; n&nbsp;=&nbsp;3" in page

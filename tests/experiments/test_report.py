@@ -28,7 +28,7 @@ class Cells(HTMLParser):
 
     def handle_data(self, data):
         if self.inside:
-            self.cells[-1] += data
+            self.cells[-1] += data.replace("\xa0", " ")
 
 
 def parse(path):
