@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastent.entropy import Status
-from fastent.experiments.quantities import MeasuredRun, Steps, first_reaching, summarize_run, value_at
+from fastent.experiments.quantities import MeasuredRun, summarize_run, value_at
 from fastent.experiments.statistics import Estimate, bootstrap
 from fastent.experiments.stored import StoredRun
 
@@ -47,11 +47,6 @@ def values_at(
         values = column(run, name)
         found.append(None if values is None else value_at(one.trajectory.step, values, at))
     return found
-
-
-def first_above(step: Steps, values: Array, levels: Array) -> int | None:
-    """Step of the first of two evaluations in a row with ``values > levels``, element by element; else None."""
-    return first_reaching(step, np.where(values > levels, 1.0, 0.0), 1.0, in_a_row=2)
 
 
 def over(values: Sequence[float | None]) -> Estimate | None:

@@ -9,7 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastent.experiments import e1_baseline, e1_section, e2_mixing, e2_section, e3_norm, e3_section
+from fastent.experiments import (
+    e1_baseline,
+    e1_section,
+    e2_mixing,
+    e2_section,
+    e3_norm,
+    e3_section,
+    e6_section,
+    e6_tasks,
+    e7_mlp,
+    e7_section,
+    e8_probes,
+    e8_section,
+)
 from fastent.experiments.claims import Claim
 from fastent.experiments.document import Section
 from fastent.experiments.stored import StoredRun
@@ -68,6 +81,27 @@ def _norm(runs: Sequence[StoredRun]) -> Part | None:
     return Part(e3_section.headline(result), tuple(e3_norm.claims(result)), e3_section.section(result))
 
 
+def _tasks(runs: Sequence[StoredRun]) -> Part | None:
+    result = e6_tasks.analyse(runs)
+    if result is None:
+        return None
+    return Part(e6_tasks.headline(result), tuple(e6_tasks.claims(result)), e6_section.section(result))
+
+
+def _mlps(runs: Sequence[StoredRun]) -> Part | None:
+    result = e7_mlp.analyse(runs)
+    if result is None:
+        return None
+    return Part(e7_mlp.headline(result), tuple(e7_mlp.claims(result)), e7_section.section(result))
+
+
+def _probes(runs: Sequence[StoredRun]) -> Part | None:
+    result = e8_probes.analyse(runs)
+    if result is None:
+        return None
+    return Part(e8_probes.headline(result), tuple(e8_probes.claims(result)), e8_section.section(result))
+
+
 def in_papers_setting(runs: Sequence[StoredRun]) -> bool:
     """Whether all of `runs` were made with the preset `paper`, so that the paper's numbers can be judged."""
     return all(run.preset == ("paper", {}) for run in runs)
@@ -79,7 +113,7 @@ EXPERIMENTS = (
     Experiment("e3", "Is it the norm? Control with the norm held.", _norm, ("e1", "e2", "e3")),
     Experiment("e4", "Norm against entropy as predictors."),
     Experiment("e5", "Does a power law forecast the time of grokking?"),
-    Experiment("e6", "Do other tasks and groups show the same?"),
-    Experiment("e7", "Is the collapse sufficient? MLP against Transformer."),
-    Experiment("e8", "Does the choice of the probe matter?"),
+    Experiment("e6", "Do other tasks and groups show the same?", _tasks, ("e1", "e6")),
+    Experiment("e7", "Is the collapse sufficient? MLP against Transformer.", _mlps, ("e1", "e7")),
+    Experiment("e8", "Does the choice of the probe matter?", _probes, ("e1",)),
 )

@@ -1,0 +1,139 @@
+"""E7's part of the report: the MLPs beside the Transformer, setting by setting."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from fastent.experiments import e7_figures
+from fastent.experiments.claims import NONE, decimal, percent, steps
+from fastent.experiments.columns import over
+from fastent.experiments.delay_blocks import drawn, span
+from fastent.experiments.document import Block, Section, Table, Text
+from fastent.experiments.e7_mlp import NEAR_ZERO, TITLE, Model, Sufficiency, told
+
+
+def section(result: Sufficiency) -> Section:
+    """E7's part of the report."""
+    blocks: list[Block] = [
+        Text(
+            "The paper's MLP, which it does not describe, memorises, loses entropy and never generalises; hence "
+            '"necessary but not sufficient". Here are MLPs of several kinds, trained longer than the '
+            "Transformers of E1, with the settings of E1 but for what each is named by."
+        ),
+        _models_table(result),
+        drawn(
+            "e7-models",
+            functools.partial(e7_figures.side_by_side, result),
+            "In the manner of the paper's Figure 9: the Transformer and the MLPs with its settings, one line a run. "
+            "Circles: T_grok. Bottom: the paper's Fourier alignment, and the largest of 19 values that it takes "
+            "for permuted labels.",
+            "Accuracy, spectral entropy and Fourier alignment against the training step, one column a model.",
+        ),
+        Text(
+            "The alignment is the largest of some ten thousand correlations, so it is about 0.2 for "
+            "representations that know nothing of the labels: it cannot be near 0, and a value of 0.3 means little. "
+            "A share of variance has a plain null: with no structure five of 48 frequencies have a tenth, and a "
+            "little more for being the largest."
+        ),
+        drawn(
+            "e7-spectra",
+            functools.partial(e7_figures.spectra, result),
+            "Above: share of the variance of test representations that lies between labels, and the share of that "
+            "in the five strongest frequencies of the label. Below: cross-entropy with the logits restricted to the "
+            "five key frequencies of the moment, without them, and on the test set, after Nanda et al. 2023.",
+            "Shares of variance and losses against the training step, one column a model.",
+        ),
+        drawn(
+            "e7-settings",
+            functools.partial(e7_figures.settings, result),
+            "Every MLP, one line a run.",
+            "Test accuracy and spectral entropy against the training step, one panel a setting.",
+        ),
+        _runs_table([result.transformer, *result.mlps]),
+    ]
+    return Section("e7", TITLE, tuple(blocks))
+
+
+def _models_table(result: Sufficiency) -> Table:
+    rows = []
+    for model in (result.transformer, *result.mlps):
+        runs = model.group.measured
+        shown = (
+            over([r.summary.entropy_start for r in runs]),
+            over([r.summary.h_star for r in runs]),
+            over([r.summary.entropy_end for r in runs]),
+        )
+        rows.append(
+            (
+                model.label,
+                told(model),
+                *(span(h, decimal) for h in shown),
+                f"{sum(t is not None for t in model.below)} of {len(runs)}",
+                span(over([r.summary.test_accuracy_end for r in runs]), percent),
+                *(
+                    span(over(model.at_end(name)), _two)
+                    for name in ("alignment", "alignment_null", "top_share")
+                ),
+            )
+        )
+    caption = (
+        "Models, means over their runs with 95 % intervals where there are three. "
+        f"H*: the Transformers' mean H at T_grok, {decimal(result.h_star.value)}. A run collapses if H falls below "
+        f"it; it does not generalise if test accuracy never exceeds {percent(NEAR_ZERO)}."
+    )
+    columns = (
+        *("model", "runs", "H at start", "H at T_grok", "H at end", "H below H*"),
+        *("test accuracy at end", "alignment at end", "its null", "five frequencies at end"),
+    )
+    return Table(caption, columns, tuple(rows))
+
+
+def _two(value: float | None) -> str:
+    return decimal(value, 2)
+
+
+def _runs_table(models: Sequence[Model]) -> Table:
+    rows = []
+    for model in models:
+        further = {
+            name: (model.at_mem(name), model.at_end(name))
+            for name in ("alignment", "label_share", "top_share", "restricted_loss", "excluded_loss")
+        }
+        aligned, gini = model.aligned(), model.at_end("embedding_gini")
+        for i, (run, outcome) in enumerate(zip(model.group.measured, model.outcomes, strict=True)):
+            s = run.summary
+            pairs = [f"{_two(mem[i])} → {_two(end[i])}" for mem, end in further.values()]
+            rows.append(
+                (
+                    model.label,
+                    str(run.seed),
+                    outcome,
+                    steps(s.t_mem),
+                    steps(s.t_grok),
+                    steps(model.below[i]),
+                    steps(aligned[i]),
+                    *(NONE if pair == f"{NONE} → {NONE}" else pair for pair in pairs),
+                    _two(gini[i]),
+                    steps(s.last_step),
+                )
+            )
+    caption = (
+        "Every run. T_align: from here on after T_mem the alignment exceeds its null twice in a row. Arrows lead "
+        "from T_mem to the end of the run. Gini: of the embedding's spectrum. Losses in nats."
+    )
+    columns = (
+        *(
+            "model",
+            "seed",
+            "outcome",
+            "T_mem",
+            "T_grok",
+            "H below H*",
+            "T_align",
+            "alignment",
+            "between labels",
+        ),
+        *("five frequencies", "restricted loss", "excluded loss", "Gini", "last step"),
+    )
+    return Table(caption, columns, tuple(rows), (1, 3, 4, 5, 6, 12, 13))

@@ -1,0 +1,301 @@
+"""E8, the question whether the choice of the probe matters.
+
+E1's runs, whose entropy is also recorded on a probe of test pairs, on training probes of other sizes, on the whole
+training set and on all pairs (paper, Appendix B and Figure 10). The entropy of all M pairs is the truth that a probe
+of N of them estimates. A probe's spectrum looks more uneven than it is, so its entropy is low, by about ``b (1/N -
+1/M)``: the factor that vanishes where the probe is everything. As the half probe is low by ``b (2/N - 1/M)``, two
+sizes give b, and
+
+    H_N + (H_N - H_{N/2}) (1 - N/M)
+
+is the entropy corrected for N and for the finite population.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastent.experiments import leads
+from fastent.experiments.claims import (
+    IN_PART,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    Claim,
+    counted,
+    decimal,
+    judge_share,
+    worded,
+)
+from fastent.experiments.columns import entropy_column, over, with_entropy
+from fastent.experiments.document import Verdict
+from fastent.experiments.leads import Leads
+from fastent.experiments.quantities import MeasuredRun, value_at
+from fastent.experiments.statistics import Estimate, pearson, proportion
+from fastent.experiments.stored import StoredRun
+from fastent.train.presets import TrainConfig
+from fastent.train.tasks import make_task
+
+Array = NDArray[np.float64]
+
+TITLE = "E8: does the choice of the probe matter?"
+
+CLOSE = 0.01
+"""Difference of H that no conclusion here turns on: a fifth of the fall that is called a collapse."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One probe over the grokked runs: its size `n` and its entropies.
+
+    `at_mem` and `at_grok` are H at T_mem and T_grok, `deficit` H of the whole training set minus H at T_grok, all
+    means over the runs; `spread` is the standard deviation over runs of that deficit, `corrected` the deficit that is
+    left after the correction of the module's text. `own` holds the runs as a monitor on this probe sees them, `rule`
+    their leads at the H* of the other runs on the same probe.
+    """
+
+    name: str
+    n: int
+    at_mem: Estimate | None
+    at_grok: Estimate | None
+    deficit: Estimate | None
+    spread: float | None
+    corrected: Estimate | None
+    own: tuple[MeasuredRun, ...]
+    rule: Leads
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Analysis of the complete runs of E1 that recorded the probes.
+
+    `train` and `test` are H at T_grok on the two probes of the paper's size, `difference` test minus train over the
+    runs, `correlation` Pearson's r of the two over the runs and `along` its mean over the evaluations of each run.
+    `largest` holds, for each run, the difference that is largest in size and the step of it. `grokked` gives both
+    entropies of each run that grokked, `sized` the probes by size, then the training set and all pairs.
+    """
+
+    runs: tuple[MeasuredRun, ...]
+    tested: tuple[MeasuredRun, ...]
+    grokked: tuple[tuple[float, float], ...]
+    train: Estimate | None
+    test: Estimate | None
+    difference: Estimate | None
+    correlation: Estimate | None
+    along: Estimate | None
+    largest: tuple[tuple[float, int], ...]
+    by_train: Leads
+    by_test: Leads
+    sized: tuple[Probe, ...]
+
+
+def analyse(stored: Sequence[StoredRun]) -> Probes | None:
+    """Compare the probes over those of `stored` that are complete and recorded them; None if none did."""
+    kept = [run for run in stored if run.done is not None and entropy_column(run, "entropy_test") is not None]
+    if not kept:
+        return None
+    runs = tuple(run.measure() for run in kept)
+    tested = tuple(_seen_by(run, one, "entropy_test") for run, one in zip(kept, runs, strict=True))
+    both = [(a.summary.h_star, b.summary.h_star) for a, b in zip(runs, tested, strict=True)]
+    grokked = tuple((a, b) for a, b in both if a is not None and b is not None)
+    return Probes(
+        runs=runs,
+        tested=tested,
+        grokked=grokked,
+        train=over([a for a, _ in grokked]),
+        test=over([b for _, b in grokked]),
+        difference=over([b - a for a, b in grokked]),
+        correlation=pearson(*zip(*grokked, strict=True)) if len(grokked) > 1 else None,
+        along=over([_along(a, b) for a, b in zip(runs, tested, strict=True)]),
+        largest=tuple(_largest(a, b) for a, b in zip(runs, tested, strict=True)),
+        by_train=leads.left_out_threshold(runs),
+        by_test=leads.left_out_threshold(tested),
+        sized=_sized(kept, runs),
+    )
+
+
+def _seen_by(stored: StoredRun, run: MeasuredRun, name: str) -> MeasuredRun:
+    entropy = entropy_column(stored, name)
+    assert entropy is not None
+    return with_entropy(run, entropy)
+
+
+def _both(a: MeasuredRun, b: MeasuredRun) -> tuple[Array, Array, NDArray[np.int64]]:
+    known = np.isfinite(a.trajectory.entropy) & np.isfinite(b.trajectory.entropy)
+    return a.trajectory.entropy[known], b.trajectory.entropy[known], a.trajectory.step[known]
+
+
+def _along(a: MeasuredRun, b: MeasuredRun) -> float | None:
+    x, y, _ = _both(a, b)
+    return float(np.corrcoef(x, y)[0, 1]) if x.size > 1 and np.ptp(x) > 0 and np.ptp(y) > 0 else None
+
+
+def _largest(a: MeasuredRun, b: MeasuredRun) -> tuple[float, int]:
+    x, y, step = _both(a, b)
+    at = int(np.argmax(np.abs(y - x)))
+    return float((y - x)[at]), int(step[at])
+
+
+def sizes(run: StoredRun) -> dict[str, int]:
+    """Return the number of pairs of each probe by size that `run` recorded, by its column, ascending."""
+    config = TrainConfig(**run.config)
+    pairs = len(make_task(config).labels)
+    names = [name for name in run.rows[0] if name.startswith("entropy_") and name.split("_")[1].isdecimal()]
+    known = {name: int(name.split("_")[1]) for name in names if not name.endswith("_status")}
+    whole = {"entropy_train": round(config.train_fraction * pairs), "entropy_all": pairs}
+    return {**known, **{name: n for name, n in whole.items() if name in run.rows[0]}}
+
+
+def _sized(stored: Sequence[StoredRun], runs: Sequence[MeasuredRun]) -> tuple[Probe, ...]:
+    asked = sizes(stored[0])
+    if "entropy_train" not in asked or any(sizes(run) != asked for run in stored):
+        return ()
+    seen = {
+        name: tuple(_seen_by(one, run, name) for one, run in zip(stored, runs, strict=True)) for name in asked
+    }
+    population, whole = asked["entropy_train"], seen["entropy_train"]
+    found = []
+    before: tuple[MeasuredRun, ...] | None = None
+    for name, n in asked.items():
+        own = seen[name]
+        low = [_minus(a.summary.h_star, b.summary.h_star) for a, b in zip(whole, own, strict=True)]
+        known = [x for x in low if x is not None]
+        corrected = None
+        if before is not None and n < population:
+            gains = [_minus(b.summary.h_star, a.summary.h_star) for a, b in zip(before, own, strict=True)]
+            share = 1 - n / population
+            left = [
+                None if x is None or g is None else x - g * share for x, g in zip(low, gains, strict=True)
+            ]
+            corrected = over(left)
+        found.append(
+            Probe(
+                name=name,
+                n=n,
+                at_mem=over(
+                    [value_at(r.trajectory.step, r.trajectory.entropy, r.summary.t_mem) for r in own]
+                ),
+                at_grok=over([r.summary.h_star for r in own]),
+                deficit=over(low),
+                spread=float(np.std(known, ddof=1)) if len(known) > 1 else None,
+                corrected=corrected,
+                own=own,
+                rule=leads.left_out_threshold(own),
+            )
+        )
+        before = own
+    return tuple(found)
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def rate_of_spread(result: Probes) -> float | None:
+    """Exponent with which the spread of the deficit falls with ``1/N - 1/n``, n the training pairs; 0.5 if by chance.
+
+    The slope of log(spread) over log(1/N - 1/n), by least squares over the sizes; None with fewer than three.
+    """
+    sampled = [p for p in result.sized if p.name not in ("entropy_train", "entropy_all") and p.spread]
+    if len(sampled) < 3:
+        return None
+    (population,) = (p.n for p in result.sized if p.name == "entropy_train")
+    x = np.log([1 / p.n - 1 / population for p in sampled])
+    return float(np.polyfit(x, np.log([p.spread or np.nan for p in sampled]), 1)[0])
+
+
+def probe_of(result: Probes, name: str) -> Probe | None:
+    """Return the probe of a column's name; None if it was not recorded."""
+    return next((probe for probe in result.sized if probe.name == name), None)
+
+
+def claims(result: Probes) -> list[Claim]:
+    """Each claim of the paper that the probes speak to, beside what they say."""
+    r, d = result.correlation, result.difference
+    agree = _agreement(result)
+    used, everything = probe_of(result, "entropy_512"), probe_of(result, "entropy_all")
+    gap = None
+    if used is not None and everything is not None:
+        pairs = zip(everything.own, used.own, strict=True)
+        gap = over([_minus(a.summary.h_star, b.summary.h_star) for a, b in pairs])
+    return [
+        Claim(
+            "App. B, Fig. 10",
+            "at grokking, H of a training and of a test probe differ by little (its numbers are lost)",
+            f"train {worded(result.train, '')}, test {worded(result.test, '')}; test minus train {worded(d, '', 4)}",
+            _judge_close(d),
+            f"the interval of the mean difference lies within {CLOSE:g}; in part: the mean does",
+        ),
+        Claim(
+            "App. B",
+            "the two are highly correlated over seeds (its r is lost)",
+            f"Pearson r {worded(r, '')}; along a run {worded(result.along, '')}",
+            _judge_correlation(r),
+            "the interval of r over the seeds lies above 0.5; in part: r does",
+        ),
+        Claim(
+            "App. B",
+            "the collapse is no artefact of the probe: a test probe sees it when a training probe does",
+            counted(agree),
+            judge_share(agree),
+            "T_cross at the H* of the other seeds differs by at most one evaluation in every run; in part: in half",
+        ),
+        Claim(
+            "App. B",
+            "512 pairs suffice, as they exceed d = 128 and the sample covariance has full rank",
+            f"H of all pairs minus H of 512 at T_grok {worded(gap, '', 4)}",
+            _judge_close(gap),
+            f"the interval of the mean deficit lies within {CLOSE:g}; in part: the mean does",
+        ),
+    ]
+
+
+def _agreement(result: Probes) -> Estimate | None:
+    """Share of the runs whose T_cross by the two probes differs by at most one evaluation; both None agrees too."""
+    same = [
+        (a is None and b is None) or (a is not None and b is not None and abs(a - b) <= run.evaluate_every)
+        for run, a, b in zip(result.runs, result.by_train.times, result.by_test.times, strict=True)
+        if run.summary.t_grok is not None
+    ]
+    known = any(t is not None for t in (*result.by_train.times, *result.by_test.times))
+    return proportion(sum(same), len(same)) if same and known else None
+
+
+def _judge_close(difference: Estimate | None) -> Verdict:
+    if difference is None:
+        return NOT_RUN
+    bounds = (difference.low, difference.high)
+    if all(bound is not None and abs(bound) <= CLOSE for bound in bounds):
+        return REPRODUCED
+    return IN_PART if abs(difference.value) <= CLOSE else NOT_REPRODUCED
+
+
+def _judge_correlation(r: Estimate | None) -> Verdict:
+    if r is None:
+        return NOT_RUN
+    if r.low is not None and r.low > 0.5:
+        return REPRODUCED
+    return IN_PART if r.value > 0.5 else NOT_REPRODUCED
+
+
+def headline(result: Probes) -> str:
+    """Say in a few sentences what the probes show."""
+    if result.difference is None or result.train is None or result.test is None:
+        return "E8: no run groks, so there is no H at grokking to compare probes by."
+    said = (
+        f"E8: at grokking H is {decimal(result.train.value)} on a training probe and "
+        f"{decimal(result.test.value)} on a test probe"
+    )
+    step = max(result.largest, key=lambda pair: abs(pair[0]))
+    said += f"; along the runs the two differ by up to {decimal(abs(step[0]))}, at step {step[1]:,}."
+    small, used = probe_of(result, "entropy_64"), probe_of(result, "entropy_512")
+    if small is not None and used is not None and small.deficit is not None and used.deficit is not None:
+        said += (
+            f" A probe of 64 pairs reads {decimal(small.deficit.value)} too low, one of 512 "
+            f"{decimal(used.deficit.value)}: an H* holds for its size of probe alone."
+        )
+    return said
