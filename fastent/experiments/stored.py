@@ -77,7 +77,10 @@ class StoredRun:
 
     @property
     def preset(self) -> tuple[str, dict[str, Any]]:
-        """The preset nearest to its settings, the task aside, and the values of the fields that differ."""
+        """The preset nearest to its settings and the values of the fields that differ.
+
+        The task is left aside, and so are the measures, which change nothing of the training.
+        """
         changes = {name: _changes(self.config, preset) for name, preset in _PRESETS.items()}
         name = min(changes, key=lambda name: len(changes[name]))
         return name, changes[name]

@@ -1,0 +1,168 @@
+"""E4 on runs whose correlations and laws are known."""
+
+import math
+
+import numpy as np
+import pytest
+from closed_form import write_run
+
+from fastent.experiments import e4_predictors, e4_section, figures, norm_entropy, remaining
+from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
+from fastent.experiments.document import Table
+from fastent.experiments.jackknife import CORRELATION, jackknife
+from fastent.experiments.stored import read_runs
+from fastent.history import History
+from fastent.power_law import PowerLaw
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    monkeypatch.setattr(figures, "both", lambda draw: (draw(), ("<svg/>", "<svg/>"))[1])
+
+
+def law(seed):
+    """H = H* + ((T_grok - t) / 20,000)^(1/1.5): H* = 0.6, C1 = 20,000, gamma = 1.5, C2 = 0, T_grok by seed."""
+    t_grok = 2000 + 200 * seed
+    return t_grok, lambda step: 0.6 + (max(t_grok - step, 0) / 20_000) ** (1 / 1.5)
+
+
+def runs(out, norm, seeds=range(4), entropy=None):
+    for seed in seeds:
+        t_grok, exact = law(seed)
+        own = exact if entropy is None else entropy(seed)
+        write_run(
+            out,
+            "e1",
+            "baseline",
+            seed,
+            t_grok=t_grok,
+            last_step=t_grok + 600,
+            entropy=own,
+            norm=norm(seed, own),
+        )
+    return [run.measure() for run in read_runs(out)]
+
+
+def falling(seed, own):
+    return lambda step: 90 - 50 * own(step)
+
+
+def test_norm_that_is_minus_the_entropy_correlates_with_minus_one_everywhere(tmp_path):
+    r = norm_entropy.correlations(runs(tmp_path, falling))
+    for value in (r.overall, r.ranks, r.within, r.plateau, r.changes, r.changes_plateau):
+        assert value.value == pytest.approx(-1)
+    assert r.overall.n == 4
+
+
+def test_opposite_courses_within_and_over_runs_are_told_apart(tmp_path):
+    # Within a run the norm falls with H; runs with a higher H throughout have a far higher norm.
+    measured = runs(
+        tmp_path,
+        lambda seed, own: lambda step: 50 + 40 * seed - 50 * own(step),
+        entropy=lambda seed: lambda step: 0.5 + 0.1 * seed - (step / 1e4) ** 2,
+    )
+    r = norm_entropy.correlations(measured)
+    assert r.within.value == pytest.approx(-1)
+    assert r.changes.value == pytest.approx(-1)
+    assert r.overall.value > 0.9
+
+
+def test_pairs_of_equal_norm_and_different_entropy_are_counted_and_the_widest_named(tmp_path):
+    # Constant norms, 1 % apart and more: only evaluations of one run are alike in norm.
+    measured = runs(
+        tmp_path,
+        lambda seed, own: lambda step: 50.0 * 1.02**seed,
+        entropy=lambda seed: lambda step: 0.9 - 1.1 * step / 1e4,
+    )
+    pairs = norm_entropy.pairs(measured)
+    counts = [m.trajectory.step.size for m in measured]
+    assert pairs.count == sum(n * (n - 1) // 2 for n in counts)
+    assert pairs.far_entropy == pytest.approx(
+        sum((n - 10) * (n - 9) // 2 for n in counts) / pairs.count  # ten evaluations apart or more
+    )
+    first, second = pairs.widest[0]
+    assert (first.seed, first.step, second.step) == (3, 0, 3200)
+    assert len(pairs.widest) == 4
+    # Equal H means equal step here, whatever the seed, and seeds grok at different steps.
+    assert 0 < pairs.same_entropy < 1
+
+
+def test_gap_of_entropy_is_fitted_as_the_power_law_is_and_beats_a_norm_that_says_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+    measured = runs(tmp_path, lambda seed, own: lambda step: 50 + rng.normal())
+    table = {row.name: row for row in remaining.table(remaining.Evaluations.of(measured))}
+    gap = table[remaining.ENTROPY_GAP]
+    assert gap.in_sample.value == pytest.approx(1, abs=1e-4)
+    assert gap.gamma == pytest.approx(1.5, rel=0.02)
+    assert gap.left_out == pytest.approx(1, abs=1e-3)
+    assert table[remaining.NORM].in_sample.value < 0.1
+    histories = [History(m.trajectory.step, m.trajectory.entropy, m.summary.t_grok) for m in measured]
+    assert gap.in_sample.value == pytest.approx(PowerLaw.fit(histories).r_squared, abs=1e-4)
+
+
+def test_clock_is_fitted_on_the_other_runs_alone(tmp_path):
+    measured = runs(tmp_path, falling)
+    data = remaining.Evaluations.of(measured)
+    clock = remaining.table(data)[-1]
+    errors, truth = [], []
+    for k, run in enumerate(measured):
+        others = np.mean([m.summary.t_grok for m in measured if m is not run])
+        step = run.trajectory.step[
+            (data.h_star.mean() < run.trajectory.entropy) & (run.trajectory.step < run.summary.t_grok)
+        ]
+        truth += list(run.summary.t_grok - step)
+        errors += list(np.maximum(others - step, 0) - (run.summary.t_grok - step))
+        assert (data.run == k).sum() == step.size
+    expected = 1 - np.sum(np.square(errors)) / np.sum(np.square(truth - np.mean(truth)))
+    assert clock.left_out == pytest.approx(expected)
+    assert clock.name == remaining.CLOCK
+
+
+def test_a_norm_that_rises_towards_grokking_is_as_good_as_one_that_falls(tmp_path):
+    up = runs(tmp_path / "up", lambda seed, own: lambda step: 30 + 20 * (1 - math.exp(-step / 1000)))
+    down = runs(tmp_path / "down", lambda seed, own: lambda step: 30 + 20 * math.exp(-step / 1000))
+    found = [remaining.table(remaining.Evaluations.of(measured))[0] for measured in (up, down)]
+    assert all(row.name == remaining.NORM and row.in_sample.value > 0.8 for row in found)
+
+
+def test_claims_judge_weak_correlation_pairs_and_predictors(tmp_path):
+    rng = np.random.default_rng(1)
+    measured = runs(tmp_path, lambda seed, own: lambda step: 50 - 4 * own(step) + rng.normal())
+    result = e4_predictors.analyse(measured, comparable=False)
+    verdicts = [claim.verdict for claim in e4_predictors.claims(result)]
+    assert verdicts == [REPRODUCED, REPRODUCED, OTHER_SETTING, REPRODUCED, REPRODUCED]
+    strong = e4_predictors.analyse(runs(tmp_path / "strong", falling), comparable=True)
+    verdicts = [claim.verdict for claim in e4_predictors.claims(strong)]
+    assert verdicts[0] == IN_PART
+    assert verdicts[2] == NOT_REPRODUCED  # R2 is 1 here
+
+
+def test_two_runs_are_too_few_for_predictors_and_that_is_said(tmp_path):
+    result = e4_predictors.analyse(runs(tmp_path, falling, seeds=range(2)), comparable=True)
+    assert result.table == ()
+    assert [c.verdict for c in e4_predictors.claims(result)][2:] == [NOT_RUN] * 3
+    assert any("Fewer than three" in getattr(b, "text", "") for b in e4_section.section(result).blocks)
+
+
+def test_section_tables_hold_the_closed_form_values(tmp_path):
+    result = e4_predictors.analyse(runs(tmp_path, falling), comparable=False)
+    tables = [block for block in e4_section.section(result).blocks if isinstance(block, Table)]
+    assert tables[0].rows[0][0] == "all evaluations of all runs"
+    assert tables[0].rows[0][1].startswith("−1.000")
+    assert tables[2].rows[3][0] == remaining.ENTROPY_GAP
+    assert tables[2].rows[3][1].startswith("1.000")
+    assert "the clock alone" in e4_section.headline(result)
+
+
+def test_jackknife_of_a_mean_is_students_interval():
+    x = np.array([3.0, 5.0, 4.0, 8.0])
+    e = jackknife(x.mean(), [np.delete(x, i).mean() for i in range(4)])
+    half = 3.182446305284263 * x.std(ddof=1) / 2
+    assert (e.low, e.high) == (pytest.approx(x.mean() - half), pytest.approx(x.mean() + half))
+
+
+def test_jackknife_gives_no_interval_it_cannot_know():
+    assert jackknife(0.5, [0.4, 0.6]).low is None
+    assert jackknife(0.5, [0.4, 0.6, math.nan]).low is None
+    full = jackknife(0.99, [0.985, 0.99, 0.995], CORRELATION)
+    assert -1 < full.low < 0.99 < full.high < 1
