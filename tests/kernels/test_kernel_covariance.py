@@ -22,8 +22,8 @@ both_sides = pytest.mark.parametrize("kernel", [covariance, gram])
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 extended = pytest.mark.skipif(EXTENDED_EPS > 1e-18, reason=f"eps of a long double is {EXTENDED_EPS} here")
 
-# No multiple of anything; tails of all but one and of one; the larger tile; two parts; parts in two groups.
-SHAPES = ((2, 1), (41, 127), (31, 32), (257, 17), (17, 257), (129, 33), (600, 3), (3, 600))
+# No multiple of anything; tails of all but one and of one; the larger tile; two parts; nine, added in two groups.
+SHAPES = ((2, 1), (41, 127), (31, 32), (257, 17), (17, 257), (129, 33), (576, 3), (3, 576))
 
 
 def activations(n: int, d: int, dtype: torch.dtype = torch.float64, *, offset: float = 0.0) -> Tensor:
@@ -259,19 +259,19 @@ def test_offsets_beyond_2_31_elements_reach_the_right_values(
 ) -> None:
     # The interpreter copies every storage back onto itself after a launch; here that would be 4 GiB.
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
-    values = activations(2 * 3, 3, torch.float16).view(2, 3, 3).to(device)
+    values = activations(3 * 3, 3, torch.float16).view(3, 3, 3).to(device)
     far = 2**30 + 3
-    strides = {"row": (30, far, 1), "column": (30, 3, far), "batch": (2 * far, 3, 1)}[axis]
+    strides = {"row": (30, far, 1), "column": (30, 3, far), "batch": (far, 3, 1)}[axis]  # index 2 is beyond
     try:
         storage = torch.empty(
             2 * far + 100, dtype=torch.float16, device=device
         )  # only touched pages take memory
     except RuntimeError as failure:
         pytest.skip(f"no room for {2 * far} half-precision numbers: {failure}")
-    view = storage.as_strided((2, 3, 3), strides)
+    view = storage.as_strided((3, 3, 3), strides)
     view.copy_(values)
     got, want = kernel(view), kernel(values)
-    for index in range(2):
+    for index in range(3):
         assert_same_bits((got[0][index], got[1][index]), (want[0][index], want[1][index]))
 
 
