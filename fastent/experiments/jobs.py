@@ -22,8 +22,11 @@ DOSES = (0.05, 0.1, 0.2, 0.4)
 FEWER, TO_THE_END = 5, 3
 """Seeds, the first ones, of the runs that only support others, and of those to the limit of steps."""
 
-MEASURES: tuple[MeasureName, ...] = ("test_probe", "probe_sizes", "fourier", "progress")
-"""What every run records beside H: E8 compares probes, E7 sets the MLPs' spectra beside the Transformer's."""
+SPECTRA: tuple[MeasureName, ...] = ("fourier", "progress")
+"""What E6 and E7 record beside H, and E1, whose runs they are set beside."""
+
+PROBES: tuple[MeasureName, ...] = ("test_probe", "probe_sizes")
+"""What E1 records besides for E8."""
 
 LONGER = 1.6
 """Steps of an MLP that does not grok, over the preset's limit: the paper's 80,000 over its 50,000."""
@@ -33,7 +36,7 @@ Jobs = Callable[[TrainConfig, Sequence[int]], list[Job]]
 
 def e1(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     """E1, does the collapse of the entropy precede grokking: the settings as they are."""
-    return [_job("e1", "baseline", config, seeds)]
+    return [_job("e1", "baseline", config, seeds, (*PROBES, *SPECTRA))]
 
 
 def e2(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
@@ -96,12 +99,18 @@ def e7(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
 
 
 def _variant(experiment: str, variant: Variant, config: TrainConfig, seeds: Sequence[int]) -> Job:
-    return _job(experiment, variant.condition, dataclasses.replace(config, **variant.changes), seeds)
+    return _job(experiment, variant.condition, dataclasses.replace(config, **variant.changes), seeds, SPECTRA)
 
 
-def _job(experiment: str, condition: str, config: TrainConfig, seeds: Sequence[int]) -> Job:
-    measures = tuple(dict.fromkeys((*config.measures, *MEASURES)))
-    return Job(experiment, condition, dataclasses.replace(config, measures=measures), tuple(seeds))
+def _job(
+    experiment: str,
+    condition: str,
+    config: TrainConfig,
+    seeds: Sequence[int],
+    measures: tuple[MeasureName, ...] = (),
+) -> Job:
+    asked = tuple(dict.fromkeys((*config.measures, *measures)))
+    return Job(experiment, condition, dataclasses.replace(config, measures=asked), tuple(seeds))
 
 
 JOBS: dict[str, Jobs] = {

@@ -214,7 +214,9 @@ def _norm_log(source: Job, seed: int, out: Path) -> tuple[np.ndarray, np.ndarray
     remedy = f"`fastent run {source.experiment}` with the same settings, seeds and --out makes it"
     if not (path / "DONE").exists():
         raise RunError(f"{path}, whose norm is to be followed, is missing or not complete: {remedy}")
-    if json.loads((path / "config.json").read_bytes())["config"] != source.settings():
+    recorded = json.loads((path / "config.json").read_bytes())["config"]
+    # What is measured beside makes no difference to the norm.
+    if recorded | {"measures": []} != source.settings() | {"measures": []}:
         raise RunError(f"{path}, whose norm is to be followed, was trained with other settings: {remedy}")
     rows, _ = read_rows(path / "metrics.jsonl", 0)
     norms = [row["parameter_norm"] for row in rows]

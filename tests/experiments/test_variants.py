@@ -69,14 +69,21 @@ def test_the_two_of_a_control_pair_differ_in_the_task_and_what_renames_it_alone(
 
 
 @pytest.mark.parametrize("name", ["e6", "e7", "e8"])
-def test_jobs_have_folders_of_their_own_known_conditions_and_every_measure(name, tmp_path):
+def test_jobs_have_folders_of_their_own_known_conditions_and_the_measures_they_analyse(name, tmp_path):
     jobs = JOBS[name](preset("paper"), range(10))
     names = [job.run_name(seed) for job in jobs for seed in job.seeds]
     assert len(set(names)) == len(names)
     assert jobs[0] == JOBS["e1"](preset("paper"), range(10))[0]
     for job in jobs:
         assert make_condition(job, tmp_path) is None
-        assert job.config.measures == ("test_probe", "probe_sizes", "fourier", "progress")
+        probes = ("test_probe", "probe_sizes") if job.experiment == "e1" else ()
+        assert job.config.measures == (*probes, "fourier", "progress")
+
+
+def test_measures_asked_for_are_kept_and_those_of_the_experiment_added():
+    (job,) = JOBS["e8"](preset("paper", measures=("progress",)), (0,))
+    assert job.config.measures == ("progress", "test_probe", "probe_sizes", "fourier")
+    assert JOBS["e2"](preset("paper"), (0,))[1].config.measures == ()
 
 
 def test_mlps_have_eighty_thousand_steps_and_vary_one_thing_each():
@@ -95,6 +102,20 @@ def test_seeds_of_e6_are_the_papers():
     assert asked["baseline", "mul"] == asked["baseline", "sub"] == 5
 
 
+def test_a_norm_can_be_followed_whatever_is_measured_beside(tmp_path):
+    small = preset("paper", modulus=11, width=8, heads=1, feedforward=8, probe_size=16, max_steps=2)
+    base, _, followed, *_ = JOBS["e3"](dataclasses.replace(small, evaluate_every=1), (0,))
+    follows = dataclasses.replace(followed, experiment="e3", condition="norm-as-baseline")
+    assert base.config.measures != follows.config.measures
+    train(base, tmp_path)
+    train(follows, tmp_path)
+    norms = [
+        [row["parameter_norm"] for row in read_rows(tmp_path / job.run_name(0) / "metrics.jsonl", 0)[0]]
+        for job in (base, follows)
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["e6", "e7"])
 def test_every_kind_of_run_can_be_trained(name, tmp_path):
     small = preset(
@@ -108,4 +129,6 @@ def test_every_kind_of_run_can_be_trained(name, tmp_path):
         rows, _ = read_rows(tmp_path / job.run_name(0) / "metrics.jsonl", 0)
         assert [row["step"] for row in rows] == [0, 2]
         assert rows[1]["restricted_loss"] > 0
-        assert rows[1]["entropy_all_status"] in ("ok", "rank_limited")
+        assert 0 < rows[1]["label_share"] <= 1
+        if job.experiment == "e1":
+            assert rows[1]["entropy_all_status"] in ("ok", "rank_limited")
