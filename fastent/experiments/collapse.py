@@ -42,9 +42,10 @@ class Descent:
         "before", "during", "after" the collapse, or "all".
     n : int
         Steps measured.
-    correlation, sign_agreement : float
-        Of the predicted and the measured change of H: Pearson's r, and the share of steps with the same sign.
-    gradient_correlation, gradient_sign : float
+    correlation, rank_correlation, sign_agreement : float
+        Of the predicted and the measured change of H: Pearson's r, Spearman's, and the share of steps with the same
+        sign. Single steps of an instability, many times the size of the others, decide Pearson's.
+    gradient_rank_correlation, gradient_sign : float
         The same, with the loss's gradient in the place of the step, as the paper has it.
     alignment : float
         Mean weighted correlation of log p and the eigenvalues' relative growth.
@@ -59,8 +60,9 @@ class Descent:
     phase: Phase
     n: int
     correlation: float
+    rank_correlation: float
     sign_agreement: float
-    gradient_correlation: float
+    gradient_rank_correlation: float
     gradient_sign: float
     alignment: float
     aligned: float
@@ -93,8 +95,9 @@ def _descent(phase: Phase, c: Mapping[str, Array]) -> Descent:
         phase=phase,
         n=len(change),
         correlation=float(np.corrcoef(change, predicted)[0, 1]),
+        rank_correlation=float(stats.spearmanr(change, predicted).statistic),
         sign_agreement=float(np.mean(np.sign(change) == np.sign(predicted))),
-        gradient_correlation=float(np.corrcoef(change, gradient)[0, 1]),
+        gradient_rank_correlation=float(stats.spearmanr(change, gradient).statistic),
         gradient_sign=float(np.mean(np.sign(change) == np.sign(gradient))),
         alignment=float(c["correlation"].mean()),
         aligned=float(np.mean(c["correlation"] > 0)),

@@ -122,10 +122,11 @@ def test_regularised_entropy_is_the_papers_formula():
 def test_on_a_run_the_smallest_eigenvalue_is_0_and_the_constant_is_measured(small_run):
     # The representation ends in a LayerNorm, so it lies in a hyperplane: the printed assumption fails throughout.
     assert small_run.column("smallest_share").max() < 1e-12
+    # Each step's change stays within the constant at C times ||C' - C||, and far within.
     used = np.abs(small_run.column("change")) / (small_run.column("lipschitz") * small_run.column("distance"))
-    quiet = small_run.column("spread_growth") < 0.02
+    quiet = small_run.column("spread_growth") < 0.02  # first order
     assert quiet.mean() > 0.5
-    assert used[quiet].max() <= 1.02  # second order
+    assert used[quiet].max() <= 1.0
+    assert np.median(used) < 0.1
     constant = small_run.column("lipschitz") * small_run.column("total_variance")
-    assert 3 < np.median(constant) < 40
-    assert np.median(used) < 0.3  # the constant is some three times larger than what steps need
+    assert 5 < np.median(constant) < 50

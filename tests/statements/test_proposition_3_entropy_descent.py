@@ -54,8 +54,26 @@ def test_first_order_predicts_single_steps_of_a_grokking_run(small_run):
     assert set(phases) == set(PHASES)
     for row in phases.values():
         assert row.n >= 10, row
-        assert row.correlation > 0.8, row
-        assert row.sign_agreement > 0.75, row
+        assert row.rank_correlation > 0.5, row
+        assert row.sign_agreement > 0.7, row
+    assert phases["all"].rank_correlation > 0.7
+
+
+def test_alignment_on_the_run_is_weak_and_turns_positive_with_the_collapse(small_run):
+    phases = {row.phase: row for row in descent(small_run)}
+    assert phases["before"].alignment < phases["during"].alignment
+    assert 0.05 < phases["during"].alignment < 0.6
+    # The paper's sufficient condition holds before the collapse too, so it is not what brings it.
+    assert phases["before"].leading > 0.6
+    assert phases["during"].leading > 0.6
+
+
+def test_weight_decay_by_itself_raises_entropy_and_the_gradient_by_itself_foretells_little(small_run):
+    # Under AdamW the printed form, with the loss's gradient for the step, is another quantity.
+    row = descent(small_run)[-1]
+    assert row.from_decay > 0
+    assert row.gradient_rank_correlation < row.rank_correlation - 0.2
+    assert row.gradient_sign < row.sign_agreement
 
 
 def test_collapse_span_is_from_a_tenth_to_nine_tenths_of_the_fall():
