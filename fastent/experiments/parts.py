@@ -16,6 +16,10 @@ from fastent.experiments import (
     e2_section,
     e3_norm,
     e3_section,
+    e4_predictors,
+    e4_section,
+    e5_forecast,
+    e5_section,
     e6_section,
     e6_tasks,
     e7_mlp,
@@ -81,6 +85,19 @@ def _norm(runs: Sequence[StoredRun]) -> Part | None:
     return Part(e3_section.headline(result), tuple(e3_norm.claims(result)), e3_section.section(result))
 
 
+def _predictors(runs: Sequence[StoredRun]) -> Part:
+    result = e4_predictors.analyse([run.measure() for run in runs], comparable=in_papers_setting(runs))
+    return Part(e4_section.headline(result), tuple(e4_predictors.claims(result)), e4_section.section(result))
+
+
+def _forecast(runs: Sequence[StoredRun]) -> Part | None:
+    baseline = [run for run in runs if run.experiment == "e1"]
+    result = e5_forecast.analyse(runs, comparable=in_papers_setting(baseline))
+    if result is None:
+        return None
+    return Part(e5_section.headline(result), tuple(e5_forecast.claims(result)), e5_section.section(result))
+
+
 def _tasks(runs: Sequence[StoredRun]) -> Part | None:
     result = e6_tasks.analyse(runs)
     if result is None:
@@ -111,8 +128,10 @@ EXPERIMENTS = (
     Experiment("e1", "Does the entropy collapse precede grokking?", _baseline),
     Experiment("e2", "Does mixing the representations delay grokking?", _mixing, ("e1", "e2")),
     Experiment("e3", "Is it the norm? Control with the norm held.", _norm, ("e1", "e2", "e3")),
-    Experiment("e4", "Norm against entropy as predictors."),
-    Experiment("e5", "Does a power law forecast the time of grokking?"),
+    Experiment("e4", "Norm against entropy as predictors.", _predictors, ("e1",)),
+    Experiment(
+        "e5", "Does a power law forecast the time of grokking?", _forecast, ("e1", "e2", "e3", "e5", "e7")
+    ),
     Experiment("e6", "Do other tasks and groups show the same?", _tasks, ("e1", "e6")),
     Experiment("e7", "Is the collapse sufficient? MLP against Transformer.", _mlps, ("e1", "e7")),
     Experiment("e8", "Does the choice of the probe matter?", _probes, ("e1",)),
