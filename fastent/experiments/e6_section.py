@@ -113,7 +113,7 @@ def _pairs_table(pairs: Sequence[Difference], contrast: Difference | None) -> Ta
             "no" if pair is contrast else "yes",
             worded(pair.t_grok),
             worded(pair.h_star, "", 4),
-            "yes" if agrees(pair) else "no",
+            {True: "yes", False: "no", None: NONE}[agrees(pair)],
         )
         for pair in pairs
     ]

@@ -87,11 +87,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Difference:
-    """One task against another: T_grok in steps and H*, the second's less the first's."""
+    """One task against another: T_grok in steps and H*, the second's less the first's; None where no run groks."""
 
     first: Task
     second: Task
-    t_grok: Estimate
+    t_grok: Estimate | None
     h_star: Estimate | None
 
 
@@ -177,8 +177,10 @@ def _limit(*groups: Group) -> float:
 
 def _difference(first: Task, second: Task) -> Difference:
     a, b = ([r.summary.h_star for r in task.group.measured if r.summary.h_star] for task in (first, second))
-    limit = _limit(first.group, second.group)
-    t_grok = log_rank(first.group.times, second.group.times, limit).effect
+    t_grok = None
+    if first.grokked.value + second.grokked.value > 0:
+        limit = _limit(first.group, second.group)
+        t_grok = log_rank(first.group.times, second.group.times, limit).effect
     return Difference(first, second, t_grok, welch(a, b) if a and b else None)
 
 
@@ -252,7 +254,7 @@ def claims(result: Tasks) -> list[Claim]:
                 "not in the paper",
                 "tasks that are one under other names have one T_grok and one H*",
                 "; ".join(_worded_difference(each) for each in result.controls),
-                AS_EXPECTED if all(map(agrees, result.controls)) else NOT_AS_EXPECTED,
+                _judge_controls(result.controls),
                 "0 lies in the interval of each difference",
             )
         )
@@ -352,10 +354,19 @@ def _judge_above(difference: Estimate | None) -> Verdict:
     return IN_PART if difference.value > 0 else NOT_REPRODUCED
 
 
-def agrees(difference: Difference) -> bool:
-    """Whether 0 lies in the interval of each of its differences."""
-    parts = [difference.t_grok, *([] if difference.h_star is None else [difference.h_star])]
-    return all(part.low is None or part.high is None or part.low <= 0 <= part.high for part in parts)
+def agrees(difference: Difference) -> bool | None:
+    """Whether 0 lies in the interval of each of its differences; None if one has no interval."""
+    parts = (difference.t_grok, difference.h_star)
+    if any(part is None or part.low is None or part.high is None for part in parts):
+        return None
+    return all(part is not None and (part.low or 0) <= 0 <= (part.high or 0) for part in parts)
+
+
+def _judge_controls(controls: Sequence[Difference]) -> Verdict:
+    answers = [agrees(each) for each in controls]
+    if False in answers:
+        return NOT_AS_EXPECTED
+    return NOT_RUN if None in answers else AS_EXPECTED
 
 
 def _worded_difference(each: Difference) -> str:
@@ -379,10 +390,11 @@ def headline(result: Tasks) -> str:
             said += f" at {steps(task.t_grok.value)} steps with H* {decimal(task.h_star.value)}"
         parts.append(said)
     text = f"E6: runs that grok: {'; '.join(parts)}."
-    if result.controls:
-        alike = sum(map(agrees, result.controls))
+    judged = [answer for each in result.controls if (answer := agrees(each)) is not None]
+    if judged:
+        alike = sum(judged)
         text += (
-            f" Of {len(result.controls)} pairs of tasks that are one under other names, {alike} agree within their "
+            f" Of {len(judged)} pairs of tasks that are one under other names, {alike} agree within their "
             "intervals."
         )
     return text

@@ -36,7 +36,8 @@ def side_by_side(result: Sufficiency) -> Figure:
             axes.plot(run.trajectory.step, run.trajectory.entropy, color=LIGHT.entropy, linewidth=1.1)
             here = run.trajectory.step == run.summary.t_grok
             axes.plot(run.trajectory.step[here], run.trajectory.entropy[here], color=LIGHT.ink, **GROK)
-        axes.axhline(result.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
+        if result.h_star is not None:
+            axes.axhline(result.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
     for axes, model in zip(grid[2], models, strict=True):
         _columns(axes, model, "alignment_null", LIGHT.train, DOTTED)
         _columns(axes, model, "alignment", LIGHT.norm, "solid")
@@ -102,7 +103,8 @@ def settings(result: Sufficiency) -> Figure:
                 linewidth=1.1,
                 linestyle=DASHED,
             )
-        axes.axhline(result.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
+        if result.h_star is not None:
+            axes.axhline(result.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
         axes.set(title=model.label, ylim=(-0.03, 1.05), xlabel="training step")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.xaxis.set_major_locator(_few())

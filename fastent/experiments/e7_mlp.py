@@ -44,7 +44,14 @@ NEAR_ZERO = 0.1
 
 MEMORISED_BY = 500
 
-OUTCOMES = ("collapses, does not generalise", "groks", "half-way", "does not collapse", "does not memorise")
+OUTCOMES = (
+    "collapses, does not generalise",
+    "groks",
+    "half-way",
+    "does not collapse",
+    "does not memorise",
+    "does not generalise, no H* to judge by",
+)
 """What a run can do; the first is what the paper says of its MLP. Half-way: test accuracy above 0.1, not grokked."""
 
 
@@ -90,11 +97,12 @@ class Model:
 class Sufficiency:
     """Analysis of the complete runs of E7 beside E1's.
 
-    `h_star` is the Transformers' mean H at T_grok; `mlps` are in the order of `MLPS`, those with no run left out.
+    `h_star` is the Transformers' mean H at T_grok, None if none groks; `mlps` are in the order of `MLPS`, those with
+    no run left out.
     """
 
     transformer: Model
-    h_star: Estimate
+    h_star: Estimate | None
     mlps: tuple[Model, ...]
 
     @property
@@ -105,7 +113,7 @@ class Sufficiency:
 
 
 def analyse(runs: Sequence[StoredRun]) -> Sufficiency | None:
-    """Compare the MLPs with the Transformers; None without runs of both, or if no Transformer groks.
+    """Compare the MLPs with the Transformers; None without a run of an MLP.
 
     Parameters
     ----------
@@ -115,14 +123,18 @@ def analyse(runs: Sequence[StoredRun]) -> Sufficiency | None:
     base = Group.of("baseline", [r for r in runs if r.experiment == "e1" and r.condition == "baseline"])
     h_star = over([run.summary.h_star for run in base.measured])
     mlps = [r for r in runs if r.experiment == "e7"]
-    if h_star is None or not mlps:
+    if not mlps:
         return None
 
     def model(label: str, group: Group) -> Model:
         below = tuple(
-            first_below(r.trajectory.step, r.trajectory.entropy, h_star.value) for r in group.measured
+            None if h_star is None else first_below(r.trajectory.step, r.trajectory.entropy, h_star.value)
+            for r in group.measured
         )
-        outcomes = tuple(_outcome(run, at) for run, at in zip(group.measured, below, strict=True))
+        judged = h_star is not None
+        outcomes = tuple(
+            _outcome(run, at, judged=judged) for run, at in zip(group.measured, below, strict=True)
+        )
         return Model(label, group, below, outcomes)
 
     groups = [
@@ -136,14 +148,16 @@ def analyse(runs: Sequence[StoredRun]) -> Sufficiency | None:
     )
 
 
-def _outcome(run: MeasuredRun, below: int | None) -> str:
-    collapses, groks, half_way, stays, never = OUTCOMES
+def _outcome(run: MeasuredRun, below: int | None, *, judged: bool) -> str:
+    collapses, groks, half_way, stays, never, unjudged = OUTCOMES
     if run.summary.t_grok is not None:
         return groks
     if run.summary.t_mem is None:
         return never
     if np.nanmax(run.trajectory.test_accuracy) > NEAR_ZERO:
         return half_way
+    if not judged:
+        return unjudged
     return stays if below is None else collapses
 
 
@@ -166,7 +180,7 @@ def claims(result: Sufficiency) -> list[Claim]:
             "§11, Fig. 9",
             "an MLP memorises, its H collapses well below H*, and test accuracy stays near 0 for 80,000 steps",
             _said_of(result.plainest),
-            NOT_RUN if plain is None else judge_share(plain),
+            NOT_RUN if result.h_star is None else judge_share(plain),
             "every run of the MLPs with the Transformer's settings does; in part: at least half",
         ),
         Claim(
@@ -259,6 +273,8 @@ def told(model: Model) -> str:
 
 
 def _judge_some(result: Sufficiency) -> Verdict:
+    if result.h_star is None:
+        return NOT_RUN
     shares = [model.holds.value for model in result.mlps]
     if max(shares) == 1:
         return REPRODUCED
@@ -275,6 +291,8 @@ def headline(result: Sufficiency) -> str:
     runs = sum(len(model.outcomes) for model in result.mlps)
     grokked = sum(model.outcomes.count("groks") for model in result.mlps)
     said = f"E7: {grokked} of {runs} MLP runs grok, of {len(result.mlps)} settings."
+    if result.h_star is None:
+        return said + " No Transformer groks, so there is no H* to say whether their entropy collapses."
     held = [model.label for model in result.mlps if model.holds.value == 1]
     if held:
         said += (

@@ -75,6 +75,7 @@ class Probes:
 
     `train` and `test` are H at T_grok on the two probes of the paper's size, `difference` test minus train over the
     runs, `correlation` Pearson's r of the two over the runs and `along` its mean over the evaluations of each run.
+    `before` and `after` are the mean size of the difference on the plateau, from T_mem to T_grok, and from T_grok on.
     `largest` holds, for each run, the difference that is largest in size and the step of it. `grokked` gives both
     entropies of each run that grokked, `sized` the probes by size, then the training set and all pairs.
     """
@@ -87,6 +88,8 @@ class Probes:
     difference: Estimate | None
     correlation: Estimate | None
     along: Estimate | None
+    before: Estimate | None
+    after: Estimate | None
     largest: tuple[tuple[float, int], ...]
     by_train: Leads
     by_test: Leads
@@ -111,6 +114,8 @@ def analyse(stored: Sequence[StoredRun]) -> Probes | None:
         difference=over([b - a for a, b in grokked]),
         correlation=pearson(*zip(*grokked, strict=True)) if len(grokked) > 1 else None,
         along=over([_along(a, b) for a, b in zip(runs, tested, strict=True)]),
+        before=over([_size(a, b, plateau=True) for a, b in zip(runs, tested, strict=True)]),
+        after=over([_size(a, b, plateau=False) for a, b in zip(runs, tested, strict=True)]),
         largest=tuple(_largest(a, b) for a, b in zip(runs, tested, strict=True)),
         by_train=leads.left_out_threshold(runs),
         by_test=leads.left_out_threshold(tested),
@@ -132,6 +137,16 @@ def _both(a: MeasuredRun, b: MeasuredRun) -> tuple[Array, Array, NDArray[np.int6
 def _along(a: MeasuredRun, b: MeasuredRun) -> float | None:
     x, y, _ = _both(a, b)
     return float(np.corrcoef(x, y)[0, 1]) if x.size > 1 and np.ptp(x) > 0 and np.ptp(y) > 0 else None
+
+
+def _size(a: MeasuredRun, b: MeasuredRun, *, plateau: bool) -> float | None:
+    """Mean size of the difference between T_mem and T_grok, or from T_grok on."""
+    x, y, step = _both(a, b)
+    t_mem, t_grok = a.summary.t_mem, a.summary.t_grok
+    if t_mem is None or t_grok is None:
+        return None
+    within = (step >= t_mem) & (step < t_grok) if plateau else step >= t_grok
+    return float(np.abs(y - x)[within].mean()) if within.any() else None
 
 
 def _largest(a: MeasuredRun, b: MeasuredRun) -> tuple[float, int]:

@@ -81,16 +81,19 @@ def _runs_table(result: Probes) -> Table:
 
 def _along(result: Probes) -> str:
     """Say where along the runs the probes differ."""
-    before = sum(
-        run.summary.t_grok is None or step < run.summary.t_grok
-        for run, (_, step) in zip(result.runs, result.largest, strict=True)
+    said = f"Over the evaluations of a run the two correlate with r {worded(result.along, '')}."
+    if result.before is None or result.after is None:
+        return said
+    said += (
+        f" Their difference has a mean size of {worded(result.before, '', 4)} on the plateau, from T_mem to T_grok, "
+        f"and of {worded(result.after, '', 4)} from T_grok on."
     )
-    return (
-        f"Over the evaluations of a run the two correlate with r {worded(result.along, '')}. They differ most "
-        f"before T_grok in {before} of {len(result.runs)} runs: while it has memorised, the model treats pairs that "
-        "it was trained on and others unlike, and once it has grokked, alike. Agreement at grokking is therefore no "
-        "sign that the probe is without effect before it."
-    )
+    if result.before.value > 2 * result.after.value:
+        said += (
+            " A model that has memorised treats pairs that it was trained on and others unlike, and alike once it "
+            "has grokked: agreement at grokking is no sign that the choice of probe is without effect before it."
+        )
+    return said
 
 
 def _sizes_table(result: Probes) -> Table:
@@ -126,10 +129,13 @@ def _mean(estimate: Estimate | None) -> float | None:
 
 
 def _sizes_text(result: Probes) -> str:
-    rate = rate_of_spread(result)
+    rate, small = rate_of_spread(result), result.sized[0]
+    if small.deficit is None:
+        return "No run groks, so there is no H at grokking to compare sizes by."
     said = (
-        "A small probe reads H too low, and by the same amount in every run; so a threshold that was calibrated on "
-        "one size of probe does not hold for another, and runs are compared on one size."
+        f"At T_grok a probe of {small.n} pairs reads H {decimal(small.deficit.value)} lower than the whole training "
+        f"set, with a standard deviation over runs of {decimal(small.spread)}. A threshold that was calibrated on one "
+        "size of probe does not hold for another."
     )
     if rate is not None:
         said += (

@@ -4,7 +4,7 @@ import pytest
 from planted_columns import EVERY, by_words, planted, tables
 
 from fastent.experiments import e6_figures, e6_section, e6_tasks, figures
-from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, OTHER_SETTING, REPRODUCED
+from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
 from fastent.experiments.e6_tasks import AS_EXPECTED, NOT_AS_EXPECTED
 from fastent.experiments.jobs import JOBS
 from fastent.train.presets import TrainConfig, preset
@@ -122,6 +122,21 @@ def test_controls_that_agree_and_that_do_not_are_told_apart(runs, controls):
     assert by_words(e6_tasks.claims(alike), "one under other names").verdict == AS_EXPECTED
     assert alike.contrast.t_grok.value == 2_000
     assert "of 2 pairs of tasks that are one under other names, 1 agree" in e6_tasks.headline(result).lower()
+
+
+def test_where_no_run_groks_nothing_is_compared(undrawn):
+    stuck = [
+        planted(job, seed, test=[0.0] * 251, entropy=[0.9] * 251)
+        for job in (MUL, SUB, MUL_NONZERO, LESS)
+        for seed in range(2)
+    ]
+    result = e6_tasks.analyse(stuck)
+    assert result.controls[0].t_grok is None
+    claims = e6_tasks.claims(result)
+    for words in ("one under other names", "identical rows", "within modular arithmetic"):
+        assert by_words(claims, words).verdict == NOT_RUN
+    assert by_words(claims, "multiplication: 5 of 5").verdict == NOT_REPRODUCED
+    assert e6_section.section(result).anchor == "e6"
 
 
 def test_without_a_run_of_e6_there_is_no_analysis(runs):

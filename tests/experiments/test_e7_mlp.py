@@ -6,7 +6,7 @@ import pytest
 from planted_columns import by_words, planted, tables
 
 from fastent.experiments import e7_figures, e7_mlp, e7_section, figures
-from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, REPRODUCED
+from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 from fastent.experiments.e7_mlp import OUTCOMES
 from fastent.experiments.jobs import JOBS
 from fastent.train.presets import preset
@@ -117,9 +117,21 @@ def test_alignment_is_dated_after_memorising_by_two_evaluations_above_the_null(t
     assert result.mlps[0].aligned() == [None, 600]
 
 
-def test_without_transformers_that_grok_or_without_mlps_there_is_no_analysis(transformers):
+def test_without_mlps_there_is_no_analysis(transformers):
     assert e7_mlp.analyse(transformers) is None
-    assert e7_mlp.analyse([planted(E1, 0, test=STUCK, entropy=FALLS), mlp(CONCAT, 0)]) is None
+
+
+@pytest.mark.parametrize("transformer", [[], [planted(E1, 0, test=STUCK, entropy=FALLS)]])
+def test_without_transformers_that_grok_nothing_is_said_of_a_collapse(transformer, undrawn):
+    result = e7_mlp.analyse([*transformer, mlp(CONCAT, 0), mlp(CONCAT, 1, test=GROKS)])
+    assert outcomes(result)["concatenated, 512-128"] == (OUTCOMES[-1], "groks")
+    claims = e7_mlp.claims(result)
+    assert by_words(claims, "stays near 0").verdict == NOT_RUN
+    assert by_words(claims, "not sufficient").verdict == NOT_RUN
+    assert "no H* to say" in e7_mlp.headline(result)
+    assert e7_section.section(result).anchor == "e7"
+    e7_figures.side_by_side(result)
+    e7_figures.settings(result)
 
 
 def test_runs_without_the_columns_are_reported_without_their_spectra(transformers, undrawn):

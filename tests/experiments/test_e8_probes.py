@@ -69,6 +69,9 @@ def test_probes_are_compared_at_grokking_and_along_the_runs(result):
     assert result.largest == tuple((pytest.approx(-0.08), 800) for _ in range(6))
     x = np.array(entropy(0))
     y = x - np.array([0.0, 0.0, 0.01, 0.03, 0.08, 0.04, 0.02, 0.01, 0.002, 0.0, 0.0, 0.0])
+    # T_mem is at step 400, T_grok at 1,600.
+    assert result.before.value == pytest.approx((0.01 + 0.03 + 0.08 + 0.04 + 0.02 + 0.01) / 6)
+    assert result.after.value == pytest.approx(0.002 / 4)
     assert result.along.value == pytest.approx(np.corrcoef(x, y)[0, 1])
 
 
