@@ -85,7 +85,7 @@ class JsonLines:
     Warns
     -----
     RunWarning
-        If the end of the file is torn: those bytes are removed.
+        If the end of the file is torn; those bytes are removed by the next `append` or `keep`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,7 +108,7 @@ class JsonLines:
                 RunWarning,
                 stacklevel=2,
             )
-            os.truncate(path, end)
+        self._length = len(data)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add `row` to the file and to `rows`; on a failure the file ends where it ended before.
@@ -122,6 +122,7 @@ class JsonLines:
         """
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         end = self._ends[-1] if self._ends else 0
+        self.keep(len(self.rows))
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -131,13 +132,16 @@ class JsonLines:
                 os.truncate(self.path, end)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.rows.append(row)
-        self._ends.append(end + len(line))
+        self._length = end + len(line)
+        self._ends.append(self._length)
 
     def keep(self, count: int) -> None:
-        """Drop all rows after the first `count`, in the file too."""
-        if count < len(self.rows):
-            del self.rows[count:], self._ends[count:]
-            os.truncate(self.path, self._ends[-1] if self._ends else 0)
+        """Drop all rows after the first `count`, and a torn end, in the file too."""
+        del self.rows[count:], self._ends[count:]
+        end = self._ends[-1] if self._ends else 0
+        if end < self._length:
+            os.truncate(self.path, end)
+            self._length = end
 
     def sync(self) -> None:
         """Make the rows last through a power cut."""

@@ -69,7 +69,7 @@ def train(
     force : bool
         Go on although the folders hold another configuration or a newer schema (see `Run`).
     observers : sequence of Observer
-        Told of each row, after it is on its way to the disk.
+        Told of each row, after it is on its way to the disk, and of each run that is or was complete.
     stop : StopRequest, optional
         Looked at after each step.
 
@@ -85,10 +85,12 @@ def train(
     environment = describe_environment(device)
     with _disk_errors_explained(out), contextlib.ExitStack() as opened:
         runs = [opened.enter_context(Run(out, job, seed, environment, force=force)) for seed in job.seeds]
-        unfinished = [run for run in runs if run.done is None]
-        if unfinished:
-            training = _Training(job, runs, device, observers, make_condition(job, out))
-            training.run(checkpoint_every, stop)
+        told = Observers(observers)
+        for run in runs:
+            if run.done is not None:
+                told.done(job, run.seed)
+        if any(run.done is None for run in runs):
+            _Training(job, runs, device, told, make_condition(job, out)).run(checkpoint_every, stop)
         for run in runs:
             run.keep_newest(1)
 
@@ -101,13 +103,13 @@ class _Training:
         job: Job,
         runs: Sequence[Run],
         device: str | torch.device,
-        observers: Sequence[Observer],
+        observers: Observers,
         condition: Condition | None,
     ) -> None:
         self.job = job
         self.runs = {run.seed: run for run in runs}
         self.clock = Clock()
-        self.observers = Observers(observers)
+        self.observers = observers
         step, checkpoints = _resume_point(runs)
         seeds = [run.seed for run in runs if run.trains_after(step)]
         self.stack = Stack(job.config, seeds, device=device, condition=condition)

@@ -18,7 +18,7 @@ class Observer(Protocol):
         """Take one line of the metrics."""
 
     def done(self, job: Job, seed: int) -> None:
-        """Take note that the run is complete."""
+        """Take note that the run is complete, now or since before."""
 
 
 class Observers:

@@ -14,10 +14,11 @@ from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from fastent.train.runs import Job, Row
 
-SHOWN = (("loss", "train_loss", ".2e"), ("train", "train_accuracy", ".3f"), ("test", "test_accuracy", ".3f"))
+SHOWN = (("loss", "train_loss", ".1e"), ("train", "train_accuracy", ".2f"), ("test", "test_accuracy", ".2f"))
 
 
 class ProgressBar:
@@ -38,10 +39,12 @@ class ProgressBar:
         self._rows: dict[tuple[Job, int], Row] = {}
         console = Console(file=stream or sys.stderr)
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            # Where the terminal is narrow, the text gives way from its end.
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=8),
             TaskProgressColumn(),
             TimeRemainingColumn(compact=True),
+            expand=True,
             console=console,
             disable=quiet or not console.is_terminal,
         )
@@ -78,7 +81,7 @@ def _words(job: Job, rows: Sequence[Row]) -> str:
     step = max(row["step"] for row in rows)
     parts = [f"{label} {_mean(rows, key):{form}}" for label, key, form in SHOWN if _known(rows, key)]
     entropy = f"H {_mean(rows, 'entropy'):.3f}" if _known(rows, "entropy") else "H -"
-    return "  ".join([f"{name}  step {step:,}", *parts, entropy])
+    return " ".join([f"{name} step {step:,}", *parts, entropy])
 
 
 def _known(rows: Sequence[Row], key: str) -> list[Any]:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -44,7 +44,7 @@ def main() -> int:
     """Train what standard input orders; return the exit status."""
     with StopRequest() as stop:
         task: dict[str, Any] = json.loads(sys.stdin.readline())
-        threading.Thread(target=_stop_at_end_of, args=(sys.stdin,), daemon=True).start()
+        threading.Thread(target=_stop_at_end_of, args=(sys.stdin.fileno(),), daemon=True).start()
         torch.set_num_threads(task["threads"])
         job = Job.of_settings(*(task[name] for name in ("experiment", "condition", "config", "seeds")))
         try:
@@ -58,8 +58,10 @@ def main() -> int:
     return 0
 
 
-def _stop_at_end_of(stream: TextIO) -> None:
-    stream.read()
+def _stop_at_end_of(descriptor: int) -> None:
+    # Not through sys.stdin: a thread that waits inside a buffered stream aborts the interpreter's shutdown.
+    while os.read(descriptor, 4096):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -75,10 +75,15 @@ def test_a_torn_end_is_dropped_with_a_warning_and_can_be_written_again(tmp_path,
     path.write_bytes(whole + tail)
     with pytest.warns(RunWarning, match=rf"metrics\.jsonl: line 3 is torn; {len(tail)} bytes"):
         log = JsonLines(path)
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == whole + tail, "a log that is only read stays as it is"
     log.append({"step": 100})
     log.close()
     assert path.read_bytes() == whole + b'{"step": 100}\n'
+    path.write_bytes(whole + tail)
+    with pytest.warns(RunWarning):
+        log = JsonLines(path)
+    log.keep(2)
+    assert path.read_bytes() == whole
 
 
 def test_keep_drops_later_rows_in_the_file_and_appends_after_them(tmp_path):

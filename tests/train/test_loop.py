@@ -86,8 +86,10 @@ def test_nonfinite_values_become_null_and_training_goes_on(toy, tmp_path, monkey
 def test_training_a_complete_job_again_changes_nothing(toy, tmp_path):
     toy(tmp_path)
     before = contents(tmp_path)
-    toy(tmp_path)
+    recorder = Recorder()
+    toy(tmp_path, observers=[recorder])
     assert contents(tmp_path) == before
+    assert (recorder.rows, recorder.ends) == ([], [0, 2, 1])
 
 
 def test_clocks_are_kept_apart_from_the_metrics(toy, tmp_path):

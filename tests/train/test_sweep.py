@@ -16,7 +16,7 @@ from fastent.train.signals import StopRequest
 from fastent.train.sweep import Outcome, run_jobs
 
 TINY = preset(
-    "quick", modulus=7, width=8, feedforward=8, heads=2, batch_size=8, probe_size=8, evaluate_every=20, max_steps=3000
+    "quick", modulus=7, width=8, feedforward=8, heads=2, batch_size=8, probe_size=8, evaluate_every=100, max_steps=3000
 )  # fmt: skip
 
 
