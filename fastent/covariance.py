@@ -25,6 +25,7 @@ from fastent.activations import Tokens, first_nonfinite, matrix_of
 
 Backend = Literal["auto", "torch", "triton"]
 Side = Literal["covariance", "gram"]
+BACKENDS = get_args(Backend)
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,8 @@ def _refuse_out_of_range(centered: CenteredMatrix, x: Tensor) -> None:
 
 
 def _use_triton(x: Tensor, backend: Backend) -> bool:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}; got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
         return False
     obstacle = triton_obstacle(x.device)

@@ -22,6 +22,7 @@ from fastent.covariance import Backend, CenteredMatrix, centered_matrix
 from fastent.eigenvalues import EPS, eigenvalues
 
 Convention = Literal["relative", "paper"]
+CONVENTIONS = get_args(Convention)
 
 TINY = torch.finfo(torch.float64).tiny  # below it, and at infinity, a total variance has lost digits
 PAPER_FLOOR = 1e-12
@@ -155,7 +156,7 @@ def spectral_entropy(
     >>> spectral_entropy(torch.ones(4, 2)).status
     <Status.ZERO_VARIANCE: 'zero_variance'>
     """
-    if convention not in get_args(Convention):
+    if convention not in CONVENTIONS:
         raise ValueError(f"convention must be 'relative' or 'paper'; got {convention!r}")
     x = matrix_of(h, tokens=tokens, batch_dims=batch_dims)
     if x.shape[-1] < 2:
@@ -266,7 +267,7 @@ def _summarize(
         participation_ratio=1.0 / purity,
         eigenvalues=values,
         total_variance=trace,
-        status=max(flags, key=lambda flag: flag.severity, default=Status.OK),
+        status=flags[-1] if flags else Status.OK,  # they come in the order of severity
         flags=tuple(flags),
         message="; ".join(sentences),
         ceiling=ceiling,

@@ -1,16 +1,14 @@
 """Centred covariance and Gram matrices in plain torch: the CPU path, and CUDA without Triton.
 
 The input goes through a float64 buffer of at most `CHUNK_BYTES`, so there is never a float64 copy of a large one.
-Only the lower triangle is computed, slab by slab: four slabs take 10/16 of the products of a full matrix. torch
-has no syrk, and scipy's runs in a second thread pool that fights torch's (bench/NOTES.md). Long chunks are cut
-into `GROUPS` for a batched product: every thread gets a panel, where one tall product leaves threads idle.
+Only the lower triangle is computed, in slabs of `SLAB` rows, for little more than half the products: torch has no
+syrk, and scipy's runs in a second thread pool that fights torch's (bench/NOTES.md). Long chunks are cut into `GROUPS`
+for a batched product: every thread gets a panel, where one tall product leaves threads idle.
 
 All choices follow from the shape alone, so the bits do not depend on strides or on other items of a batch.
 """
 
 from __future__ import annotations
-
-import itertools
 
 import torch
 from torch import Tensor
@@ -18,8 +16,9 @@ from torch import Tensor
 CHUNK_BYTES = 4 * 2**20
 GROUPS = 4
 GROUPED_FROM = 1024  # shorter panels lose more to the extra sum than the threads gain
-# Slabs from this many multiplications on; below, the calls cost more than the products they save.
-SLABS = ((2**23, 4), (2**22, 2), (0, 1))
+# A multiple of the 24 rows that MKL's AVX-512 product computes at once: 0.6 of a full product's time where slabs of 32
+# take 0.7 (bench/NOTES.md).
+SLAB = 48
 
 
 def covariance(x: Tensor, scale: float, *, exact_mean: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +42,8 @@ def covariance(x: Tensor, scale: float, *, exact_mean: bool = False) -> tuple[Te
     """
     n, d = x.shape
     rows = _chunk_length(n, d)
-    buffer = x[:rows].to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+    chunk = x if n == rows else x[:rows]
+    buffer = chunk.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
     lower = torch.empty((d, d), dtype=torch.float64, device=x.device)
     shift, delta = _center(buffer, exact=exact_mean or x.dtype == torch.float64)
     _add_lower_product(lower, buffer.T, scale, first=True)
@@ -113,14 +113,11 @@ def _chunk_length(length: int, width: int) -> int:
 def _add_lower_product(lower: Tensor, a: Tensor, scale: float, *, first: bool = False) -> None:
     """Add ``scale * a a^T`` to the lower triangle (`first`: overwrite it); `a` has shape (m, k)."""
     m, k = a.shape
-    slabs = next(count for least, count in SLABS if m * m * k >= least)
-    if slabs == 1:
-        torch.addmm(lower, a, a.T, beta=0.0 if first else 1.0, alpha=scale, out=lower)
-        return
     grouped = k >= GROUPED_FROM and k % GROUPS == 0
     if grouped:  # (m, k) -> (GROUPS, m, k / GROUPS), whichever of the two axes is contiguous
         panels = a.view(m, GROUPS, k // GROUPS).transpose(0, 1)
-    for low, high in itertools.pairwise(m * i // slabs for i in range(slabs + 1)):
+    for low in range(0, m, SLAB):
+        high = min(low + SLAB, m)
         slab = lower[low:high, :high]
         if grouped:
             product = torch.bmm(panels[:, low:high], panels[:, :high].mT).sum(0)
