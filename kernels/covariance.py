@@ -7,8 +7,8 @@ With the shifted rows ``y_n = h_n - shift`` it accumulates ``S = sum y y^T`` and
 
 The shift of a column is the median of its first, middle and last entry. The error of one pass grows as
 ``(shift - mean)^2 / variance``: at most N - 1 for any entry (Samuelson's inequality), and that much where the
-entry is a lone outlier, such as the first token of a language model. A median of three is not one. It is an
-entry of the column, so constant columns give exactly 0.
+entry is a lone outlier, as row 0 can be (the first token of a language model). The median of three is not one,
+and it is an entry of the column all the same: constant columns give exactly 0.
 
 Only the lower triangle is meaningful: tiles above the diagonal are never written. NaN and Inf come through to
 the diagonal. Nothing is checked here: see `fastent.activations`.

@@ -1,8 +1,8 @@
 """Tile sizes and launch shapes, chosen from the shape of the input alone.
 
-Neither the batch size, nor the device, nor the dtype has a say: so the order of every sum, and with it every
-bit of the result, depends on the shape of one matrix and on nothing else. `fastent.kernels.compile` checks
-each entry ahead of time for spills, shared memory and matrix instructions.
+Neither the batch size, nor the strides, nor the dtype has a say: so the order of every sum, and with it (on one
+device, by one compiler) every bit of the result, depends on the shape of one matrix and on nothing else.
+`fastent.kernels.compile` checks each entry ahead of time for spills, shared memory and matrix instructions.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Launch(NamedTuple):
         self.kernel[self.grid](*self.args, **self.options)
 
 
-# Largest edge of the result an entry serves, and the entry. 64 x 64 at 4 warps spills for float64 input under
-# triton 3.6 and 3.7, and so does a step of 32; 32 x 32 gives a small matrix enough tiles to fill the chip.
+# Largest edge of the result an entry serves, and the entry. Under triton 3.6 and 3.7, 64 x 64 spills at 4 warps, and
+# at a step of 32 for strided input; 128 x 128 spills everywhere. 32 x 32 gives a small matrix tiles to fill the chip.
 TABLE: tuple[tuple[int | None, Tile], ...] = (
     (256, Tile(edge=32, step=16, warps=4)),
     (None, Tile(edge=64, step=16, warps=8)),
