@@ -10,6 +10,7 @@ from fastent.moments import Moments
 from fastent.monitor import SpectralEntropyMonitor
 from fastent.power_law import PowerLaw
 from fastent.records import EntropyRecord
+from fastent.sampling import SamplingError, sampling_error
 from fastent.stopping import StopAfterCrossing
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "History",
     "Moments",
     "PowerLaw",
+    "SamplingError",
     "SpectralEntropy",
     "SpectralEntropyMonitor",
     "Status",
@@ -28,5 +30,6 @@ __all__ = [
     "diagnose",
     "mix_representations",
     "predict_grok_time",
+    "sampling_error",
     "spectral_entropy",
 ]

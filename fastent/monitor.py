@@ -38,11 +38,14 @@ from fastent.probing import (
     reduce_activations,
 )
 from fastent.records import EntropyRecord, Recording
+from fastent.sampling import SamplingError, sampling_error
 from fastent.stopping import StopAfterCrossing
 
 OnNonfinite = Literal["record", "raise"]
 
 STATE_VERSION = 1
+
+_Evaluated = tuple[SpectralEntropy, SamplingError | None]
 
 
 class SpectralEntropyMonitor:
@@ -71,6 +74,10 @@ class SpectralEntropyMonitor:
         Policy for `should_stop`: a function of the monitor, such as `fastent.StopAfterCrossing`.
     tokens : {"flatten", "last", "mean", "skip_first"}, optional
         What to make of (samples, tokens, d) activations; needed for those, ignored for (n, d).
+    standard_error : bool
+        Record the sampling errors of H too, `fastent.sampling_error` for infinitely many samples. An evaluation
+        then costs some 30 times as much. Tokens of one sample are not independent: with "flatten" or
+        "skip_first" the error comes out too small.
     history_size : int
         Records kept; the oldest go first. `on_record` sees all.
     on_nonfinite : {"record", "raise"}
@@ -138,6 +145,7 @@ class SpectralEntropyMonitor:
         law: PowerLaw | None = None,
         stopping: Callable[[SpectralEntropyMonitor], bool] | None = None,
         tokens: Tokens | None = None,
+        standard_error: bool = False,
         history_size: int = 10_000,
         on_nonfinite: OnNonfinite = "record",
         on_record: Callable[[EntropyRecord], object] | None = None,
@@ -156,6 +164,7 @@ class SpectralEntropyMonitor:
         self._every, self._threshold, self._stopping = operator.index(every), threshold, stopping
         self._law = law
         self._tokens, self._on_nonfinite, self._on_record = tokens, on_nonfinite, on_record
+        self._standard_error = standard_error
 
         self._model: nn.Module | None = None
         self._probe: Probe | None = None
@@ -247,10 +256,10 @@ class SpectralEntropyMonitor:
         if isinstance(h, SpectralEntropy):
             if not isinstance(h.normalized, float):
                 raise ValueError("observe takes one entropy at a time; got a batch: use its unbind()")
-            result = h
+            evaluated: _Evaluated = (h, None)
         else:
-            result = self._evaluate(layer, h)
-        return self._raise_nonfinite(self._arrive(step, {layer: result}))
+            evaluated = self._evaluate(layer, h)
+        return self._raise_nonfinite(self._arrive(step, {layer: evaluated}))
 
     @property
     def history(self) -> list[EntropyRecord]:
@@ -385,7 +394,7 @@ class SpectralEntropyMonitor:
             self._layers = find_layers(plain_module(model), layers)
 
     def _of(self, layer: str | None) -> list[EntropyRecord]:
-        """Records of one layer, oldest first; of the only one where `layer` is None."""
+        """Return the records of one layer, oldest first; of the only one where `layer` is None."""
         recorded = sorted(self._recording.layers)
         if layer is None and len(recorded) > 1:
             raise ValueError(f"several layers are recorded: name one of {recorded} as layer")
@@ -407,7 +416,7 @@ class SpectralEntropyMonitor:
         self._last_step = step
         return step
 
-    def _evaluate(self, layer: str, h: Tensor) -> SpectralEntropy:
+    def _evaluate(self, layer: str, h: Tensor) -> _Evaluated:
         try:
             if isinstance(h, Tensor):
                 old = self._devices.get(layer, h.device)
@@ -416,18 +425,20 @@ class SpectralEntropyMonitor:
                         f"the activations moved from {old} to {h.device}: move the model back, or load the "
                         "state_dict() of this monitor into a new one"
                     )
-            token_axis = isinstance(h, Tensor) and h.ndim == 3
-            result = spectral_entropy(h, tokens=self._tokens if token_axis else None)
+            tokens = self._tokens if isinstance(h, Tensor) and h.ndim == 3 else None
+            result = spectral_entropy(h, tokens=tokens)
+            jackknife = self._standard_error and result.n >= 3
+            sampling = sampling_error(h, tokens=tokens) if jackknife else None
         except Exception as error:
             error.add_note(f"in the activations of layer {layer!r}")
             raise
         self._devices[layer] = h.device
-        return result
+        return result, sampling
 
-    def _arrive(self, step: int, results: Mapping[str, SpectralEntropy]) -> list[EntropyRecord]:
-        for layer, result in results.items():
+    def _arrive(self, step: int, results: Mapping[str, _Evaluated]) -> list[EntropyRecord]:
+        for layer, (result, _) in results.items():
             self._recording.check(step, layer, result.d)
-        records = [EntropyRecord.of(step, layer, result) for layer, result in results.items()]
+        records = [EntropyRecord.of(step, layer, *evaluated) for layer, evaluated in results.items()]
         for record in records:
             if record.layer not in self._recording.layers:
                 self._warn_of_ceiling(record)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastent.entropy import SpectralEntropy, Status
+from fastent.sampling import SamplingError
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class EntropyRecord:
         The flags in sentences; empty when all is well.
     n, d : int
         Samples and features.
+    bias, standard_error : float or None
+        Sampling errors of `normalized` as in `fastent.SamplingError`; None where they were not asked for.
 
     Examples
     --------
@@ -63,10 +66,14 @@ class EntropyRecord:
     message: str
     n: int
     d: int
+    bias: float | None = None
+    standard_error: float | None = None
 
     @classmethod
-    def of(cls, step: int, layer: str, result: SpectralEntropy) -> EntropyRecord:
-        """Record of an unbatched result."""
+    def of(
+        cls, step: int, layer: str, result: SpectralEntropy, sampling: SamplingError | None = None
+    ) -> EntropyRecord:
+        """Record of an unbatched result, with its sampling errors where they are known."""
         return cls(
             step=step,
             layer=layer,
@@ -81,6 +88,8 @@ class EntropyRecord:
             message=result.message,
             n=result.n,
             d=result.d,
+            bias=None if sampling is None else sampling.bias,
+            standard_error=None if sampling is None else sampling.standard_error,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,22 +1,13 @@
 """One small network that groks, trained inside the session and followed closely, for the statements about training."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from fastent.experiments.following import follow
-from fastent.train.presets import preset
+from fastent.experiments.maths_table import SMALL, SMALL_STEPS
 from fastent.train.stack import Stack
-
-SMALL = preset(
-    "quick",
-    modulus=23,
-    width=32,
-    feedforward=128,
-    train_fraction=0.7,
-    learning_rate=2e-3,
-    batch_size=256,
-    evaluate_every=50,
-)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,7 +22,7 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def small_run():
     """Addition mod 23 by a Transformer of width 32, from the start to beyond grokking."""
-    run = follow(SMALL, 0, max_steps=2800, measure_every=20)
+    run = follow(SMALL, 0, max_steps=SMALL_STEPS, measure_every=20)
     assert run.evaluations[-1]["test_accuracy"] > 0.9
     return run
 
@@ -44,11 +35,7 @@ def trained(request):
         "transformer, gelu": {"activation": "gelu"},
         "mlp": {"model": "mlp", "hidden": (64, 32)},
     }[request.param]
-    stack = Stack(preset("quick", **{**_values(SMALL), **changes}), [0])
+    stack = Stack(dataclasses.replace(SMALL, **changes), [0])
     for _ in range(200):
         stack.train_step()
     return request.param, stack
-
-
-def _values(config):
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}

@@ -1,5 +1,7 @@
 """The entropy of a finite probe: its bias, the correction, the standard error, each against planted spectra."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -198,3 +200,35 @@ def test_delta_method_gives_0_for_a_flat_spectrum_and_the_spread_of_a_steep_one(
     _, found = draws("steep", 512, 8, 200)
     predicted = sampling_deviation(SPECTRA["steep"](8), 512) / np.log(8)
     assert predicted == pytest.approx(found["normalized"].std(ddof=1), rel=0.2)
+
+
+def test_monitor_records_the_errors_on_request_and_keeps_them_through_its_state():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh())
+    probe = torch.randn(60, 4)
+    monitor = fastent.SpectralEntropyMonitor(model, probe, layers="1", standard_error=True)
+    (record,) = monitor.step(0)
+    with torch.no_grad():
+        error = sampling_error(model(probe))
+    assert (record.normalized, record.bias, record.standard_error) == (
+        error.normalized,
+        error.bias,
+        error.standard_error,
+    )
+    again = fastent.SpectralEntropyMonitor(model, probe, layers="1", standard_error=True)
+    again.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert again.history == [record]
+    (plain,) = fastent.SpectralEntropyMonitor(model, probe, layers="1").step(0)
+    assert (plain.normalized, plain.bias, plain.standard_error) == (record.normalized, None, None)
+
+
+def test_monitor_takes_two_samples_and_given_entropies_without_errors():
+    monitor = fastent.SpectralEntropyMonitor(standard_error=True)
+    (few,) = monitor.observe(0, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), layer="few")
+    h = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    (given,) = monitor.observe(0, fastent.spectral_entropy(h), layer="given")
+    assert few.standard_error is given.standard_error is None
+    (tokens,) = fastent.SpectralEntropyMonitor(tokens="last", standard_error=True).observe(
+        0, h[:, None], layer="t"
+    )
+    assert tokens.standard_error == sampling_error(h).standard_error
