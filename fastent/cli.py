@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -157,20 +157,47 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def report(runs: Path, *, out: Path = Path("report")) -> int:
-    """Write the report on a folder of runs.
+def report(
+    runs: Path,
+    *,
+    out: Path = Path("report"),
+    check: tuple[Path, ...] | None = None,
+    fill: tuple[Path, ...] | None = None,
+) -> int:
+    """Write the report on a folder of runs; or see whether committed documents follow from it.
 
     Parameters
     ----------
     runs : Path
-        The --out of `fastent run`.
+        The --out of `fastent run`, or a folder of packed runs such as bench/results/paper.
     out : Path
         Folder of the report; open its index.html.
+    check : paths, optional
+        Write nothing: compare the parts of the report in these documents (README.md and docs/ if none is
+        named) with the runs, print what differs and fail if anything does.
+    fill : paths, optional
+        Write the parts of the report into these documents, the same ones if none is named.
     """
-    from fastent.experiments.report import write_report
+    from fastent.experiments.committed import documents
+    from fastent.experiments.report import check_documents, fill_documents, write_report
 
-    print(write_report(runs, out))
-    return 0
+    if check is not None and fill is not None:
+        raise ValueError("give --check or --fill, not both")
+    named = check or fill
+    if check is None and fill is None:
+        print(write_report(runs, out))
+        return 0
+    chosen = list(named or documents(Path()))
+    if not chosen:
+        raise ValueError(
+            "README.md and docs/ hold no part of the report: mark a place as <!-- fastent report: summary -->"
+        )
+    if fill is not None:
+        fill_documents(runs, chosen)
+        return 0
+    differing = check_documents(runs, chosen)
+    print("\n".join(differing) or f"{', '.join(map(str, chosen))}: as the runs say")
+    return 1 if differing else 0
 
 
 def entropy(activations: Path, *, tokens: Tokens | None = None, convention: Convention = "relative") -> int:
@@ -238,6 +265,19 @@ def doctor() -> int:
     return 0
 
 
+def check(subject: Literal["maths"]) -> int:
+    """Check the paper's mathematics anew, a minute or two, and print its Table 6 beside what was found.
+
+    Parameters
+    ----------
+    subject : {"maths"}
+        What to check.
+    """
+    from fastent.experiments.maths_table import print_table
+
+    return print_table()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` if None); return the exit status.
 
@@ -270,6 +310,7 @@ def _dispatch(arguments: list[str]) -> int:
             "report": report,
             "entropy": entropy,
             "list": list_,
+            "check": check,
             "doctor": doctor,
         }
         status: int = tyro.extras.subcommand_cli_from_dict(

@@ -183,9 +183,13 @@ def as_markdown(title: str, subtitle: str, sections: Sequence[Section], figures:
     """Write the same as Markdown with GitHub's tables; figures are linked as ``<figures>/<name>.svg``."""
     parts = [f"# {_plain(title)}", _plain(subtitle)]
     for section in sections:
-        parts.append(f"## {_plain(section.title)}")
-        parts += [_block_markdown(block, figures) for block in section.blocks]
+        parts += [f"## {_plain(section.title)}", blocks_markdown(section.blocks, figures)]
     return "\n\n".join(parts) + "\n"
+
+
+def blocks_markdown(blocks: Sequence[Block], figures: str = "figures") -> str:
+    """Write blocks as Markdown, without a heading."""
+    return "\n\n".join(_block_markdown(block, figures) for block in blocks)
 
 
 def _block_markdown(block: Block, figures: str) -> str:

@@ -11,10 +11,12 @@ folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -47,8 +49,23 @@ FALL: dict[str, Any] = {
 GROK: dict[str, Any] = {**CROSS, "marker": "o", "markersize": 6}
 
 
+_left_out: ContextVar[bool] = ContextVar("figures left out", default=False)
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """Let `both` draw nothing and return empty pictures: for those who read the words alone."""
+    token = _left_out.set(True)
+    try:
+        yield
+    finally:
+        _left_out.reset(token)
+
+
 def both(draw: Callable[[], Figure]) -> tuple[str, str]:
     """Return the figure that `draw` makes as SVG text for light and for dark screens; same data, same text."""
+    if _left_out.get():
+        return "", ""
     with mpl.rc_context({"svg.fonttype": "path"}):
         file = io.StringIO()
         _drawn(draw).savefig(file, format="svg", metadata={"Date": None, "Creator": None})

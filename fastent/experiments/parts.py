@@ -56,9 +56,13 @@ class Experiment:
 
     def make_part(self, stored: Sequence[StoredRun]) -> Part | None:
         """Make its part from those of `stored` that it reads and that are complete; None if it cannot be."""
-        reads = self.reads or (self.id,)
-        complete = [run for run in stored if run.experiment in reads and run.done is not None]
+        complete = self.complete(stored)
         return self.part(complete) if complete and self.part is not None else None
+
+    def complete(self, stored: Sequence[StoredRun]) -> list[StoredRun]:
+        """Pick the runs that it reads and that are complete."""
+        reads = self.reads or (self.id,)
+        return [run for run in stored if run.experiment in reads and run.done is not None]
 
 
 def _baseline(runs: Sequence[StoredRun]) -> Part:

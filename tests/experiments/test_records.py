@@ -1,6 +1,7 @@
 """Packed runs: nothing lost, nothing incomplete, added to, and as good as folders to the report."""
 
 import json
+import re
 
 import pyarrow.parquet as pq
 import pytest
@@ -94,8 +95,13 @@ def test_a_report_from_packed_runs_has_the_bytes_of_one_from_their_folders(three
     for runs in (three_runs, packed):
         write_report(runs, tmp_path / "report")
         text = (tmp_path / "report" / "report.md").read_text()
-        pages.append(text.replace(str(runs), "RUNS"))
+        lines = [line for line in text.splitlines() if "fastent.experiments.records" not in line]
+        pages.append(
+            re.sub(r"--out \S+?(?=[`\n ]|$)", "--out RUNS", "\n".join(lines)).replace(str(runs), "RUNS")
+        )
     assert pages[0] == pages[1]
+    assert f"python -m fastent.experiments.records runs/packed {packed}" in text
+    assert "fastent run e1 --preset quick --seeds 0-2 --out runs/packed" in text
 
 
 def test_a_run_that_is_there_twice_is_refused(packed, writer):
