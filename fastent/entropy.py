@@ -223,25 +223,43 @@ def _of_extreme_values(
         return _unsolved(centered, Status.NONFINITE, math.nan, message, convention)
     if not bool((x != x[:1]).any()):
         return _constant_rows(centered, convention)
+    # Near 1 first, so that row 0 can be subtracted; then the spread near 1, far below a constant column perhaps.
+    small, first = _near_one(x.to(torch.float64))
+    spread, second = _near_one(small - small[:1])
+    exponent = first + second
+    scaled = centered_matrix(spread, backend=backend)
+    scaled = dataclasses.replace(scaled, shift=_times_power_of_two(small[0], -second))
+    floor = math.ldexp(PAPER_FLOOR, min(-2 * exponent, 1000))  # from 1 on it clamps every eigenvalue
+    again = _summarize(scaled, *eigenvalues(scaled), float(scaled.trace), convention, floor)
+    total = _times_power_of_two(scaled.trace.cpu(), 2 * exponent)
+    values = _times_power_of_two(again.eigenvalues, 2 * exponent)
+    return dataclasses.replace(again, eigenvalues=values, total_variance=float(total))
+
+
+def _near_one(x: Tensor) -> tuple[Tensor, int]:
+    """`x` with its largest magnitude in [1/2, 1), and the exponent of two that was taken out."""
     exponent = math.frexp(float(x.abs().amax()))[1]
-    # In two steps: one factor of 2^1074 would overflow.
-    half = -exponent // 2
-    scaled = x.to(torch.float64) * 2.0**half * 2.0 ** (-exponent - half)
-    again = entropy_of_matrix(centered_matrix(scaled, backend=backend), convention=convention)
-    unit = [2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)] * 2
-    values, total = again.eigenvalues, float(again.total_variance)
-    for factor in unit:
-        values, total = values * factor, total * factor
-    return dataclasses.replace(again, eigenvalues=values, total_variance=total)
+    return _times_power_of_two(x, -exponent), exponent
+
+
+def _times_power_of_two(x: Tensor, exponent: int) -> Tensor:
+    """``x * 2^exponent`` in steps whose factors are floats: one of 2^1074 is not, but a product may be."""
+    step = max(-1000, min(1000, exponent))
+    return x * 2.0**step if step == exponent else _times_power_of_two(x * 2.0**step, exponent - step)
 
 
 def _summarize(
-    centered: CenteredMatrix, values: Tensor, solver: str, trace: float, convention: Convention
+    centered: CenteredMatrix,
+    values: Tensor,
+    solver: str,
+    trace: float,
+    convention: Convention,
+    floor: float = PAPER_FLOOR,
 ) -> SpectralEntropy:
     n, d = centered.n, centered.d
     if centered.side == "gram":
         values = torch.cat([values, values.new_zeros(d - n)]).sort().values
-    h, purity = _paper_entropy(values) if convention == "paper" else _relative_entropy(values, d)
+    h, purity = _paper_entropy(values, floor) if convention == "paper" else _relative_entropy(values, d)
     ceiling = _ceiling(n, d)
     normalized = h / math.log(d)
     if convention == "relative":  # rounding must not lift H out of its range; the paper's floor may
@@ -286,8 +304,9 @@ def _relative_entropy(values: Tensor, d: int) -> tuple[float, float]:
     return 0.0 - float(p.dot(np.log(p))), float(p.dot(p))  # never -0.0
 
 
-def _paper_entropy(values: Tensor) -> tuple[float, float]:
-    clamped = np.maximum(values.numpy(), PAPER_FLOOR)
+def _paper_entropy(values: Tensor, floor: float) -> tuple[float, float]:
+    """H in nats and sum p^2; `floor` is the paper's, in the units of `values`."""
+    clamped = np.maximum(values.numpy(), floor)
     p = clamped / np.add.reduce(clamped)
     return 0.0 - float(p.dot(np.log(p + PAPER_FLOOR))), float(p.dot(p))
 
