@@ -24,7 +24,7 @@ from fastent.activations import Tokens, matrix_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
 from fastent.entropy import SpectralEntropy, Status, entropy_of_matrix, spectral_entropy
 
-GROUPS = 32
+GROUPS = 16
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SamplingError:
     standard_error : float
         Of `normalized`, and nearly that of `corrected`; too large rather than too small where the spectrum is flat.
     groups : int
-        Groups deleted in turn. The standard error has itself a relative error of about ``1 / sqrt(2 groups)``.
+        Groups deleted in turn. The standard error has itself a relative error of about ``1 / sqrt(2 groups)``, 18 %.
     n, d : int
         Samples and features.
     status, message : Status, str

@@ -33,10 +33,10 @@ from fastent.train.tasks import split
 ALPHA = 0.1
 """Mixing coefficient at which losses are recorded; the paper's text lost its value."""
 
-PROBE_SIZES = (64, 128, 256, 1024)
-"""Training pairs, beside the probe's own number and all of them, whose entropy is recorded."""
+PROBE_SIZES = (64, 128, 256, 512, 1024)
+"""Training pairs whose entropy and sampling errors are recorded, beside all of them."""
 
-HESSIAN_PAIRS = 1024
+HESSIAN_PAIRS = 512
 """Training pairs, at most, that the recorded curvature is the mean over."""
 
 
@@ -151,27 +151,29 @@ def mixing_of(h: NDArray[np.float64], permutations: int = 200) -> dict[str, floa
 
 
 def sampling_of(stack: Stack, seed: int) -> dict[str, float]:
-    """Normalised H of nested parts of the training pairs and of all, and the jackknife's errors of the probe."""
+    """Normalised H of all training pairs, and of nested parts: as found, corrected, and its standard error.
+
+    The parts are drawn from the training pairs, and the errors say so (`population`).
+    """
     at = stack.seeds.index(seed)
     train = split(stack.task, stack.config.train_fraction, seed)[0]
     everything = stack.represent(train)[at]
-    probe = stack.representations()[at]
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(train)))
-    found = {
-        f"entropy_{size}": float(spectral_entropy(everything[order[:size]]).normalized)
-        for size in PROBE_SIZES
-        if size < len(train)
-    }
-    error = sampling_error(probe, population=len(train))
-    rounded = spectral_entropy(probe.bfloat16())
-    return {
-        **found,
+    found: dict[str, float] = {
         "entropy_all": float(spectral_entropy(everything).normalized),
+        "entropy_bfloat16": float(spectral_entropy(everything.bfloat16()).normalized),
+        "entropy_float16": float(spectral_entropy(everything.half()).normalized),
         "training_pairs": len(train),
-        "probe_bias": error.bias,
-        "probe_standard_error": error.standard_error,
-        "entropy_bfloat16": float(rounded.normalized),
     }
+    for size in PROBE_SIZES:
+        if size < len(train):
+            error = sampling_error(everything[order[:size]], population=len(train))
+            found |= {
+                f"entropy_{size}": error.normalized,
+                f"corrected_{size}": error.corrected,
+                f"standard_error_{size}": error.standard_error,
+            }
+    return found
 
 
 def curvature_of(stack: Stack, seed: int) -> Ritz:

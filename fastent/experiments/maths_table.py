@@ -35,6 +35,7 @@ from fastent.train.tasks import split
 
 SMALL = preset(
     "quick",
+    readout="mean",
     modulus=23,
     width=32,
     feedforward=128,
@@ -198,7 +199,8 @@ def shrinkage_of(run: FollowedRun) -> Evidence:
     return Evidence(
         found.identity_error < 1e-13 and found.slowest < 0.2 * found.fastest,
         f"identity to {found.identity_error:.0e}; in the collapse, rank {found.rank_start:.1f} to "
-        f"{found.rank_end:.1f}, -dH/dt is {found.slowest:.1e} to {found.fastest:.1e} nats a step, negative in {found.rising:.0%}",
+        f"{found.rank_end:.1f}, -dH/dt is {found.slowest:.1e} to {found.fastest:.1e} nats a step, negative in "
+        f"{found.rising:.0%}",
     )
 
 

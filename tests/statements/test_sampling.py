@@ -69,7 +69,7 @@ def test_standard_error_on_a_flat_spectrum_is_too_large_rather_than_too_small():
     _, found = draws("flat", 128, 32, 200)
     spread = found["normalized"].std(ddof=1)
     assert spread < found["standard_error"].mean() < 2.5 * spread
-    assert found["standard_error"].min() > 0.7 * spread
+    assert found["standard_error"].min() > 0.5 * spread
     assert found["standard_error"].mean() > found["corrected"].std(ddof=1)
 
 
@@ -135,7 +135,7 @@ def test_order_of_the_rows_does_no_harm():
     h = torch.randn(512, 8, generator=generator) * torch.linspace(1, 0.2, 8)
     ordered = h[h[:, 0].argsort()]
     assert sampling_error(ordered).standard_error == pytest.approx(sampling_error(h).standard_error, rel=0.5)
-    # groups of neighbours would be off by more than the factor that 32 groups leave open
+    # groups of neighbours would be off by more than that
     blocks = np.arange(512) // 16
     assert (
         grouped_jackknife(ordered.numpy(), blocks).standard_error
