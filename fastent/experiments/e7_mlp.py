@@ -48,11 +48,16 @@ OUTCOMES = (
     "collapses, does not generalise",
     "groks",
     "half-way",
+    "dips, does not generalise",
     "does not collapse",
     "does not memorise",
     "does not generalise, no H* to judge by",
 )
-"""What a run can do; the first is what the paper says of its MLP. Half-way: test accuracy above 0.1, not grokked."""
+"""What a run can do; the first is what the paper says of its MLP. Half-way: test accuracy above 0.1, not grokked. Dips:
+H falls below H* and is back above it over the last evaluations; collapses: it stays."""
+
+LAST = 5
+"""Evaluations at the end of a run whose median H says whether it has collapsed."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,7 @@ def analyse(runs: Sequence[StoredRun]) -> Sufficiency | None:
             None if h_star is None else first_below(r.trajectory.step, r.trajectory.entropy, h_star.value)
             for r in group.measured
         )
-        judged = h_star is not None
-        outcomes = tuple(
-            _outcome(run, at, judged=judged) for run, at in zip(group.measured, below, strict=True)
-        )
+        outcomes = tuple(_outcome(run, h_star) for run in group.measured)
         return Model(label, group, below, outcomes)
 
     groups = [
@@ -148,17 +150,20 @@ def analyse(runs: Sequence[StoredRun]) -> Sufficiency | None:
     )
 
 
-def _outcome(run: MeasuredRun, below: int | None, *, judged: bool) -> str:
-    collapses, groks, half_way, stays, never, unjudged = OUTCOMES
+def _outcome(run: MeasuredRun, h_star: Estimate | None) -> str:
+    collapses, groks, half_way, dips, stays, never, unjudged = OUTCOMES
+    entropy = run.trajectory.entropy[~np.isnan(run.trajectory.entropy)]
     if run.summary.t_grok is not None:
         return groks
     if run.summary.t_mem is None:
         return never
     if np.nanmax(run.trajectory.test_accuracy) > NEAR_ZERO:
         return half_way
-    if not judged:
+    if h_star is None or entropy.size == 0:
         return unjudged
-    return stays if below is None else collapses
+    if np.median(entropy[-LAST:]) < h_star.value:
+        return collapses
+    return dips if entropy.min() < h_star.value else stays
 
 
 def claims(result: Sufficiency) -> list[Claim]:

@@ -12,7 +12,7 @@ from fastent.experiments.claims import NONE, decimal, percent, steps, worded
 from fastent.experiments.columns import column, over
 from fastent.experiments.delay_blocks import drawn, span
 from fastent.experiments.document import Block, Section, Table, Text
-from fastent.experiments.e7_mlp import NEAR_ZERO, TITLE, Model, Sufficiency, told
+from fastent.experiments.e7_mlp import LAST, NEAR_ZERO, TITLE, Model, Sufficiency, told
 
 
 def section(result: Sufficiency) -> Section:
@@ -81,8 +81,9 @@ def _models_table(result: Sufficiency) -> Table:
         )
     caption = (
         "Models, means over their runs with 95 % intervals where there are three. "
-        f"H*: the Transformers' mean H at T_grok, {worded(result.h_star, '')}. A run collapses if H falls below "
-        f"it; it does not generalise if test accuracy never exceeds {percent(NEAR_ZERO)}."
+        f"H*: the Transformers' mean H at T_grok, {worded(result.h_star, '')}. A run collapses if H ends "
+        f"below it (median of the last {LAST} evaluations) and dips if H was below it before; "
+        f"it does not generalise if test accuracy never exceeds {percent(NEAR_ZERO)}."
     )
     columns = (
         *("model", "runs", "H at start", "H at T_grok", "H at end", "H below H*"),

@@ -14,6 +14,8 @@ from fastent.train.presets import preset
 E1, *E7 = JOBS["e7"](preset("paper"), range(5))
 CONCAT, SUM = E7[:2]
 FALLS = [0.9, 0.9, 0.8, 0.7, 0.6, 0.5]
+LOW = [0.9, 0.9, 0.6, 0.6, 0.5, 0.5]
+DIPS = [0.9, 0.5, 0.9, 0.9, 0.9, 0.9]
 STAYS = [0.9] * 6
 GROKS = [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
 STUCK = [0.0, 0.01, 0.01, 0.02, 0.02, 0.02]
@@ -31,7 +33,7 @@ SPECTRA = {
 FLAT = {**SPECTRA, "alignment": 0.2, "label_share": 0.02, "top_share": 0.15}
 
 
-def mlp(job, seed, test=STUCK, entropy=FALLS, spectra=FLAT, **more):
+def mlp(job, seed, test=STUCK, entropy=LOW, spectra=FLAT, **more):
     return planted(job, seed, test=test, entropy=entropy, **spectra, **more)
 
 
@@ -64,14 +66,16 @@ def test_each_run_has_the_outcome_that_was_planted(transformers):
             mlp(CONCAT, 2, test=half),
             mlp(SUM, 0, entropy=STAYS),
             mlp(SUM, 1, train=unlearned),
+            mlp(SUM, 2, entropy=DIPS),
         ]
     )
     assert result.h_star.value == pytest.approx(0.61)
     assert outcomes(result) == {
         "concatenated, 512-128": (OUTCOMES[0], "groks", "half-way"),
-        "summed, 512-128": ("does not collapse", "does not memorise"),
+        "summed, 512-128": ("does not collapse", "does not memorise", "dips, does not generalise"),
     }
-    assert result.mlps[0].below == (800, 800, 800)
+    assert result.mlps[0].below == (400, 400, 400)
+    assert result.mlps[1].below == (None, 400, 200)
     assert result.mlps[0].holds.value == pytest.approx(1 / 3)
 
 
