@@ -230,17 +230,21 @@ def log_rank(control: Times, treated: Times, limit: float, *, level: float = LEV
     The effect is the difference of the restricted means up to `limit` (treated minus control, in steps), with
     a normal interval. Raises as `restricted_mean`.
     """
-    result = stats.logrank(_censored(treated), _censored(control), alternative="less")
+    with np.errstate(
+        invalid="ignore"
+    ):  # 0 / 0 where no event has anyone of the other group at risk beside it
+        result = stats.logrank(_censored(treated), _censored(control), alternative="less")
     (a, va), (b, vb) = _area(control, limit), _area(treated, limit)
     half = float(stats.norm.ppf((1 + level) / 2)) * (va + vb) ** 0.5
     method = f"difference of restricted means to step {limit:g}, Greenwood interval"
     effect = Estimate(b - a, b - a - half, b - a + half, control.n + treated.n, method, level)
     censored = control.censored + treated.censored
     note = f"{censored} runs censored" if censored else ""
+    known = np.isfinite(result.statistic)
     return Comparison(
         "log-rank, one-sided",
-        float(result.statistic),
-        float(result.pvalue),
+        float(result.statistic) if known else 0.0,
+        float(result.pvalue) if known else 1.0,
         (control.n, treated.n),
         effect,
         note,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastent.experiments.claims import (
     IN_PART,
@@ -110,7 +110,7 @@ def delays(baseline: Group, treated: Sequence[Group]) -> list[Delay]:
     compared = [_delay(baseline, group) for group in treated]
     adjusted = holm({delay.condition: delay.rank.p_value for delay in compared})
     return [
-        Delay(**{**vars(delay), "adjusted": adjusted[delay.condition]})  # one family: this experiment
+        replace(delay, adjusted=adjusted[delay.condition])  # one family: this experiment
         for delay in compared
     ]
 
@@ -122,18 +122,20 @@ def _delay(baseline: Group, group: Group) -> Delay:
     limit = min(*limits, *(s.last_step for s in summaries if s.t_grok is None))
     shared = [seed for seed in group.seeds if seed in baseline.seeds]
     survival = log_rank(control, times, limit)
-    delay = survival.effect
+    # Greenwood's variance of one or two runs is 0 or next to it: that is ignorance, not certainty.
+    few = min(control.n, times.n) < 3
+    delay = _without_interval(survival.effect) if few else survival.effect
     paired: tuple[Comparison, ...] = ()
     if shared:
         a, b = baseline.only(shared).times, group.only(shared).times
         paired = (signed_rank(a, b), stratified_log_rank(a, b))
         delay = mean_delay(a, b, limit) or delay
-    rank = mann_whitney(control, times)
+    rank, mean = mann_whitney(control, times), restricted_mean(times, limit)
     return Delay(
         group=group,
         limit=limit,
         grokked=proportion(times.n - times.censored, times.n),
-        mean=restricted_mean(times, limit),
+        mean=_without_interval(mean) if times.n < 3 else mean,
         delay=delay,
         rank=rank,
         survival=survival,
@@ -141,6 +143,10 @@ def _delay(baseline: Group, group: Group) -> Delay:
         effect_size=cohens_d(control, times),
         adjusted=rank.p_value,
     )
+
+
+def _without_interval(estimate: Estimate) -> Estimate:
+    return replace(estimate, low=None, high=None, method=f"no interval: n = {estimate.n}")
 
 
 def judge_later(delay: Delay | None) -> Verdict:
@@ -201,6 +207,7 @@ def _words(part: str) -> str:
         return "norm as in the baseline" if other == "baseline" else f"norm as under {_words(other)}"
     fixed = {
         "baseline": "baseline",
+        "norm-mem": "norm held where the baseline has memorised",
         "norm-start": "norm held at its start",
         "norm-start-each": "norm of each tensor held at its start",
         "to-the-end": "baseline, trained to the limit of steps",

@@ -7,7 +7,8 @@ mixing. If the control does not mix, the delay speaks for the norm, against the 
 held without mixing as well.
 
 With the baseline and E2 that makes a two by two design: mixed or not, with the baseline's norm or with that of the
-mixed runs. Two more pairs of conditions hold the norm at its start, all parameters together and tensor by tensor.
+mixed runs. More pairs of conditions hold the norm constant: from where the baseline has memorised, and at its
+start, all parameters together and tensor by tensor.
 """
 
 from __future__ import annotations
@@ -133,8 +134,12 @@ def _deviation(group: Group, sources: dict[str, Group | None]) -> float | None:
             source = sources.get(follows)
             if source is None or seed not in source.seeds:
                 continue
-            other = source.measured[source.seeds.index(seed)].trajectory
-            wanted = np.exp(np.interp(own.step, other.step, np.log(other.parameter_norm)))
+            other = source.measured[source.seeds.index(seed)]
+            at = own.step
+            if "norm-mem" in group.condition and other.summary.t_mem is not None:
+                at = np.minimum(at, other.summary.t_mem)
+            path = other.trajectory
+            wanted = np.exp(np.interp(at, path.step, np.log(path.parameter_norm)))
         # The start itself is not held: the first step is.
         gap = float(np.nanmax(np.abs(own.parameter_norm / wanted - 1)[1:], initial=0.0))
         worst = gap if worst is None else max(worst, gap)

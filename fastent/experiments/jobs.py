@@ -50,8 +50,8 @@ def e3(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     """E3, is it the norm: controls with the norm held, with and without mixing, and the runs they follow.
 
     The first is our reading of the paper's control. With E1 and E2 the norms that follow other runs make a two
-    by two design: mixed or not, with the baseline's norm or that of the mixed runs. The others hold the norm at
-    its start.
+    by two design: mixed or not, with the baseline's norm or that of the mixed runs. The others hold the norm
+    where the baseline has memorised, and at its start.
     """
     mixed, fewer = f"losses-{ALPHA:g}", seeds[:FEWER]
     return [
@@ -59,6 +59,8 @@ def e3(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
         _job("e3", f"{mixed}+norm-as-baseline", config, seeds),
         _job("e2", mixed, config, seeds),
         _job("e3", f"norm-as-{mixed}", config, seeds),
+        _job("e3", "norm-mem", config, fewer),
+        _job("e3", f"{mixed}+norm-mem", config, fewer),
         _job("e3", "norm-start", config, fewer),
         _job("e3", f"{mixed}+norm-start", config, fewer),
         _job("e3", "norm-start-each", config, fewer),

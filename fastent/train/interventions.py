@@ -8,7 +8,8 @@ A condition's name says what it does, its parts joined by "+":
 - ``norm-start``: after each step all parameters are scaled by one factor, so that their common Euclidean norm
   stays what it was at initialisation. ``norm-start-each``: each tensor by its own factor; a tensor that starts
   at 0 is left free. ``norm-as-<condition>``: the common norm follows that of the same seed's complete run under
-  another condition, log-linear between its evaluations and constant after its end.
+  another condition, log-linear between its evaluations and constant after its end. ``norm-mem``: it follows the
+  baseline's until that has memorised, and is held there.
 
 Scaling changes the parameters only: AdamW's two moments stay, in the units of the gradients that made them. A
 single step's factor is within about one per cent of 1, so over the moments' memory (10 and 50 steps) the
@@ -27,6 +28,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastent.mixing import mix_representations
@@ -44,7 +46,7 @@ NONE = ("baseline", "to-the-end")
 SETTINGS = "with-"
 """The same goes for every condition that begins so: it names settings, such as "with-mlp-sum"."""
 
-_AS = "norm-as-"
+_AS, _MEM = "norm-as-", "norm-mem"
 
 Average = Literal["losses", "logits"]
 Norms = Callable[[int, int], Sequence[float]]
@@ -80,8 +82,12 @@ def followed(condition: str) -> str | None:
     >>> followed("losses-0.1+norm-as-baseline")
     'baseline'
     """
-    names = [part.removeprefix(_AS) for part in condition.split("+") if part.startswith(_AS)]
-    return names[-1] if names else None
+    for part in reversed(condition.split("+")):
+        if part == _MEM:
+            return "baseline"
+        if part.startswith(_AS):
+            return part.removeprefix(_AS)
+    return None
 
 
 def source_job(job: Job) -> Job | None:
@@ -97,11 +103,11 @@ def _part(text: str, job: Job, out: Path) -> Condition:
         return Mixing(float(found[2]), "losses" if found[1] == "losses" else "logits")
     if text in ("norm-start", "norm-start-each"):
         return HeldNorm(_starting_norms(job.config, each=text.endswith("each")))
-    if text.startswith(_AS):
-        return HeldNorm(_followed_norms(job, out))
+    if text == _MEM or text.startswith(_AS):
+        return HeldNorm(_followed_norms(job, out, until_memorised=text == _MEM))
     raise RunError(
         f"no condition is called {job.condition!r}; there are {', '.join(NONE)}, losses-0.1, logits-0.1, "
-        "norm-start, norm-start-each, norm-as-baseline, and several of these joined by +"
+        "norm-start, norm-start-each, norm-mem, norm-as-baseline, and several of these joined by +"
     )
 
 
@@ -201,24 +207,30 @@ def _starting_norms(config: TrainConfig, *, each: bool) -> Norms:
     return lambda seed, step: at_start(seed)
 
 
-def _followed_norms(job: Job, out: Path) -> Norms:
+def _followed_norms(job: Job, out: Path, *, until_memorised: bool) -> Norms:
     source = source_job(job)
     assert source is not None
-    logs = {seed: _norm_log(source, seed, out) for seed in job.seeds}
+    logs = {seed: _norm_log(source, seed, out, until_memorised=until_memorised) for seed in job.seeds}
     return lambda seed, step: (math.exp(np.interp(step, *logs[seed])),)
 
 
-def _norm_log(source: Job, seed: int, out: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps and the logarithms of the norm in the log of a complete run."""
+Column = NDArray[np.float64]
+
+
+def _norm_log(source: Job, seed: int, out: Path, *, until_memorised: bool) -> tuple[Column, Column]:
+    """Return the steps and the logarithms of the norm in the log of a complete run, up to its T_mem if asked."""
     path = out / source.run_name(seed)
     remedy = f"`fastent run {source.experiment}` with the same settings, seeds and --out makes it"
     if not (path / "DONE").exists():
         raise RunError(f"{path}, whose norm is to be followed, is missing or not complete: {remedy}")
-    recorded = json.loads((path / "config.json").read_bytes())["config"]
-    # What is measured beside makes no difference to the norm.
-    if recorded | {"measures": []} != source.settings() | {"measures": []}:
+    if json.loads((path / "config.json").read_bytes())["config"] != source.settings():
         raise RunError(f"{path}, whose norm is to be followed, was trained with other settings: {remedy}")
     rows, _ = read_rows(path / "metrics.jsonl", 0)
+    if until_memorised:
+        reached = [k for k, row in enumerate(rows) if (row["train_accuracy"] or 0) >= source.config.memorised]
+        if not reached:
+            raise RunError(f"{path} never memorised, so there is no norm to hold from then on")
+        rows = rows[: reached[0] + 1]
     norms = [row["parameter_norm"] for row in rows]
     if not norms or any(norm is None or norm <= 0 for norm in norms):
         raise RunError(f"{path / 'metrics.jsonl'} holds no norm, or none that can be followed")

@@ -157,3 +157,9 @@ def test_cohens_d_of_groups_far_apart_has_an_interval_where_scipys_t_is_not_a_nu
     scale = (6 * 4 / 10) ** 0.5
     for bound, share in ((d.low, 0.975), (d.high, 0.025)):
         assert stats.nct.cdf(d.value * scale, 8, bound * scale) == pytest.approx(share, abs=1e-9)
+
+
+def test_runs_that_all_tie_say_nothing_in_the_log_rank_test():
+    for values in ((5,), (5, 5, 5), (None, None)):
+        result = log_rank(times(*values, limit=9), times(*values, limit=9), 9)
+        assert (result.statistic, result.p_value, result.effect.value) == (0.0, 1.0, 0.0)

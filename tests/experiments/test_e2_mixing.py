@@ -141,3 +141,16 @@ def test_section_tables_hold_the_closed_form_values(result):
     assert rows["mixing, α = 0.1, logits averaged"][3] == "300 [300, 300]"
     assert rows["mixing, α = 0.1, losses averaged"][5] == "undefined"
     assert "moves T_grok by 917 steps" in e2_section.headline(result)
+
+
+def test_one_run_against_one_has_a_delay_and_no_certainty(tmp_path):
+    for condition, t_grok in (("losses-0.1", 1500), ("logits-0.1", 1000)):
+        write_run(tmp_path, "e2", condition, 0, t_grok=t_grok)
+    write_run(tmp_path, "e1", "baseline", 0, t_grok=1000)
+    result = e2_mixing.analyse(read_runs(tmp_path), comparable=False)
+    later, same = (result.conditions[name].delay for name in ("losses-0.1", "logits-0.1"))
+    assert (later.delay.value, later.delay.low, later.mean.value, later.mean.low) == (500, None, 1500, None)
+    assert (same.survival.p_value, same.delay.value) == (1.0, 0.0)
+    verdicts = [claim.verdict for claim in e2_mixing.claims(result)]
+    assert verdicts[:2] == [IN_PART, NOT_REPRODUCED]
+    e2_section.section(result)

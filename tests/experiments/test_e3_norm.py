@@ -64,6 +64,13 @@ def test_deviation_is_from_the_run_followed_or_from_the_start(tmp_path):
     assert conditions["norm-start"].deviation == pytest.approx(0.01)
 
 
+def test_norm_held_from_memorising_on_is_compared_with_the_baselines_norm_then(tmp_path):
+    cells(tmp_path, mixing=500, norm=0, seeds=range(1))
+    write_run(tmp_path, "e3", "norm-mem", 0, t_grok=1000, norm=lambda step: falling(min(step, 300)))
+    held = e3_norm.analyse(read_runs(tmp_path), comparable=False).conditions["norm-mem"]
+    assert held.deviation == pytest.approx(0, abs=1e-12)
+
+
 def test_the_driver_is_the_entropy_only_if_the_norm_alone_does_nothing(tmp_path):
     assert verdicts(cells(tmp_path / "a", mixing=500, norm=0))[DRIVER] == REPRODUCED
     assert verdicts(cells(tmp_path / "b", mixing=500, norm=200))[DRIVER] == NOT_REPRODUCED

@@ -160,6 +160,27 @@ def test_norm_follows_the_same_seeds_run_at_its_evaluations_and_log_linear_betwe
         assert held.evaluate()["parameter_norm"].tolist() == pytest.approx(expected, rel=1e-12)
 
 
+def test_norm_held_from_memorising_on_follows_the_baseline_until_then(followed_runs):
+    path = followed_runs / "e1-baseline-add-seed1" / "metrics.jsonl"
+    logged = rows(followed_runs, "e1-baseline-add-seed1")
+    # Memorised at step 10, as far as the log says.
+    for k, row in enumerate(logged):
+        row["train_accuracy"] = 0.995 if k >= 2 else 0.5
+    path.write_text("".join(json.dumps(row) + "\n" for row in logged))
+    with pytest.raises(RunError, match=r"seed0 never memorised"):
+        make_condition(job("norm-mem"), followed_runs)
+    held = Stack(
+        CONFIG, (1,), condition=make_condition(job("norm-mem", (1,)), followed_runs), dtype=torch.float64
+    )
+    norms = []
+    for _ in range(20):
+        held.train_step()
+        norms.append(held.evaluate()["parameter_norm"].item())
+    assert norms[4] == pytest.approx(logged[1]["parameter_norm"], rel=1e-12)
+    assert norms[9:] == pytest.approx([logged[2]["parameter_norm"]] * 11, rel=1e-12)
+    assert source_job(job("losses-0.1+norm-mem")) == Job("e1", "baseline", CONFIG, (0, 1))
+
+
 def test_a_run_to_follow_must_be_there_complete_and_of_the_same_settings(followed_runs):
     with pytest.raises(
         RunError, match=r"e2-losses-0\.1-add-seed0, whose norm .* missing .* `fastent run e2`"
