@@ -1,4 +1,4 @@
-"""Set-up shared by all tests: the Triton interpreter where there is no GPU, and `--device`."""
+"""Set-up shared by all tests: one thread, the Triton interpreter where there is no GPU, and `--device`."""
 
 import os
 
@@ -8,6 +8,11 @@ import torch
 if not torch.cuda.is_available():
     # Must be set before a kernel is decorated, that is before anything imports fastent.kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# The products of the tests are small: a second thread costs more than it brings, much more on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -68,7 +68,7 @@ def write_run(
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def writer() -> Callable[..., Path]:
     return write_run
 

@@ -39,12 +39,10 @@ def parse(path):
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    from conftest import write_run
-
+def written(tmp_path_factory, writer):
     out = tmp_path_factory.mktemp("written")
     for seed in range(3):
-        write_run(out / "runs", seed, t_grok=1500 + 100 * seed)
+        writer(out / "runs", seed, t_grok=1500 + 100 * seed)
     return out / "runs", write_report(out / "runs", out / "report")
 
 

@@ -3,20 +3,10 @@
 import dataclasses
 
 import pytest
-import torch
 
 from fastent.experiments.following import follow
 from fastent.experiments.maths_table import SMALL, SMALL_STEPS
 from fastent.train.stack import Stack
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """The products are small: a second thread costs more than it brings, and more where others run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -3,21 +3,11 @@ import os
 import warnings
 
 import pytest
-import torch
 from toy_stack import CHECKPOINT_EVERY, JOB, ToyStack, contents
 
 from fastent.train import loop
 from fastent.train.errors import RunWarning
 from fastent.train.loop import train
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """Bits depend on the number of threads, and two cores may be shared by several runs of the suite."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
