@@ -11,9 +11,9 @@ A condition's name says what it does, its parts joined by "+":
   another condition, log-linear between its evaluations and constant after its end. ``norm-mem``: it follows the
   baseline's until that has memorised, and is held there.
 
-Scaling changes the parameters only: AdamW's two moments stay, in the units of the gradients that made them. A
-single step's factor is within about one per cent of 1, so over the moments' memory (10 and 50 steps) the
-mismatch is small. Evaluation and entropy see the representations as they are, never mixed.
+Scaling changes the parameters only: AdamW's two moments stay as they are. They are means of gradients that were
+taken at the same norm, or nearly, as the wanted norm moves little within their memory (10 and 50 steps).
+Evaluation and entropy see the representations as they are, never mixed.
 """
 
 from __future__ import annotations
