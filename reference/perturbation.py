@@ -1,9 +1,9 @@
 """How eigenvalues and entropy answer to a change of the covariance: the paper's Lemmas 1 to 3.
 
 ``H = -sum p_i log p_i`` with ``p = lambda / tr C``, in nats. To first order ``dH = tr(G dC)`` with
-``G = -(log(C / tr C) + H) / tr C``, defined on the range of C. On a direction that C does not have, H rises
-as ``-t log t``, so it has no derivative there: those eigenvalues (below the relative floor) get weight 0.
-That is exact for a step that keeps the rank, as under a final LayerNorm, whose covariance is always singular.
+``G = -(log(C / tr C) + H) / tr C``, formed on the range of C: eigenvalues below the relative floor get weight 0. Where
+rows move by a small eta, the variance outside that range is of order eta^2, so it takes no part in the first order.
+(The representation behind a final LayerNorm always has a singular covariance.)
 
 If the rows h_i move by dh_i, the covariance moves by ``A + A^T + O(|dh|^2)`` with
 ``A = (1/N) sum (h_i - mean) dh_i^T``. With ``a_i = v_i^T (A + A^T) v_i / lambda_i``, the relative growth of each
