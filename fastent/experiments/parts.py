@@ -18,6 +18,7 @@ from fastent.experiments import (
     e3_section,
     e4_predictors,
     e4_section,
+    e5_claims,
     e5_forecast,
     e5_section,
     e6_section,
@@ -99,7 +100,7 @@ def _forecast(runs: Sequence[StoredRun]) -> Part | None:
     result = e5_forecast.analyse(runs, comparable=in_papers_setting(baseline))
     if result is None:
         return None
-    return Part(e5_section.headline(result), tuple(e5_forecast.claims(result)), e5_section.section(result))
+    return Part(e5_section.headline(result), tuple(e5_claims.claims(result)), e5_section.section(result))
 
 
 def _tasks(runs: Sequence[StoredRun]) -> Part | None:

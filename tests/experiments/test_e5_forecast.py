@@ -5,7 +5,7 @@ import pytest
 from closed_form import write_run
 
 from fastent.diagnosis import Phase
-from fastent.experiments import e5_forecast, e5_section, figures, savings, table5
+from fastent.experiments import e5_claims, e5_forecast, e5_section, figures, savings, table5
 from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 from fastent.experiments.document import Table
 from fastent.experiments.stored import read_runs
@@ -59,7 +59,7 @@ def test_a_planted_law_is_found_and_forecasts_runs_left_out_where_the_clock_cann
 
 
 def test_claims_on_the_planted_law(result):
-    verdicts = {claim.says.split(" (")[0]: claim.verdict for claim in e5_forecast.claims(result)}
+    verdicts = {claim.says.split(" (")[0]: claim.verdict for claim in e5_claims.claims(result)}
     assert verdicts["a power law in H − H* explains R² = 0.543 of the remaining steps"] == NOT_REPRODUCED
     assert verdicts["its exponent is γ = 1.65"] == IN_PART
     assert verdicts["and the entropy forecasts better than the clock"] == REPRODUCED
@@ -71,7 +71,7 @@ def test_claims_on_the_planted_law(result):
 def test_too_few_runs_give_no_law_and_say_so(stored):
     result = e5_forecast.analyse(stored[:2], comparable=False)
     assert (result.law, result.validation) == (None, None)
-    verdicts = [claim.verdict for claim in e5_forecast.claims(result)]
+    verdicts = [claim.verdict for claim in e5_claims.claims(result)]
     assert verdicts[:5] == [NOT_RUN] * 5
     assert "too few runs" in e5_section.headline(result)
     assert any("Fewer than three" in getattr(b, "text", "") for b in e5_section.section(result).blocks)

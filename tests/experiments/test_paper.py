@@ -12,7 +12,7 @@ from fastent.experiments import (
     e2_mixing,
     e3_norm,
     e4_predictors,
-    e5_forecast,
+    e5_claims,
     e6_tasks,
     e7_mlp,
     e8_probes,
@@ -22,7 +22,7 @@ from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_S
 from fastent.experiments.parts import EXPERIMENTS
 from fastent.experiments.summary import together
 
-MODULES = (e1_baseline, e2_mixing, e3_norm, e4_predictors, e5_forecast, e6_tasks, e7_mlp, e8_probes)
+MODULES = (e1_baseline, e2_mixing, e3_norm, e4_predictors, e5_claims, e6_tasks, e7_mlp, e8_probes)
 
 
 def test_is_mean_agrees_with_trying_all_sums():
