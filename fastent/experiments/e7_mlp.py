@@ -9,6 +9,7 @@ correlations and never near 0, so it is set beside its null (`fastent.train.spec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,10 +33,12 @@ from fastent.experiments.columns import column, over, values_at
 from fastent.experiments.delays import Group
 from fastent.experiments.document import Verdict
 from fastent.experiments.e1_baseline import paper_window
-from fastent.experiments.quantities import WINDOW, MeasuredRun, first_below
+from fastent.experiments.quantities import WINDOW, Array, MeasuredRun, first_below, first_reaching
 from fastent.experiments.statistics import Estimate, proportion
 from fastent.experiments.stored import StoredRun
 from fastent.experiments.variants import MLPS
+from fastent.train.presets import TrainConfig
+from fastent.train.tasks import make_task
 
 TITLE = "E7: is the collapse sufficient?"
 
@@ -86,16 +89,54 @@ class Model:
 
     def aligned(self) -> list[int | None]:
         """First step of each run from which the alignment exceeds its null twice in a row after T_mem."""
-        found: list[int | None] = []
-        for stored, run in zip(self.group.stored, self.group.measured, strict=True):
-            alignment, null = column(stored, "alignment"), column(stored, "alignment_null")
-            if alignment is None or null is None or run.summary.t_mem is None:
-                found.append(None)
-                continue
-            above = (alignment > null) & (run.trajectory.step >= run.summary.t_mem)
-            twice = np.flatnonzero(above[:-1] & above[1:])
-            found.append(int(run.trajectory.step[twice[0]]) if twice.size else None)
-        return found
+        return [
+            None
+            if run.summary.t_mem is None
+            else _twice(run, column(stored, "alignment"), _null_of(stored, run))
+            for stored, run in zip(self.group.stored, self.group.measured, strict=True)
+        ]
+
+    def signals(self) -> dict[str, list[int | None]]:
+        """Date, by what it is in words, each thing that may say that a run will grok: a step for each run."""
+        runs = list(zip(self.group.stored, self.group.measured, strict=True))
+        falls = leads.collapse(self.group.measured, window=paper_window(self.group.measured) or WINDOW)
+        chance = [math.log(_classes(stored)) for stored, _ in runs]
+        return {
+            "alignment above its null": self.aligned(),
+            "half of the variance between labels in five frequencies": [
+                _twice(run, column(stored, "top_share"), 0.5) for stored, run in runs
+            ],
+            "restricted loss below half of chance": [
+                _twice(run, _negative(column(stored, "restricted_loss")), -loss / 2)
+                for (stored, run), loss in zip(runs, chance, strict=True)
+            ],
+            falls.source: list(falls.times),
+            "H below the Transformers' H*": list(self.below),
+        }
+
+
+def _null_of(stored: StoredRun, run: MeasuredRun) -> Array:
+    """Return the alignment's null from T_mem on; before, nothing exceeds it."""
+    null = column(stored, "alignment_null")
+    missing = np.full(len(run.trajectory.step), np.inf)
+    return (
+        missing if null is None else np.where(run.trajectory.step >= (run.summary.t_mem or 0), null, np.inf)
+    )
+
+
+def _negative(values: Array | None) -> Array | None:
+    return None if values is None else -values
+
+
+def _twice(run: MeasuredRun, values: Array | None, level: Array | float) -> int | None:
+    """Step of the first of two evaluations in a row with values above `level`; None if there is none."""
+    if values is None:
+        return None
+    return first_reaching(run.trajectory.step, np.where(values > level, 1.0, 0.0), 1.0, in_a_row=2)
+
+
+def _classes(run: StoredRun) -> int:
+    return make_task(TrainConfig(**run.config)).classes
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastent.experiments import e7_figures
-from fastent.experiments.claims import NONE, decimal, percent, steps, worded
+from fastent.experiments.claims import NONE, counted, decimal, percent, steps, worded
 from fastent.experiments.columns import column, over
 from fastent.experiments.delay_blocks import drawn, span
 from fastent.experiments.document import Block, Section, Table, Text
 from fastent.experiments.e7_mlp import LAST, NEAR_ZERO, TITLE, Model, Sufficiency, told
+from fastent.experiments.statistics import proportion
 
 
 def section(result: Sufficiency) -> Section:
@@ -45,6 +46,12 @@ def section(result: Sufficiency) -> Section:
             "in the five strongest frequencies of the label. Below: cross-entropy with the logits restricted to the "
             "five key frequencies of the moment, without them, and on the test set, after Nanda et al. 2023.",
             "Shares of variance and losses against the training step, one column a model.",
+        ),
+        _signals_table((result.transformer, *result.plainest)),
+        Text(
+            "The first three need the group and the labels, of the training probe, of the test set and of all pairs; "
+            "the last two the representations alone. They say what is learnt before the test accuracy moves, the "
+            "entropy how much of the representation is that."
         ),
         drawn(
             "e7-settings",
@@ -89,6 +96,36 @@ def _models_table(result: Sufficiency) -> Table:
         *("model", "runs", "H at start", "H at T_grok", "H at end", "H below H*"),
         *("test accuracy at end", "alignment at end", "its null", "five frequencies at end"),
     )
+    return Table(caption, columns, tuple(rows))
+
+
+def _signals_table(models: Sequence[Model]) -> Table:
+    rows = []
+    for model in models:
+        if not model.group.stored:
+            continue
+        grokked = [run.summary.t_grok for run in model.group.measured]
+        n = sum(t is not None for t in grokked)
+        for signal, times in model.signals().items():
+            found = [
+                None if t is None or at is None else t - at for t, at in zip(grokked, times, strict=True)
+            ]
+            known = [x for x in found if x is not None]
+            silent = [at for t, at in zip(grokked, times, strict=True) if t is None and at is not None]
+            rows.append(
+                (
+                    model.label,
+                    signal,
+                    counted(proportion(sum(x > 0 for x in known), n)) if n else NONE,
+                    worded(over(known)),
+                    f"{len(silent)} of {len(grokked) - n}" if n < len(grokked) else NONE,
+                )
+            )
+    caption = (
+        "What moves first: steps from each signal to T_grok. A signal of columns counts from the first of two "
+        "evaluations in a row."
+    )
+    columns = ("model", "signal", "before T_grok", "lead", "signal, but not grokked")
     return Table(caption, columns, tuple(rows))
 
 

@@ -121,6 +121,26 @@ def test_alignment_is_dated_after_memorising_by_two_evaluations_above_the_null(t
     assert result.mlps[0].aligned() == [None, 600]
 
 
+def test_signals_are_dated_and_counted_before_grokking(transformers, undrawn):
+    result = e7_mlp.analyse([*transformers, mlp(CONCAT, 0), mlp(CONCAT, 1, test=GROKS, spectra=SPECTRA)])
+    signals = result.mlps[0].signals()
+    assert signals["alignment above its null"] == [None, 600]
+    # 0.5 is not above one half, 0.9 is; log 97 / 2 is 2.29.
+    assert signals["half of the variance between labels in five frequencies"] == [None, 800]
+    assert signals["restricted loss below half of chance"] == [600, 600]
+    assert signals["H below the Transformers' H*"] == [400, 400]
+    rows = {
+        row[1]: row[2:]
+        for row in tables(e7_section.section(result))[
+            "What moves first: steps from each signal to T_grok"
+        ].rows
+        if row[0] != "Transformer"
+    }
+    assert rows["restricted loss below half of chance"][1:] == ("200 steps (no interval: n = 1)", "1 of 1")
+    assert rows["alignment above its null"][2] == "0 of 1"
+    assert rows["half of the variance between labels in five frequencies"][0].startswith("0 of 1 runs")
+
+
 def test_without_mlps_there_is_no_analysis(transformers):
     assert e7_mlp.analyse(transformers) is None
 
