@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fastent.experiments.columns import column
-from fastent.experiments.e6_tasks import Task, Tasks, chance_shares, title
+from fastent.experiments.e6_compared import Task, chance_shares, title
+from fastent.experiments.e6_tasks import Tasks
 from fastent.experiments.figures import CROSS, FALL, GROK, WIDTH
 from fastent.experiments.style import LIGHT
 

@@ -9,17 +9,8 @@ from fastent.experiments import e6_figures
 from fastent.experiments.claims import NONE, counted, decimal, steps, worded
 from fastent.experiments.delay_blocks import drawn, span
 from fastent.experiments.document import Block, Section, Table, Text
-from fastent.experiments.e6_tasks import (
-    PAPER,
-    TITLE,
-    Difference,
-    Task,
-    Tasks,
-    agrees,
-    chance_shares,
-    shares_at,
-    title,
-)
+from fastent.experiments.e6_compared import Difference, Task, agrees, chance_shares, shares_at, title
+from fastent.experiments.e6_tasks import PAPER, TITLE, Tasks
 from fastent.experiments.statistics import Estimate
 
 

@@ -12,9 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from fastent.experiments import leads
 from fastent.experiments.claims import (
     IN_PART,
     NONE,
@@ -30,14 +27,9 @@ from fastent.experiments.claims import (
     steps,
     worded,
 )
-from fastent.experiments.columns import over, values_at
-from fastent.experiments.comparisons import log_rank, restricted_mean
-from fastent.experiments.delays import Group
 from fastent.experiments.document import Verdict
-from fastent.experiments.e1_baseline import paper_window
-from fastent.experiments.leads import Leads
-from fastent.experiments.quantities import WINDOW
-from fastent.experiments.statistics import Estimate, proportion, welch
+from fastent.experiments.e6_compared import NAMES, Difference, Task, agrees, difference, task_of, title
+from fastent.experiments.statistics import Estimate, proportion
 from fastent.experiments.stored import StoredRun
 from fastent.train.presets import TrainConfig
 from fastent.train.tasks import make_task
@@ -52,47 +44,11 @@ PAPER = {
 }
 """Its Table 3: runs, all of which grok, T_grok and H*."""
 
-NAMES = {
-    "add": "addition",
-    "mul": "multiplication",
-    "sub": "subtraction",
-    "s5": "S5",
-    "mul_nonzero": "multiplication without 0",
-}
-
 SPREAD = 0.02
 """H* over the modular tasks: its text lost by how little it varies; its table by 0.016."""
 
 AS_EXPECTED = Verdict("yes", "as it must be")
 NOT_AS_EXPECTED = Verdict("no", "not as it must be")
-
-
-@dataclass(frozen=True)
-class Task:
-    """The runs of one task.
-
-    `t_grok` is the mean over the runs, restricted to the limit of steps if some did not grok; `fall` are the leads of
-    T_collapse over the paper's span of steps, `left_out` those at the H* of the task's other runs.
-    """
-
-    name: str
-    group: Group
-    comparable: bool
-    grokked: Estimate
-    t_grok: Estimate | None
-    h_star: Estimate | None
-    left_out: Leads
-    fall: Leads
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One task against another: T_grok in steps and H*, the second's less the first's; None where no run groks."""
-
-    first: Task
-    second: Task
-    t_grok: Estimate | None
-    h_star: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -129,7 +85,7 @@ def analyse(runs: Sequence[StoredRun]) -> Tasks | None:
                 or (condition.endswith("-") and run.condition.startswith(condition))
             )
         ]
-        return _task(name, kept) if kept else None
+        return task_of(name, kept) if kept else None
 
     found = {"add": task("add", "e1"), **{name: task(name) for name in ("mul", "sub", "s5")}}
     own = "with-own-tokens"
@@ -146,42 +102,9 @@ def analyse(runs: Sequence[StoredRun]) -> Tasks | None:
     add, sub = found["add"], found["sub"]
     return Tasks(
         tasks={name: each for name, each in found.items() if each is not None},
-        controls=tuple(_difference(a, b) for a, b in pairs if a is not None and b is not None),
-        contrast=None if add is None or sub is None else _difference(add, sub),
+        controls=tuple(difference(a, b) for a, b in pairs if a is not None and b is not None),
+        contrast=None if add is None or sub is None else difference(add, sub),
     )
-
-
-def _task(name: str, runs: Sequence[StoredRun]) -> Task:
-    group = Group.of(name, runs)
-    times = group.times
-    t_grok = None
-    if times.censored == 0:
-        t_grok = over(times.values)
-    elif times.censored < times.n:
-        t_grok = restricted_mean(times, _limit(group))
-    return Task(
-        name=name,
-        group=group,
-        comparable=all(run.preset == ("paper", {}) for run in runs),
-        grokked=proportion(times.n - times.censored, times.n),
-        t_grok=t_grok,
-        h_star=over([run.summary.h_star for run in group.measured]),
-        left_out=leads.left_out_threshold(group.measured),
-        fall=leads.collapse(group.measured, window=paper_window(group.measured) or WINDOW),
-    )
-
-
-def _limit(*groups: Group) -> float:
-    return float(min(run.config["max_steps"] for group in groups for run in group.stored))
-
-
-def _difference(first: Task, second: Task) -> Difference:
-    a, b = ([r.summary.h_star for r in task.group.measured if r.summary.h_star] for task in (first, second))
-    t_grok = None
-    if first.grokked.value + second.grokked.value > 0:
-        limit = _limit(first.group, second.group)
-        t_grok = log_rank(first.group.times, second.group.times, limit).effect
-    return Difference(first, second, t_grok, welch(a, b) if a and b else None)
 
 
 def not_commuting(config: TrainConfig) -> float:
@@ -238,7 +161,7 @@ def claims(result: Tasks) -> list[Claim]:
             )
         )
     if s5 is not None and add is not None:
-        gap = _difference(add, s5)
+        gap = difference(add, s5)
         found.append(
             Claim(
                 "§9",
@@ -354,14 +277,6 @@ def _judge_above(difference: Estimate | None) -> Verdict:
     return IN_PART if difference.value > 0 else NOT_REPRODUCED
 
 
-def agrees(difference: Difference) -> bool | None:
-    """Whether 0 lies in the interval of each of its differences; None if one has no interval."""
-    parts = (difference.t_grok, difference.h_star)
-    if any(part is None or part.low is None or part.high is None for part in parts):
-        return None
-    return all(part is not None and (part.low or 0) <= 0 <= (part.high or 0) for part in parts)
-
-
 def _judge_controls(controls: Sequence[Difference]) -> Verdict:
     answers = [agrees(each) for each in controls]
     if False in answers:
@@ -372,11 +287,6 @@ def _judge_controls(controls: Sequence[Difference]) -> Verdict:
 def _worded_difference(each: Difference) -> str:
     names = f"{title(each.second)} less {title(each.first)}"
     return f"{names}: T_grok {worded(each.t_grok)}, H* {worded(each.h_star, '')}"
-
-
-def title(task: Task) -> str:
-    """Write the name of a task for people."""
-    return NAMES.get(task.name, task.name)
 
 
 def headline(result: Tasks) -> str:
@@ -398,21 +308,3 @@ def headline(result: Tasks) -> str:
             "intervals."
         )
     return text
-
-
-def shares_at(task: Task, name: str) -> tuple[Estimate | None, ...]:
-    """Mean of a column at T_mem, at T_grok and at the end of the task's runs."""
-    group = task.group
-    moments = (
-        [run.summary.t_mem for run in group.measured],
-        [run.summary.t_grok for run in group.measured],
-        [run.summary.last_step for run in group.measured],
-    )
-    return tuple(over(values_at(group.stored, group.measured, name, at)) for at in moments)
-
-
-def chance_shares() -> dict[str, float]:
-    """Share of each non-trivial representation of S5 in a function without structure: its squared dimension's."""
-    dimensions = {"41": 4, "32": 5, "311": 6, "221": 5, "2111": 4, "11111": 1}
-    total = float(np.sum(np.square(list(dimensions.values()))))
-    return {name: d * d / total for name, d in dimensions.items()}

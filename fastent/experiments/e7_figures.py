@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastent.experiments.columns import column
-from fastent.experiments.e7_mlp import Model, Sufficiency
+from fastent.experiments.e7_mlp import Sufficiency
+from fastent.experiments.e7_models import Model
 from fastent.experiments.figures import GROK, WIDTH
 from fastent.experiments.style import LIGHT
 

@@ -12,7 +12,8 @@ from fastent.experiments.claims import NONE, counted, decimal, percent, steps, w
 from fastent.experiments.columns import column, over
 from fastent.experiments.delay_blocks import drawn, span
 from fastent.experiments.document import Block, Section, Table, Text
-from fastent.experiments.e7_mlp import LAST, NEAR_ZERO, TITLE, Model, Sufficiency, told
+from fastent.experiments.e7_mlp import TITLE, Sufficiency
+from fastent.experiments.e7_models import LAST, NEAR_ZERO, Model, told
 from fastent.experiments.statistics import proportion
 
 

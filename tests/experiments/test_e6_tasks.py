@@ -3,7 +3,7 @@
 import pytest
 from planted_columns import EVERY, by_words, planted, tables
 
-from fastent.experiments import e6_figures, e6_section, e6_tasks, figures
+from fastent.experiments import e6_compared, e6_figures, e6_section, e6_tasks, figures
 from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
 from fastent.experiments.e6_tasks import AS_EXPECTED, NOT_AS_EXPECTED
 from fastent.experiments.jobs import JOBS
@@ -116,7 +116,7 @@ def test_controls_that_agree_and_that_do_not_are_told_apart(runs, controls):
         ("addition, own tokens", "subtraction, own tokens"),
     ]
     assert [d.t_grok.value for d in result.controls] == [-200, 6_000]
-    assert [e6_tasks.agrees(d) for d in result.controls] == [True, False]
+    assert [e6_compared.agrees(d) for d in result.controls] == [True, False]
     assert by_words(e6_tasks.claims(result), "one under other names").verdict == NOT_AS_EXPECTED
     alike = e6_tasks.analyse([*runs, *controls[:10]])
     assert by_words(e6_tasks.claims(alike), "one under other names").verdict == AS_EXPECTED
@@ -150,8 +150,8 @@ def test_share_of_pairs_that_do_not_commute_is_counted():
 
 
 def test_shares_without_structure_are_the_squared_dimensions():
-    assert e6_tasks.chance_shares()["311"] == pytest.approx(36 / 119)
-    assert sum(e6_tasks.chance_shares().values()) == pytest.approx(1)
+    assert e6_compared.chance_shares()["311"] == pytest.approx(36 / 119)
+    assert sum(e6_compared.chance_shares().values()) == pytest.approx(1)
 
 
 def test_section_sets_the_rows_beside_the_papers(runs, controls, undrawn):

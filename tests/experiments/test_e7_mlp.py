@@ -7,7 +7,7 @@ from planted_columns import by_words, planted, tables
 
 from fastent.experiments import e7_figures, e7_mlp, e7_section, figures
 from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, REPRODUCED
-from fastent.experiments.e7_mlp import OUTCOMES
+from fastent.experiments.e7_models import OUTCOMES
 from fastent.experiments.jobs import JOBS
 from fastent.train.presets import preset
 
