@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastent.experiments.document import Block, Code, Section, Table, Text
-from fastent.experiments.stored import PAPER, StoredRun
-from fastent.train.presets import SOURCES
+from fastent.experiments.jobs import JOBS
+from fastent.experiments.stored import PAPER, PRESETS_JSON, StoredRun
+from fastent.train.presets import SOURCES, TrainConfig
 
 
 def section(stored: Sequence[StoredRun], runs: Path, out: Path) -> Section:
@@ -48,20 +52,84 @@ def run_folder(stored: Sequence[StoredRun], runs: Path) -> Path:
 
 
 def commands(stored: Sequence[StoredRun], runs: Path) -> list[str]:
-    """Write the commands that make `stored`, one for each experiment and preset."""
-    seeds: dict[tuple[str, str], set[int]] = {}
-    for run in stored:
-        name, _ = run.preset
-        seeds.setdefault((run.experiment, name), set()).add(run.seed)
-    return [command(experiment, name, numbers, runs) for (experiment, name), numbers in seeds.items()]
+    """Write the commands that make `stored`: as few as there are presets and changed settings behind the runs."""
+    found = []
+    # What explains one experiment's runs may not be read off them: some multiply a setting that was given.
+    first = {(run.experiment, run.condition, run.config["task"]): run for run in reversed(stored)}
+    ways = [(name, _changes(run, name)) for run in first.values() for name in PRESETS_JSON]
+    for experiment in dict.fromkeys(run.experiment for run in stored):
+        left = [run for run in stored if run.experiment == experiment]
+        while left:
+            own = [(name, _changes(left[0], name)) for name in PRESETS_JSON]
+            name, changes = min(
+                (way for way in [*ways, *own] if _explains(left[0], *way)),
+                key=lambda way: (-sum(_explains(run, *way) for run in left), len(way[1])),
+                default=(left[0].preset[0], {}),
+            )
+            made = [run for run in left if run is left[0] or _explains(run, name, changes)]
+            seeds = {run.seed for run in made}
+            found.append(command(experiment, name, _options(changes), seeds=seeds, runs=runs))
+            left = [run for run in left if run not in made]
+    return found
 
 
-def command(experiment: str, preset: str, seeds: Iterable[int], runs: Path) -> str:
+def command(
+    experiment: str, preset: str, options: Sequence[str] = (), *, seeds: Iterable[int], runs: Path
+) -> str:
     """Write the command that makes an experiment's runs."""
-    numbers = ranges(set(seeds))
-    return shlex.join(
-        ["fastent", "run", experiment, "--preset", preset, "--seeds", numbers, "--out", str(runs)]
-    )
+    place = ["--seeds", ranges(set(seeds)), "--out", str(runs)]
+    return shlex.join(["fastent", "run", experiment, "--preset", preset, *options, *place])
+
+
+def _changes(run: StoredRun, preset: str) -> dict[str, Any]:
+    """Find the fewest settings that, changed in a preset, make the run's experiment ask for it as it is."""
+    asked = _asked(run, preset, {})
+    if asked is None:
+        return {}
+    changes = {key: run.config[key] for key, value in asked.items() if run.config.get(key, value) != value}
+    for key in list(changes):
+        # One setting may follow from another: a run to the end goes on for as long as the limit of steps.
+        fewer = {name: value for name, value in changes.items() if name != key}
+        if _explains(run, preset, fewer):
+            changes = fewer
+    return changes
+
+
+def _explains(run: StoredRun, preset: str, changes: dict[str, Any]) -> bool:
+    """Whether the run's experiment asks for it as it is, given a preset with `changes`; measures aside."""
+    asked = _asked(run, preset, changes)
+    return asked is not None and {**asked, "measures": None} == {**run.config, "measures": None}
+
+
+def _asked(run: StoredRun, preset: str, changes: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the settings that the run's experiment gives to a run of its kind; None if it asks for none."""
+    kinds = _settings(run.experiment, preset, json.dumps(changes, sort_keys=True))
+    return kinds.get((run.condition, run.config["task"]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _settings(experiment: str, preset: str, changes: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return what an experiment asks for, by condition and task, given a preset with changes (JSON)."""
+    make = JOBS.get(experiment)
+    try:
+        config = TrainConfig(**_frozen({**PRESETS_JSON[preset], **json.loads(changes)}))
+        jobs = [] if make is None else make(config, (0,))
+    except ValueError:  # changes that do not fit each other
+        return {}
+    return {(job.condition, job.config.task): job.settings() for job in jobs if job.experiment == experiment}
+
+
+def _options(changes: dict[str, Any]) -> list[str]:
+    words = []
+    for key, value in changes.items():
+        words.append(f"--{key.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return words
+
+
+def _frozen(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def ranges(numbers: set[int]) -> str:

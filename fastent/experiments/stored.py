@@ -81,7 +81,7 @@ class StoredRun:
 
         The task is left aside, and so are the measures, which change nothing of the training.
         """
-        changes = {name: _changes(self.config, preset) for name, preset in _PRESETS.items()}
+        changes = {name: _changes(self.config, preset) for name, preset in PRESETS_JSON.items()}
         name = min(changes, key=lambda name: len(changes[name]))
         return name, changes[name]
 
@@ -121,10 +121,10 @@ def _as_json(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-_PRESETS = {name: _as_json(config) for name, config in PRESETS.items()}
+PRESETS_JSON = {name: _as_json(config) for name, config in PRESETS.items()}
+"""Settings of the presets by name, as JSON gives them."""
 
-PAPER = _PRESETS["paper"]
-"""Settings of the preset `paper` as JSON gives them."""
+PAPER = PRESETS_JSON["paper"]
 
 
 def _changes(config: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:

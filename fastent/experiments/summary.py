@@ -51,7 +51,13 @@ def all_claims(parts: Mapping[str, Part], runs: Path) -> list[Claim]:
     for experiment in EXPERIMENTS:
         claims += parts[experiment.id].claims if experiment.id in parts else ()
         claims += [
-            Claim(said.where, said.says, f"`{command(said.experiment, 'paper', SEEDS, runs)}`", NOT_RUN, NONE)
+            Claim(
+                said.where,
+                said.says,
+                f"`{command(said.experiment, 'paper', seeds=SEEDS, runs=runs)}`",
+                NOT_RUN,
+                NONE,
+            )
             for said in paper.SAID
             if said.experiment == experiment.id and not paper.covering(said.marker, made)
         ]
@@ -95,7 +101,9 @@ def coverage(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path)
             state = "reported from its complete runs"
         else:
             state = "reported" if mine else f"reported from the runs of {reads}"
-        how = "" if experiment.id in parts else f"`{command(experiment.id, 'paper', SEEDS, folder)}`"
+        how = (
+            "" if experiment.id in parts else f"`{command(experiment.id, 'paper', seeds=SEEDS, runs=folder)}`"
+        )
         rows.append((experiment.id.upper(), experiment.question, f"{complete} of {len(mine)}", state, how))
     unknown = sorted({run.experiment for run in stored} - {experiment.id for experiment in EXPERIMENTS})
     rows += [(name, "unknown to this version", NONE, "not reported", "") for name in unknown]

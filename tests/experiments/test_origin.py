@@ -1,0 +1,75 @@
+"""The commands of a report make the runs that it was made from."""
+
+import dataclasses
+import json
+import shlex
+
+import pytest
+
+from fastent import cli
+from fastent.experiments import origin
+from fastent.experiments.jobs import JOBS
+from fastent.experiments.stored import read_runs
+from fastent.train import sweep
+from fastent.train.presets import preset
+
+
+def write(out, job):
+    for seed in job.seeds:
+        folder = out / job.run_name(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "schema_version": 1, "experiment": job.experiment, "condition": job.condition, "seed": seed,
+            "stack": list(job.seeds), "config": job.settings(),
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"learning_rate": 0.003, "max_steps": 8000},
+        {"hidden": (64, 32), "equals_token": True, "weight_decay": 0.5},
+    ],
+    ids=lambda given: ", ".join(given) or "the preset",
+)
+@pytest.mark.parametrize("name", ["quick", "paper"])
+def test_every_command_asks_for_the_runs_it_stands_for(tmp_path, monkeypatch, name, given):
+    made = {}
+    for experiment in JOBS:
+        for job in JOBS[experiment](preset(name, **given), (0, 1, 3, 4, 5, 8)):
+            write(tmp_path, job)
+            made |= {job.run_name(seed): job.settings() for seed in job.seeds}
+    asked = {}
+    monkeypatch.setattr(
+        sweep,
+        "run_jobs",
+        lambda jobs, *_, **__: (
+            asked.update({job.run_name(s): job.settings() for job in jobs for s in job.seeds}) or []
+        ),
+    )
+    monkeypatch.setattr(cli, "_print_summary", lambda *arguments: None)
+    commands = origin.commands(read_runs(tmp_path), tmp_path / "elsewhere")
+    assert len(commands) == len(
+        {job.experiment for make in JOBS.values() for job in make(preset(name), (0,))}
+    )
+    for command in commands:
+        words = shlex.split(command)
+        assert words[:2] == ["fastent", "run"]
+        assert cli.main(words[1:]) == 0
+    assert asked == made
+
+
+def test_seeds_are_written_as_the_command_line_reads_them():
+    assert origin.ranges({0, 1, 2, 5, 7, 8}) == "0-2,5,7-8"
+    assert cli.parse_seeds(origin.ranges({4, 0, 2, 3})) == (0, 2, 3, 4)
+
+
+def test_a_run_of_an_unknown_experiment_gets_its_preset_alone(tmp_path):
+    from fastent.train.runs import Job
+
+    write(tmp_path, Job("e99", "baseline", dataclasses.replace(preset("paper"), weight_decay=0.5), (0,)))
+    assert origin.commands(read_runs(tmp_path), tmp_path) == [
+        f"fastent run e99 --preset paper --seeds 0 --out {tmp_path}"
+    ]
