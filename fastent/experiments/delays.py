@@ -122,20 +122,18 @@ def _delay(baseline: Group, group: Group) -> Delay:
     limit = min(*limits, *(s.last_step for s in summaries if s.t_grok is None))
     shared = [seed for seed in group.seeds if seed in baseline.seeds]
     survival = log_rank(control, times, limit)
-    # Greenwood's variance of one or two runs is 0 or next to it: that is ignorance, not certainty.
-    few = min(control.n, times.n) < 3
-    delay = _without_interval(survival.effect) if few else survival.effect
+    delay = _without_interval(survival.effect) if min(control.n, times.n) < 3 else survival.effect
     paired: tuple[Comparison, ...] = ()
     if shared:
         a, b = baseline.only(shared).times, group.only(shared).times
         paired = (signed_rank(a, b), stratified_log_rank(a, b))
         delay = mean_delay(a, b, limit) or delay
-    rank, mean = mann_whitney(control, times), restricted_mean(times, limit)
+    rank = mann_whitney(control, times)
     return Delay(
         group=group,
         limit=limit,
         grokked=proportion(times.n - times.censored, times.n),
-        mean=_without_interval(mean) if times.n < 3 else mean,
+        mean=mean_time(group, limit),
         delay=delay,
         rank=rank,
         survival=survival,
@@ -145,7 +143,14 @@ def _delay(baseline: Group, group: Group) -> Delay:
     )
 
 
+def mean_time(group: Group, limit: int) -> Estimate:
+    """Mean T_grok of a group, restricted to `limit` steps; without an interval below three runs."""
+    mean = restricted_mean(group.times, limit)
+    return _without_interval(mean) if group.times.n < 3 else mean
+
+
 def _without_interval(estimate: Estimate) -> Estimate:
+    # Greenwood's variance of one or two runs is 0 or next to it: that is ignorance, not certainty.
     return replace(estimate, low=None, high=None, method=f"no interval: n = {estimate.n}")
 
 

@@ -63,7 +63,7 @@ def explained(table: Sequence[Predictor]) -> Figure:
     axes.set_ylim(len(table) - 0.5, -0.5)
     axes.set_xlim(-1.05, 1.02)
     axes.set_xlabel("R² of the steps that remain")
-    axes.legend(loc="lower left")
+    figure.legend(handles=axes.get_legend_handles_labels()[0], loc="outside upper right", ncols=2)
     return figure
 
 
