@@ -29,14 +29,14 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the default test suite and the docstring examples (no GPU needed)."""
     install(session, "test")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session
 def nightly(session: nox.Session) -> None:
     """Run the whole suite with 2,000 examples a property, slow tests included."""
     install(session, "test")
-    session.run("pytest", "-m", "", *session.posargs, env={"HYPOTHESIS_PROFILE": "nightly"})
+    session.run("pytest", "-n", "auto", "-m", "", *session.posargs, env={"HYPOTHESIS_PROFILE": "nightly"})
 
 
 @nox.session
