@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from fastent.experiments.delays import Delay, Group, words
+from fastent.experiments.delays import Delay, Group, mean_time, words
 from fastent.experiments.entropy_shift import AtLoss
 from fastent.experiments.figures import WIDTH, mean_over_runs
 from fastent.experiments.quantities import MeasuredRun
@@ -41,15 +41,16 @@ def grokking_times(baseline: Group, delays: Sequence[Delay]) -> Figure:
         times = group.times
         for value, seen in zip(times.values, times.observed, strict=True):
             axes.plot(value, row, "o" if seen else ">", color=LIGHT.signal, alpha=0.65, markeredgewidth=0)
-    for row, delay in enumerate(delays, start=1):
-        mean = delay.mean
+    limit = min(delay.limit for delay in delays)
+    for row, mean in enumerate([mean_time(baseline, limit), *(delay.mean for delay in delays)]):
         axes.plot(mean.value, row, "D", color=LIGHT.ink, markersize=6, zorder=3)
         if mean.low is not None and mean.high is not None:
             axes.plot([mean.low, mean.high], [row, row], color=LIGHT.ink, linewidth=1.5)
-    axes.axvline(float(np.mean(baseline.times.values)), color=LIGHT.ink, linewidth=1, linestyle=(0, (2, 2)))
+        if row == 0:
+            axes.axvline(mean.value, color=LIGHT.ink, linewidth=1, linestyle=(0, (2, 2)))
     axes.set_yticks(range(len(rows)), [words(group.condition) for group in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.03 * max(max(group.times.values) for group in rows))
     axes.set_xlabel("T_grok (training steps)")
     axes.xaxis.set_major_formatter(THOUSANDS)
     return figure

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fastent.experiments.columns import column
 from fastent.experiments.delays import Group
 from fastent.experiments.quantities import MeasuredRun, first_below
 from fastent.experiments.statistics import Estimate, bootstrap, proportion
@@ -21,7 +22,7 @@ from fastent.experiments.stored import StoredRun
 
 Array = NDArray[np.float64]
 
-LOSSES = (1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5)
+LOSSES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 1e-4, 1e-5)
 """Training losses, in nats, at which entropies are compared."""
 
 
@@ -71,15 +72,18 @@ class AtLoss:
 
 def equal_loss(baseline: Group, group: Group, losses: Sequence[float] = LOSSES) -> list[AtLoss]:
     """Compare H at each training loss that runs of at least one shared seed reach under both conditions."""
-    controls = dict(zip(baseline.seeds, baseline.stored, strict=True))
+    controls, treated_runs = (
+        {run.seed: (run, one) for run, one in zip(each.stored, each.measured, strict=True)}
+        for each in (baseline, group)
+    )
     found = []
     for loss in losses:
         pairs = [
             (a, b)
-            for seed, run in zip(group.seeds, group.stored, strict=True)
+            for seed, run in treated_runs.items()
             if seed in controls
-            and (a := entropy_at_loss(controls[seed], loss)) is not None
-            and (b := entropy_at_loss(run, loss)) is not None
+            and (a := entropy_at_loss(*controls[seed], loss)) is not None
+            and (b := entropy_at_loss(*run, loss)) is not None
         ]
         if pairs:
             control, treated = [a for a, _ in pairs], [b for _, b in pairs]
@@ -96,13 +100,14 @@ def equal_loss(baseline: Group, group: Group, losses: Sequence[float] = LOSSES) 
     return found
 
 
-def entropy_at_loss(run: StoredRun, loss: float) -> tuple[float, float] | None:
-    """Step and H where the training loss of `run` first falls to `loss`; None if it does not, or without H there.
+def entropy_at_loss(stored: StoredRun, run: MeasuredRun, loss: float) -> tuple[float, float] | None:
+    """Step and H where the training loss of a run first falls to `loss`; None if it does not, or without H there.
 
     A run that begins at or below `loss` has not fallen to it.
     """
-    trajectory = run.measure().trajectory
-    losses = np.array([np.nan if row["train_loss"] is None else row["train_loss"] for row in run.rows])
+    trajectory, losses = run.trajectory, column(stored, "train_loss")
+    if losses is None:
+        return None
     reached = np.flatnonzero(losses <= loss)
     if reached.size == 0 or reached[0] == 0 or not losses[reached[0] - 1] > loss:
         return None

@@ -87,13 +87,13 @@ def test_entropy_at_equal_loss_takes_the_slower_training_out(result):
     levels = result.conditions["losses-0.1"].equal_loss
     # The loss halves every 100 steps, from 1 and from 4: level L at step -100 log2 L, and 200 later. It is 1 at
     # the start of the baseline run, which has thus not fallen to 1.
-    assert [level.loss for level in levels] == [0.1, 0.01, 0.001, 1e-4, 1e-5]
+    assert [level.loss for level in levels] == [0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 1e-4, 1e-5]
     for level in levels:
         assert level.treated_step - level.control_step == pytest.approx(200)
         assert level.difference.value == pytest.approx(0.02 - 0.3 * 200 / 4000)
         assert level.difference.n == 6
-    assert levels[1].control_step == pytest.approx(664.3856189774724)
-    assert levels[1].control.value == pytest.approx(baseline(664.3856189774724))
+    assert levels[3].control_step == pytest.approx(664.3856189774724)
+    assert levels[3].control.value == pytest.approx(baseline(664.3856189774724))
 
 
 def test_collapse_counts_the_grokked_runs_below_the_baselines_mean_entropy_at_grokking(result):
