@@ -160,7 +160,7 @@ def _imminent(table: Guide | None) -> str:
     said = f"of the runs that grok, {counted(table.warned)} were called so in the {IMMINENT:,} steps before"
     if table.imminent is None:
         return f"no run is called so before it groks; {said}"
-    return f"grokking came within {IMMINENT:,} steps of {worded(table.imminent, '%')} of such evaluations; {said}"
+    return f"grokking came within {IMMINENT:,} steps after {worded(table.imminent, '%')} of such evaluations; {said}"
 
 
 def _judge_guide(table: Guide | None) -> Verdict:

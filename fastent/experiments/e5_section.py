@@ -220,7 +220,7 @@ def _cost_blocks(result: Forecasts) -> list[Block]:
         Text(
             f"The monitor's cost, from the trainer's clocks on {', '.join(cost.machines)}: "
             f"{worded(cost.milliseconds, 'ms', 2)} for an evaluation of one run, probe and entropy together, "
-            f"{100 * cost.share.value:.2g} % of the training time."
+            f"{100 * cost.share.value:.2g} % of the training time. It is wall time, with whatever else the machine did."
         )
     ]
 
