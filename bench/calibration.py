@@ -39,12 +39,39 @@ _QUICK: list[Changes] = [
     *({"activation": "gelu", "train_fraction": fraction} for fraction in (0.5, 0.4)),
     *({"learning_rate": 2e-3, "train_fraction": fraction} for fraction in (0.4, 0.3)),
     {"norm_place": "pre", "readout": "mean"},
+    {"learning_rate": 2e-3, "train_fraction": 0.4, "init_scale": 0.05},
+    {"learning_rate": 3e-3, "train_fraction": 0.4},
 ]
 
-GRIDS: dict[str, tuple[Changes, list[Changes], tuple[int, ...]]] = {
-    "quick": ({"evaluate_every": 50, "run_past_steps": 1000, "max_steps": 5000}, _QUICK, (1000, 1001)),
+# Fast, and a plateau of 1,000 steps at the first seed.
+_QUICK_FINAL: list[Changes] = [
+    {"learning_rate": 2e-3, "train_fraction": 0.4},
+    {"readout": "last", "train_fraction": 0.5, "init_scale": 1.0},
+    {"readout": "last", "train_fraction": 0.4, "init_scale": 0.05},
+]
+
+_PAPER: list[Changes] = [
+    # The layer's defaults, with and without "=", at torch's initial scale of the embeddings and at smaller ones:
+    # the paper's norm rises while the model memorises, which it cannot do from a norm of 116.
+    *(
+        {"equals_token": equals, "init_scale": scale}
+        for scale, equals in product((1.0, 0.02, 128**-0.5), (True, False))
+    ),
+    {"equals_token": True, "init_scale": 0.02, "learning_rate": 5e-4},
+    {"equals_token": True, "init_scale": 0.02, "train_fraction": 0.25},
+    {"equals_token": True, "init_scale": 0.02, "norm_place": "pre", "learning_rate": 3e-4},
+    {"equals_token": True, "init_scale": 0.02, "activation": "gelu", "train_fraction": 0.25},
+]
+
+Stage = tuple[Changes, list[Changes], tuple[int, ...]]
+
+_QUICK_SHARED: Changes = {"evaluate_every": 50, "run_past_steps": 1000, "max_steps": 5000}
+
+GRIDS: dict[str, list[Stage]] = {
+    "quick": [(_QUICK_SHARED, _QUICK, (1000,)), (_QUICK_SHARED, _QUICK_FINAL, (1001, 1002, 1003))],
+    "paper": [({"run_past_steps": 0, "run_past_share": 0.0, "max_steps": 25_000}, _PAPER, (1000,))],
 }
-"""What all trials of a grid share, its trials, and their seeds."""
+"""Stages of a grid: what all trials of a stage share, the trials, and their seeds."""
 
 
 def trial(config: TrainConfig, seed: int) -> dict[str, Any]:
@@ -99,9 +126,11 @@ def main() -> None:
     out = arguments.out or Path(f"bench/results/calibration-{arguments.grid}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    shared, trials, seeds = GRIDS[arguments.grid]
     done = {_key(row) for row in map(json.loads, out.read_text().splitlines())} if out.exists() else set()
-    for seed, changes in product(seeds, trials):
+    runs = [
+        (shared, *run) for shared, trials, seeds in GRIDS[arguments.grid] for run in product(seeds, trials)
+    ]
+    for shared, seed, changes in runs:
         config = replace(TrainConfig(), **{**shared, **changes})
         row = {"seed": seed, "changes": changes, "config": asdict(config)}
         row = json.loads(json.dumps(row))
