@@ -167,8 +167,8 @@ SOURCES: dict[str, str] = {
 _PAPER = TrainConfig()
 
 PRESETS: dict[str, TrainConfig] = {
-    # The fastest of its grid whose plateau is plain (test accuracy under 10 % for 1,500 steps after memorising), 20
-    # seconds of one core a seed: bench/results/calibration-quick.jsonl.
+    # The fastest of its grid whose plateau is plain (test accuracy under 10 % for 1,150 to 1,700 steps after
+    # memorising, four seeds), 20 seconds of one core a seed: bench/results/calibration-quick.jsonl.
     "quick": dataclasses.replace(
         _PAPER, train_fraction=0.4, learning_rate=2e-3, evaluate_every=50, run_past_steps=1_000
     ),
