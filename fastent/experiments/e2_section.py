@@ -41,7 +41,8 @@ def section(result: Mixing) -> Section:
             "The paper mixes each representation of a batch with the next one, h̃ᵢ = (1 − α) hᵢ + α hᵢ₊₁, at every "
             "training step. Its formula averages the two losses, its text the two logits; both were run. As the head "
             "is affine, the average of the logits is its answer to the average representation: mixing alone, with α/2 "
-            "in the place of α. The batches' order is random, so the next one is any other pair. The α of the paper is "
+            "in the place of α. Section 6 can also be read as mixing alone with α itself, which is to average the "
+            "logits with 2α. The batches' order is random, so the next one is any other pair. The α of the paper is "
             "lost; 0.1 is ours, and the other values are a dose-response. Evaluation and H see the representations "
             "unmixed."
         ),

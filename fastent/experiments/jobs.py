@@ -40,10 +40,14 @@ def e1(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
 
 
 def e2(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
-    """E2, does mixing delay grokking: E1's runs, both readings of the loss, and a dose-response over alpha."""
+    """E2, does mixing delay grokking: E1's runs, the readings of the loss, and a dose-response over alpha.
+
+    The third reading, training on the mixed representations alone, is to average the logits with twice the alpha.
+    """
     chosen = [_job("e2", f"{average}-{ALPHA:g}", config, seeds) for average in ("losses", "logits")]
     doses = [_job("e2", f"losses-{alpha:g}", config, seeds[:FEWER]) for alpha in DOSES if alpha != ALPHA]
-    return [*e1(config, seeds), *chosen, *doses]
+    alone = _job("e2", f"logits-{2 * ALPHA:g}", config, seeds[:FEWER])
+    return [*e1(config, seeds), *chosen, alone, *doses]
 
 
 def e3(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
