@@ -39,7 +39,7 @@ def test_run_trains_every_seed_and_prints_a_row_for_each(tmp_path, capsys):
     config = json.loads((tmp_path / "runs" / "e1-baseline-add-seed3" / "config.json").read_text())
     assert config["stack"] == [0, 3]
     assert config["config"]["modulus"] == 7
-    assert config["config"]["readout"] == preset("quick").readout == "mean"
+    assert config["config"]["learning_rate"] == preset("quick").learning_rate == 2e-3
 
 
 def test_run_starts_from_the_preset_it_is_given(monkeypatch, tmp_path):
@@ -87,7 +87,7 @@ def test_another_configuration_fails_with_the_diff_and_force_goes_on(tmp_path, c
     capsys.readouterr()
     assert main([*arguments, "--learning-rate", "0.5"]) == 1
     captured = capsys.readouterr()
-    assert "config.learning_rate: 0.001 in the folder, 0.5 now" in captured.err
+    assert "config.learning_rate: 0.002 in the folder, 0.5 now" in captured.err
     assert "fastent: 1 of 1 jobs failed" in captured.err
     assert captured.out == ""
     (tmp_path / "e1-baseline-add-seed0" / "DONE").unlink()
@@ -97,7 +97,7 @@ def test_another_configuration_fails_with_the_diff_and_force_goes_on(tmp_path, c
     name = tmp_path / "e1-baseline-add-seed0"
     assert capsys.readouterr().err == (
         f"fastent: warning: {name}: --force ignores that the folder has\n"
-        "  config.learning_rate: 0.001 in the folder, 0.5 now\n"
+        "  config.learning_rate: 0.002 in the folder, 0.5 now\n"
     )
 
 

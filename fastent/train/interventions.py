@@ -223,7 +223,8 @@ def _norm_log(source: Job, seed: int, out: Path, *, until_memorised: bool) -> tu
     remedy = f"`fastent run {source.experiment}` with the same settings, seeds and --out makes it"
     if not (path / "DONE").exists():
         raise RunError(f"{path}, whose norm is to be followed, is missing or not complete: {remedy}")
-    if json.loads((path / "config.json").read_bytes())["config"] != source.settings():
+    recorded = json.loads((path / "config.json").read_bytes())["config"]
+    if recorded | {"measures": []} != source.settings() | {"measures": []}:  # they do not change the norm
         raise RunError(f"{path}, whose norm is to be followed, was trained with other settings: {remedy}")
     rows, _ = read_rows(path / "metrics.jsonl", 0)
     if until_memorised:

@@ -104,7 +104,7 @@ def test_seeds_of_e6_are_the_papers():
 
 def test_a_norm_can_be_followed_whatever_is_measured_beside(tmp_path):
     small = preset("paper", modulus=11, width=8, heads=1, feedforward=8, probe_size=16, max_steps=2)
-    base, _, followed, *_ = JOBS["e3"](dataclasses.replace(small, evaluate_every=1), (0,))
+    base, followed, *_ = JOBS["e3"](dataclasses.replace(small, evaluate_every=1), (0,))
     follows = dataclasses.replace(followed, experiment="e3", condition="norm-as-baseline")
     assert base.config.measures != follows.config.measures
     train(base, tmp_path)

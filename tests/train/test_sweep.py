@@ -56,7 +56,7 @@ def test_a_killed_worker_is_retried_then_marked_failed_and_the_others_finish(tmp
     killed = "its process was ended by SIGKILL (out of memory?)"
     assert outcomes[:3] == [Outcome(jobs[0], 2, killed), Outcome(jobs[1], 2), Outcome(jobs[2], 1)]
     assert outcomes[3].attempts == 1
-    assert "config.learning_rate: 0.001 in the folder, 0.5 now" in outcomes[3].error
+    assert "config.learning_rate: 0.002 in the folder, 0.5 now" in outcomes[3].error
     assert len(killer.pids) == 3
     assert json.loads((tmp_path / jobs[0].run_name(0) / "FAILED").read_text()) == {
         "attempts": 2,
