@@ -1,4 +1,4 @@
-"""The command line: ``fastent run``, ``report``, ``entropy``, ``list`` and ``doctor``.
+"""The command line: ``fastent run``, ``report``, ``entropy``, ``check``, ``list`` and ``doctor``.
 
 Every setting of `fastent.train.presets.TrainConfig` is an option of ``run``, with the preset's value as its
 default. Exit status: 0 done; 1 failed or refused, with the reason on standard error; 2 wrong usage; 130 and
@@ -265,17 +265,19 @@ def doctor() -> int:
     return 0
 
 
-def check(subject: Literal["maths"]) -> int:
+def check(subject: Literal["maths"], *, runs: Path | None = None) -> int:
     """Check the paper's mathematics anew, a minute or two, and print its Table 6 beside what was found.
 
     Parameters
     ----------
     subject : {"maths"}
         What to check.
+    runs : Path, optional
+        The --out of `fastent run`, or packed runs: take the spread of H* from these.
     """
     from fastent.experiments.maths_table import print_table
 
-    return print_table()
+    return print_table(runs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,14 +40,14 @@ class SamplingError:
     corrected : float
         ``normalized - bias``; its noise may lift it above 1.
     standard_error : float
-        Of `normalized`, and nearly that of `corrected`; too large rather than too small where the spectrum is flat.
+        Of `corrected`, and for `normalized` rather too large: by half for a flat spectrum, not at all for a steep one.
     groups : int
         Groups deleted in turn. The standard error has itself a relative error of about ``1 / sqrt(2 groups)``, 18 %.
     n, d : int
         Samples and features.
     status, message : Status, str
         Of the entropy of all rows. All numbers are NaN for `nonfinite`; where the status is `zero_variance` the error
-        is 0. `rank_limited` (n <= d): the correction is incomplete.
+        is 0. `rank_limited` (n <= d): the correction is incomplete, and the standard error may be a quarter too small.
     """
 
     normalized: float

@@ -58,7 +58,7 @@ class Jackknife(NamedTuple):
     corrected : float
         Without the bias of order 1/N.
     standard_error : float
-        Of `entropy`, and nearly that of `corrected`.
+        Of `corrected`, and for `entropy` rather too large.
     """
 
     entropy: float
