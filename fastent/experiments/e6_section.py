@@ -20,8 +20,7 @@ def section(result: Tasks) -> Section:
     blocks: list[Block] = [
         Text(
             "The paper's Table 3 beside ours. Its rows for multiplication and subtraction are identical in all "
-            "columns, 21,560 steps and 0.589, which two sets of five runs do not give by chance: one of them is "
-            "probably a copy."
+            "columns, 21,560 steps and 0.589, which two tasks of five runs each hardly give by chance."
         ),
         _tasks_table([*result.tasks.values(), *controls]),
         drawn(
@@ -39,8 +38,7 @@ def section(result: Tasks) -> Section:
                 "Multiplication modulo a prime p without 0 is addition modulo p - 1 under other names, by discrete "
                 "logarithms; subtraction is addition with the second operand's tokens renamed, if it has a table "
                 "of its own. Nothing in training knows names, so the two of a pair differ as two sets of seeds "
-                "do. With shared tokens subtraction is no such copy: sums are symmetric and differences are not. "
-                "The last row is that pair."
+                "do. With shared tokens subtraction is no such copy: sums are symmetric and differences are not."
             ),
             _pairs_table(pairs, result.contrast),
         ]

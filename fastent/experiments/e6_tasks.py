@@ -303,8 +303,5 @@ def headline(result: Tasks) -> str:
     judged = [answer for each in result.controls if (answer := agrees(each)) is not None]
     if judged:
         alike = sum(judged)
-        text += (
-            f" Of {len(judged)} pairs of tasks that are one under other names, {alike} agree within their "
-            "intervals."
-        )
+        text += f" {alike} of {len(judged)} pairs of tasks that are one under other names agree within their intervals."
     return text

@@ -100,6 +100,11 @@ def test_claims_judge_the_planted_probes(result):
     assert by_words(claims, "512 pairs suffice").verdict == REPRODUCED  # 4 (1/512 - 1/2823) + 0.001 = 0.0074
 
 
+def test_a_small_but_certain_difference_is_in_part():
+    claims = e8_probes.claims(e8_probes.analyse([run(seed, lower=[0.015] * 12) for seed in range(6)]))
+    assert by_words(claims, "differ by little").verdict == IN_PART
+
+
 def test_a_test_probe_far_from_the_training_probe_is_said_to_be():
     claims = e8_probes.claims(e8_probes.analyse([run(seed, lower=[0.3] * 12) for seed in range(6)]))
     assert by_words(claims, "differ by little").verdict == NOT_REPRODUCED
