@@ -76,7 +76,7 @@ class SpectralEntropyMonitor:
         What to make of (samples, tokens, d) activations; needed for those, ignored for (n, d).
     standard_error : bool
         Record the sampling errors of H too, `fastent.sampling_error` for infinitely many samples. An evaluation
-        then costs some 20 times as much. Tokens of one sample are not independent: with "flatten" or
+        then costs some 12 times as much. Tokens of one sample are not independent: with "flatten" or
         "skip_first" the error comes out too small.
     history_size : int
         Records kept; the oldest go first. `on_record` sees all.

@@ -126,8 +126,8 @@ def descent(run: FollowedRun) -> Figure:
     change = run.column("change")
     for place, (name, title) in enumerate(
         (
-            ("predicted", "A  First order of the step that was made"),
-            ("along_gradient", "B  First order along the loss's gradient, as printed"),
+            ("predicted", "A  To first order, step as made"),
+            ("along_gradient", "B  The loss's gradient for the step, as printed"),
         )
     ):
         axes = figure.add_subplot(grid[0, place])
@@ -172,9 +172,9 @@ def descent(run: FollowedRun) -> Figure:
     alignment_axes.plot(step[10:-10], smooth, color=LIGHT.signal, linewidth=2, label="mean of 21")
     alignment_axes.axhline(0, color=LIGHT.ink, linewidth=0.8)
     alignment_axes.set(title="D  Alignment", xlabel="training step", ylabel="correlation of log p and growth")
-    for axes in (entropy_axes, alignment_axes):
+    for axes, place in ((entropy_axes, "lower left"), (alignment_axes, "upper left")):
         axes.axvspan(start, end, color=LIGHT.signal, alpha=0.12, linewidth=0, label="collapse")
-        axes.legend(loc="lower left")
+        axes.legend(loc=place)
     return figure
 
 
@@ -187,7 +187,8 @@ def _signed_root(x: Array) -> Array:
 def _root_ticks(axes: object, reach: float) -> None:
     magnitudes = [m for m in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) if np.sqrt(m) <= reach]
     values = np.array([-m for m in reversed(magnitudes)] + [0.0, *magnitudes])
-    labels = [f"{v:g}".replace("-", "−") if abs(v) != magnitudes[0] else "" for v in values]
+    crowded = (*magnitudes[:2], 0.0)
+    labels = ["" if abs(v) in crowded else f"{v:g}".replace("-", "−") for v in values]
     for name in ("x", "y"):
         getattr(axes, f"set_{name}ticks")(_signed_root(values), labels, fontsize=8)
         getattr(axes, f"set_{name}lim")(-reach, reach)
@@ -218,10 +219,10 @@ def probes(run: FollowedRun) -> Figure:
         a.semilogx(sizes, np.array(seen) / np.log(d), marker, color=colour, markersize=5, label=name)
         a.axhline(truth, color=colour, linewidth=0.8, linestyle=(0, (1, 2)))
     a.axvline(d, color=LIGHT.ink, linewidth=0.8)
-    a.set(
-        title="A  Normal rows, d = 128: points drawn, lines by formula", xlabel="rows N", ylabel="H (no unit)"
-    )
-    a.legend(loc="lower right")
+    a.plot([], [], color=LIGHT.ink, linewidth=1.5, label="formula")
+    a.plot([], [], color=LIGHT.ink, linewidth=0.8, linestyle=(0, (1, 2)), label="H behind the sample")
+    a.set(title="A  Normal rows, d = 128", xlabel="rows N", ylabel="H (no unit)", ylim=(0.47, 1.03))
+    a.legend(loc="lower right", ncols=2)
     at = [i for i, row in enumerate(run.evaluations) if row["test_accuracy"] >= run.config.criterion]
     row = run.evaluations[at[0] if at else -1]
     kept = [size for size in PROBE_SIZES if f"entropy_{size}" in row]
@@ -261,15 +262,14 @@ def curvature(runs: Sequence[FollowedRun]) -> Figure:
         axes.set(title=f"seed {run.seed}", xlabel="training step")
         other = axes.twinx()
         step, entropy = run.evaluated("step"), run.evaluated("entropy")
-        fall = -np.diff(entropy) / np.diff(step) * 1e3
-        other.plot(
-            (step[1:] + step[:-1]) / 2, fall, color=LIGHT.entropy, linewidth=1.3, linestyle=(0, (5, 2))
-        )
+        reach = 4  # evaluations to either side: single differences hide the course
+        fall = (entropy[: -2 * reach] - entropy[2 * reach :]) / (step[2 * reach :] - step[: -2 * reach]) * 1e3
+        other.plot(step[reach:-reach], fall, color=LIGHT.entropy, linewidth=1.3, linestyle=(0, (5, 2)))
         other.axhline(0, color=LIGHT.entropy, linewidth=0.6)
-        other.set_ylim(-0.6, 0.6)
+        other.set_ylim(-0.3, 0.6)
         other.grid(visible=False)
         if run is runs[-1]:
-            other.set_ylabel("-dH/dt per 1,000 steps (dashed)", color=LIGHT.entropy)
+            other.set_ylabel("fall of H per 1,000 steps (dashed)", color=LIGHT.entropy)
     grid[0].set_ylabel("largest Hessian eigenvalue", color=LIGHT.norm)
     return figure
 
