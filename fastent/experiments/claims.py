@@ -17,6 +17,8 @@ IN_PART = Verdict("part", "in part")
 NOT_REPRODUCED = Verdict("no", "not reproduced")
 OTHER_SETTING = Verdict("none", "other setting")
 NOT_RUN = Verdict("none", "not run")
+NO_CASE = Verdict("none", "no case")
+"""The runs hold nothing that the claim is about."""
 
 NONE = "–"
 

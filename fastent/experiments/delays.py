@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from fastent.experiments.claims import (
     IN_PART,
+    NO_CASE,
     NONE,
     NOT_REPRODUCED,
     NOT_RUN,
@@ -85,7 +86,8 @@ class Delay:
 
     `mean` is the mean T_grok restricted to `limit`, `delay` the difference of these means with an interval from
     pairs where seeds are shared (else Greenwood's); `paired` holds the tests on shared seeds and is empty without
-    them; `adjusted` is the Mann-Whitney p-value after Holm over the conditions of the experiment.
+    them; `adjusted` is the Mann-Whitney p-value after Holm over the conditions of the experiment; `events` counts the
+    runs of both groups that grokked.
     """
 
     group: Group
@@ -98,11 +100,17 @@ class Delay:
     paired: tuple[Comparison, ...]
     effect_size: Estimate | None
     adjusted: float
+    events: int
 
     @property
     def condition(self) -> str:
         """Name of the condition."""
         return self.group.condition
+
+    @property
+    def known(self) -> bool:
+        """Whether any run groks at all, so that there is something to be delayed."""
+        return self.events > 0
 
 
 def delays(baseline: Group, treated: Sequence[Group]) -> list[Delay]:
@@ -140,6 +148,7 @@ def _delay(baseline: Group, group: Group) -> Delay:
         paired=paired,
         effect_size=cohens_d(control, times),
         adjusted=rank.p_value,
+        events=sum(control.observed) + sum(times.observed),
     )
 
 
@@ -156,7 +165,9 @@ def _without_interval(estimate: Estimate) -> Estimate:
 
 def judge_later(delay: Delay | None) -> Verdict:
     """Verdict on "it delays grokking": reproduced if the interval of the delay lies above 0, in part if its value."""
-    return NOT_RUN if delay is None else judge_positive(delay.delay)
+    if delay is None:
+        return NOT_RUN
+    return judge_positive(delay.delay) if delay.known else NO_CASE
 
 
 def judge_positive(estimate: Estimate | None) -> Verdict:
@@ -204,12 +215,14 @@ def words(condition: str) -> str:
     return "; ".join(_words(part) for part in condition.split("+"))
 
 
-def _words(part: str) -> str:
+def _words(part: str, form: str = "{}, {}") -> str:
     if found := re.fullmatch(r"(losses|logits)-(.+)", part):
-        return f"mixing, α = {found[2]}, {found[1]} averaged"
+        return form.format("mixing", f"α = {found[2]}, {found[1]} averaged")
     if part.startswith("norm-as-"):
         other = part.removeprefix("norm-as-")
-        return "norm as in the baseline" if other == "baseline" else f"norm as under {_words(other)}"
+        return (
+            "norm as in the baseline" if other == "baseline" else f"norm as under {_words(other, '{} ({})')}"
+        )
     fixed = {
         "baseline": "baseline",
         "norm-mem": "norm held where the baseline has memorised",

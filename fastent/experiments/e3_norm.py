@@ -21,6 +21,7 @@ import numpy as np
 from fastent.experiments import entropy_shift
 from fastent.experiments.claims import (
     IN_PART,
+    NO_CASE,
     NONE,
     NOT_REPRODUCED,
     NOT_RUN,
@@ -234,6 +235,8 @@ def _judge_driver(result: Norm) -> Verdict:
     alone, control = _without_mixing(result), result.conditions.get(CONTROL)
     if not alone or control is None:
         return NOT_RUN
+    if not control.delay.known:
+        return NO_CASE
     moved = [_excludes_zero(held.delay.delay) for held in alone]
     if any(moved):
         return NOT_REPRODUCED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastent.experiments.claims import (
     IN_PART,
+    NO_CASE,
     NONE,
     NOT_REPRODUCED,
     NOT_RUN,
@@ -29,9 +30,6 @@ PAPER_MAPE = 0.041
 PAPER_WARNING = 12_370
 PAPER_SAVED = 0.86
 PAPER_MILLISECONDS = 8.0
-
-NO_CASE = Verdict("none", "no case")
-"""These runs hold nothing that the claim is about."""
 
 
 def claims(result: Forecasts) -> list[Claim]:

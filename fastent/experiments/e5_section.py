@@ -20,13 +20,13 @@ from fastent.triples import Triples
 
 def headline(result: Forecasts) -> str:
     """Say in a few sentences what the runs show."""
-    saved = result.saved
-    said = (
-        f"Stopping {steps(AFTER)} steps after H falls below the H* of the other seeds stops "
-        f"{counted(saved.grokked)} at the criterion and saves "
-        f"{percent(None if saved.saved is None else saved.saved.value)} of the budget; stopping at T_grok "
-        f"saves {percent(None if saved.saved_by_accuracy is None else saved.saved_by_accuracy.value)}."
-    )
+    said, saved = "No run crosses the H* of the other seeds, so none is stopped early.", result.saved
+    if saved.grokked is not None and saved.saved is not None and saved.saved_by_accuracy is not None:
+        said = (
+            f"Stopping {steps(AFTER)} steps after H falls below the H* of the other seeds stops "
+            f"{counted(saved.grokked)} at the criterion and saves {percent(saved.saved.value)} of the budget; stopping "
+            f"at T_grok saves {percent(saved.saved_by_accuracy.value)}."
+        )
     valid = result.validation
     if result.law is None or valid is None:
         return f"E5: too few runs grokked to fit a law. {said}"

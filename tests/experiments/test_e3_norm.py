@@ -4,7 +4,7 @@ import pytest
 from closed_form import write_run
 
 from fastent.experiments import e3_norm, e3_section, figures
-from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, REPRODUCED
+from fastent.experiments.claims import IN_PART, NO_CASE, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 from fastent.experiments.document import Table
 from fastent.experiments.stored import read_runs
 
@@ -81,6 +81,19 @@ def test_the_driver_is_the_entropy_only_if_the_norm_alone_does_nothing(tmp_path)
     assert verdicts(without)[DRIVER] == NOT_RUN
 
 
+def test_where_no_run_groks_there_is_nothing_to_judge(tmp_path):
+    for experiment, condition in (
+        ("e1", "baseline"),
+        ("e3", "losses-0.1+norm-as-baseline"),
+        ("e3", "norm-start"),
+    ):
+        for seed in range(3):
+            write_run(tmp_path, experiment, condition, seed, t_grok=None)
+    got = verdicts(read_runs(tmp_path))
+    assert got[DRIVER] == NO_CASE
+    assert got["the norm-matched control delays grokking, by 8,304 steps"] == NO_CASE
+
+
 def test_an_incomplete_design_has_no_factorial_and_says_so(tmp_path):
     runs = [run for run in cells(tmp_path, mixing=500, norm=0) if run.experiment != "e2"]
     result = e3_norm.analyse(runs, comparable=False)
@@ -95,6 +108,6 @@ def test_section_names_every_condition_in_words(tmp_path):
     table = next(b for b in e3_section.section(result).blocks if isinstance(b, Table))
     rows = {row[0]: row for row in table.rows}
     assert rows["mixing, α = 0.1, losses averaged; norm as in the baseline"][3] == "500 [500, 500]"
-    assert rows["norm as under mixing, α = 0.1, losses averaged"][3] == "200 [200, 200]"
+    assert rows["norm as under mixing (α = 0.1, losses averaged)"][3] == "200 [200, 200]"
     assert rows["norm held at its start"][3] == "0 [0, 0]"
     assert "Without mixing, norm held at its start: 0 steps" in e3_section.headline(result)

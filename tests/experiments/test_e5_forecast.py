@@ -78,6 +78,15 @@ def test_too_few_runs_give_no_law_and_say_so(stored):
     assert e5_forecast.analyse([], comparable=False) is None
 
 
+def test_runs_that_never_grok_are_not_stopped_and_have_no_law(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path, "e1", "baseline", seed, t_grok=None)
+    result = e5_forecast.analyse(read_runs(tmp_path), comparable=True)
+    assert "No run crosses the H* of the other seeds" in e5_section.headline(result)
+    assert {claim.verdict for claim in e5_claims.claims(result)[:7]} == {NOT_RUN}
+    e5_section.section(result)
+
+
 def test_stopping_saves_what_the_crossing_leaves_of_the_budget_and_reads_the_accuracy_known_then(tmp_path):
     # Seeds cross 0.7 at 900, 1,000 and 1,100, and grok 400 later, 1,500 later, never.
     grokking = (1300, 2500, None)
