@@ -303,10 +303,9 @@ def concentration(h_star: Mapping[str, Sequence[float]]) -> Concentration:
     shares = [(f - 1) / (f - 1 + size) for f in (ratio, *ends)]
     between = max(0.0, (outside - inside) / size)
     low, high = (max(0.0, inside * (f - 1) / size) ** 0.5 for f in ends)
+    spread = [float((error * inside / c) ** 0.5) for c in chi]
     return Concentration(
-        within=Estimate(
-            inside**0.5, *(float((error * inside / c) ** 0.5) for c in chi), n, "chi-squared, pooled"
-        ),
+        within=Estimate(inside**0.5, spread[0], spread[1], n, "chi-squared, pooled"),
         between=Estimate(between**0.5, low, high, k, "analysis of variance, F interval"),
         share=Estimate(max(0.0, shares[0]), max(0.0, shares[1]), max(0.0, shares[2]), n, "F interval"),
         p_value=float(stats.f(k - 1, error).sf(ratio)),

@@ -112,14 +112,16 @@ def displacement(
         f"module.{name}": direction.get(name, torch.zeros_like(p)).to(p.dtype)
         for name, p in module.named_parameters()
     }
-    function: Callable[..., Tensor] = lambda values: functional_call(_Represent(module), values, (pairs,))  # noqa: E731
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        warnings.catch_warnings(),
-    ):  # the fused attention has no forward derivative
+
+    def function(values: dict[str, Tensor]) -> Tensor:
+        found: Tensor = functional_call(_Represent(module), values, (pairs,))
+        return found
+
+    # The fused attention has no forward derivative.
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         # torch's own, at its first forward derivative
         warnings.filterwarnings("ignore", "`torch.jit.script` is", DeprecationWarning)
-        _, moved = jvp(function, (parameters,), (tangents,))
+        moved: Tensor = jvp(function, (parameters,), (tangents,))[1]
     result: NDArray[np.float64] = moved.detach().numpy()
     return result
 
@@ -233,7 +235,7 @@ def remainders(
         with torch.no_grad():
             for name, p in moved.named_parameters():
                 if name in direction:
-                    p += rate * direction[name]
+                    p.add_(rate * direction[name])
         rest = covariance(represent(moved, pairs)) - c - rate * linear
         found.append(float(np.linalg.norm(rest)) / rate**2)
     return np.array(found)
@@ -279,8 +281,8 @@ def batch_noise(stack: Stack, seed: int, batch_size: int) -> BatchNoise:
         return covariance_update(h, displacement(module, probe, gradient))
 
     full = update(train)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(train)))
-    parts = [update(train[part]) - full for part in order.split(batch_size)]
+    order = np.random.default_rng(0).permutation(len(train)).reshape(-1, batch_size)
+    parts = [update(train[torch.from_numpy(part)]) - full for part in order]
     scale = np.linalg.norm(full)
     deviation = np.sqrt(np.mean([np.linalg.norm(part) ** 2 for part in parts])) / scale
     return BatchNoise(float(np.linalg.norm(np.mean(parts, axis=0)) / scale), float(deviation), len(parts))

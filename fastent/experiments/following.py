@@ -188,7 +188,9 @@ def read_followed(path: Path) -> FollowedRun:
     """Read what `main` wrote; lines of a run that was cut short are as good as any."""
     lines = _lines(path)
     head = next(lines)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in head["config"].items()}
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in head["config"].items()
+    }
     run = FollowedRun(TrainConfig(**values), head["seed"])
     for line in lines:
         kind = line.pop("kind")

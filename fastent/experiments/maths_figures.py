@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -172,9 +172,10 @@ def descent(run: FollowedRun) -> Figure:
     alignment_axes.plot(step[10:-10], smooth, color=LIGHT.signal, linewidth=2, label="mean of 21")
     alignment_axes.axhline(0, color=LIGHT.ink, linewidth=0.8)
     alignment_axes.set(title="D  Alignment", xlabel="training step", ylabel="correlation of log p and growth")
-    for axes, place in ((entropy_axes, "lower left"), (alignment_axes, "upper left")):
+    for axes in (entropy_axes, alignment_axes):
         axes.axvspan(start, end, color=LIGHT.signal, alpha=0.12, linewidth=0, label="collapse")
-        axes.legend(loc=place)
+    entropy_axes.legend(loc="lower left")
+    alignment_axes.legend(loc="upper left")
     return figure
 
 
@@ -285,7 +286,7 @@ def draw_all(records: Path, out: Path) -> list[Path]:
     runs = [read_followed(path) for path in sorted(records.glob("*-seed*.jsonl"))]
     if not runs:
         raise FileNotFoundError(f"{records} holds no run: python -m fastent.experiments.following {records}")
-    figures = {
+    figures: dict[str, Callable[[], Figure]] = {
         "mixing-counterexample": counterexample,
         "mixing-sandwich": sandwich,
         "entropy-descent": functools.partial(descent, runs[0]),

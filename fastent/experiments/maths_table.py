@@ -28,6 +28,7 @@ from fastent.experiments.collapse import (
 from fastent.experiments.first_order import adamw_direction, batch_noise, loss_gradient, remainders
 from fastent.experiments.following import FollowedRun, follow
 from fastent.experiments.statements import Evidence
+from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.perturbation import lipschitz_regularized
 from fastent.sampling import sampling_error
 from fastent.train.presets import TaskName, TrainConfig, preset
@@ -312,7 +313,7 @@ def correction_of_samples() -> Evidence:
     generator = torch.Generator().manual_seed(0)
     parts, worst = [], 0.0
     for name, lam in (("flat", torch.ones(128)), ("geometric", 0.97 ** torch.arange(128))):
-        truth = statements.entropy_of_eigenvalues(lam.double().numpy()) / np.log(128)
+        truth = entropy_of_eigenvalues(lam.double().numpy()) / np.log(128)
         drawn = [torch.randn(256, 128, generator=generator) * lam.sqrt() for _ in range(12)]
         errors = [sampling_error(h) for h in drawn]
         bias = np.mean([e.normalized for e in errors]) - truth

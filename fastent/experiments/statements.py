@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.integrate import solve_ivp
 
 from fastent.reference import forecast, mixing, perturbation
@@ -31,9 +31,9 @@ class Evidence:
     text: str
 
 
-def entropy_of(c: Array) -> float:
+def entropy_of(c: ArrayLike) -> float:
     """H of a covariance, in nats, by the convention `relative`."""
-    return entropy_of_eigenvalues(np.linalg.eigvalsh(c))
+    return entropy_of_eigenvalues(np.linalg.eigvalsh(np.asarray(c, dtype=np.float64)))
 
 
 def regularized_lipschitz(
@@ -48,7 +48,8 @@ def regularized_lipschitz(
                 - perturbation.regularized_entropy(np.maximum(np.linalg.eigvalsh(other), 0), eps)
             )
             total = max(np.trace(c), np.trace(other))
-            worst = max(worst, change / (constant(eps, total, len(c)) * np.linalg.norm(other - c)))
+            allowed = constant(eps, float(total), len(c)) * float(np.linalg.norm(other - c))
+            worst = max(worst, change / allowed)
     return Evidence(bool(0.9 < worst <= 1), f"largest |dH| / (K ||E||) of all cases {worst:.3f}")
 
 
@@ -265,7 +266,8 @@ def bias_of_samples(
     """Check the bias formula on normal rows with planted spectra, and that H of a sample is low."""
     rng = np.random.default_rng(6)
     worst, parts = 0.0, []
-    for name, lam in (("flat", np.ones(d)), ("geometric 0.97", 0.97 ** np.arange(d))):
+    spectra: dict[str, Array] = {"flat": np.ones(d), "geometric 0.97": np.power(0.97, np.arange(d))}
+    for name, lam in spectra.items():
         seen = [entropy_of(covariance(rng.standard_normal((n, d)) * np.sqrt(lam))) for _ in range(draws)]
         measured = np.mean(seen) - entropy_of_eigenvalues(lam)
         predicted = bias(lam, n)
@@ -290,7 +292,7 @@ def covariance_pairs(eps: float) -> Iterator[tuple[Array, Array]]:
             y = rng.standard_normal((2 * d, d)) * 10 ** rng.uniform(-6, 0)
             c = (c + c.T) / 2
             yield c, c + y.T @ y / len(y)
-            yield c, covariance(y)
+            yield c, np.asarray(covariance(y), dtype=np.float64)
 
 
 def slopes_over(x: Array, permutations: NDArray[np.intp]) -> Array:

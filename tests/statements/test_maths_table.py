@@ -1,0 +1,117 @@
+"""The table of all items, its command, and the records and figures of the documentation."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from fastent import cli
+from fastent.experiments import following, maths_figures, maths_table
+from fastent.experiments.maths_table import Item, items, spread_of_thresholds, stored_thresholds
+from fastent.experiments.statements import Evidence
+from fastent.train.presets import PRESETS, preset
+
+TABLE_6 = (
+    "Lemma 1",
+    "Lemma 2",
+    "Proposition 3",
+    "Lemma 4",
+    "Heuristic 1",
+    "Heuristic 2",
+    "Lemma 5",
+    "Proposition 6",
+)
+
+
+@pytest.mark.nightly
+def test_every_item_of_table_6_is_checked_and_every_finding_confirmed():
+    found = list(items())
+    assert len(found) == len(TABLE_6) + 1
+    for name, item in zip(TABLE_6, found, strict=False):
+        assert item.name.startswith(name)
+        assert item.evidence
+        assert item.holds, [e.text for e in item.evidence if not e.holds]
+
+
+@pytest.mark.parametrize(("holds", "status"), [(True, 0), (False, 1)])
+def test_command_prints_the_table_and_fails_when_a_finding_is_not_confirmed(
+    monkeypatch, capsys, holds, status
+):
+    rows = [
+        Item("Lemma 1", "full proof", "holds", (Evidence(True, "ratio 0.99"),)),
+        Item("Lemma 5", "full proof", "false", (Evidence(True, "slope -0.9"), Evidence(holds, "bound 1.2"))),
+    ]
+    monkeypatch.setattr(maths_table, "items", lambda runs: iter(rows))
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["check", "maths"]) == status
+    shown = capsys.readouterr().out
+    for text in ("Lemma 1", "full proof", "false", "slope -0.9", "bound 1.2"):
+        assert text in shown
+    assert ("NOT CONFIRMED: bound 1.2" in shown) == (not holds)
+    assert ("not confirmed: Lemma 5" in shown) == (not holds)
+
+
+def test_thresholds_of_stored_runs_are_grouped_by_task_without_interventions(tmp_path):
+    values = {"add": (0.60, 0.62, 0.64), "mul": (0.50, 0.52, 0.54)}
+    folders = [(task, "baseline" if task == "add" else task, h) for task, hs in values.items() for h in hs]
+    folders += [("add", "losses-0.1", 0.1), ("add", "losses-0.1", 0.2)]
+    for seed, (task, condition, h) in enumerate(folders):
+        run = tmp_path / f"run{seed}"
+        run.mkdir()
+        config = dataclasses.asdict(dataclasses.replace(PRESETS["quick"], task=task))
+        head = {
+            "experiment": "e6",
+            "condition": condition,
+            "seed": seed,
+            "config": config,
+            "schema_version": 1,
+        }
+        (run / "config.json").write_text(json.dumps(head))
+        rows = [
+            {"step": 0, "test_accuracy": 0.0, "entropy": 0.9},
+            {"step": 50, "test_accuracy": 1.0, "entropy": h},
+        ]
+        common = {"train_accuracy": 1.0, "entropy_status": "ok", "parameter_norm": 1.0}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row | common) + "\n" for row in rows))
+    evidence = stored_thresholds(tmp_path)
+    assert "add 3, mul 3" in evidence.text
+    assert "Mean H*: add 0.620, mul 0.520. Standard deviation over seeds 0.020 " in evidence.text
+    assert not spread_of_thresholds({"add": (0.6, 0.7)}, "one task").holds
+
+
+def test_followed_runs_are_written_and_read_back_and_drawn(tmp_path, monkeypatch):
+    tiny = preset("quick", modulus=11, width=16, heads=2, feedforward=16, batch_size=40, train_fraction=0.7)
+    monkeypatch.setitem(PRESETS, "quick", dataclasses.replace(tiny, evaluate_every=5))
+    arguments = ["--seeds", "0", "1", "--steps", "90", "--measure-every", "3", "--curvature-every", "10"]
+    following.main([str(tmp_path), *arguments])
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["add-16-seed0.jsonl", "add-16-seed1.jsonl"]
+    run = following.read_followed(tmp_path / files[1])
+    assert run.seed == 1
+    assert run.config == PRESETS["quick"]
+    assert (len(run.evaluations), len(run.steps), len(run.curvature)) == (18, 30, 9)
+    again = following.follow(run.config, 1, max_steps=90, measure_every=3, curvature_every=10)
+    assert again.steps == run.steps
+    assert again.evaluations == run.evaluations
+    assert again.curvature == run.curvature
+    written = maths_figures.draw_all(tmp_path, tmp_path / "figures")
+    assert len(written) == 5
+    for path in written:
+        assert path.read_bytes()[:4] == b"\x89PNG"
+        assert path.stat().st_size > 20_000
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        maths_figures.draw_all(tmp_path / "figures", tmp_path)
+
+
+def test_measuring_a_run_leaves_its_training_as_it_is():
+    from fastent.train.stack import Stack
+
+    config = preset("quick", modulus=11, width=16, heads=2, feedforward=16, batch_size=40, train_fraction=0.7)
+    config = dataclasses.replace(config, evaluate_every=5)
+    plain, measured = Stack(config, [3]), following.follow(config, 3, max_steps=20, measure_every=4)
+    for _ in range(15):
+        plain.train_step()
+    assert measured.evaluations[-1]["step"] == 15
+    assert measured.evaluations[-1]["train_loss"] == float(plain.evaluate()["train_loss"][0])
+    assert np.isfinite(measured.column("predicted")).all()
