@@ -67,6 +67,21 @@ def test_opposite_courses_within_and_over_runs_are_told_apart(tmp_path):
     assert r.overall.value > 0.9
 
 
+def test_a_common_trend_hides_changes_against_each_other(tmp_path):
+    # Norm and H fall together, and waver against each other from one evaluation to the next.
+    def wave(step):
+        return (-1) ** (step // 100)
+
+    measured = runs(
+        tmp_path,
+        lambda seed, own: lambda step: 50 - step / 100 - 0.5 * wave(step),
+        entropy=lambda seed: lambda step: 0.9 - step / 1e4 + 0.01 * wave(step),
+    )
+    r = norm_entropy.correlations(measured)
+    assert r.within.value > 0.9
+    assert r.changes.value == pytest.approx(-1)
+
+
 def test_pairs_of_equal_norm_and_different_entropy_are_counted_and_the_widest_named(tmp_path):
     # Constant norms, 1 % apart and more: only evaluations of one run are alike in norm.
     measured = runs(

@@ -88,8 +88,8 @@ def test_runs_that_never_grok_are_not_stopped_and_have_no_law(tmp_path):
 
 
 def test_stopping_saves_what_the_crossing_leaves_of_the_budget_and_reads_the_accuracy_known_then(tmp_path):
-    # Seeds cross 0.7 at 900, 1,000 and 1,100, and grok 400 later, 1,500 later, never.
-    grokking = (1300, 2500, None)
+    # Seeds cross 0.7 at 900, 1,000 and 1,100, and grok 400 later, at the very stop, never.
+    grokking = (1300, 2000, None)
     for seed, t_grok in enumerate(grokking):
         end = 900 + 100 * seed
         write_run(
@@ -100,10 +100,10 @@ def test_stopping_saves_what_the_crossing_leaves_of_the_budget_and_reads_the_acc
     found = savings.savings(runs, 4000)
     assert [stop.crossed for stop in found.stops] == [900, 1000, 1100]
     assert [stop.step for stop in found.stops] == [1900, 2000, 2100]
-    assert [stop.accuracy for stop in found.stops] == [1.0, 0.0, 0.0]
+    assert [stop.accuracy for stop in found.stops] == [1.0, 1.0, 0.0]
     assert found.saved.value == pytest.approx(np.mean([2100, 2000, 1900]) / 4000)
-    assert found.saved_by_accuracy.value == pytest.approx((2700 + 1500 + 0) / 3 / 4000)
-    assert (found.grokked.value, found.within.value) == (1 / 3, 1 / 3)
+    assert found.saved_by_accuracy.value == pytest.approx((2700 + 2000 + 0) / 3 / 4000)
+    assert (found.grokked.value, found.within.value) == (2 / 3, 2 / 3)
 
 
 def test_a_run_that_never_crosses_saves_nothing_and_is_not_stopped(measure):
