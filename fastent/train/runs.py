@@ -4,8 +4,8 @@
 
     <out>/<experiment>-<condition>-<task>-seed<k>/
         config.json         schema, experiment, condition, seed, seeds trained as one stack, every setting
-        environment.json    machine and software of the first start metrics.jsonl       one row an evaluation;
-        a function of the configuration alone, so equal after a resume
+        environment.json    machine and software of the first start
+        metrics.jsonl       one row an evaluation; a function of the configuration alone, so equal after a resume
         timing.jsonl        clocks, starts and resumes, and what H cost the stack at each evaluation; all that
                             differs from one execution to the next
         checkpoint-<step>.safetensors, .json
