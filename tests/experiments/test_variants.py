@@ -86,7 +86,7 @@ def test_measures_asked_for_are_kept_and_those_of_the_experiment_added():
     assert JOBS["e2"](preset("paper"), (0,))[1].config.measures == ()
 
 
-def test_mlps_have_eighty_thousand_steps_and_vary_one_thing_each():
+def test_mlps_have_eighty_thousand_steps_and_differ_from_each_other():
     jobs = JOBS["e7"](preset("paper"), range(10))[1:]
     assert [len(job.seeds) for job in jobs[:2]] == [FEWER, FEWER]
     assert {job.config.max_steps for job in jobs} == {80_000}
