@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fastent.entropy import spectral_entropy
 from fastent.experiments import statements
@@ -27,10 +26,9 @@ from fastent.experiments.collapse import (
 )
 from fastent.experiments.first_order import adamw_direction, batch_noise, loss_gradient, remainders
 from fastent.experiments.following import FollowedRun, follow
+from fastent.experiments.sampling_table import SPECTRA, sampled
 from fastent.experiments.statements import Evidence
-from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.perturbation import lipschitz_regularized
-from fastent.sampling import sampling_error
 from fastent.train.presets import TaskName, TrainConfig, preset
 from fastent.train.stack import Stack
 from fastent.train.tasks import split
@@ -308,19 +306,16 @@ def laws_of(run: FollowedRun) -> Evidence:
     )
 
 
-def correction_of_samples() -> Evidence:
+def correction_of_samples(draws: int = 12) -> Evidence:
     """Check the jackknife's correction on flat and geometric spectra at N = 256, d = 128."""
-    generator = torch.Generator().manual_seed(0)
-    parts, worst = [], 0.0
-    for name, lam in (("flat", torch.ones(128)), ("geometric", 0.97 ** torch.arange(128))):
-        truth = entropy_of_eigenvalues(lam.double().numpy()) / np.log(128)
-        drawn = [torch.randn(256, 128, generator=generator) * lam.sqrt() for _ in range(12)]
-        errors = [sampling_error(h) for h in drawn]
-        bias = np.mean([e.normalized for e in errors]) - truth
-        rest = np.mean([e.corrected for e in errors]) - truth
-        worst = max(worst, abs(rest / bias))
-        parts.append(f"{name} {bias:+.4f} to {rest:+.4f}")
-    return Evidence(bool(worst < 0.1), "correction at N = 256, d = 128: " + ", ".join(parts))
+    found = {
+        name: sampled(SPECTRA[name](128), 256, draws=draws, seed=0) for name in ("flat", "geometric 0.97")
+    }
+    parts = [f"{name} {s.bias:+.4f} to {s.left:+.4f}" for name, s in found.items()]
+    return Evidence(
+        all(abs(s.left) < 0.1 * abs(s.bias) for s in found.values()),
+        "correction at N = 256, d = 128: " + ", ".join(parts),
+    )
 
 
 def print_table(runs: Path | None = None) -> int:

@@ -8,7 +8,7 @@ import torch
 
 import fastent
 from fastent.entropy import Status
-from fastent.experiments import statements
+from fastent.experiments import sampling_table, statements
 from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.sampling import grouped_jackknife, sampling_bias, sampling_deviation
 from fastent.sampling import GROUPS, _random_parts, sampling_error
@@ -233,3 +233,15 @@ def test_monitor_takes_two_samples_and_given_entropies_without_errors():
         0, h[:, None], layer="t"
     )
     assert tokens.standard_error == sampling_error(h).standard_error
+
+
+def test_table_of_the_documentation_has_a_line_for_each_spectrum_and_size(capsys):
+    sampling_table.main(["--features", "8", "--sizes", "16", "32", "--draws", "40"])
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2 + 2 * len(sampling_table.SPECTRA)
+    assert {len(line) for line in lines} == {8}
+    flat = [cell.strip() for cell in lines[7]]
+    assert flat[:3] == ["32", "flat", "1.000"]
+    assert flat[4] == f"{sampling_bias(np.ones(8), 32) / np.log(8):+.4f}"
+    assert float(flat[3]) == pytest.approx(float(flat[4]), rel=0.25)
+    assert abs(float(flat[5].split("±")[0])) < 0.3 * abs(float(flat[3]))
