@@ -27,7 +27,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the default test suite and the docstring examples (no GPU needed)."""
+    """Run the default test suite (no GPU needed)."""
     install(session, "test")
     session.run("pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)
 
