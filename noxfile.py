@@ -61,7 +61,9 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Run the examples in the docstrings and the README."""
     install(session, "test")
-    session.run("pytest", "--doctest-modules", "--pyargs", "fastent", "fastent.reference", "tests/test_readme.py")
+    session.run(
+        "pytest", "--doctest-modules", "--pyargs", "fastent", "fastent.reference", "tests/test_readme.py"
+    )
 
 
 @nox.session
