@@ -65,21 +65,38 @@ _PAPER: list[Changes] = [
 # With "=" and a small scale there is no plateau; without "=", the norm rises at d^-1/2 and H* is too high. GELU
 # lowers H* (bench/results/calibration-quick.jsonl).
 _PAPER_GELU: list[Changes] = [
-    {"activation": "gelu", "init_scale": 128**-0.5, "train_fraction": 0.25},
-    {"activation": "gelu", "init_scale": 128**-0.5},
+    *(
+        {"activation": "gelu", "init_scale": 128**-0.5, "train_fraction": fraction}
+        for fraction in (0.25, 0.3, 0.2)
+    ),
     {"activation": "gelu", "train_fraction": 0.25},
-    {"activation": "gelu", "init_scale": 128**-0.5, "learning_rate": 5e-4},
-    {"norm_place": "pre", "init_scale": 128**-0.5},
+    {"activation": "gelu", "init_scale": 128**-0.5, "train_fraction": 0.25, "learning_rate": 5e-4},
 ]
+
+# ReLU, the layer's default, at 0.3 of the pairs and at d^-1/2, on the other tasks and another seed.
+_PAPER_TASKS: list[Changes] = [
+    {"init_scale": 128**-0.5, "task": "sub"},
+    {"init_scale": 128**-0.5, "task": "s5"},
+    {"init_scale": 128**-0.5, "task": "s5", "train_fraction": 0.5},
+    {"init_scale": 128**-0.5, "task": "mul"},
+    {"init_scale": 128**-0.5, "train_fraction": 0.28},
+]
+_PAPER_AGAIN: list[Changes] = [{"init_scale": 128**-0.5}, {"init_scale": 1.0}]
 
 Stage = tuple[Changes, list[Changes], tuple[int, ...]]
 
 _PAPER_SHARED: Changes = {"run_past_steps": 0, "run_past_share": 0.0, "max_steps": 25_000}
+_PAPER_TASKS_SHARED: Changes = {**_PAPER_SHARED, "max_steps": 40_000}
 _QUICK_SHARED: Changes = {"evaluate_every": 50, "run_past_steps": 1000, "max_steps": 5000}
 
 GRIDS: dict[str, list[Stage]] = {
     "quick": [(_QUICK_SHARED, _QUICK, (1000,)), (_QUICK_SHARED, _QUICK_FINAL, (1001, 1002, 1003))],
-    "paper": [(_PAPER_SHARED, _PAPER, (1000,)), (_PAPER_SHARED, _PAPER_GELU, (1000,))],
+    "paper": [
+        (_PAPER_SHARED, _PAPER, (1000,)),
+        (_PAPER_SHARED, _PAPER_GELU, (1000,)),
+        (_PAPER_TASKS_SHARED, _PAPER_TASKS, (1000,)),
+        (_PAPER_SHARED, _PAPER_AGAIN, (1001,)),
+    ],
 }
 """Stages of a grid: what all trials of a stage share, the trials, and their seeds."""
 
