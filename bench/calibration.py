@@ -81,13 +81,18 @@ _PAPER_TASKS: list[Changes] = [
     {"init_scale": 128**-0.5, "task": "mul"},
     {"init_scale": 128**-0.5, "train_fraction": 0.28},
 ]
-_PAPER_AGAIN: list[Changes] = [{"init_scale": 128**-0.5}, {"init_scale": 1.0}]
+_PAPER_AGAIN: list[Changes] = [
+    {"init_scale": 128**-0.5},
+    {"init_scale": 128**-0.5, "task": "s5", "train_fraction": 0.5},
+    {"init_scale": 128**-0.5, "task": "sub"},
+    {"init_scale": 128**-0.5, "task": "mul"},
+]
 
 Stage = tuple[Changes, list[Changes], tuple[int, ...]]
 
-_PAPER_SHARED: Changes = {"run_past_steps": 0, "run_past_share": 0.0, "max_steps": 25_000}
+_PAPER_SHARED: Changes = {"init_scale": 1.0, "run_past_steps": 0, "run_past_share": 0.0, "max_steps": 25_000}
 _PAPER_TASKS_SHARED: Changes = {**_PAPER_SHARED, "max_steps": 40_000}
-_QUICK_SHARED: Changes = {"evaluate_every": 50, "run_past_steps": 1000, "max_steps": 5000}
+_QUICK_SHARED: Changes = {"init_scale": 1.0, "evaluate_every": 50, "run_past_steps": 1000, "max_steps": 5000}
 
 GRIDS: dict[str, list[Stage]] = {
     "quick": [(_QUICK_SHARED, _QUICK, (1000,)), (_QUICK_SHARED, _QUICK_FINAL, (1001, 1002, 1003))],
@@ -95,7 +100,8 @@ GRIDS: dict[str, list[Stage]] = {
         (_PAPER_SHARED, _PAPER, (1000,)),
         (_PAPER_SHARED, _PAPER_GELU, (1000,)),
         (_PAPER_TASKS_SHARED, _PAPER_TASKS, (1000,)),
-        (_PAPER_SHARED, _PAPER_AGAIN, (1001,)),
+        (_PAPER_SHARED, [{}], (1001,)),
+        (_PAPER_SHARED, _PAPER_AGAIN, (1001, 1002)),
     ],
 }
 """Stages of a grid: what all trials of a stage share, the trials, and their seeds."""
@@ -183,8 +189,8 @@ _SHOWN = (
 )
 
 
-def _key(row: dict[str, Any]) -> str:
-    return json.dumps([row["seed"], row["config"]], sort_keys=True)
+def _key(row: dict[str, Any]) -> tuple[int, TrainConfig]:
+    return row["seed"], TrainConfig(**row["config"])
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_only_the_last_positions_query_and_rows_are_computed():
 
 @pytest.mark.parametrize("name", parameter_shapes(TrainConfig(), make_task(TrainConfig())))
 def test_a_start_has_the_spread_of_torchs_own(name):
-    config = TrainConfig()
+    config = TrainConfig(init_scale=1.0)
     task = make_task(config)
     torch.manual_seed(0)
     theirs = plain_model(config, task).state_dict()[name].double()
@@ -131,7 +131,8 @@ def test_a_start_has_the_spread_of_torchs_own(name):
 def test_a_start_depends_on_the_seed_and_a_variant_leaves_the_rest_alone():
     task = make_task(TrainConfig())
     with_norm = initial_parameters(TrainConfig(), task, 3)
-    without = initial_parameters(TrainConfig(norm_place="none", init_scale=0.5), task, 3)
+    half = TrainConfig().init_scale / 2
+    without = initial_parameters(TrainConfig(norm_place="none", init_scale=half), task, 3)
     assert torch.equal(with_norm["layer.linear1.weight"], without["layer.linear1.weight"])
     assert torch.equal(with_norm["tokens.weight"], 2 * without["tokens.weight"])
     other = initial_parameters(TrainConfig(), task, 4)

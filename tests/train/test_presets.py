@@ -35,6 +35,21 @@ def test_a_preset_takes_changes_and_an_unknown_one_is_named_with_its_alternative
         preset("papr")
 
 
+def test_a_task_brings_what_it_needs_and_is_overruled_by_what_is_given():
+    assert preset("paper", task="s5").train_fraction == 0.5
+    assert preset("paper", task="s5", train_fraction=0.3).train_fraction == 0.3
+    assert preset("paper", task="sub") == dataclasses.replace(PRESETS["paper"], task="sub")
+
+
+def test_a_variant_of_the_paper_differs_from_it_in_one_choice():
+    paper = dataclasses.asdict(PRESETS["paper"])
+    for name, config in PRESETS.items():
+        if name.startswith("paper-"):
+            changed = [field for field, value in dataclasses.asdict(config).items() if value != paper[field]]
+            assert len(changed) == 1, name
+            assert SOURCES[changed[0]].startswith("ours")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_config_survives_json(name):
     restored = TrainConfig(**json.loads(json.dumps(dataclasses.asdict(PRESETS[name]))))

@@ -74,14 +74,19 @@ def test_a_seed_among_others_has_the_bits_of_its_solo_run_on_a_cpu(config):
     assert torch.equal(among.representations()[1], solo.representations()[0])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "steps", "tolerance"), [(torch.float64, 500, 1e-11), (torch.float32, 100, 1e-5)]
+)
 @pytest.mark.parametrize("config", VARIANTS, ids=IDS)
-def test_a_seed_in_a_shared_launch_follows_its_solo_run_for_500_steps(config):
-    together, solo = Stack(config, [4, 5, 6], together=True), Stack(config, [5])
-    losses, alone = train(together, 500)[1], train(solo, 500)[0]
-    # Rounding differs by order of summation and grows along the path: 1e-3 of the loss after 500 steps.
-    assert ((losses - alone).abs() / alone).max() < 1e-3
+def test_a_seed_in_a_shared_launch_follows_its_solo_run(config, dtype, steps, tolerance):
+    # Sums in another order differ in their last bits, and training magnifies that: in float32 the `paper` preset
+    # is 1 % of its loss off after 500 steps, `quick` at twice the rate 60 % once. Hence float64 for the 500.
+    together, solo = Stack(config, [4, 5, 6], dtype=dtype, together=True), Stack(config, [5], dtype=dtype)
+    losses, alone = train(together, steps)[1], train(solo, steps)[0]
+    assert ((losses - alone).abs() / alone).max() < tolerance
     a, b = weights(together, 5), weights(solo, 5)
-    assert all((a[k] - b[k]).norm() < 1e-3 * b[k].norm() for k in a if k != "layer.self_attn.in_proj_bias")
+    # The keys' biases have no gradient but rounding.
+    assert all((a[k] - b[k]).norm() < tolerance * b[k].norm() for k in a if "in_proj_bias" not in k)
 
 
 def test_the_same_seed_has_the_same_bits_again_and_another_seed_has_not():
