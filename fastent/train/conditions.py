@@ -5,8 +5,10 @@ The baseline is no condition at all and costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -29,5 +31,16 @@ class Condition:
         """Gradient of `before_head`: (S, k N, d) to (S, N, d)."""
         return grad
 
-    def after_step(self, seeds: Sequence[int], step: int, parameters: dict[str, Tensor]) -> None:
-        """Change the parameters, (S, ...) each, in place after step number `step` (from 1) of `seeds`."""
+    def numbers(self, seeds: Sequence[int], step: int) -> list[NDArray[np.float64]]:
+        """Return what `after_step` needs of this host after step number `step` (from 1) of `seeds`.
+
+        The shapes are the same at every step: on a GPU these numbers are there before the step is launched.
+        """
+        return []
+
+    def after_step(self, parameters: dict[str, Tensor], numbers: Iterator[Tensor]) -> None:
+        """Change the parameters, (S, ...) each, in place after a step.
+
+        `numbers` gives what the method of that name returned, as tensors beside the parameters: take as many.
+        Tensors are not to be read on the host here, or the step could not be captured as a CUDA graph.
+        """

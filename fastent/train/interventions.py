@@ -22,7 +22,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -157,16 +157,18 @@ class HeldNorm(Condition):
     def __init__(self, norms: Norms) -> None:
         self._norms = norms
 
-    def after_step(self, seeds: Sequence[int], step: int, parameters: dict[str, Tensor]) -> None:
+    def numbers(self, seeds: Sequence[int], step: int) -> list[NDArray[np.float64]]:
+        """Return the norms to hold, (1, S) or (tensors, S)."""
+        return [np.array([self._norms(seed, step) for seed in seeds], dtype=np.float64).T]
+
+    def after_step(self, parameters: dict[str, Tensor], numbers: Iterator[Tensor]) -> None:
         """Scale the parameters, (S, ...) each, in place."""
-        tensors = list(parameters.values())
-        wanted = torch.tensor([self._norms(seed, step) for seed in seeds], dtype=torch.float64).T
+        tensors, wanted = list(parameters.values()), next(numbers)
         now = torch.stack(
             [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in tensors]
         )
         if len(wanted) == 1:
             now = torch.linalg.vector_norm(now, dim=0, keepdim=True)
-        wanted = wanted.to(now.device, non_blocking=True)
         factors = torch.where((wanted > 0) & (now > 0), wanted / now, 1.0)
         for tensor, factor in zip(tensors, factors.expand(len(tensors), -1), strict=True):
             tensor.mul_(factor.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)))
@@ -190,10 +192,14 @@ class InTurn(Condition):
             grad = part.before_head_gradient(grad)
         return grad
 
-    def after_step(self, seeds: Sequence[int], step: int, parameters: dict[str, Tensor]) -> None:
+    def numbers(self, seeds: Sequence[int], step: int) -> list[NDArray[np.float64]]:
+        """Return those of each."""
+        return [array for part in self._parts for array in part.numbers(seeds, step)]
+
+    def after_step(self, parameters: dict[str, Tensor], numbers: Iterator[Tensor]) -> None:
         """Apply each."""
         for part in self._parts:
-            part.after_step(seeds, step, parameters)
+            part.after_step(parameters, numbers)
 
 
 def _starting_norms(config: TrainConfig, *, each: bool) -> Norms:

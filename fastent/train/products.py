@@ -100,7 +100,35 @@ def take_rows(table: Tensor, index: Tensor) -> Tensor:
 
 def add_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
     """Add (S, N, d) to the rows of (S, R, d) at (S, N), in place: the gradient of `take_rows`."""
-    if len(table) == 1:
+    if table.device.type != "cpu":
+        add_in_order(table, index, rows)
+    elif len(table) == 1:
         table[0].index_add_(0, index[0], rows[0])
     else:
         table.scatter_add_(1, index.unsqueeze(2).expand(-1, -1, table.shape[2]), rows)
+
+
+def add_numbers(table: Tensor, index: Tensor, numbers: Tensor) -> None:
+    """Add (S, h, N) to (S, h, R) at (S, h, N), in place."""
+    if table.device.type != "cpu":
+        add_in_order(table.view(-1, table.shape[2]), index.flatten(0, 1), numbers.flatten(0, 1))
+    else:
+        table.scatter_add_(2, index, numbers)
+
+
+def add_in_order(table: Tensor, index: Tensor, values: Tensor) -> None:
+    """Add (G, N, ...) to (G, R, ...) at (G, N), in place, with the same bits every time.
+
+    For a GPU, where `scatter_add_` and `index_add_` add in the order in which threads happen to arrive: here the
+    places are sorted first. Unsafe means that no index is checked: the check reads the greatest one on the host,
+    which stops it and cannot be captured in a graph.
+    """
+    groups, rows = table.shape[:2]
+    places = index + torch.arange(0, groups * rows, rows, device=index.device).unsqueeze(1)
+    torch.ops.aten._index_put_impl_(
+        table.view(-1, *table.shape[2:]),
+        [places.view(-1)],
+        values.flatten(0, 1),
+        accumulate=True,
+        unsafe=True,
+    )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from fastent.train.products import add_in_order
+
 
 def alignment(h: Tensor, characters: Tensor) -> Tensor:
     """Largest |Pearson r| of a column of `h` with a column of `characters`.
@@ -83,9 +85,9 @@ def label_means(h: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor
     """
     h = h.double()
     counts = h.new_zeros(len(h), classes).scatter_add_(1, labels, h.new_ones(labels.shape))
-    places = (labels + classes * torch.arange(len(h), device=h.device).unsqueeze(1)).flatten()
-    sums = h.new_zeros(len(h) * classes, h.shape[2]).index_add_(0, places, h.flatten(0, 1))
-    means = sums.view(len(h), classes, -1) / counts.clamp(min=1).unsqueeze(2)
+    means = h.new_zeros(len(h), classes, h.shape[2])
+    add_in_order(means, labels, h)
+    means /= counts.clamp(min=1).unsqueeze(2)
     return torch.where(counts.unsqueeze(2) > 0, means, h.mean(1, keepdim=True)), counts
 
 
@@ -123,7 +125,9 @@ def label_spectrum(means: Tensor, basis: Tensor, block: Tensor) -> Tensor:
 def block_energy(functions: Tensor, basis: Tensor, block: Tensor) -> Tensor:
     """Squared norm of the projection of (S, values, d) on each block: (S, blocks), float64."""
     parts = torch.matmul(basis.T, functions.double()).square().sum(2)
-    return parts.new_zeros(len(parts), int(block.max()) + 1).index_add_(1, block, parts)
+    energy = parts.new_zeros(len(parts), int(block.max()) + 1)
+    add_in_order(energy, block.expand_as(parts), parts)
+    return energy
 
 
 def participation(shares: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Several seeds of one configuration in training: parameters, AdamW, one step, evaluation.
 
 Every seed is a run of its own: its split, starting values and batches depend on its number alone, and
-nothing of one seed enters another. On a GPU the seeds share each launch, stacked along the leading axis; on
-a CPU they take turns, which keeps one seed's working set in the cache and its bits those of its solo run.
+nothing of one seed enters another. On a GPU the seeds share each launch, stacked along the leading axis, and
+a step is one CUDA graph; on a CPU they take turns, which keeps one seed's working set in the cache and its bits
+those of its solo run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastent.train.conditions import Condition
+from fastent.train.graphs import Capture, GraphedStep, capture_cuda_graph
 from fastent.train.models import (
     head_gradients,
     initial_parameters,
@@ -23,9 +25,18 @@ from fastent.train.models import (
 from fastent.train.plain import PlainMLP, PlainTransformer, plain_model
 from fastent.train.presets import TrainConfig
 from fastent.train.products import Parameters
-from fastent.train.tasks import Task, batch_index, make_task, probe_index, split
+from fastent.train.tasks import (
+    Task,
+    batch_index,
+    batch_indices,
+    make_task,
+    probe_index,
+    split,
+    to_device,
+)
 
-_EVALUATION_ROWS = 1024  # pairs in a forward pass of an evaluation: they stay in the cache
+_EVALUATION_ROWS = {"cpu": 1024}  # pairs in a forward pass of an evaluation: they stay in the cache
+_ALL_ROWS = 1 << 14  # elsewhere: few launches
 
 
 class Stack:
@@ -46,6 +57,9 @@ class Stack:
     together : bool, optional
         Whether the seeds share each launch. Where they do, a seed's last bits may depend on how many there
         are. Default: on a GPU yes, on a CPU no.
+    capture : Capture, optional
+        What turns a step into something that can be launched again. Default: on a GPU `capture_cuda_graph`; on
+        a CPU nothing, and every step is computed anew.
 
     Attributes
     ----------
@@ -69,7 +83,9 @@ class Stack:
         *,
         dtype: torch.dtype = torch.float32,
         together: bool | None = None,
+        capture: Capture | None = None,
     ) -> None:
+        device = torch.device(device)
         if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError(f"seeds must be at least one and distinct; got {list(seeds)}")
         # A step's tensors are freed at its end. glibc would give that memory back and fault it in again at the
@@ -79,11 +95,14 @@ class Stack:
         self.task = make_task(config)
         self.steps_done = 0
         self._condition = condition
-        self._model = make_model(config, self.task, torch.device(device))
+        self._model = make_model(config, self.task, device)
         if together is None:
-            together = torch.device(device).type != "cpu"
+            together = device.type != "cpu"
         parts = [tuple(seeds)] if together else [(seed,) for seed in seeds]
-        self._groups = [_Group(config, self.task, part, torch.device(device), dtype) for part in parts]
+        self._groups = [_Group(config, self.task, part, device, dtype) for part in parts]
+        self._capture = capture_cuda_graph if capture is None and device.type == "cuda" else capture
+        self._rows = _EVALUATION_ROWS.get(device.type, _ALL_ROWS)
+        self._graph()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -93,7 +112,10 @@ class Stack:
     @torch.no_grad()
     def train_step(self) -> Tensor:
         """Make one step of every seed and return its training losses, (S,), detached."""
-        losses = [self._step(group) for group in self._groups]
+        losses = [
+            self._step(group) if group.graphed is None else group.graphed(self.steps_done)
+            for group in self._groups
+        ]
         self.steps_done += 1
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
@@ -155,6 +177,7 @@ class Stack:
         for group in self._groups:
             group.keep(seeds)
         self._groups = [group for group in self._groups if group.seeds]
+        self._graph()
 
     def module(self, seed: int) -> PlainTransformer | PlainMLP:
         """Return an ordinary module with a copy of a seed's parameters."""
@@ -163,13 +186,41 @@ class Stack:
         module.load_state_dict({name: tensor[s] for name, tensor in group.parameters.items()})
         return module
 
-    def _step(self, group: _Group) -> Tensor:
-        model, p, config = self._model, group.parameters, self.config
-        batch = [
-            batch_index(seed, self.steps_done, group.train.shape[1], config.batch_size)
-            for seed in group.seeds
+    def _graph(self) -> None:
+        """Prepare the capture of each group's step, as its tensors lie now."""
+        if self._capture is None:
+            return
+        for group in self._groups:
+            group.graphed = GraphedStep(
+                lambda inputs, group=group: self._advance(group, *inputs),
+                lambda first, steps, group=group: self._inputs(group, first, steps),
+                [*(t for tensors in group.state.values() for t in tensors.values()), group.count],
+                group.train.device,
+                self._capture,
+            )
+
+    def _inputs(self, group: _Group, first: int, steps: int) -> list[Tensor]:
+        """Return what `_advance` needs in `steps` steps from `first` on, with a leading axis of steps."""
+        seeds, device = group.seeds, group.train.device
+        batches = batch_indices(seeds, first, steps, group.train.shape[1], self.config.batch_size, device)
+        if self._condition is None:
+            return [batches]
+        numbers = [self._condition.numbers(seeds, step + 1) for step in range(first, first + steps)]
+        return [
+            batches,
+            *(to_device(torch.from_numpy(np.stack(n)), device) for n in zip(*numbers, strict=True)),
         ]
-        pairs = group.train.gather(1, torch.from_numpy(np.stack(batch)).to(group.train.device))
+
+    def _step(self, group: _Group) -> Tensor:
+        step, n_train, device = self.steps_done, group.train.shape[1], group.train.device
+        batch = np.stack([batch_index(seed, step, n_train, self.config.batch_size) for seed in group.seeds])
+        numbers = [] if self._condition is None else self._condition.numbers(group.seeds, step + 1)
+        return self._advance(group, *(torch.from_numpy(array).to(device) for array in (batch, *numbers)))
+
+    def _advance(self, group: _Group, batch: Tensor, *numbers: Tensor) -> Tensor:
+        """Make a step on members `batch` (S, N) of the training sets; nothing here is read on the host."""
+        model, p, config = self._model, group.parameters, self.config
+        pairs = group.train.gather(1, batch)
         columns = model.columns.index_select(1, pairs.view(-1)).view(-1, *pairs.shape)
         hidden, kept = model.forward(p, model.table(p), columns)
         labels, condition = columns[-1], self._condition
@@ -181,17 +232,15 @@ class Stack:
             grad = condition.before_head_gradient(grad)
         group.update(model.backward(p, kept, grad) | head, config)
         if condition is not None:
-            condition.after_step(group.seeds, self.steps_done + 1, p)
+            condition.after_step(p, iter(numbers))
         return losses
 
     def _evaluate(self, group: _Group) -> Parameters:
         model, p = self._model, group.parameters
         table = model.table(p)
         parts = []
-        for first in range(0, model.columns.shape[1], _EVALUATION_ROWS):
-            columns = model.columns[:, None, first : first + _EVALUATION_ROWS].expand(
-                -1, len(group.seeds), -1
-            )
+        for first in range(0, model.columns.shape[1], self._rows):
+            columns = model.columns[:, None, first : first + self._rows].expand(-1, len(group.seeds), -1)
             parts.append(pair_losses(p, model.forward(p, table, columns)[0], columns[-1]))
         losses, right = (torch.cat(part, 1).double() for part in zip(*parts, strict=True))
         norms = [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in p.values()]
@@ -239,6 +288,7 @@ class _Group:
         self.first = {name: torch.zeros_like(tensor) for name, tensor in self.parameters.items()}
         self.second = {name: torch.zeros_like(tensor) for name, tensor in self.parameters.items()}
         self.count = torch.zeros((), dtype=torch.float32, device=device)
+        self.graphed: GraphedStep | None = None
 
     @property
     def state(self) -> dict[str, Parameters]:

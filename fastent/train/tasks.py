@@ -9,6 +9,7 @@ Only the generator's raw words are used: NumPy promises those, and not the metho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
@@ -144,6 +145,30 @@ def batch_index(seed: int, step: int, n_train: int, batch_size: int) -> np.ndarr
         parts.append(_pass(seed, turn, n_train)[place : place + count])
         first += count
     return np.concatenate(parts)
+
+
+def batch_indices(
+    seeds: Sequence[int], first: int, steps: int, n_train: int, batch_size: int, device: torch.device
+) -> Tensor:
+    """`batch_index` of several seeds at `steps` steps from `first` on, on `device`: (steps, S, batch_size), int64.
+
+    The sorting, which is most of it, is done there; the host draws the words and waits for nothing.
+    """
+    start = first * batch_size
+    turns = range(start // n_train, -(-(first + steps) * batch_size // n_train))
+    words = np.array(
+        [[generator(seed, "batches", turn).random_raw(n_train) for turn in turns] for seed in seeds]
+    )
+    # Unsigned order as signed order.
+    drawn = to_device(torch.from_numpy((words ^ np.uint64(1 << 63)).view(np.int64)), device)
+    passes = drawn.argsort(dim=2, stable=True).flatten(1)
+    place = start - turns[0] * n_train
+    return passes[:, place : place + steps * batch_size].view(len(seeds), steps, batch_size).movedim(1, 0)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a host tensor without waiting for what the device has still to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def generator(seed: int, purpose: str, turn: int = 0) -> np.random.Philox:

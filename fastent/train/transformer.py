@@ -19,6 +19,7 @@ from torch import Tensor
 from fastent.train.presets import TrainConfig
 from fastent.train.products import (
     Parameters,
+    add_numbers,
     add_rows,
     into_input,
     into_weight,
@@ -188,7 +189,7 @@ class Transformer:
             rows = rows.sum(1) if u > 1 else rows[:, 0]
             add_rows(value, kept.columns[k], rows.view(seeds, n, -1))
         full = torch.zeros_like(table.scores)
-        full.scatter_add_(2, kept.places, scores.permute(0, 4, 1, 2, 3).reshape(seeds, h, u * t * n))
+        add_numbers(full, kept.places, scores.permute(0, 4, 1, 2, 3).reshape(seeds, h, u * t * n))
         full = full.view(seeds, h, -1, self.table_rows)
         query = self._merge(torch.matmul(full, table.key)).mul_(self.scale)
         key = self._merge(torch.matmul(full.mT, table.query))

@@ -1,6 +1,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,9 +207,12 @@ class Doubled(Condition):
         plain, mixed = grad.chunk(2, 1)
         return plain + 0.5 * mixed.roll(-1, 1)
 
-    def after_step(self, seeds, step, parameters):
+    def numbers(self, seeds, step):
         self.calls.append((tuple(seeds), step))
-        parameters["head.weight"].mul_(0.5)
+        return [np.full(1, 0.5)]
+
+    def after_step(self, parameters, numbers):
+        parameters["head.weight"].mul_(next(numbers))
 
 
 @pytest.mark.parametrize("together", [False, True])
