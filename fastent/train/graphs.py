@@ -26,7 +26,7 @@ _WARM_UP = 3  # launches before the capture: libraries allocate their workspaces
 def capture_cuda_graph(function: Callable[[], Tensor], state: Sequence[Tensor]) -> tuple[Launch, Tensor]:
     """Capture `function`, which reads nothing on the host, as a CUDA graph; `state` is left as it was found."""
     saved = [tensor.clone() for tensor in state]
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(_WARM_UP):

@@ -8,6 +8,7 @@ those of its solo run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -192,8 +193,8 @@ class Stack:
             return
         for group in self._groups:
             group.graphed = GraphedStep(
-                lambda inputs, group=group: self._advance(group, *inputs),
-                lambda first, steps, group=group: self._inputs(group, first, steps),
+                functools.partial(self._advance, group),
+                functools.partial(self._inputs, group),
                 [*(t for tensors in group.state.values() for t in tensors.values()), group.count],
                 group.train.device,
                 self._capture,
@@ -215,10 +216,11 @@ class Stack:
         step, n_train, device = self.steps_done, group.train.shape[1], group.train.device
         batch = np.stack([batch_index(seed, step, n_train, self.config.batch_size) for seed in group.seeds])
         numbers = [] if self._condition is None else self._condition.numbers(group.seeds, step + 1)
-        return self._advance(group, *(torch.from_numpy(array).to(device) for array in (batch, *numbers)))
+        return self._advance(group, [torch.from_numpy(array).to(device) for array in (batch, *numbers)])
 
-    def _advance(self, group: _Group, batch: Tensor, *numbers: Tensor) -> Tensor:
-        """Make a step on members `batch` (S, N) of the training sets; nothing here is read on the host."""
+    def _advance(self, group: _Group, inputs: Sequence[Tensor]) -> Tensor:
+        """Make a step on members of the training sets, (S, N), with the condition's numbers; no host reads here."""
+        batch, *numbers = inputs
         model, p, config = self._model, group.parameters, self.config
         pairs = group.train.gather(1, batch)
         columns = model.columns.index_select(1, pairs.view(-1)).view(-1, *pairs.shape)
