@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from fastent.experiments.variants import MLPS, TASKS, Variant, controls
+from fastent.experiments.variants import MLPS, OTHER_CHOICES, TASKS, Variant, controls
 from fastent.train.presets import MeasureName, TrainConfig
 from fastent.train.runs import Job
 
@@ -20,7 +20,7 @@ DOSES = (0.05, 0.1, 0.2, 0.4)
 """Weights of the dose-response."""
 
 FEWER, TO_THE_END = 5, 3
-"""Seeds, the first ones, of the runs that only support others, and of those to the limit of steps."""
+"""Seeds, the first ones, of the runs that only support others, and of those that are long or many."""
 
 SPECTRA: tuple[MeasureName, ...] = ("fourier", "progress")
 """What E6 and E7 record beside H, and E1, whose runs they are set beside."""
@@ -104,6 +104,16 @@ def e7(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     return [*e1(config, seeds), *mlps]
 
 
+def choices(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
+    """Which claims of E1 depend on what the paper leaves open: E1's runs, and settings one choice apart."""
+    other = [
+        _job("choices", choice.condition, changed, seeds[:TO_THE_END])
+        for choice in OTHER_CHOICES
+        if (changed := dataclasses.replace(config, **choice.changes)) != config
+    ]
+    return [*e1(config, seeds), *other]
+
+
 def _variant(experiment: str, variant: Variant, config: TrainConfig, seeds: Sequence[int]) -> Job:
     return _job(experiment, variant.condition, dataclasses.replace(config, **variant.changes), seeds, SPECTRA)
 
@@ -128,5 +138,6 @@ JOBS: dict[str, Jobs] = {
     "e6": e6,
     "e7": e7,
     "e8": e1,
+    "choices": choices,
 }
 """By id, every experiment that can be run. E4 and E8 are analyses of E1's runs."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastent.train.presets import CHOICES, TASK_SETTINGS
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -22,7 +24,7 @@ class Variant:
 TASKS = (
     Variant("baseline", {"task": "mul"}, "a b mod p, 0 included"),
     Variant("baseline", {"task": "sub"}, "a - b mod p"),
-    Variant("baseline", {"task": "s5"}, "composition in S5"),
+    Variant("baseline", {"task": "s5", **TASK_SETTINGS["s5"]}, "composition in S5"),
 )
 """The paper's other tasks (section 9)."""
 
@@ -43,6 +45,19 @@ def controls(modulus: int) -> tuple[Variant, ...]:
         Variant("with-own-tokens", {"task": "add", **own}, "a + b mod p, own tokens"),
     )
 
+
+OTHER_CHOICES = tuple(
+    Variant(f"with-{name}", CHOICES[name], label)
+    for name, label in (
+        ("unit-scale", "embeddings start at 1"),
+        ("mean", "mean over positions"),
+        ("equals", 'input a, b, "="'),
+        ("gelu", "GELU"),
+        ("pre-norm", "LayerNorm before"),
+        ("no-norm", "no LayerNorm"),
+    )
+)
+"""Settings one choice apart from the preset's, where the paper leaves the choice open."""
 
 MLPS = (
     Variant("with-mlp-concat", {"model": "mlp"}, "concatenated, 512-128"),
