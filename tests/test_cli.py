@@ -181,7 +181,7 @@ def test_list_names_experiments_and_presets(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^  e1  Does the entropy collapse precede grokking\?$", printed, re.MULTILINE)
-    assert len(re.findall(r"^  e\d  .*[.?]$", printed, re.MULTILINE)) == len(JOBS)
+    assert len(re.findall(r"^  (?:e\d|choices)  .*[.?]$", printed, re.MULTILINE)) == len(JOBS)
     assert re.search(r"^  paper  the paper's setting$", printed, re.MULTILINE)
     assert re.search(r"^  quick  .*evaluate_every = 50", printed, re.MULTILINE)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastent.experiments import (
+    choices,
     e1_baseline,
     e1_section,
     e2_mixing,
@@ -124,6 +125,11 @@ def _probes(runs: Sequence[StoredRun]) -> Part | None:
     return Part(e8_probes.headline(result), tuple(e8_probes.claims(result)), e8_section.section(result))
 
 
+def _choices(runs: Sequence[StoredRun]) -> Part | None:
+    settings = choices.analyse(runs)
+    return None if settings is None else Part(choices.headline(settings), (), choices.section(settings))
+
+
 def in_papers_setting(runs: Sequence[StoredRun]) -> bool:
     """Whether all of `runs` were made with the preset `paper`, so that the paper's numbers can be judged."""
     return all(run.preset == ("paper", {}) for run in runs)
@@ -140,4 +146,5 @@ EXPERIMENTS = (
     Experiment("e6", "Do other tasks and groups show the same?", _tasks, ("e1", "e6")),
     Experiment("e7", "Is the collapse sufficient? MLP against Transformer.", _mlps, ("e1", "e7")),
     Experiment("e8", "Does the choice of the probe matter?", _probes, ("e1",)),
+    Experiment("choices", choices.TITLE, _choices, ("e1", "choices")),
 )

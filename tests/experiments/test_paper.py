@@ -68,7 +68,9 @@ def test_a_claim_that_must_be_named_is_covered_by_its_experiment(said):
 
 
 def test_every_experiment_has_a_claim_that_must_be_named():
-    assert {said.experiment for said in paper.SAID} == {experiment.id for experiment in EXPERIMENTS}
+    # "choices" judges E1's claims again.
+    asked = {experiment.id for experiment in EXPERIMENTS} - {"choices"}
+    assert {said.experiment for said in paper.SAID} == asked
 
 
 def test_verdicts_come_together():
