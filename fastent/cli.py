@@ -36,7 +36,7 @@ def run(
     preset: str = "quick",
     seeds: str = "0-2",
     out: Path = Path("runs"),
-    workers: int = 1,
+    workers: int | None = None,
     device: str = "cpu",
     quiet: bool = False,
     force: bool = False,
@@ -56,7 +56,8 @@ def run(
     out : Path
         Folder for one folder a run.
     workers : int
-        Processes to train in, which share the threads out among them.
+        Processes to train in, which share the threads out among them. Default: as many as there are threads on a
+        CPU, where a seed on one thread is cheapest, and one on other devices.
     device : str
         Where to train, as torch names it.
     quiet : bool
@@ -73,6 +74,8 @@ def run(
     if experiment not in (*JOBS, "all"):
         raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
     numbers = parse_seeds(seeds)
+    if workers is None:
+        workers = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
     asked = [job for name in JOBS if experiment in (name, "all") for job in JOBS[name](config, numbers)]
     # Experiments share runs: each is trained once.
     jobs = [stack for job in dict.fromkeys(asked) for stack in plan_stacks(job, out, workers)]

@@ -63,6 +63,19 @@ def test_run_all_asks_for_every_job_of_every_experiment_once(monkeypatch, tmp_pa
     assert seen == list(dict.fromkeys(job for jobs in JOBS.values() for job in jobs(preset("quick"), (0, 1))))
 
 
+@pytest.mark.parametrize(("device", "workers"), [("cpu", 3), ("cuda", 1)])
+def test_run_uses_a_process_for_each_thread_of_a_cpu_unless_told(device, workers, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(
+        sweep, "run_jobs", lambda jobs, *arguments, **options: seen.append((jobs, options["workers"])) or []
+    )
+    for given in ([], ["--workers", "2"]):
+        assert main(["run", "e4", "--seeds", "0-5", "--device", device, "--out", str(tmp_path), *given]) == 0
+    assert [n for _, n in seen] == [workers, 2]
+    assert [len(jobs) for jobs, _ in seen] == [workers, 2]  # stacks
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -75,8 +75,8 @@ def section(settings: Sequence[Setting]) -> Section:
     blocks: list[Block] = [
         Text(
             "The paper's text leaves choices open that a reader must make to run its model. Each setting below makes "
-            "one of them differently from the preset and is otherwise the same. A verdict that changes along a row says "
-            "more of that choice than of grokking."
+            "one of them differently from the preset and is otherwise the same. A verdict that changes along a row "
+            "says more of that choice than of grokking."
         ),
         _figures_table(settings),
         _verdicts_table(settings),

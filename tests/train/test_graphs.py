@@ -140,7 +140,6 @@ def test_adding_in_order_is_scattering(shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
 @pytest.mark.parametrize("config", VARIANTS, ids=IDS)
 def test_on_a_gpu_the_graph_repeats_its_own_bits_and_follows_the_cpu(config):
     first, second = (Stack(config, [4, 5, 6], device="cuda", dtype=torch.float64) for _ in range(2))
