@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from fastent.experiments.delays import Delay, Group, mean_time, words
 from fastent.experiments.entropy_shift import AtLoss
 from fastent.experiments.figures import WIDTH, mean_over_runs
-from fastent.experiments.quantities import MeasuredRun
 from fastent.experiments.style import LIGHT
+from fastent.train.quantities import MeasuredRun
 
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}".replace("-", "−"))
 

@@ -33,9 +33,9 @@ from fastent.experiments.comparisons import (
 )
 from fastent.experiments.document import Verdict
 from fastent.experiments.paired import mean_delay, stratified_log_rank
-from fastent.experiments.quantities import MeasuredRun
 from fastent.experiments.statistics import Estimate, holm, proportion
 from fastent.experiments.stored import StoredRun
+from fastent.train.quantities import MeasuredRun
 
 
 @dataclass(frozen=True)

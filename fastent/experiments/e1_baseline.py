@@ -25,8 +25,8 @@ from fastent.experiments.claims import (
 )
 from fastent.experiments.comparisons import Times, restricted_mean
 from fastent.experiments.leads import Leads, Sweep
-from fastent.experiments.quantities import TAU, WINDOW, MeasuredRun
 from fastent.experiments.statistics import Estimate, bootstrap, proportion
+from fastent.train.quantities import TAU, WINDOW, MeasuredRun
 
 TITLE = "E1: does the entropy collapse precede grokking?"
 

@@ -13,7 +13,7 @@ from fastent.experiments.claims import NONE, counted, decimal, percent, steps, w
 from fastent.experiments.document import Block, Figure, Section, Table, Text
 from fastent.experiments.e1_baseline import CRITERIA, PAPER_SPAN, TAUS, TITLE, Baseline, paper_window
 from fastent.experiments.leads import Leads
-from fastent.experiments.quantities import TAU, WINDOW, MeasuredRun, value_at
+from fastent.train.quantities import TAU, WINDOW, MeasuredRun, value_at
 
 
 def headline(result: Baseline) -> str:

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from fastent.experiments.delay_figures import THOUSANDS
 from fastent.experiments.figures import WIDTH
-from fastent.experiments.quantities import MeasuredRun
 from fastent.experiments.remaining import Predictor
 from fastent.experiments.style import LIGHT
+from fastent.train.quantities import MeasuredRun
 
 
 def norm_against_entropy(runs: Sequence[MeasuredRun]) -> Figure:

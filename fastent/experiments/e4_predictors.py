@@ -27,9 +27,9 @@ from fastent.experiments.claims import (
 )
 from fastent.experiments.document import Verdict
 from fastent.experiments.norm_entropy import Correlations, Pairs
-from fastent.experiments.quantities import MeasuredRun
 from fastent.experiments.remaining import CLOCK, ENTROPY_GAP, NORM, NORM_GAP, Predictor
 from fastent.experiments.statistics import Estimate
+from fastent.train.quantities import MeasuredRun
 
 TITLE = "E4: norm against entropy"
 

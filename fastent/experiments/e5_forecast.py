@@ -17,7 +17,6 @@ import numpy as np
 
 from fastent.experiments import savings, table5
 from fastent.experiments.columns import over
-from fastent.experiments.quantities import MeasuredRun
 from fastent.experiments.savings import Cost, Savings
 from fastent.experiments.statistics import Estimate, proportion
 from fastent.experiments.stored import StoredRun
@@ -25,6 +24,7 @@ from fastent.experiments.table5 import Guide
 from fastent.history import History
 from fastent.leave_one_out import LeaveOneOut, leave_one_run_out
 from fastent.power_law import PowerLaw, profile_gamma
+from fastent.train.quantities import MeasuredRun
 
 TITLE = "E5: does a power law forecast grokking?"
 

@@ -13,9 +13,9 @@ from fastent.experiments.comparisons import log_rank, restricted_mean
 from fastent.experiments.delays import Group
 from fastent.experiments.e1_baseline import paper_window
 from fastent.experiments.leads import Leads
-from fastent.experiments.quantities import WINDOW
 from fastent.experiments.statistics import Estimate, proportion, welch
 from fastent.experiments.stored import StoredRun
+from fastent.train.quantities import WINDOW
 
 NAMES = {
     "add": "addition",

@@ -30,10 +30,10 @@ from fastent.experiments.delays import Group
 from fastent.experiments.document import Verdict
 from fastent.experiments.e1_baseline import paper_window
 from fastent.experiments.e7_models import NEAR_ZERO, OUTCOMES, Model, outcome_of, told
-from fastent.experiments.quantities import WINDOW, first_below
 from fastent.experiments.statistics import Estimate, proportion
 from fastent.experiments.stored import StoredRun
 from fastent.experiments.variants import MLPS
+from fastent.train.quantities import WINDOW, first_below
 
 TITLE = "E7: is the collapse sufficient?"
 

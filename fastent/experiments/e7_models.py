@@ -12,10 +12,10 @@ from fastent.experiments.claims import steps
 from fastent.experiments.columns import column, over, values_at
 from fastent.experiments.delays import Group
 from fastent.experiments.e1_baseline import paper_window
-from fastent.experiments.quantities import WINDOW, Array, MeasuredRun, first_reaching
 from fastent.experiments.statistics import Estimate, proportion
 from fastent.experiments.stored import StoredRun
 from fastent.train.presets import TrainConfig
+from fastent.train.quantities import WINDOW, Array, MeasuredRun, first_reaching
 from fastent.train.tasks import make_task
 
 NEAR_ZERO = 0.1

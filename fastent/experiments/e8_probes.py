@@ -34,10 +34,10 @@ from fastent.experiments.claims import (
 from fastent.experiments.columns import entropy_column, over, with_entropy
 from fastent.experiments.document import Verdict
 from fastent.experiments.leads import Leads
-from fastent.experiments.quantities import MeasuredRun, value_at
 from fastent.experiments.statistics import Estimate, pearson, proportion
 from fastent.experiments.stored import StoredRun
 from fastent.train.presets import TrainConfig
+from fastent.train.quantities import MeasuredRun, value_at
 from fastent.train.tasks import make_task
 
 Array = NDArray[np.float64]

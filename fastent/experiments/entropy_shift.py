@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from fastent.experiments.columns import column
 from fastent.experiments.delays import Group
-from fastent.experiments.quantities import MeasuredRun, first_below
 from fastent.experiments.statistics import Estimate, bootstrap, proportion
 from fastent.experiments.stored import StoredRun
+from fastent.train.quantities import MeasuredRun, first_below
 
 Array = NDArray[np.float64]
 

@@ -30,9 +30,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from fastent.experiments.leads import Leads, Sweep
-from fastent.experiments.quantities import TAU, MeasuredRun, Trajectory
 from fastent.experiments.stored import read_runs
 from fastent.experiments.style import DARK, LIGHT, Theme
+from fastent.train.quantities import TAU, MeasuredRun, Trajectory
 
 Array = NDArray[np.float64]
 

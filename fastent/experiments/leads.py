@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastent.experiments.quantities import TAU, WINDOW, MeasuredRun, first_below, first_collapse, lead
 from fastent.experiments.statistics import Estimate, bootstrap, proportion
+from fastent.train.quantities import TAU, WINDOW, MeasuredRun, first_below, first_collapse, lead
 
 Array = NDArray[np.float64]
 

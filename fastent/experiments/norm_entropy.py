@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fastent.experiments.jackknife import CORRELATION, jackknife
-from fastent.experiments.quantities import MeasuredRun
 from fastent.experiments.statistics import Estimate, bootstrap
+from fastent.train.quantities import MeasuredRun
 
 Array = NDArray[np.float64]
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastent.experiments.jackknife import EXPLAINED, jackknife
-from fastent.experiments.quantities import MeasuredRun
 from fastent.experiments.statistics import Estimate
+from fastent.train.quantities import MeasuredRun
 from fastent.triples import GAMMA_BOUNDS, fit_line
 
 Array = NDArray[np.float64]

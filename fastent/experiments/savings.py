@@ -18,10 +18,10 @@ import numpy as np
 
 from fastent.experiments.columns import over
 from fastent.experiments.leads import left_out_threshold
-from fastent.experiments.quantities import MeasuredRun
 from fastent.experiments.statistics import Estimate, proportion
 from fastent.experiments.stored import StoredRun
 from fastent.stopping import StopAfterCrossing
+from fastent.train.quantities import MeasuredRun
 
 AFTER = StopAfterCrossing().steps
 """Steps between the crossing and the stop; the paper's 1,000."""

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastent.experiments.quantities import Levels, MeasuredRun, Trajectory, summarize_run
 from fastent.train.errors import RunError, RunWarning
 from fastent.train.files import read_rows
 from fastent.train.presets import PRESETS, TrainConfig
+from fastent.train.quantities import Levels, MeasuredRun, Trajectory, summarize_run
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import numpy as np
 
 from fastent.diagnosis import Phase, diagnose
 from fastent.experiments.columns import over
-from fastent.experiments.quantities import MeasuredRun
 from fastent.experiments.statistics import Estimate, proportion
 from fastent.history import History
+from fastent.train.quantities import MeasuredRun
 
 IMMINENT = 1000
 """Steps within which grokking must come after "imminent"; the paper's."""

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from fastent.entropy import spectral_entropy
-from fastent.experiments.quantities import summarize_run
 from fastent.monitor import SpectralEntropyMonitor
 from fastent.train.checkpoint import KEPT, Checkpoint
 from fastent.train.clock import Clock
@@ -34,6 +33,7 @@ from fastent.train.errors import CheckpointError, Interrupted, RunError, RunWarn
 from fastent.train.interventions import make_condition
 from fastent.train.measures import Measures
 from fastent.train.observers import Observer, Observers
+from fastent.train.quantities import summarize_run
 from fastent.train.runs import Job, Row, Run, common_steps
 from fastent.train.signals import StopRequest
 from fastent.train.stack import Stack

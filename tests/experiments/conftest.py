@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastent.experiments.quantities import Levels, MeasuredRun, Trajectory, summarize_run
 from fastent.train.presets import preset
+from fastent.train.quantities import Levels, MeasuredRun, Trajectory, summarize_run
 from fastent.train.runs import Job
 
 EVERY = 50

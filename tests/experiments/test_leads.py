@@ -113,3 +113,11 @@ def test_observed_thresholds_span_the_usable_entropies_on_round_numbers(measure)
     run = measure([0.7512, np.nan, 0.7388], [0, 0, 1])
     assert leads.observed_thresholds([run]).tolist() == pytest.approx([0.735, 0.740, 0.745, 0.750, 0.755])
     assert leads.observed_thresholds([measure([np.nan, np.nan], [0, 1])]).size == 0
+
+
+def test_a_run_dated_by_another_accuracy_has_its_own_grokking_threshold_and_leads(measure):
+    run = measure([0.9, 0.9, 0.8, 0.7, 0.6], [0, 0.2, 0.6, 0.9, 1.0])
+    assert (run.summary.t_grok, run.summary.h_star, run.summary.lead_collapse) == (400, 0.6, 200)
+    half = run.dated_by(0.5)
+    assert (half.summary.t_grok, half.summary.h_star, half.summary.lead_collapse) == (200, 0.8, 0)
+    assert (half.levels.criterion, half.levels.memorised) == (0.5, 0.99)

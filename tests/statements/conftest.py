@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from fastent.experiments.following import follow
-from fastent.experiments.maths_table import SMALL, SMALL_STEPS
+from fastent.statements.following import follow
+from fastent.statements.table import SMALL, SMALL_STEPS
 from fastent.train.stack import Stack
 
 

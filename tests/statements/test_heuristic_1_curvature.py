@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from fastent.experiments.collapse import curvature_correlation
-from fastent.experiments.curvature import Ritz, largest_eigenvalue, sharpness
-from fastent.experiments.following import FollowedRun, follow
+from fastent.statements.collapse import curvature_correlation
+from fastent.statements.curvature import Ritz, largest_eigenvalue, sharpness
+from fastent.statements.following import FollowedRun, follow
 from fastent.train.presets import preset
 from fastent.train.stack import Stack
 

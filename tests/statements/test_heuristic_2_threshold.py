@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastent.experiments.collapse import concentration
+from fastent.statements.collapse import concentration
 
 
 def planted(within, between, tasks, seeds, seed):

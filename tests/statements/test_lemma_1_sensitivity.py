@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from fastent.experiments import statements
 from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.perturbation import (
     entropy_gradient,
@@ -15,6 +14,7 @@ from fastent.reference.perturbation import (
     trace_distance,
     weyl,
 )
+from fastent.statements import checks
 
 
 @pytest.mark.parametrize("d", [2, 5, 30])
@@ -49,22 +49,22 @@ def test_gradient_of_entropy_is_minus_log_p_plus_h_over_the_trace():
 
 
 def test_gradient_of_the_entropy_matrix_holds_where_eigenvalues_coincide():
-    evidence = statements.first_order_entropy()
+    evidence = checks.first_order_entropy()
     assert evidence.holds, evidence.text
 
 
 def test_with_eps_one_constant_serves_all_covariances_and_is_nearly_needed():
-    evidence = statements.regularized_lipschitz()
+    evidence = checks.regularized_lipschitz()
     assert evidence.holds, evidence.text
 
 
 def test_without_eps_no_constant_serves():
-    evidence = statements.no_lipschitz_without_eps()
+    evidence = checks.no_lipschitz_without_eps()
     assert evidence.holds, evidence.text
 
 
 def test_without_eps_the_constant_grows_with_the_logarithm_of_the_smallest_eigenvalue():
-    evidence = statements.floored_lipschitz()
+    evidence = checks.floored_lipschitz()
     assert evidence.holds, evidence.text
     with pytest.raises(ValueError, match="no constant serves"):
         lipschitz_above_floor(0.0, 1.0, 4)
@@ -102,7 +102,7 @@ def test_at_the_papers_eps_the_constant_says_nothing_beyond_a_change_of_1_5_perc
 
 
 def test_fannes_audenaert_holds_for_covariances_and_is_attained():
-    evidence = statements.fannes_audenaert_bound()
+    evidence = checks.fannes_audenaert_bound()
     assert evidence.holds, evidence.text
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fastent.experiments.first_order import (
+from fastent.reference.perturbation import covariance_update
+from fastent.statements.first_order import (
     adamw_direction,
     batch_noise,
     displacement,
@@ -12,7 +13,6 @@ from fastent.experiments.first_order import (
     remainders,
     represent,
 )
-from fastent.reference.perturbation import covariance_update
 from fastent.train.tasks import batch_index, split
 
 RATES = np.geomspace(1e-5, 1e-3, 5)  # two decades, the trainer's own rate at their end

@@ -8,8 +8,6 @@ import itertools
 import numpy as np
 import pytest
 
-from fastent.experiments import statements
-from fastent.experiments.following import mixing_of
 from fastent.reference.covariance import covariance
 from fastent.reference.entropy import fannes_audenaert
 from fastent.reference.mixing import (
@@ -22,25 +20,27 @@ from fastent.reference.mixing import (
     slope,
     slope_deviation,
 )
+from fastent.statements import checks
+from fastent.statements.following import mixing_of
 
 
 def test_every_permutation_of_up_to_7_rows_stays_within_the_sandwich_and_attains_both_ends():
-    evidence = statements.mixing_sandwich()
+    evidence = checks.mixing_sandwich()
     assert evidence.holds, evidence.text
 
 
 def test_averages_over_all_permutations_and_derangements_are_the_closed_forms():
-    evidence = statements.mixing_expectations()
+    evidence = checks.mixing_expectations()
     assert evidence.holds, evidence.text
 
 
 def test_best_bound_holds_for_all_permutations_and_swapped_pairs_attain_it():
-    evidence = statements.mixing_bound()
+    evidence = checks.mixing_bound()
     assert evidence.holds, evidence.text
 
 
 def test_printed_lemma_fails_at_first_order_on_the_counterexample():
-    evidence = statements.printed_mixing_bound()
+    evidence = checks.printed_mixing_bound()
     assert evidence.holds, evidence.text
 
 
@@ -50,7 +50,7 @@ def test_printed_lemma_fails_at_first_order_on_the_counterexample():
 def test_rows_of_swapped_pairs_lose_exactly_the_best_bound(n, d, alpha):
     rows, swap = extremal_rows(n, d, alpha)
     assert (swap != np.arange(n)).all()
-    before, after = (statements.entropy_of(covariance(x)) for x in (rows, mix(rows, swap, alpha)))
+    before, after = (checks.entropy_of(covariance(x)) for x in (rows, mix(rows, swap, alpha)))
     assert before - after == pytest.approx(best_bound(alpha, d), rel=1e-10)
     assert best_bound(alpha, d) < max(fannes_audenaert(min(alpha / (1 - alpha), 1), d), np.log(d) + 1e-12)
 
@@ -65,12 +65,12 @@ def test_rows_for_the_bound_need_enough_pairs():
 def test_slope_in_alpha_is_the_derivative_at_0():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((30, 5)) * [3.0, 2.0, 1.0, 0.3, 0.1] + 7.0
-    before = statements.entropy_of(covariance(x))
+    before = checks.entropy_of(covariance(x))
     for permutation in (cyclic_shift(30), rng.permutation(30)):
         step = 1e-6
-        difference = (statements.entropy_of(mixed_covariance(x, permutation, step)) - before) / step
+        difference = (checks.entropy_of(mixed_covariance(x, permutation, step)) - before) / step
         assert slope(x, permutation) == pytest.approx(difference, abs=1e-5)
-    assert statements.slopes_over(x, cyclic_shift(30)[None])[0] == pytest.approx(
+    assert checks.slopes_over(x, cyclic_shift(30)[None])[0] == pytest.approx(
         slope(x, cyclic_shift(30)), abs=1e-12
     )
 
@@ -84,7 +84,7 @@ def test_about_half_of_all_derangements_lose_entropy_at_first_order_on_random_sp
     shares = []
     for _ in range(40):
         x = rng.standard_normal((7, 4)) * np.exp(rng.uniform(-4, 0, 4))
-        shares.append(np.mean(statements.slopes_over(x, free) < 0))
+        shares.append(np.mean(checks.slopes_over(x, free) < 0))
     assert 0.4 < np.mean(shares) < 0.6
     assert min(shares) > 0.2
 
@@ -94,7 +94,7 @@ def test_size_of_the_loss_on_random_permutations_falls_as_one_over_root_n():
     lam = 0.8 ** np.arange(10)
     for n in (50, 800):
         x = rng.standard_normal((n, 10)) * np.sqrt(lam)
-        slopes = statements.slopes_over(x, np.stack([rng.permutation(n) for _ in range(2000)]))
+        slopes = checks.slopes_over(x, np.stack([rng.permutation(n) for _ in range(2000)]))
         assert slopes.std() == pytest.approx(slope_deviation(np.linalg.eigvalsh(covariance(x)), n), rel=0.06)
 
 

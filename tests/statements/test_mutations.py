@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from fastent.experiments import statements
 from fastent.reference import mixing, perturbation
 from fastent.reference.entropy import fannes_audenaert
 from fastent.reference.sampling import sampling_bias
+from fastent.statements import checks
 
 
 def bound_with(k):
@@ -29,66 +29,66 @@ def relaxation_upside_down(h, *, h_star, h_inf, k):
 MUTATIONS = [
     (
         "lemma 1, eps: sqrt(d) missing",
-        statements.regularized_lipschitz,
+        checks.regularized_lipschitz,
         lambda eps, total, d: perturbation.lipschitz_regularized(eps, total, 1),
     ),
     (
         "lemma 1, eps: logarithm halved",
-        statements.regularized_lipschitz,
+        checks.regularized_lipschitz,
         lambda eps, total, d: np.sqrt(d) * np.log(1 / eps) / 2 / total,
     ),
     (
         "lemma 1, eps: ten times too large",
-        statements.regularized_lipschitz,
+        checks.regularized_lipschitz,
         lambda eps, total, d: 10 * perturbation.lipschitz_regularized(eps, total, d),
     ),
     (
         "lemma 1, smallest eigenvalue: logarithm missing",
-        statements.floored_lipschitz,
+        checks.floored_lipschitz,
         lambda smallest, total, d: np.sqrt(d) / total,
     ),
     (
         "fannes and audenaert: log d for log(d - 1)",
-        statements.fannes_audenaert_bound,
+        checks.fannes_audenaert_bound,
         lambda t, d: 0.5 * fannes_audenaert(t, d),
     ),
     (
         "derivative of entropy: sign",
-        statements.first_order_entropy,
+        checks.first_order_entropy,
         lambda c: -perturbation.gradient_matrix(c),
     ),
     (
         "derivative of entropy: H missing",
-        statements.first_order_entropy,
-        lambda c: perturbation.gradient_matrix(c) + statements.entropy_of(c) / np.trace(c) * np.eye(len(c)),
+        checks.first_order_entropy,
+        lambda c: perturbation.gradient_matrix(c) + checks.entropy_of(c) / np.trace(c) * np.eye(len(c)),
     ),
     (
         "lemma 5, sandwich: (1 - a)^2 for (1 - 2a)^2",
-        statements.mixing_sandwich,
+        checks.mixing_sandwich,
         lambda alpha: ((1 - alpha) ** 2, 1.0),
     ),
-    ("lemma 5, sandwich: 0 for (1 - 2a)^2", statements.mixing_sandwich, lambda alpha: (-0.01, 1.0)),
+    ("lemma 5, sandwich: 0 for (1 - 2a)^2", checks.mixing_sandwich, lambda alpha: (-0.01, 1.0)),
     (
         "lemma 5, sandwich: upper end 0.99",
-        statements.mixing_sandwich,
+        checks.mixing_sandwich,
         lambda alpha: ((1 - 2 * alpha) ** 2, 0.99),
     ),
-    ("lemma 5, bound: (1 - a)^2 for (1 - 2a)^2", statements.mixing_bound, bound_with(lambda a: (1 - a) ** 2)),
-    ("lemma 5, bound: quadratic in a, as printed", statements.mixing_bound, lambda alpha, d: 4 * alpha**2),
+    ("lemma 5, bound: (1 - a)^2 for (1 - 2a)^2", checks.mixing_bound, bound_with(lambda a: (1 - a) ** 2)),
+    ("lemma 5, bound: quadratic in a, as printed", checks.mixing_bound, lambda alpha, d: 4 * alpha**2),
     (
         "lemma 5, bound: ten percent too large",
-        statements.mixing_bound,
+        checks.mixing_bound,
         lambda alpha, d: 1.1 * mixing.best_bound(alpha, d),
     ),
     (
         "lemma 5, expectation: derangements as permutations",
-        statements.mixing_expectations,
+        checks.mixing_expectations,
         factor_without_the_derangement_term,
     ),
-    ("lemma 5, expectation: N for N - 1", statements.mixing_expectations, factor_with_n_for_n_minus_1),
-    ("proposition 6: logarithm upside down", statements.relaxation_and_power_law, relaxation_upside_down),
-    ("bias: sign", statements.bias_of_samples, lambda lam, n: -sampling_bias(lam, n)),
-    ("bias: half", statements.bias_of_samples, lambda lam, n: sampling_bias(lam, 2 * n)),
+    ("lemma 5, expectation: N for N - 1", checks.mixing_expectations, factor_with_n_for_n_minus_1),
+    ("proposition 6: logarithm upside down", checks.relaxation_and_power_law, relaxation_upside_down),
+    ("bias: sign", checks.bias_of_samples, lambda lam, n: -sampling_bias(lam, n)),
+    ("bias: half", checks.bias_of_samples, lambda lam, n: sampling_bias(lam, 2 * n)),
 ]
 
 

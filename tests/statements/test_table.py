@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fastent import cli
-from fastent.experiments import following, maths_figures, maths_table
-from fastent.experiments.maths_table import Item, items, spread_of_thresholds, stored_thresholds
-from fastent.experiments.statements import Evidence
+from fastent.statements import figures, following, table
+from fastent.statements.checks import Evidence
+from fastent.statements.table import Item, items, spread_of_thresholds, stored_thresholds
 from fastent.train.presets import PRESETS, preset
 
 TABLE_6 = (
@@ -42,7 +42,7 @@ def test_command_prints_the_table_and_fails_when_a_finding_is_not_confirmed(
         Item("Lemma 1", "full proof", "holds", (Evidence(True, "ratio 0.99"),)),
         Item("Lemma 5", "full proof", "false", (Evidence(True, "slope -0.9"), Evidence(holds, "bound 1.2"))),
     ]
-    monkeypatch.setattr(maths_table, "items", lambda runs: iter(rows))
+    monkeypatch.setattr(table, "items", lambda runs: iter(rows))
     monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["check", "maths"]) == status
     shown = capsys.readouterr().out
@@ -95,13 +95,13 @@ def test_followed_runs_are_written_and_read_back_and_drawn(tmp_path, monkeypatch
     assert again.steps == run.steps
     assert again.evaluations == run.evaluations
     assert again.curvature == run.curvature
-    written = maths_figures.draw_all(tmp_path, tmp_path / "figures")
+    written = figures.draw_all(tmp_path, tmp_path / "figures")
     assert len(written) == 5
     for path in written:
         assert path.read_bytes()[:4] == b"\x89PNG"
         assert path.stat().st_size > 20_000
     with pytest.raises(FileNotFoundError, match="holds no run"):
-        maths_figures.draw_all(tmp_path / "figures", tmp_path)
+        figures.draw_all(tmp_path / "figures", tmp_path)
 
 
 def test_measuring_a_run_leaves_its_training_as_it_is():

@@ -1,6 +1,6 @@
 """Bias, correction and standard error of H on planted spectra: the table of ``docs/mathematics.md``.
 
-``python -m fastent.experiments.sampling_table`` prints it as Markdown, from 200 samples of normal rows for each line.
+``python -m fastent.statements.sampling`` prints it as Markdown, from 200 samples of normal rows for each line.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def rows(d: int, sizes: Sequence[int], draws: int) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastent.experiments.sampling_table", description=main.__doc__
+        prog="python -m fastent.statements.sampling", description=main.__doc__
     )
     parser.add_argument("--features", type=int, default=128)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 512, 2048])

@@ -1,6 +1,6 @@
 """Training runs followed closely: single steps to first order, curvature, mixing and sampling, along one run.
 
-``python -m fastent.experiments.following OUT`` trains seeds of a preset and writes one JSON-lines file for each,
+``python -m fastent.statements.following OUT`` trains seeds of a preset and writes one JSON-lines file for each,
 ``<task>-<width>-seed<seed>.jsonl``, which the figures and numbers of ``docs/mathematics.md`` come from: first a line
 with the configuration, then lines of kind "evaluation", "step" and "curvature".
 """
@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from fastent.entropy import spectral_entropy
-from fastent.experiments.curvature import Ritz, sharpness
-from fastent.experiments.first_order import StepChange, measured_step
-from fastent.experiments.statements import entropy_of, slopes_over
 from fastent.reference import mixing
 from fastent.reference.covariance import covariance
 from fastent.sampling import sampling_error
+from fastent.statements.checks import entropy_of, slopes_over
+from fastent.statements.curvature import Ritz, sharpness
+from fastent.statements.first_order import StepChange, measured_step
 from fastent.train.presets import PRESETS, TrainConfig
 from fastent.train.stack import Stack
 from fastent.train.tasks import split
@@ -211,7 +211,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Follow seeds of a preset into files."""
-    parser = argparse.ArgumentParser(prog="python -m fastent.experiments.following", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastent.statements.following", description=main.__doc__)
     parser.add_argument("out", type=Path, help="folder of the files")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="quick")
     parser.add_argument("--task", default="add")

@@ -1,6 +1,6 @@
 """What the collapse of a run says about the paper's Propositions 3 and 6, Lemma 4 and its two heuristics.
 
-Functions of runs that were followed (`fastent.experiments.following`) or of thresholds of many runs. Phases of a run:
+Functions of runs that were followed (`fastent.statements.following`) or of thresholds of many runs. Phases of a run:
 before, during and after the fall of H, which starts when H has lost a tenth of what it loses from its largest value to
 its smallest afterwards, and ends when it has lost nine tenths.
 """
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from fastent.experiments.following import FollowedRun
 from fastent.experiments.statistics import LEVEL, Estimate
 from fastent.reference import forecast
+from fastent.statements.following import FollowedRun
 
 Array = NDArray[np.float64]
 Phase = Literal["before", "during", "after", "all"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from fastent.experiments.quantities import (
+from fastent.train.quantities import (
     Trajectory,
     first_below,
     first_collapse,
@@ -158,11 +158,3 @@ def test_empty_metrics_and_repeated_steps_are_refused():
     repeated[1]["step"] = 0
     with pytest.raises(ValueError, match="step 0 follows 0"):
         Trajectory.from_rows(repeated)
-
-
-def test_a_run_dated_by_another_accuracy_has_its_own_grokking_threshold_and_leads(measure):
-    run = measure([0.9, 0.9, 0.8, 0.7, 0.6], [0, 0.2, 0.6, 0.9, 1.0])
-    assert (run.summary.t_grok, run.summary.h_star, run.summary.lead_collapse) == (400, 0.6, 200)
-    half = run.dated_by(0.5)
-    assert (half.summary.t_grok, half.summary.h_star, half.summary.lead_collapse) == (200, 0.8, 0)
-    assert (half.levels.criterion, half.levels.memorised) == (0.5, 0.99)

@@ -1,7 +1,7 @@
 """Figures of ``docs/mathematics.md``.
 
-``python -m fastent.experiments.maths_figures bench/results/mathematics docs/figures`` draws all of them: those about
-Lemma 5 and finite probes from formulas, the others from runs that `fastent.experiments.following` recorded.
+``python -m fastent.statements.figures bench/results/mathematics docs/figures`` draws all of them: those about
+Lemma 5 and finite probes from formulas, the others from runs that `fastent.statements.following` recorded.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fastent.experiments.collapse import collapse_span
 from fastent.experiments.figures import WIDTH, save_png
-from fastent.experiments.following import PROBE_SIZES, FollowedRun, read_followed
-from fastent.experiments.statements import entropy_of
 from fastent.experiments.style import LIGHT
 from fastent.reference import mixing
 from fastent.reference.covariance import covariance
 from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.sampling import sampling_bias
+from fastent.statements.checks import entropy_of
+from fastent.statements.collapse import collapse_span
+from fastent.statements.following import PROBE_SIZES, FollowedRun, read_followed
 
 Array = NDArray[np.float64]
 
@@ -285,7 +285,7 @@ def draw_all(records: Path, out: Path) -> list[Path]:
     """
     runs = [read_followed(path) for path in sorted(records.glob("*-seed*.jsonl"))]
     if not runs:
-        raise FileNotFoundError(f"{records} holds no run: python -m fastent.experiments.following {records}")
+        raise FileNotFoundError(f"{records} holds no run: python -m fastent.statements.following {records}")
     figures: dict[str, Callable[[], Figure]] = {
         "mixing-counterexample": counterexample,
         "mixing-sandwich": sandwich,
@@ -303,7 +303,7 @@ def draw_all(records: Path, out: Path) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the figures of docs/mathematics.md."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastent.experiments.maths_figures", description=main.__doc__
+        prog="python -m fastent.statements.figures", description=main.__doc__
     )
     parser.add_argument("records", type=Path, help="folder of followed runs, bench/results/mathematics")
     parser.add_argument("out", type=Path, help="folder of the pictures, docs/figures")

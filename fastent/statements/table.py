@@ -1,6 +1,6 @@
 """The paper's Table 6 with our column: what each mathematical item claims, what we find, and the evidence, made afresh.
 
-Statements that need no training are checked on cases that are hard for them (`fastent.experiments.statements`); those
+Statements that need no training are checked on cases that are hard for them (`fastent.statements.checks`); those
 about training on a small network that groks within seconds, trained here. The proofs, and the same figures for larger
 runs, are in ``docs/mathematics.md``.
 """
@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from fastent.entropy import spectral_entropy
-from fastent.experiments import statements
-from fastent.experiments.collapse import (
+from fastent.reference.perturbation import lipschitz_regularized
+from fastent.statements import checks
+from fastent.statements.checks import Evidence
+from fastent.statements.collapse import (
     collapse_span,
     concentration,
     curvature_correlation,
@@ -24,11 +26,9 @@ from fastent.experiments.collapse import (
     fit_laws,
     shrinkage,
 )
-from fastent.experiments.first_order import adamw_direction, batch_noise, loss_gradient, remainders
-from fastent.experiments.following import FollowedRun, follow
-from fastent.experiments.sampling_table import SPECTRA, sampled
-from fastent.experiments.statements import Evidence
-from fastent.reference.perturbation import lipschitz_regularized
+from fastent.statements.first_order import adamw_direction, batch_noise, loss_gradient, remainders
+from fastent.statements.following import FollowedRun, follow
+from fastent.statements.sampling import SPECTRA, sampled
 from fastent.train.presets import TaskName, TrainConfig, preset
 from fastent.train.stack import Stack
 from fastent.train.tasks import split
@@ -80,10 +80,10 @@ def items(runs: Path | None = None) -> Iterator[Item]:
         "holds with eps in the logarithm, for all covariances and with no spectral gap; without it no constant serves. "
         "Fannes-Audenaert is sharper and needs neither",
         (
-            statements.regularized_lipschitz(),
-            statements.no_lipschitz_without_eps(),
-            statements.floored_lipschitz(),
-            statements.fannes_audenaert_bound(),
+            checks.regularized_lipschitz(),
+            checks.no_lipschitz_without_eps(),
+            checks.floored_lipschitz(),
+            checks.fannes_audenaert_bound(),
             papers_constant(),
         ),
     )
@@ -99,7 +99,7 @@ def items(runs: Path | None = None) -> Iterator[Item]:
         "proof sketch",
         "an identity to first order, dH = -Cov_p(log p, growth); the alignment is weak, and the paper's condition for "
         "its sign does not decide it",
-        (statements.first_order_entropy(), descent_of(run)),
+        (checks.first_order_entropy(), descent_of(run)),
     )
     yield Item(
         "Lemma 4 (effective rank)",
@@ -116,10 +116,10 @@ def items(runs: Path | None = None) -> Iterator[Item]:
         "false: the loss can be of first order in alpha, and is for half of all permutations. What holds is a sharp "
         "bound B(alpha, d)",
         (
-            statements.printed_mixing_bound(),
-            statements.mixing_sandwich(),
-            statements.mixing_bound(),
-            statements.mixing_expectations(),
+            checks.printed_mixing_bound(),
+            checks.mixing_sandwich(),
+            checks.mixing_bound(),
+            checks.mixing_expectations(),
             mixing_on(run),
         ),
     )
@@ -128,13 +128,13 @@ def items(runs: Path | None = None) -> Iterator[Item]:
         "proof sketch",
         "solves its equation, but never reaches H*; relaxing to less than H* repairs it. The power law with gamma > 1 "
         "bends the other way, so it generalises neither",
-        (statements.relaxation_and_power_law(), laws_of(run)),
+        (checks.relaxation_and_power_law(), laws_of(run)),
     )
     yield Item(
         "H of a finite probe",
         "not treated",
         "low by about d / (2 N log d) for a flat spectrum, less for a steep one; the grouped jackknife corrects it",
-        (statements.bias_of_samples(), correction_of_samples()),
+        (checks.bias_of_samples(), correction_of_samples()),
     )
 
 
