@@ -16,7 +16,7 @@ from typing import Any
 
 from fastent.train.errors import RunError, RunWarning
 from fastent.train.files import read_rows
-from fastent.train.presets import PRESETS, TrainConfig
+from fastent.train.presets import PRESETS, TASK_SETTINGS, TrainConfig
 from fastent.train.quantities import Levels, MeasuredRun, Trajectory, summarize_run
 
 
@@ -128,7 +128,8 @@ PAPER = PRESETS_JSON["paper"]
 
 
 def _changes(config: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
-    # Neither the task nor what is measured beside makes it another setting.
+    # Neither the task, with what it needs, nor what is measured beside makes it another setting.
+    preset = {**preset, **TASK_SETTINGS.get(config.get("task", ""), {})}
     keys = [key for key in {**preset, **config} if key not in ("task", "measures")]
     return {key: config.get(key) for key in keys if config.get(key) != preset.get(key)}
 

@@ -302,9 +302,7 @@ def draw_all(records: Path, out: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the figures of docs/mathematics.md."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastent.statements.figures", description=main.__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m fastent.statements.figures", description=main.__doc__)
     parser.add_argument("records", type=Path, help="folder of followed runs, bench/results/mathematics")
     parser.add_argument("out", type=Path, help="folder of the pictures, docs/figures")
     given = parser.parse_args(argv)

@@ -95,9 +95,7 @@ def rows(d: int, sizes: Sequence[int], draws: int) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastent.statements.sampling", description=main.__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m fastent.statements.sampling", description=main.__doc__)
     parser.add_argument("--features", type=int, default=128)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 512, 2048])
     parser.add_argument("--draws", type=int, default=200)
