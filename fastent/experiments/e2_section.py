@@ -17,16 +17,13 @@ def headline(result: Mixing) -> str:
     mixed = result.conditions.get(LOSSES)
     if mixed is None:
         return f"E2: {len(result.conditions)} conditions of mixing have complete runs, but not the paper's."
-    delay, below = mixed.delay, mixed.collapse.below
+    delay, higher = mixed.delay, mixed.equal_step
     said = (
         f"E2: mixing with the losses averaged moves T_grok by {worded(delay.delay)}; "
         f"{round(delay.grokked.value * delay.grokked.n)} of {delay.grokked.n} runs grok."
     )
-    if below is not None:
-        said += (
-            f" Of those, {round(below.value * below.n)} of {below.n} fall below the baseline's H* before they grok all "
-            "the same."
-        )
+    if higher is not None:
+        said += f" At equal step H differs from the baseline's by {worded(higher, '')}."
     return said
 
 
