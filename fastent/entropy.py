@@ -158,9 +158,7 @@ def spectral_entropy(
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be 'relative' or 'paper'; got {convention!r}")
-    x = matrix_of(h, tokens=tokens, batch_dims=batch_dims)
-    if x.shape[-1] < 2:
-        raise ValueError("the normalised entropy divides by log d, so d must be at least 2; got d = 1")
+    x = checked(h, tokens=tokens, batch_dims=batch_dims)
     centered = centered_matrix(x, backend=backend)
     if x.ndim == 2:
         trace = float(centered.trace)
@@ -185,7 +183,20 @@ def spectral_entropy(
     return _stack(items)
 
 
-def entropy_of_matrix(centered: CenteredMatrix, *, convention: Convention = "relative") -> SpectralEntropy:
+def checked(h: Tensor, *, tokens: Tokens | None = None, batch_dims: int = 0) -> Tensor:
+    """Activations that a normalised entropy can be taken of; arguments and errors as in `spectral_entropy`."""
+    x = matrix_of(h, tokens=tokens, batch_dims=batch_dims)
+    if x.shape[-1] < 2:
+        raise ValueError("the normalised entropy divides by log d, so d must be at least 2; got d = 1")
+    return x
+
+
+def entropy_of_matrix(
+    centered: CenteredMatrix,
+    *,
+    convention: Convention = "relative",
+    spectrum: tuple[Tensor, str] | None = None,
+) -> SpectralEntropy:
     """Entropy of one centred matrix whose activations are no longer at hand.
 
     Parameters
@@ -194,6 +205,8 @@ def entropy_of_matrix(centered: CenteredMatrix, *, convention: Convention = "rel
         Unbatched, scaled by 1/n.
     convention : {"relative", "paper"}
         See `spectral_entropy`.
+    spectrum : (Tensor, str), optional
+        What `fastent.eigenvalues.eigenvalues` would return, where the matrix was solved together with others.
 
     Returns
     -------
@@ -203,7 +216,7 @@ def entropy_of_matrix(centered: CenteredMatrix, *, convention: Convention = "rel
     """
     value = float(centered.trace)
     if TINY <= value < math.inf:
-        return _summarize(centered, *eigenvalues(centered), value, convention)
+        return _summarize(centered, *(spectrum or eigenvalues(centered)), value, convention)
     if math.isnan(value):
         return _unsolved(centered, Status.NONFINITE, math.nan, "the activations hold NaN or Inf", convention)
     if value == 0 and not bool(centered.delta.any()):

@@ -5,50 +5,40 @@ are at hand, and keeps one `EntropyRecord` for each layer and step. Training wit
 to training without one (`fastent.guard`). Bad activations are recorded with their status: never a silent number,
 and never the end of training unless asked for.
 
-Every evaluation runs in line, in the calling thread. No threshold is built in: the entropy at grokking
-differs by model and must be calibrated from runs.
+The training thread forms the covariances; on CUDA the rest is done beside it (`fastent.deferred`) and a record arrives
+a little later. No threshold is built in: the entropy at grokking differs by model and must be calibrated from runs.
 """
 
 from __future__ import annotations
 
 import operator
-import warnings
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from fastent.activations import Tokens
-from fastent.diagnosis import Diagnosis, diagnose
-from fastent.entropy import SpectralEntropy, Status, spectral_entropy
-from fastent.forecast import WINDOW as FORECAST_WINDOW
-from fastent.forecast import Forecast, predict_grok_time
-from fastent.history import History
+from fastent.arrivals import Arrivals, OnNonfinite
+from fastent.at_exit import at_exit
+from fastent.deferred import DeferredEntropy, OnFull
+from fastent.devices import in_line
+from fastent.entropy import SpectralEntropy
+from fastent.evaluator import Evaluator
 from fastent.power_law import PowerLaw
-from fastent.probing import (
-    Inputs,
-    LayerFunction,
-    Layers,
-    Probe,
-    find_layers,
-    is_sharded,
-    plain_module,
-    reduce_activations,
-)
+from fastent.probing import Inputs, Layers
+from fastent.readings import Readings
 from fastent.records import EntropyRecord, Recording
-from fastent.sampling import SamplingError, sampling_error
 from fastent.stopping import StopAfterCrossing
+from fastent.watching import Watched
 
-OnNonfinite = Literal["record", "raise"]
+Mode = Literal["deferred", "sync"]
 
 STATE_VERSION = 1
 
-_Evaluated = tuple[SpectralEntropy, SamplingError | None]
 
-
-class SpectralEntropyMonitor:
+class SpectralEntropyMonitor(Readings):
     """Records the spectral entropy of layers during training, and says when it has fallen.
 
     Parameters
@@ -63,7 +53,7 @@ class SpectralEntropyMonitor:
         A name of ``model.named_modules()``, several, or `fnmatch` patterns ("blocks.*.mlp"; ``*`` crosses
         dots; "" is the model itself). A layer's activation is its module's output; of a tuple, list or dict
         the first tensor. Or a function of (model, probe) that returns activations, or a dict of them by name,
-        for anything else, such as the input of a layer (last example).
+        for anything else, such as the input of a layer (example in `fastent.watching.Watched`).
     every : int
         `step` evaluates at multiples of this.
     threshold : float, optional
@@ -84,6 +74,15 @@ class SpectralEntropyMonitor:
         Whether NaN or Inf in activations is recorded and training goes on, or raises once recorded.
     on_record : callable, optional
         Gets every record, for a logger. If it raises, the monitor warns once and goes on.
+    mode : {"deferred", "sync"}
+        "deferred": the training thread forms covariances and a worker takes the eigenvalues, so that records
+        arrive a little later, in order, at a later call of `step`, `observe` or `flush`. On the CPU that
+        is for large layers with cores to spare, all else arrives at once (`fastent.devices.Devices`); the
+        records are the same to the bit. "sync": all at once, which on CUDA waits for the device. `standard_error`
+        makes every evaluation one in line.
+    on_full : {"drop", "block"}
+        What happens to an evaluation on CUDA while too many wait (`fastent.deferred`): dropped, counted and
+        warned of once, or waited for.
 
     Raises
     ------
@@ -97,9 +96,13 @@ class SpectralEntropyMonitor:
 
     Notes
     -----
-    Only records with a `usable` status count for crossings. Under FSDP2 or tensor parallelism every rank must
-    call `step`, since the forward pass needs them all, and rank 0 alone records: send its answer of
-    `should_stop` to the others. Under DDP each rank that calls `step` records for itself.
+    `history`, `crossed` and `should_stop` know what has arrived by the last call of `step`, `observe` or `flush`:
+    when a deferred run stops by `should_stop` depends on the clock, unless `flush` is called before it. A checkpoint
+    (`state_dict`) waits for everything asked for so far. Only records with a `usable` status count for crossings.
+
+    Under FSDP2 or tensor parallelism every rank must call `step`, since the forward pass needs them all, and rank 0
+    alone records: send its answer of `should_stop` to the others. Under DDP each rank that calls `step` records for
+    itself.
 
     Examples
     --------
@@ -119,19 +122,6 @@ class SpectralEntropyMonitor:
     >>> h = torch.outer(torch.arange(8.0), torch.ones(3))
     >>> monitor.observe(0, h, layer="encoder")[0].normalized < 1e-9, monitor.crossed
     (True, True)
-
-    The input of a layer:
-
-    >>> def head_input(model, probe):
-    ...     taken = []
-    ...     handle = model[2].register_forward_pre_hook(lambda module, args: taken.append(args[0]))
-    ...     try:
-    ...         model(probe)
-    ...     finally:
-    ...         handle.remove()
-    ...     return taken[0]
-    >>> SpectralEntropyMonitor(model, torch.randn(64, 4), head_input).step(0)[0].layer
-    'head_input'
     """
 
     def __init__(
@@ -149,6 +139,8 @@ class SpectralEntropyMonitor:
         history_size: int = 10_000,
         on_nonfinite: OnNonfinite = "record",
         on_record: Callable[[EntropyRecord], object] | None = None,
+        mode: Mode = "deferred",
+        on_full: OnFull = "drop",
     ) -> None:
         if threshold is None and law is not None:
             threshold = law.h_star
@@ -161,27 +153,17 @@ class SpectralEntropyMonitor:
             raise ValueError("StopAfterCrossing needs a threshold to cross")
         _check_choice("tokens", tokens, (None, *get_args(Tokens)))
         _check_choice("on_nonfinite", on_nonfinite, get_args(OnNonfinite))
-        self._every, self._threshold, self._stopping = operator.index(every), threshold, stopping
-        self._law = law
-        self._tokens, self._on_nonfinite, self._on_record = tokens, on_nonfinite, on_record
-        self._standard_error = standard_error
-
-        self._model: nn.Module | None = None
-        self._probe: Probe | None = None
-        self._layers: dict[str, str] | LayerFunction = {}
-        if model is not None and probe is not None and layers is not None:
-            self._watch(model, probe, layers)
-        elif not (model is None and probe is None and layers is None):
-            given = {"model": model, "probe": probe, "layers": layers}
-            missing = ", ".join(name for name, value in given.items() if value is None)
-            raise ValueError(f"model, probe and layers go together; missing: {missing}")
-
-        self._recording = Recording(operator.index(history_size), threshold)
-        self._devices: dict[str, torch.device] = {}
-        self._last_step: int | None = None
+        _check_choice("mode", mode, get_args(Mode))
+        super().__init__(Recording(operator.index(history_size), threshold), law, stopping)
+        self._every = operator.index(every)
+        rows_from_tokens = tokens in ("flatten", "skip_first")
+        self._watched = Watched.of(model, probe, layers, rows_from_tokens=rows_from_tokens)
+        self._evaluations = DeferredEntropy(on_full=on_full, device_of=in_line if mode == "sync" else None)
+        self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite)
+        self._evaluator = Evaluator(self._evaluations, self._recording, tokens, standard_error)
         self._last_probed: int | None = None
         self._closed = False
-        self._logger_failed = False
+        at_exit(self)
 
     def step(self, step: int) -> list[EntropyRecord]:
         """Evaluate the probe if `step` is due; call it once in every training step.
@@ -196,32 +178,28 @@ class SpectralEntropyMonitor:
         Returns
         -------
         list of EntropyRecord
-            What arrived during this call, one record for each layer; empty when nothing did.
+            What has arrived since the last call, one record for each step and layer; each is handed out once.
 
         Raises
         ------
         ValueError
             If `step` goes back, the probe changed or moved, a layer's width changed or its device moved.
         RuntimeError
-            If there is no model, the monitor is closed, or a layer ran not exactly once.
+            If there is no model, the monitor is closed, or a layer ran not exactly once; or an evaluation failed in
+            the worker, at the step in the message (`step` may then be called again).
         FloatingPointError
             For NaN or Inf in activations with ``on_nonfinite="raise"``.
         """
         step = self._advance(step)
-        if self._model is None or self._probe is None:
+        if self._watched is None:
             raise RuntimeError("step needs a model, a probe and layers; without them call observe")
-        if step % self._every or step == self._last_probed:
-            return []
-        self._probe.check()
-        module = plain_module(self._model)
-        if _rank() and is_sharded(module):  # its part of the forward pass, for rank 0 to record
-            reduce_activations(module, self._probe, self._layers, lambda layer, h: None)
-            results = {}
-        else:
-            results = reduce_activations(module, self._probe, self._layers, self._evaluate)
-        records = self._arrive(step, results)
-        self._last_probed = step
-        return self._raise_nonfinite(records)
+        self._arrivals.collect()
+        if step % self._every == 0 and step != self._last_probed:
+            self._watched.probe.check()
+            self._evaluator.run(step, self._watched)
+            self._last_probed = step
+            self._arrivals.collect()
+        return self._arrivals.take()
 
     def observe(self, step: int, h: Tensor | SpectralEntropy, *, layer: str) -> list[EntropyRecord]:
         """Record activations that are at hand, whether `step` is a multiple of `every` or not.
@@ -239,7 +217,7 @@ class SpectralEntropyMonitor:
         Returns
         -------
         list of EntropyRecord
-            What arrived during this call; evaluated in line, the one record of `h`.
+            What has arrived since the last call; evaluated in line, the record of `h` is the last of it.
 
         Raises
         ------
@@ -253,91 +231,35 @@ class SpectralEntropyMonitor:
         """
         step = self._advance(step)
         self._recording.check(step, layer)
-        if isinstance(h, SpectralEntropy):
-            if not isinstance(h.normalized, float):
-                raise ValueError("observe takes one entropy at a time; got a batch: use its unbind()")
-            evaluated: _Evaluated = (h, None)
-        else:
-            evaluated = self._evaluate(layer, h)
-        return self._raise_nonfinite(self._arrive(step, {layer: evaluated}))
+        self._arrivals.collect()
+        self._evaluator.observe(step, layer, h)
+        self._arrivals.collect()
+        return self._arrivals.take()
 
     @property
-    def history(self) -> list[EntropyRecord]:
-        """The newest `history_size` records, oldest first."""
-        return list(self._recording.records)
+    def pending(self) -> int:
+        """Evaluations that were asked for and have not arrived."""
+        return self._evaluations.pending
 
     @property
-    def last_step(self) -> int | None:
-        """The newest step that the monitor was told of."""
-        return self._last_step
-
-    @property
-    def crossings(self) -> dict[str, int]:
-        """First step with a usable record below the threshold, by layer; a layer without one is absent."""
-        return self._recording.crossings
-
-    @property
-    def crossed(self) -> bool:
-        """Whether every watched layer has been below the threshold at some step; False without one."""
-        watched = self._recording.layers
-        if not callable(self._layers):
-            watched |= self._layers.keys()
-        return bool(watched) and watched <= self.crossings.keys()
-
-    def should_stop(self) -> bool:
-        """Answer of the stopping policy; False if none was given."""
-        return self._stopping is not None and self._stopping(self)
-
-    def predict_grok_time(self, *, layer: str | None = None) -> Forecast:
-        """Forecast when the run will grok, by the monitor's law.
-
-        Parameters
-        ----------
-        layer : str, optional
-            Needed where more than one is recorded.
-
-        Returns
-        -------
-        Forecast
-            Always one; see `fastent.predict_grok_time` for when its `step` is None.
-
-        Raises
-        ------
-        ValueError
-            If `layer` is needed or has no record.
-        """
-        return predict_grok_time(History.from_records(self._of(layer)[-FORECAST_WINDOW:]), self._law)
-
-    def diagnose(self, *, layer: str | None = None, test_accuracy: float | None = None) -> Diagnosis:
-        """Find the run's row in the paper's diagnostic guide.
-
-        Parameters
-        ----------
-        layer : str, optional
-            Needed where more than one is recorded.
-        test_accuracy : float, optional
-            The latest, in [0, 1]. Without it a collapse cannot be told from grokking.
-
-        Returns
-        -------
-        Diagnosis
-            For the monitor's threshold; other tolerances are arguments of `fastent.diagnose`.
-
-        Raises
-        ------
-        ValueError
-            If `layer` is needed or has no record, or the accuracy lies outside [0, 1].
-        """
-        history = History.from_records(self._of(layer))
-        return diagnose(history, threshold=self._threshold, test_accuracy=test_accuracy)
+    def dropped(self) -> int:
+        """Evaluations that were dropped because too many were waiting."""
+        return self._evaluations.dropped
 
     def state_dict(self) -> dict[str, Any]:
-        """State as plain JSON values; float64 survives a round trip through JSON bit for bit."""
+        """State as plain JSON values; float64 survives a round trip through JSON bit for bit.
+
+        Waits for all that was asked for, so that it is in there; `step` or `flush` hands those records out as usual.
+        Raises what they would raise.
+        """
+        self._evaluations.flush()
+        self._arrivals.collect_all()
         return {
             "version": STATE_VERSION,
-            "probe": self._probe.digest if self._probe else None,
+            "probe": self._watched.probe.digest if self._watched else None,
             "last_step": self._last_step,
             "last_probed": self._last_probed,
+            "dropped": self.dropped,
             **self._recording.state_dict(),
         }
 
@@ -353,23 +275,38 @@ class SpectralEntropyMonitor:
         """
         if state["version"] != STATE_VERSION:
             raise ValueError(f"the state has version {state['version']}; this release reads {STATE_VERSION}")
-        if self._probe is not None:
-            self._probe.check(content=True)
-        digest = self._probe.digest if self._probe else None
+        if self._watched is not None:
+            self._watched.probe.check(content=True)
+        digest = self._watched.probe.digest if self._watched else None
         if state["probe"] != digest:
             old, new = (f"probe {d[:12]}" if d else "no probe" for d in (state["probe"], digest))
             raise ValueError(f"the state was recorded with {old}, this monitor has {new}")
         last_step, last_probed = state["last_step"], state["last_probed"]
+        self._arrivals.forget()
         self._recording.load_state_dict(state)
-        self._last_step, self._last_probed, self._devices = last_step, last_probed, {}
+        self._last_step, self._last_probed = last_step, last_probed
+        self._evaluator.forget_devices()
+        self._evaluations.dropped = state.get("dropped", 0)
 
-    def flush(self) -> None:
-        """Wait until every evaluation has arrived; evaluated in line, they have."""
+    def flush(self) -> list[EntropyRecord]:
+        """Wait for all that was asked for, and return the records that arrived; raises as `step` does."""
+        self._evaluations.flush()
+        self._arrivals.collect_all()
+        return self._arrivals.take()
 
     def close(self) -> None:
-        """Flush, and take no more steps; the history stays. May be called again."""
-        self.flush()
+        """Flush into the history, end the worker and take no more steps. May be called again."""
         self._closed = True
+        try:
+            self._evaluations.close()
+        finally:
+            self._arrivals.collect_all()
+
+    def finish(self, deadline: float) -> None:
+        """Record what is under way until `deadline`; called when the interpreter ends (`fastent.at_exit`)."""
+        if self.pending:
+            self._evaluations.flush(max(0.0, deadline - time.monotonic()))
+            self._arrivals.collect_all()
 
     def __enter__(self) -> SpectralEntropyMonitor:
         return self
@@ -377,30 +314,25 @@ class SpectralEntropyMonitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"closing the monitor failed too: {failure!r}")
 
-    def _watch(self, model: nn.Module, probe: Inputs, layers: Layers) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-        if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-            raise ValueError("the model has lazy parameters: run one batch through it first")
-        if isinstance(layers, nn.Module):
-            raise TypeError(f"layers takes names of model.named_modules(); got a {type(layers).__name__}")
-        self._model = model
-        self._probe = Probe(probe, rows_from_tokens=self._tokens in ("flatten", "skip_first"))
-        if callable(layers):
-            self._layers = layers
-        else:
-            self._layers = find_layers(plain_module(model), layers)
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy holds what was asked for so far, as a checkpoint does; threads stay behind.
+        self._evaluations.flush()
+        self._arrivals.collect_all()
+        return self.__dict__
 
-    def _of(self, layer: str | None) -> list[EntropyRecord]:
-        """Return the records of one layer, oldest first; of the only one where `layer` is None."""
-        recorded = sorted(self._recording.layers)
-        if layer is None and len(recorded) > 1:
-            raise ValueError(f"several layers are recorded: name one of {recorded} as layer")
-        if layer is not None and layer not in recorded:
-            raise ValueError(f"layer {layer!r} has no record; recorded so far: {recorded}")
-        return [record for record in self._recording.records if layer in (None, record.layer)]
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        at_exit(self)
+
+    def _named_layers(self) -> Iterable[str]:
+        return self._watched.names if self._watched else ()
 
     def _advance(self, step: int) -> int:
         if self._closed:
@@ -416,72 +348,7 @@ class SpectralEntropyMonitor:
         self._last_step = step
         return step
 
-    def _evaluate(self, layer: str, h: Tensor) -> _Evaluated:
-        try:
-            if isinstance(h, Tensor):
-                old = self._devices.get(layer, h.device)
-                if old != h.device:
-                    raise ValueError(
-                        f"the activations moved from {old} to {h.device}: move the model back, or load the "
-                        "state_dict() of this monitor into a new one"
-                    )
-            tokens = self._tokens if isinstance(h, Tensor) and h.ndim == 3 else None
-            result = spectral_entropy(h, tokens=tokens)
-            jackknife = self._standard_error and result.n >= 3
-            sampling = sampling_error(h, tokens=tokens) if jackknife else None
-        except Exception as error:
-            error.add_note(f"in the activations of layer {layer!r}")
-            raise
-        self._devices[layer] = h.device
-        return result, sampling
-
-    def _arrive(self, step: int, results: Mapping[str, _Evaluated]) -> list[EntropyRecord]:
-        for layer, (result, _) in results.items():
-            self._recording.check(step, layer, result.d)
-        records = [EntropyRecord.of(step, layer, *evaluated) for layer, evaluated in results.items()]
-        for record in records:
-            if record.layer not in self._recording.layers:
-                self._warn_of_ceiling(record)
-            self._recording.add(record)
-            self._log(record)
-        return records
-
-    def _raise_nonfinite(self, records: list[EntropyRecord]) -> list[EntropyRecord]:
-        for record in records:
-            if record.status is Status.NONFINITE and self._on_nonfinite == "raise":
-                raise FloatingPointError(f"layer {record.layer!r} at step {record.step}: {record.message}")
-        return records
-
-    def _warn_of_ceiling(self, record: EntropyRecord) -> None:
-        if self._threshold is not None and self._threshold > record.ceiling:
-            warnings.warn(
-                f"the threshold {self._threshold} is above {record.ceiling:.4f}, the most that {record.n} "
-                f"samples of layer {record.layer!r} with d = {record.d} can reach: every record is below it",
-                UserWarning,
-                stacklevel=4,
-            )
-
-    def _log(self, record: EntropyRecord) -> None:
-        if self._on_record is None:
-            return
-        try:
-            self._on_record(record)
-        except Exception as error:  # whatever a logger raises must not end training
-            if not self._logger_failed:
-                self._logger_failed = True
-                warnings.warn(
-                    f"on_record failed at step {record.step}: {error!r}; training and the monitor go on, "
-                    "without further warnings",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

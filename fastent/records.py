@@ -134,6 +134,7 @@ class Recording:
         self.records: deque[EntropyRecord] = deque(maxlen=size)
         self.threshold = threshold
         self._layers: dict[str, _Layer] = {}
+        self._expected: dict[str, _Layer] = {}
 
     @property
     def layers(self) -> set[str]:
@@ -149,7 +150,7 @@ class Recording:
 
     def check(self, step: int, layer: str, d: int | None = None) -> None:
         """Refuse a second record of `layer` at `step`, or another width than before."""
-        known = self._layers.get(layer)
+        known = self._expected.get(layer) or self._layers.get(layer)
         if known is None:
             return
         if known.newest == step:
@@ -159,6 +160,10 @@ class Recording:
                 f"layer {layer!r} had d = {known.d} and now has d = {d}: entropies of different widths do "
                 "not compare; record it under another name"
             )
+
+    def expect(self, step: int, layer: str, d: int) -> None:
+        """Let `check` count a record that is on its way."""
+        self._expected[layer] = _Layer(d, step)
 
     def add(self, record: EntropyRecord) -> None:
         """Keep a record that `check` let through."""
@@ -181,6 +186,7 @@ class Recording:
         layers = {name: _Layer(**values) for name, values in state["layers"].items()}
         same_threshold = state["threshold"] == self.threshold
         self.records, self._layers = deque(records, maxlen=self.records.maxlen), layers
+        self._expected = {}
         if not same_threshold:
             for layer in layers.values():
                 layer.crossed_at = None

@@ -1,0 +1,116 @@
+"""What can be asked of a monitor: the records that have arrived, crossings, stopping, forecast, diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fastent.diagnosis import Diagnosis, diagnose
+from fastent.forecast import WINDOW as FORECAST_WINDOW
+from fastent.forecast import Forecast, predict_grok_time
+from fastent.history import History
+from fastent.power_law import PowerLaw
+from fastent.records import EntropyRecord, Recording
+
+
+class Readings:
+    """The reading side of `fastent.SpectralEntropyMonitor`: what it knows, from the records that have arrived.
+
+    Parameters
+    ----------
+    recording : Recording
+        Where the records are kept; its threshold is the monitor's.
+    law : PowerLaw or None
+        What `predict_grok_time` forecasts with.
+    stopping : callable or None
+        Policy for `should_stop`: a function of the monitor.
+    """
+
+    def __init__(
+        self, recording: Recording, law: PowerLaw | None, stopping: Callable[[Any], bool] | None
+    ) -> None:
+        self._recording = recording
+        self._law = law
+        self._stopping = stopping
+        self._last_step: int | None = None
+
+    @property
+    def history(self) -> list[EntropyRecord]:
+        """The newest `history_size` records that have arrived, oldest first."""
+        return list(self._recording.records)
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest step that the monitor was told of."""
+        return self._last_step
+
+    @property
+    def crossings(self) -> dict[str, int]:
+        """First step with a usable record below the threshold, by layer; a layer without one is absent."""
+        return self._recording.crossings
+
+    @property
+    def crossed(self) -> bool:
+        """Whether every watched layer has been below the threshold at some step; False without one."""
+        watched = self._recording.layers.union(self._named_layers())
+        return bool(watched) and watched <= self.crossings.keys()
+
+    def should_stop(self) -> bool:
+        """Answer of the stopping policy, from the records that have arrived; False if none was given."""
+        return self._stopping is not None and self._stopping(self)
+
+    def predict_grok_time(self, *, layer: str | None = None) -> Forecast:
+        """Forecast when the run will grok, by the monitor's law.
+
+        Parameters
+        ----------
+        layer : str, optional
+            Needed where more than one is recorded.
+
+        Returns
+        -------
+        Forecast
+            Always one; see `fastent.predict_grok_time` for when its `step` is None.
+
+        Raises
+        ------
+        ValueError
+            If `layer` is needed or has no record.
+        """
+        return predict_grok_time(History.from_records(self._of(layer)[-FORECAST_WINDOW:]), self._law)
+
+    def diagnose(self, *, layer: str | None = None, test_accuracy: float | None = None) -> Diagnosis:
+        """Find the run's row in the paper's diagnostic guide.
+
+        Parameters
+        ----------
+        layer : str, optional
+            Needed where more than one is recorded.
+        test_accuracy : float, optional
+            The latest, in [0, 1]. Without it a collapse cannot be told from grokking.
+
+        Returns
+        -------
+        Diagnosis
+            For the monitor's threshold; other tolerances are arguments of `fastent.diagnose`.
+
+        Raises
+        ------
+        ValueError
+            If `layer` is needed or has no record, or the accuracy lies outside [0, 1].
+        """
+        history = History.from_records(self._of(layer))
+        return diagnose(history, threshold=self._recording.threshold, test_accuracy=test_accuracy)
+
+    def _named_layers(self) -> Iterable[str]:
+        """Layers that are to be recorded, whether they have been or not."""
+        return ()
+
+    def _of(self, layer: str | None) -> list[EntropyRecord]:
+        """Return the records of one layer, oldest first; of the only one where `layer` is None."""
+        recorded = sorted(self._recording.layers)
+        if layer is None and len(recorded) > 1:
+            raise ValueError(f"several layers are recorded: name one of {recorded} as layer")
+        if layer is not None and layer not in recorded:
+            raise ValueError(f"layer {layer!r} has no record; recorded so far: {recorded}")
+        return [record for record in self._recording.records if layer in (None, record.layer)]

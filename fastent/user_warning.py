@@ -1,0 +1,16 @@
+"""A warning that points at the user's line, however deep in the package it arises."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn at the innermost frame outside of this package."""
+    level = 1
+    frame: FrameType | None = sys._getframe(0)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastent":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
