@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastent.experiments import committed, corrections, figures, origin, paper, summary
+from fastent.experiments import committed, corrections, figure_index, figures, origin, paper, summary
 from fastent.experiments.document import Section, Table, as_html, as_markdown, figures_of
 from fastent.experiments.parts import EXPERIMENTS, Experiment
 from fastent.experiments.stored import StoredRun, read_runs
@@ -103,13 +103,15 @@ def _write(path: Path, text: str) -> None:
 def _sections(stored: Sequence[StoredRun], runs: Path, out: Path) -> list[Section]:
     made = {experiment.id: experiment.make_part(stored) for experiment in EXPERIMENTS}
     parts = {name: part for name, part in made.items() if part is not None}
+    analyses = [
+        _with_provenance(parts[experiment.id].section, experiment, stored, runs)
+        for experiment in EXPERIMENTS
+        if experiment.id in parts
+    ]
     return [
         summary.section(parts, stored, runs),
-        *(
-            _with_provenance(parts[experiment.id].section, experiment, stored, runs)
-            for experiment in EXPERIMENTS
-            if experiment.id in parts
-        ),
+        figure_index.section(analyses),
+        *analyses,
         _meanings(),
         paper.section(),
         corrections.section(),
