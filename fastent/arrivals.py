@@ -77,15 +77,17 @@ class Arrivals:
         self._records, self._to_raise = [], None
 
     def _record(self, step: int, results: Mapping[str, Evaluated]) -> None:
-        for layer, evaluated in results.items():
-            record = EntropyRecord.of(step, layer, *evaluated)
-            if layer not in self._recording.layers:
-                self._warn_of_ceiling(record)
+        records = [EntropyRecord.of(step, layer, *evaluated) for layer, evaluated in results.items()]
+        new = [record for record in records if record.layer not in self._recording.layers]
+        for record in records:
             self._recording.add(record)
-            self._log(record)
             self._records.append(record)
             if record.status is Status.NONFINITE and self._on_nonfinite == "raise":
                 self._to_raise = self._to_raise or record
+        for record in records:  # kept by now, in case a warning is made an error
+            self._log(record)
+        for record in new:
+            self._warn_of_ceiling(record)
 
     def _warn_of_ceiling(self, record: EntropyRecord) -> None:
         threshold = self._recording.threshold

@@ -172,13 +172,12 @@ class DeferredEntropy:
                 self._worker = None
 
     def _commit(self, evaluation: Evaluation) -> None:
+        if not evaluation.done:
+            if self._worker is None:
+                self._worker = Worker()
+                weakref.finalize(self, self._worker.abandon)
+            self._worker.submit(evaluation)
         self._ordered.append(evaluation)
-        if evaluation.done:
-            return
-        if self._worker is None:
-            self._worker = Worker()
-            weakref.finalize(self, self._worker.abandon)
-        self._worker.submit(evaluation)
 
     def _stage(self, x: Tensor) -> Staged | None:
         device = self._device_of(x)

@@ -199,11 +199,12 @@ def _solve(state: _State, evaluation: Evaluation, spectra: Mapping[Staged, Spect
 
 
 def _arrived(state: _State, queue: list[Evaluation]) -> list[Evaluation]:
-    """Wait for the first; return it and those right behind it that are there too."""
+    """Wait for the first; return it and those right behind it that are there too, of all that was submitted."""
     pause = _FIRST_PAUSE
     while not _is_there(queue[0]) and not state.stopping:
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
+    queue += state.take(wait=False)  # what came in the meantime
     count = 1
     while count < len(queue) and _is_there(queue[count]):
         count += 1
@@ -231,7 +232,7 @@ def _solve_together(evaluations: list[Evaluation]) -> dict[Staged, Spectrum]:
             continue
         try:
             values = streams.solve([staged.source for staged in group if staged.source is not None])
-        except RuntimeError as error:  # torch.linalg.LinAlgError is one
+        except Exception as error:  # whatever a device's solver raises, LAPACK still works
             _fall_back(str(error))
             continue
         for staged, own in zip(group, values, strict=True):

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_device import FakeStreams
 from torch import Tensor, nn
 
 from fastent import guard
+from fastent.devices import Devices, Host
 from fastent.guard import undisturbed
 from fastent.monitor import SpectralEntropyMonitor
+from fastent.ring import Ring
 
 STEPS = 12
 
@@ -102,15 +105,30 @@ def probe() -> Tensor:
     return torch.linspace(-1, 1, 40 * 6).reshape(40, 6).sin()
 
 
+@pytest.mark.parametrize("where", ["in line", "worker", "device"])
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
-def test_training_with_a_monitor_gives_the_same_bits_as_without(optimizer: Any) -> None:
+def test_training_with_a_monitor_gives_the_same_bits_as_without(
+    optimizer: Any, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monitors = []
+    streams = FakeStreams()
+    by = {"in line": None, "worker": Host(), "device": Ring(streams)}[where]
+    monkeypatch.setattr(Devices, "of", lambda self, x: by)
 
     def watch(model: nn.Module) -> Callable[[int], object]:
-        monitors.append(SpectralEntropyMonitor(model, probe(), ["1", "6"], every=1))
-        return monitors[0].step
+        monitors.append(SpectralEntropyMonitor(model, probe(), ["1", "6"], every=1, on_full="block"))
 
+        def step(i: int) -> None:
+            streams.tick()
+            monitors[0].step(i)
+
+        return step
+
+    threads = torch.get_num_threads()
     assert train(optimizer, watch) == train(optimizer, None)
+    assert torch.get_num_threads() == threads
+    streams.tick()
+    monitors[0].close()
     assert len(monitors[0].history) == 2 * STEPS
 
 
