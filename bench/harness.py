@@ -1,16 +1,22 @@
-"""What every benchmark shares: interleaved timing, the environment record, one row format.
+"""What every benchmark shares: interleaved timing, pinned threads, the environment record, one row format.
 
 Machines are noisy, so providers are timed in turn within one process (A B A B ...) and compared by the ratio of
-neighbours; absolute microseconds are for orientation only.
+neighbours; absolute microseconds are for orientation only. A pool of threads keeps the size that it started with, so
+each thread count has a process of its own (`command`).
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import json
+import os
 import platform
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +24,44 @@ import numpy as np
 import torch
 
 Row = dict[str, Any]
+Measure = Callable[[bool], list[Row]]
+
+ROOT = Path(__file__).parent.parent
+POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# A library that was told to use another processor's kernels is not at its best.
+OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
 
 def interleaved(
-    providers: Mapping[str, Callable[[], object]], *, rounds: int = 25, target: float = 0.02
+    providers: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 25,
+    target: float = 0.02,
+    budget: float | None = None,
 ) -> dict[str, np.ndarray]:
     """Seconds per call, shape (rounds,), of each provider; every round times each of them once, in turn.
 
     Parameters
     ----------
     providers : mapping of name to callable
-        All are called once before the clock starts, as warm-up.
+        All are called once before the clock starts, as warm-up (a call of more than half a second: its time counts
+        for nothing but the number of rounds).
     rounds : int
         Rounds counted.
     target : float
         Seconds that one measurement should last: short calls are repeated within it.
+    budget : float, optional
+        Seconds that all rounds together should last at most: slow calls get fewer rounds, but three at least.
     """
-    repeats = {}
+    repeats, once = {}, 0.0
     for name, call in providers.items():
-        call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, round(target / max(time.perf_counter() - start, 1e-7)))
+        took = _seconds(call)
+        if took < 0.5:
+            took = max(_seconds(call), 1e-7)
+        repeats[name] = max(1, round(target / took))
+        once += repeats[name] * took
+    if budget is not None:
+        rounds = min(rounds, max(3, int(budget / once)))
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(rounds):
         for name, call in providers.items():
@@ -50,6 +72,12 @@ def interleaved(
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def ratio(ours: np.ndarray, theirs: np.ndarray, *, resamples: int = 2000) -> tuple[float, float, float]:
     """Median of the round-by-round ratio of two timings and its 95 % bootstrap interval."""
     ratios = ours / theirs
@@ -58,14 +86,20 @@ def ratio(ours: np.ndarray, theirs: np.ndarray, *, resamples: int = 2000) -> tup
     return float(np.median(ratios)), float(low), float(high)
 
 
+def ratio_columns(ours: np.ndarray, theirs: np.ndarray) -> Row:
+    """`ratio` as columns of a row."""
+    middle, low, high = ratio(ours, theirs)
+    return {"ratio": round(middle, 4), "ratio_low": round(low, 4), "ratio_high": round(high, 4)}
+
+
 def quantiles(seconds: np.ndarray) -> Row:
     """Microseconds at the 20th, 50th and 80th percentile."""
     low, middle, high = np.quantile(seconds * 1e6, [0.2, 0.5, 0.8])
     return {"us_p20": round(low, 2), "us_p50": round(middle, 2), "us_p80": round(high, 2)}
 
 
-def environment() -> Row:
-    """Machine and versions, for every row."""
+def environment(*packages: str) -> Row:
+    """Machine and versions, for every row; `packages` are distributions whose versions are recorded too."""
     try:
         import triton
 
@@ -78,18 +112,98 @@ def environment() -> Row:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if cuda
         else None,
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
         "triton": triton_version,
+        **{package: version(package) for package in packages},
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),  # above the threads of the benchmark: others were running
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
     }
+
+
+def version(package: str) -> str | None:
+    """Version of an installed distribution, None if it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a file, in order; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def command(
+    module: str,
+    description: str | None,
+    measure: Measure,
+    show: Callable[[list[Row]], str],
+    *,
+    threads: Sequence[int] = (1, 2),
+    quick_threads: Sequence[int] = (1,),
+    changes: Mapping[str, str] | None = None,
+) -> None:
+    """Command line of a benchmark: a process for each thread count, a table on the screen, rows in a file.
+
+    Parameters
+    ----------
+    module : str
+        Name for ``python -m``, such as "bench.covariance".
+    description : str
+        Its docstring.
+    measure : callable
+        Rows of one thread count, measured in this process; gets whether to be quick.
+    show : callable
+        Table, as text, of all rows.
+    threads, quick_threads : sequence of int
+        Thread counts measured by default.
+    changes : mapping, optional
+        Environment variables that a process needs besides.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--threads", type=int, nargs="+")
+    parser.add_argument("--out", type=Path, help="file for the rows")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        torch.set_num_threads(arguments.part)
+        write_rows(arguments.out, measure(arguments.quick))
+        return
+    counts = arguments.threads or (quick_threads if arguments.quick else threads)
+    rows = []
+    for count in counts:
+        rows += part(module, count, *(["--quick"] if arguments.quick else []), changes=changes)
+    print(show(rows))
+    if arguments.out:
+        write_rows(arguments.out, rows)
+
+
+def part(module: str, threads: int, *options: str, changes: Mapping[str, str] | None = None) -> list[Row]:
+    """Rows of one thread count from a process of its own; `changes` are added to its environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.jsonl"
+        line = [sys.executable, "-m", module, "--part", str(threads), "--out", str(out), *options]
+        subprocess.run(line, check=True, cwd=ROOT, env=pinned(threads) | dict(changes or {}))
+        return read_rows(out)
+
+
+def pinned(threads: int) -> dict[str, str]:
+    """Environment variables of a process whose pools have `threads` threads and choose their own kernels."""
+    kept = {name: value for name, value in os.environ.items() if name not in OVERRIDES}
+    return kept | dict.fromkeys(POOLS, str(threads))
 
 
 def _processor() -> str:
