@@ -8,8 +8,9 @@ for an architecture and disassembled. The gates on what comes out:
 - no stack and no local loads or stores: nothing spills;
 - at most 255 registers, and shared memory within the block limit of the architecture.
 
-``python -m fastent.kernels.compile`` prints the table and exits with 1 where a gate fails. It says nothing of
-speed, and the interpreter cannot be used: unset TRITON_INTERPRET.
+``python -m fastent.kernels.compile`` prints the table and exits with 1 where a gate fails. ``--check FILE`` compares
+it with a table that was written before and shows the lines that differ. It says nothing of speed, and the
+interpreter cannot be used: unset TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -17,11 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,18 +34,18 @@ from triton.runtime.jit import create_function_from_signature
 
 from .covariance import covariance_launches
 from .gram import gram_launches
-from .launch import TABLE, Launch
+from .launch import TABLE, Launch, Side
+from .memory import output, workspace
+from .sass import Loop, count_loop, disassemble, spills
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 LAYOUTS = ("contiguous", "transposed", "odd", "strided")
-SHARED_LIMIT = {80: 166912, 90: 232448}  # bytes a block may have
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have
 MAX_REGISTERS = 255
+# Triton 3.6 and 3.7 abort on a float64 product for sm_100.
+ARCHS = (80, 90) if triton.__version__.startswith(("3.6.", "3.7.")) else (80, 90, 100)
 
 _PRODUCTS = ("covariance", "gram")  # the kernels with a matrix product
-
-_INSTRUCTION = re.compile(r"^\s+(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*(?:\.\w+)*)")
-_LABEL = re.compile(r"^(\.L\w+):")
-_BRANCH = re.compile(r"\bBRA\b.*`\((\.L\w+)\)")
 
 
 @dataclass(frozen=True)
@@ -58,23 +56,24 @@ class Resources:
     dtype: str  # of the input; the second stage of a split has none of its own
     layout: str
     edge: int | None  # of the output tile
+    warps: int
+    stage: str  # "part" writes partial sums, "whole" results
+    spread: bool  # the participation ratio included
     arch: int
     registers: int
     stack: int  # bytes
     spills: int  # local loads and stores
     shared: int  # bytes
-    matrix: dict[str, int]  # matrix instructions of the inner loop
-    fma: int  # scalar float64 fused multiply-adds in that loop
-    async_copies: int
+    loop: Loop
 
     @property
     def faults(self) -> tuple[str, ...]:
         """The gates this kernel fails, in words."""
         found = []
-        if self.kernel in _PRODUCTS and not any(name.startswith("DMMA") for name in self.matrix):
+        if self.kernel in _PRODUCTS and not any(name.startswith("DMMA") for name in self.loop.matrix):
             found.append("no DMMA in the inner loop")
-        if self.fma:
-            found.append(f"{self.fma} DFMA in the inner loop")
+        if self.loop.fma:
+            found.append(f"{self.loop.fma} DFMA in the inner loop")
         if self.stack or self.spills:
             found.append(f"spills: {self.stack} bytes of stack, {self.spills} local accesses")
         if self.registers > MAX_REGISTERS:
@@ -85,16 +84,28 @@ class Resources:
 
 
 def launches(dtype: torch.dtype, layout: str) -> Iterator[Launch]:
-    """Every launch of the table for one input dtype and layout, on tensors that hold no data."""
-    smallest = 0
-    for largest, _ in TABLE:
-        m = largest or 2 * smallest
-        smallest = m
-        for build, n, d, edge in ((covariance_launches, 4096, m, m), (gram_launches, m, 4096, m)):
-            h = _empty(n, d, dtype, layout)
-            lower = torch.empty((1, edge, edge), dtype=torch.float64, device="meta")
-            centre = torch.empty((1, 3, d), dtype=torch.float64, device="meta")
-            yield from build(h, lower, centre, 1 / n)
+    """Every launch of the table for one input dtype and layout, on tensors that hold no data.
+
+    With the spread and without for contiguous input; without for the others, where it is the same code.
+    """
+    for side, entries in TABLE.items():
+        smallest = 0
+        for entry in entries:
+            largest = entry.largest or smallest + 1024
+            for spread in (False, True) if layout == "contiguous" else (False,):
+                yield from _launches_of(side, largest, 64, dtype, layout, spread)  # one part
+                yield from _launches_of(side, smallest + 32, 4096, dtype, layout, spread)  # parts
+            smallest = largest
+
+
+def _launches_of(
+    side: Side, m: int, length: int, dtype: torch.dtype, layout: str, spread: bool
+) -> list[Launch]:
+    n, d = (length, m) if side == "covariance" else (m, length)
+    h = _empty(n, d, dtype, layout)
+    out = output(side, 1, n, d, h.device, spread=spread)
+    work = workspace(side, 1, n, d, h.device, spread=spread)
+    return (covariance_launches if side == "covariance" else gram_launches)(h, out, work, 1 / n)
 
 
 def _empty(n: int, d: int, dtype: torch.dtype, layout: str) -> Tensor:
@@ -120,138 +131,110 @@ def specialize(launch: Launch, arch: int) -> tuple[ASTSource, dict[str, Any]]:
 def measure(launch: Launch, arch: int, *, layout: str, seen: set[str]) -> Resources | None:
     """Compile one launch for one architecture and read its resources; None if `seen` has it already."""
     source, options = specialize(launch, arch)
-    key = f"{arch} {source.hash()}"
+    key = f"{arch} {source.hash()} {options['num_warps']}"
     if key in seen:
         return None
     seen.add(key)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage, sass = _disassemble(compiled.asm["cubin"])
-    inner = Counter(_instructions(_inner_loop(sass)))
-    whole = Counter(_instructions(sass))
+    usage, sass = disassemble(compiled.asm["cubin"])
     element = source.signature.get("h_ptr", "*").removeprefix("*")
-    names = launch.kernel.arg_names
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=True))
     return Resources(
         kernel=launch.kernel.__name__.removeprefix("_").removesuffix("_kernel"),
         dtype=element or "-",
         layout=layout if element else "-",
-        edge=launch.args[names.index("EDGE")] if "EDGE" in names else None,
+        edge=arguments.get("EDGE"),
+        warps=launch.options["num_warps"],
+        stage="part" if element and arguments.get("partial_ptr") is not None else "whole",
+        spread=arguments.get("spread_ptr") is not None,
         arch=arch,
         registers=usage["REG"],
         stack=usage["STACK"],
-        spills=sum(count for name, count in whole.items() if name.split(".")[0] in ("STL", "LDL")),
+        spills=spills(sass),
         shared=compiled.metadata.shared,
-        matrix={
-            name: count for name, count in sorted(inner.items()) if name.split(".")[0] in ("DMMA", "HMMA")
-        },
-        fma=inner["DFMA"],
-        async_copies=sum(count for name, count in whole.items() if name.startswith("LDGSTS")),
+        loop=count_loop(sass),
     )
 
 
 def measure_all(
-    archs: Iterable[int] = tuple(SHARED_LIMIT),
-    dtypes: Iterable[torch.dtype] = DTYPES,
-    layouts: Iterable[str] = LAYOUTS,
+    archs: Iterable[int] = ARCHS, dtypes: Iterable[str] = tuple(DTYPES), layouts: Iterable[str] = LAYOUTS
 ) -> Iterator[Resources]:
     """Resources of every kernel the launch table leads to, as they are compiled."""
     seen: set[str] = set()
     for arch in archs:
         for layout in layouts:
             for dtype in dtypes:
-                for launch in launches(dtype, layout):
+                for launch in launches(DTYPES[dtype], layout):
                     found = measure(launch, arch, layout=layout, seen=seen)
                     if found is not None:
                         yield found
 
 
-def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[str]]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.cubin")
-        file.write_bytes(cubin)
-        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
-        sass = _output(triton.knobs.nvidia.nvdisasm.path, "-c", str(file))
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}, sass.splitlines()
+_COLUMNS = (
+    *("kernel", "dtype", "layout", "edge", "warps", "stage", "spread", "arch", "regs", "stack", "spills"),
+    *("shared", "inner loop", "DFMA", "LDS", "STS", "LDG", "LDGSTS", "BAR", "gates"),
+)
+_FORM = (
+    "{:<11} {:<5} {:<10} {:>4} {:>5} {:<5} {:<6} {:<6} {:>4} {:>5} {:>6} {:>6}"
+    "  {:<19} {:>4} {:>3} {:>3} {:>3} {:>6} {:>3}  {}"
+)
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def header() -> str:
+    """First line of a table."""
+    return _FORM.format(*_COLUMNS)
 
 
-def _inner_loop(sass: list[str]) -> list[str]:
-    """Lines of the shortest loop that holds a matrix instruction or a float64 multiply-add, or none."""
-    labels: dict[str, int] = {}
-    loops = []
-    for number, line in enumerate(sass):
-        if label := _LABEL.match(line):
-            labels[label[1]] = number
-        if (branch := _BRANCH.search(line)) and branch[1] in labels:
-            loops.append(sass[labels[branch[1]] : number + 1])
-    products = [
-        body for body in loops if any(name.startswith(("DMMA", "DFMA")) for name in _instructions(body))
-    ]
-    return min(products, key=len, default=[])
-
-
-def _instructions(sass: Iterable[str]) -> Iterator[str]:
-    return (found[1] for line in sass if (found := _INSTRUCTION.match(line)))
-
-
-def table(rows: Iterable[Resources]) -> Iterator[str]:
-    """Lines of a plain-text table, one for each kernel."""
-    form = "{:<11} {:<5} {:<10} {:>4}  {:<5} {:>4} {:>5} {:>6} {:>6}  {:<19} {:>4} {:>5}  {}"
-    yield form.format(
-        *("kernel", "dtype", "layout", "edge", "arch", "regs", "stack", "spills", "shared"),
-        *("inner loop", "DFMA", "async", "gates"),
+def line(row: Resources) -> str:
+    """Line of the table for one kernel."""
+    loop = row.loop
+    matrix = ", ".join(f"{count} {name}" for name, count in loop.matrix.items())
+    return _FORM.format(
+        *(row.kernel, row.dtype, row.layout, row.edge or "-", row.warps, row.stage),
+        *("yes" if row.spread else "no", f"sm_{row.arch}", row.registers, row.stack, row.spills, row.shared),
+        *(matrix or "-", loop.fma, loop.shared_loads, loop.shared_stores, loop.loads, loop.async_copies),
+        *(loop.barriers, "; ".join(row.faults) or "ok"),
     )
-    for row in rows:
-        matrix = ", ".join(f"{count} {name}" for name, count in row.matrix.items())
-        yield form.format(
-            *(row.kernel, row.dtype, row.layout, row.edge or "-", f"sm_{row.arch}", row.registers, row.stack),
-            *(
-                row.spills,
-                row.shared,
-                matrix or "-",
-                row.fma,
-                row.async_copies,
-                "; ".join(row.faults) or "ok",
-            ),
-        )
+
+
+def differences(lines: Iterable[str], file: Path) -> list[str]:
+    """Lines of a table that a written one has not got; all of them where that is of another Triton."""
+    known = file.read_text().splitlines()
+    if known[0] != f"triton {triton.__version__}":
+        return [f"{file} is of {known[0]}, this is {triton.__version__}"]
+    return [f"not in {file}: {found}" for found in lines if found not in known]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile everything, print what came out, and return 1 if a gate fails."""
+    """Compile what is asked for, print what came out, and return 1 if a gate fails or the table has changed."""
     parser = argparse.ArgumentParser(
         prog="python -m fastent.kernels.compile", description=__doc__.split("\n")[0]
     )
-    parser.add_argument(
-        "--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: all"
-    )
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the input; default: all")
     parser.add_argument("--layout", action="append", choices=LAYOUTS, help="of the input; default: all")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="compare with a table written before")
     options = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so nothing can be compiled; unset it")
-    failed = False
-
-    def watched() -> Iterator[Resources]:
-        nonlocal failed
-        for row in measure_all(options.arch or tuple(SHARED_LIMIT), layouts=options.layout or LAYOUTS):
-            failed = failed or bool(row.faults)
-            yield row
-
+    lines, failed = [], False
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # an empty cache: what is measured was compiled now
-        if options.json:
-            for row in watched():
-                print(
-                    json.dumps({**asdict(row), "faults": row.faults, "triton": triton.__version__}),
-                    flush=True,
-                )
-        else:
-            print(f"triton {triton.__version__}")
-            for line in table(watched()):
-                print(line, flush=True)
-    return int(failed)
+        if not options.json:
+            print(f"triton {triton.__version__}\n{header()}", flush=True)
+        found = measure_all(options.arch or ARCHS, options.dtype or DTYPES, options.layout or LAYOUTS)
+        for row in found:
+            lines.append(line(row))
+            failed = failed or bool(row.faults)
+            record = {**asdict(row), "faults": row.faults, "line": lines[-1], "triton": triton.__version__}
+            print(json.dumps(record) if options.json else lines[-1], flush=True)
+    if options.write:
+        options.write.write_text("\n".join([f"triton {triton.__version__}", header(), *lines]) + "\n")
+    changed = differences(lines, options.check) if options.check else []
+    print(*changed, sep="\n", end="\n" if changed else "", file=sys.stderr)
+    return int(failed or bool(changed))
 
 
 if __name__ == "__main__":

@@ -10,26 +10,32 @@ The shift of a column is the median of its first, middle and last entry. The err
 entry is a lone outlier, as row 0 can be (the first token of a language model). The median of three is not one,
 and it is an entry of the column all the same: constant columns give exactly 0.
 
+Where the table says so (`Tile.means_first`), ``s`` comes from a launch of its own and the loop sums products alone:
+the same formula, in a loop with fewer registers and so fewer warps to a tile.
+
 Only the lower triangle is meaningful: tiles above the diagonal are never written. NaN and Inf come through to
 the diagonal. Nothing is checked here: see `fastent.activations`.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .gram import gram
 from .launch import Launch, plan
+from .means import means_launch
+from .memory import Output, Workspace
+from .spread import add_spread, tile_shares
 from .tiles import (
+    GROUP,
     column_shift,
     finish_launch,
     fold,
-    partials,
     product_launch,
     run,
+    spread_arguments,
     strides,
     tile_index,
     widen,
@@ -38,13 +44,17 @@ from .tiles import (
 __all__ = ["covariance", "covariance_launches", "gram", "shifted_covariance"]
 
 
-@triton.jit(do_not_specialize=["n", "tiles", "chunk"])
+@triton.jit(do_not_specialize=["n", "tiles", "chunk", "shares_batch"])
 def _covariance_kernel(
     h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
-    lower_ptr,  # (batch, d, d) fp64 out, when there is one part
-    centre_ptr,  # (batch, 3, d) fp64 out: shift, mean - shift, mean; when there are parts, the shift alone
-    partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64 out, when there are parts: sum of y y^T
-    sums_ptr,  # (batch, parts, d) fp64 out, when there are parts: sum of y
+    lower_ptr,  # (batch, d, d) fp64 out, where there is one part
+    centre_ptr,  # (batch, 3, d) fp64: shift, mean - shift, mean; in with MEANS_FIRST, else out (of a part: the shift)
+    partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64 out: sum of y y^T; None where there is one part
+    sums_ptr,  # (batch, parts, d) fp64 out: sum of y; None where there is one part
+    spread_ptr,  # (batch, 3) fp64 out; None: not wanted, or left to the second stage
+    shares_ptr,  # see add_spread
+    arrived_ptr,
+    shares_batch,
     n,
     d,
     h_batch,
@@ -55,6 +65,8 @@ def _covariance_kernel(
     scale: tl.float64,
     EDGE: tl.constexpr,
     STEP: tl.constexpr,
+    MEANS_FIRST: tl.constexpr,  # then there is one part
+    BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles).to(tl.int64)
@@ -66,8 +78,13 @@ def _covariance_kernel(
     cols_j = j * EDGE + tl.arange(0, EDGE)
     in_i = cols_i < d
     in_j = cols_j < d
-    shift_i = column_shift(h_ptr, n, cols_i, h_row, h_col, in_i)
-    shift_j = column_shift(h_ptr, n, cols_j, h_row, h_col, in_j)
+    at_centre = centre_ptr + 3 * batch * d
+    if MEANS_FIRST:
+        shift_i = tl.load(at_centre + cols_i, mask=in_i, other=0.0)
+        shift_j = tl.load(at_centre + cols_j, mask=in_j, other=0.0)
+    else:
+        shift_i = column_shift(h_ptr, n, cols_i, h_row, h_col, in_i)
+        shift_j = column_shift(h_ptr, n, cols_j, h_row, h_col, in_j)
 
     start = part * chunk
     stop = tl.minimum(start + chunk, n)
@@ -79,8 +96,9 @@ def _covariance_kernel(
     live = (rows < stop)[:, None]
     x_i = widen(tl.load(at_i, mask=live & in_i[None, :], other=0.0))
     x_j = widen(tl.load(at_j, mask=live & in_j[None, :], other=0.0))
-    sum_i = tl.zeros((STEP, EDGE), tl.float64)
-    sum_j = tl.zeros((STEP, EDGE), tl.float64)
+    if not MEANS_FIRST:
+        sum_i = tl.zeros((STEP, EDGE), tl.float64)
+        sum_j = tl.zeros((STEP, EDGE), tl.float64)
     product = tl.zeros((EDGE, EDGE), tl.float64)
     for _ in range(start, stop, STEP):
         # Padding becomes 0 after the shift: before it, it would become -shift.
@@ -93,49 +111,61 @@ def _covariance_kernel(
         live = (rows < stop)[:, None]
         next_i = tl.load(at_i, mask=live & in_i[None, :], other=0.0)
         next_j = tl.load(at_j, mask=live & in_j[None, :], other=0.0)
-        sum_i += y_i
-        sum_j += y_j
+        if not MEANS_FIRST:
+            sum_i += y_i
+            sum_j += y_j
         product = tl.dot(tl.trans(y_i), y_j, product, out_dtype=tl.float64)
         x_i = widen(next_i)
         x_j = widen(next_j)
-    total_i = fold(sum_i, STEP, EDGE)
-    total_j = fold(sum_j, STEP, EDGE)
 
     owner = in_i & (cols_i == cols_j)  # one tile on the diagonal writes for its columns
-    at_centre = centre_ptr + 3 * batch * d + cols_i
-    if parts == 1:
-        count = n.to(tl.float64)
-        delta_i = total_i / count
-        delta_j = total_j / count
-        # Symmetric in i and j, and no larger than the product: nothing overflows that need not.
-        outer = (delta_i[:, None] * delta_j[None, :]) * count
-        at = lower_ptr + (batch * d + cols_i[:, None]) * d + cols_j[None, :]
-        tl.store(at, (product - outer) * scale, mask=in_i[:, None] & in_j[None, :])
-        tl.store(at_centre, shift_i, mask=owner)
-        tl.store(at_centre + d, delta_i, mask=owner)
-        tl.store(at_centre + 2 * d, shift_i + delta_i, mask=owner)
+    if MEANS_FIRST:
+        delta_i = tl.load(at_centre + d + cols_i, mask=in_i, other=0.0)
+        delta_j = tl.load(at_centre + d + cols_j, mask=in_j, other=0.0)
     else:
-        index = batch * parts + part
+        total_i = fold(sum_i, STEP, EDGE)
+        total_j = fold(sum_j, STEP, EDGE)
+        delta_i = total_i / n.to(tl.float64)
+        delta_j = total_j / n.to(tl.float64)
+        if partial_ptr is None:
+            tl.store(at_centre + cols_i, shift_i, mask=owner)
+            tl.store(at_centre + d + cols_i, delta_i, mask=owner)
+            tl.store(at_centre + 2 * d + cols_i, shift_i + delta_i, mask=owner)
+        else:
+            tl.store(sums_ptr + (batch * parts + part) * d + cols_i, total_i, mask=owner)
+            if part == 0:
+                tl.store(at_centre + cols_i, shift_i, mask=owner)
+    if partial_ptr is None:
+        # Symmetric in i and j, and no larger than the product: nothing overflows that need not.
+        outer = (delta_i[:, None] * delta_j[None, :]) * n.to(tl.float64)
+        at = lower_ptr + (batch * d + cols_i[:, None]) * d + cols_j[None, :]
+        inside = in_i[:, None] & in_j[None, :]
+        result = (product - outer) * scale
+        tl.store(at, result, mask=inside)
+        if spread_ptr is not None:
+            trace, squares = tile_shares(tl.where(inside, result, 0.0), i, j, cols_i, cols_j)
+            add_spread(
+                trace, squares, tile, tiles, batch, spread_ptr, shares_ptr, shares_batch, arrived_ptr, BLOCK
+            )
+    else:
         r = tl.arange(0, EDGE)
-        tl.store(partial_ptr + (index * tiles + tile) * EDGE * EDGE + r[:, None] * EDGE + r[None, :], product)
-        tl.store(sums_ptr + index * d + cols_i, total_i, mask=owner)
-        if part == 0:
-            tl.store(at_centre, shift_i, mask=owner)
+        at = partial_ptr + ((batch * parts + part) * tiles + tile) * EDGE * EDGE
+        tl.store(at + r[:, None] * EDGE + r[None, :], product)
 
 
-def covariance_launches(h: Tensor, lower: Tensor, centre: Tensor, scale: float) -> list[Launch]:
-    """Return the launches that fill `lower` (batch, d, d) and `centre` (batch, 3, d) from `h` (batch, n, d)."""
-    n, d = h.shape[1:]
-    cut = plan(d, n)
-    partial, sums = lower, centre  # not touched when there is one part
+def covariance_launches(h: Tensor, out: Output, work: Workspace, scale: float) -> list[Launch]:
+    """Return the launches that fill `out` from `h` (n, d) or (batch, n, d)."""
+    n, d = h.shape[-2:]
+    cut = plan("covariance", d, n)
+    tile = cut.tile
+    shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale, tile.edge, tile.step, tile.means_first, GROUP)
+    memory = (h, out.lower, out.centre, work.partial, work.sums, *spread_arguments(out, work, cut))
+    launches = [product_launch(_covariance_kernel, out, cut, (*memory, *shape))]
+    if tile.means_first:
+        return [means_launch(h, out.centre), *launches]
     if cut.parts > 1:
-        partial = partials(h, cut)
-        sums = torch.empty((h.shape[0], cut.parts, d), dtype=torch.float64, device=h.device)
-    shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale, cut.tile.edge, cut.tile.step)
-    product = product_launch(_covariance_kernel, h, cut, (h, lower, centre, partial, sums, *shape))
-    if cut.parts == 1:
-        return [product]
-    return [product, finish_launch(partial, sums, lower, centre, n, cut, scale)]
+        launches.append(finish_launch(out, work, out.centre, n, cut, scale))
+    return launches
 
 
 def covariance(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -156,7 +186,7 @@ def covariance(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor
     mean : Tensor, shape (d,) or (batch, d), float64
         Column means.
     """
-    lower, centre = run(covariance_launches, h, h.shape[-1], scale)
+    lower, centre = run("covariance", covariance_launches, h, scale)
     return lower, centre[..., 2, :]
 
 
@@ -180,5 +210,5 @@ def shifted_covariance(h: Tensor, *, scale: float | None = None) -> tuple[Tensor
         Column means minus `shift`, to the last bits of their own size. Merging the moments of parts needs
         them: where the offset is large, a mean in one float64 has lost more than the merge may lose.
     """
-    lower, centre = run(covariance_launches, h, h.shape[-1], scale)
+    lower, centre = run("covariance", covariance_launches, h, scale)
     return lower, centre[..., 0, :], centre[..., 1, :]

@@ -4,8 +4,8 @@
 
 ``G = Z Z^T * scale`` with ``z_n = (h_n - shift) - mean(h - shift)``, the shift as in `fastent.kernels.covariance`.
 Centring needs every row before the first product, and correcting afterwards would need the row sums of all of G;
-so the means come from a launch of their own, which reads `h` once: small beside the product, and the result has
-the accuracy of two passes.
+so the means come from a launch of their own (`means`): small beside the product, and the result has the accuracy of
+two passes.
 """
 
 from __future__ import annotations
@@ -15,64 +15,31 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, plan
+from .means import means_launch
+from .memory import Output, Workspace
+from .spread import add_spread, tile_shares
 from .tiles import (
-    OPTIONS,
-    column_shift,
+    GROUP,
     finish_launch,
-    fold,
-    partials,
     product_launch,
     run,
+    spread_arguments,
     strides,
     tile_index,
     widen,
 )
 
-# Rows and columns that one program of the column means holds at once.
-_ROWS, _COLUMNS, _WARPS = 128, 32, 8
 
-
-@triton.jit(do_not_specialize=["n", "blocks"])
-def _mean_kernel(
-    h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
-    centre_ptr,  # (batch, 3, d) fp64 out: shift, mean - shift, mean
-    n,
-    d,
-    h_batch,
-    h_row,
-    h_col,
-    blocks,  # blocks of columns
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    cols = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = cols < d
-    h_ptr += batch * h_batch
-    shift = column_shift(h_ptr, n, cols, h_row, h_col, inside)
-    rows = tl.arange(0, ROWS)
-    at = h_ptr + rows.to(tl.int64)[:, None] * h_row + cols.to(tl.int64)[None, :] * h_col
-    stride = tl.full((), ROWS, tl.int64) * h_row
-    total = tl.zeros((ROWS, COLUMNS), tl.float64)
-    for _ in range(0, n, ROWS):
-        live = (rows < n)[:, None]
-        x = tl.load(at, mask=live & inside[None, :], other=0.0).to(tl.float64)
-        total += tl.where(live, x - shift[None, :], 0.0)
-        rows += ROWS
-        at += stride
-    delta = fold(total, ROWS, COLUMNS) / n.to(tl.float64)
-    at_centre = centre_ptr + 3 * batch * d + cols
-    tl.store(at_centre, shift, mask=inside)
-    tl.store(at_centre + d, delta, mask=inside)
-    tl.store(at_centre + 2 * d, shift + delta, mask=inside)
-
-
-@triton.jit(do_not_specialize=["n", "tiles", "chunk"])
+@triton.jit(do_not_specialize=["n", "tiles", "chunk", "shares_batch"])
 def _gram_kernel(
     h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
     centre_ptr,  # (batch, 3, d) fp64: shift, mean - shift, mean
-    lower_ptr,  # (batch, n, n) fp64 out, when there is one part
-    partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64 out, when there are parts
+    lower_ptr,  # (batch, n, n) fp64 out, where there is one part
+    partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64 out; None where there is one part
+    spread_ptr,  # (batch, 3) fp64 out; None: not wanted, or left to the second stage
+    shares_ptr,  # see add_spread
+    arrived_ptr,
+    shares_batch,
     n,
     d,
     h_batch,
@@ -83,6 +50,7 @@ def _gram_kernel(
     scale: tl.float64,
     EDGE: tl.constexpr,
     STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles).to(tl.int64)
@@ -126,32 +94,32 @@ def _gram_kernel(
         x_i = widen(next_i)
         x_j = widen(next_j)
 
-    if parts == 1:
+    if partial_ptr is None:
         at = lower_ptr + (batch * n + rows_i[:, None]) * n + rows_j[None, :]
-        tl.store(at, product * scale, mask=in_i[:, None] & in_j[None, :])
+        inside = in_i[:, None] & in_j[None, :]
+        result = product * scale
+        tl.store(at, result, mask=inside)
+        if spread_ptr is not None:
+            trace, squares = tile_shares(tl.where(inside, result, 0.0), i, j, rows_i, rows_j)
+            add_spread(
+                trace, squares, tile, tiles, batch, spread_ptr, shares_ptr, shares_batch, arrived_ptr, BLOCK
+            )
     else:
         r = tl.arange(0, EDGE)
         index = (batch * parts + part) * tiles + tile
         tl.store(partial_ptr + index * EDGE * EDGE + r[:, None] * EDGE + r[None, :], product)
 
 
-def gram_launches(h: Tensor, lower: Tensor, centre: Tensor, scale: float) -> list[Launch]:
-    """Return the launches that fill `lower` (batch, n, n) and `centre` (batch, 3, d) from `h` (batch, n, d)."""
-    batch, n, d = h.shape
-    cut = plan(n, d)
-    partial = partials(h, cut) if cut.parts > 1 else lower
-    blocks = -(-d // _COLUMNS)
-    means = Launch(
-        _mean_kernel,
-        (blocks * batch, 1),
-        (h, centre, n, d, *strides(h), blocks, _ROWS, _COLUMNS),
-        {"num_warps": _WARPS, "num_stages": 1, **OPTIONS},
-    )
-    shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale, cut.tile.edge, cut.tile.step)
-    product = product_launch(_gram_kernel, h, cut, (h, centre, lower, partial, *shape))
-    if cut.parts == 1:
-        return [means, product]
-    return [means, product, finish_launch(partial, None, lower, None, n, cut, scale)]
+def gram_launches(h: Tensor, out: Output, work: Workspace, scale: float) -> list[Launch]:
+    """Return the launches that fill `out` from `h` (n, d) or (batch, n, d)."""
+    n, d = h.shape[-2:]
+    cut = plan("gram", n, d)
+    shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale, cut.tile.edge, cut.tile.step, GROUP)
+    args = (h, out.centre, out.lower, work.partial, *spread_arguments(out, work, cut), *shape)
+    launches = [means_launch(h, out.centre), product_launch(_gram_kernel, out, cut, args)]
+    if cut.parts > 1:
+        launches.append(finish_launch(out, work, None, n, cut, scale))
+    return launches
 
 
 def gram(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -173,5 +141,5 @@ def gram(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
     mean : Tensor, shape (d,) or (batch, d), float64
         Column means.
     """
-    lower, centre = run(gram_launches, h, h.shape[-2], scale)
+    lower, centre = run("gram", gram_launches, h, scale)
     return lower, centre[..., 2, :]

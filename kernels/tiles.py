@@ -18,12 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Plan
+from .launch import Launch, Plan, Side
+from .memory import ELEMENTS, Output, Workspace, output, workspace
+from .spread import add_spread
 
 # No fused multiply-add outside the products: the bits then do not hang on what a compiler chooses to contract.
 OPTIONS = {"enable_fp_fusion": False}
-# Parts added at once, and elements a program takes, where the parts of a split axis are added.
-_GROUP, _ELEMENTS = 8, 256
+# Parts added at once where the parts of a split axis are added.
+PARTS = 4
+# Shares of the spread added at once.
+GROUP = 256
 
 
 @triton.jit
@@ -68,20 +72,25 @@ def column_shift(h_ptr, n, cols, h_row, h_col, mask):
     return tl.max(median[None, :], axis=0)
 
 
-@triton.jit(do_not_specialize=["n", "m", "tiles", "parts"])
+@triton.jit(do_not_specialize=["n", "m", "tiles", "parts", "shares_batch"])
 def _finish_kernel(
     partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64
     sums_ptr,  # (batch, parts, m) fp64: sum of y; None on the Gram side, where nothing is left to subtract
     lower_ptr,  # (batch, m, m) fp64 out
     centre_ptr,  # (batch, 3, m) fp64: shift in; mean - shift and mean out; None on the Gram side
+    spread_ptr,  # (batch, 3) fp64 out; None: not wanted
+    shares_ptr,  # see add_spread
+    arrived_ptr,
+    shares_batch,
     n,
     m,
     tiles,
     parts,
     scale: tl.float64,
     EDGE: tl.constexpr,
-    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles).to(tl.int64)
@@ -90,11 +99,11 @@ def _finish_kernel(
     row = i * EDGE + element // EDGE
     col = j * EDGE + element % EDGE
     inside = (row < m) & (col < m)
-    group = tl.arange(0, GROUP)
-    product = tl.zeros((GROUP, ELEMENTS), tl.float64)
-    sum_i = tl.zeros((GROUP, ELEMENTS), tl.float64)
-    sum_j = tl.zeros((GROUP, ELEMENTS), tl.float64)
-    for first in range(0, parts, GROUP):
+    group = tl.arange(0, PARTS)
+    product = tl.zeros((PARTS, ELEMENTS), tl.float64)
+    sum_i = tl.zeros((PARTS, ELEMENTS), tl.float64)
+    sum_j = tl.zeros((PARTS, ELEMENTS), tl.float64)
+    for first in range(0, parts, PARTS):
         part = (first + group)[:, None]
         mask = (part < parts) & inside[None, :]
         index = batch * parts + part
@@ -103,68 +112,83 @@ def _finish_kernel(
         if sums_ptr is not None:
             sum_i += tl.load(sums_ptr + index * m + row[None, :], mask=mask, other=0.0)
             sum_j += tl.load(sums_ptr + index * m + col[None, :], mask=mask, other=0.0)
-    result = fold(product, GROUP, ELEMENTS)
+    result = fold(product, PARTS, ELEMENTS)
     if sums_ptr is not None:
         count = n.to(tl.float64)
-        delta_i = fold(sum_i, GROUP, ELEMENTS) / count
-        delta_j = fold(sum_j, GROUP, ELEMENTS) / count
+        delta_i = fold(sum_i, PARTS, ELEMENTS) / count
+        delta_j = fold(sum_j, PARTS, ELEMENTS) / count
         result -= (delta_i * delta_j) * count
         at_centre = centre_ptr + 3 * batch * m + row
         owner = inside & (row == col)
         shift = tl.load(at_centre, mask=owner, other=0.0)
         tl.store(at_centre + m, delta_i, mask=owner)
         tl.store(at_centre + 2 * m, shift + delta_i, mask=owner)
-    tl.store(lower_ptr + (batch * m + row) * m + col, result * scale, mask=inside)
+    result *= scale
+    tl.store(lower_ptr + (batch * m + row) * m + col, result, mask=inside)
+    if spread_ptr is not None:
+        values = tl.where(inside, result, 0.0)
+        squares = tl.sum(values * values, axis=0)
+        add_spread(
+            tl.sum(tl.where(row == col, values, 0.0), axis=0),
+            tl.where(i == j, squares, 2.0 * squares),
+            tile * tl.num_programs(1) + tl.program_id(1),
+            tiles * tl.num_programs(1),
+            batch,
+            spread_ptr,
+            shares_ptr,
+            shares_batch,
+            arrived_ptr,
+            BLOCK,
+        )
 
 
 def run(
-    launches: Callable[[Tensor, Tensor, Tensor, float], list[Launch]],
+    side: Side,
+    launches: Callable[[Tensor, Output, Workspace, float], list[Launch]],
     h: Tensor,
-    edge: int,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Allocate (edge, edge) triangles and (3, d) centres for the matrices of `h`; run the launches that fill them."""
-    x = h if h.ndim == 3 else h.unsqueeze(0)
-    batch, n, d = x.shape
-    lower = torch.empty((batch, edge, edge), dtype=torch.float64, device=h.device)
-    centre = torch.empty((batch, 3, d), dtype=torch.float64, device=h.device)
+    """Take memory for the matrices of `h` (without a spread), run the launches; return triangles and centres."""
+    n, d = h.shape[-2:]
+    batch = h.shape[0] if h.ndim == 3 else 1
+    out = output(side, batch, n, d, h.device, spread=False)
+    work = workspace(side, batch, n, d, h.device, spread=False)
     with torch.cuda.device_of(h):  # Triton launches on the current device
-        for launch in launches(x, lower, centre, 1.0 / n if scale is None else scale):
+        for launch in launches(h, out, work, 1.0 / n if scale is None else scale):
             launch.run()
-    return (lower, centre) if h.ndim == 3 else (lower[0], centre[0])
+    return (out.lower, out.centre) if h.ndim == 3 else (out.lower[0], out.centre[0])
 
 
 def strides(h: Tensor) -> tuple[int, int, int]:
-    """Strides of `h` (batch, n, d) in elements: batch, row, column."""
+    """Strides of `h` (n, d) or (batch, n, d) in elements: batch, row, column."""
     # A single matrix has no batch stride; 0 counts as aligned, so it does not cost a compilation of its own.
-    return (0 if h.shape[0] == 1 else h.stride(0), h.stride(1), h.stride(2))
+    return (0 if h.ndim == 2 or h.shape[0] == 1 else h.stride(0), h.stride(-2), h.stride(-1))
 
 
-def partials(h: Tensor, cut: Plan) -> Tensor:
-    """Room for the partial products of a split axis."""
-    edge = cut.tile.edge
-    shape = (h.shape[0], cut.parts, cut.tiles, edge, edge)
-    return torch.empty(shape, dtype=torch.float64, device=h.device)
+def spread_arguments(
+    out: Output, work: Workspace, cut: Plan
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """Arguments of a product for its spread; of a part there is none yet."""
+    if out.spread is None or cut.parts > 1:
+        return None, None, None, 0
+    assert work.shares is not None
+    return out.spread, work.shares, work.arrived, work.shares.stride(0)
 
 
-def product_launch(kernel: Any, h: Tensor, cut: Plan, args: tuple[Any, ...]) -> Launch:
+def product_launch(kernel: Any, out: Output, cut: Plan, args: tuple[Any, ...]) -> Launch:
     """Return the launch of a product: one program for each tile, matrix and part."""
     options = {"num_warps": cut.tile.warps, "num_stages": cut.tile.stages, **OPTIONS}
-    return Launch(kernel, (cut.tiles * h.shape[0], cut.parts), args, options)
+    return Launch(kernel, (cut.tiles * out.lower.shape[0], cut.parts), args, options)
 
 
 def finish_launch(
-    partial: Tensor,
-    sums: Tensor | None,
-    lower: Tensor,
-    centre: Tensor | None,
-    n: int,
-    cut: Plan,
-    scale: float,
+    out: Output, work: Workspace, centre: Tensor | None, n: int, cut: Plan, scale: float
 ) -> Launch:
-    """Return the launch that adds the parts of `partial` (and `sums`) and writes `lower` (and `centre`)."""
-    batch, m = lower.shape[:2]
+    """Return the launch that adds the parts of a product and writes `out`; `centre` on the covariance side."""
+    batch, m = out.lower.shape[:2]
     edge = cut.tile.edge
-    args = (partial, sums, lower, centre, n, m, cut.tiles, cut.parts, scale, edge, _GROUP, _ELEMENTS)
-    grid = (cut.tiles * batch, edge * edge // _ELEMENTS)
+    spread = spread_arguments(out, work, cut._replace(parts=1))
+    shape = (n, m, cut.tiles, cut.parts, scale, edge, PARTS, ELEMENTS, GROUP)
+    args = (work.partial, work.sums, out.lower, centre, *spread, *shape)
+    grid = (cut.tiles * batch, edge * edge // ELEMENTS)
     return Launch(_finish_kernel, grid, args, {"num_warps": 4, "num_stages": 1, **OPTIONS})

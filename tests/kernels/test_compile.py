@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import triton
 
-from fastent.kernels.compile import LAYOUTS, SHARED_LIMIT, Resources, _inner_loop
+from fastent.kernels.compile import ARCHS, DTYPES, LAYOUTS, SHARED_LIMIT, Resources, differences
 from fastent.kernels.launch import TABLE
+from fastent.kernels.sass import Loop, count_loop, inner_loop
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MISSING = [name for name in ("nvdisasm", "cuobjdump") if not (TOOLS / name).exists()]
@@ -27,8 +28,17 @@ needs_tools = pytest.mark.skipif(
     reason=f"platform {sys.platform} {platform.machine()}, missing in the triton wheel: {MISSING}",
 )
 
-PRODUCTS = {(kernel, tile.edge) for kernel in ("covariance", "gram") for _, tile in TABLE}
-DTYPES = ("fp16", "bf16", "fp32", "fp64")
+COMMITTED = Path(__file__).parents[2] / "bench" / "results" / "aot.txt"
+
+# Both sides, every entry: whole with the spread and without, and in parts where the entry allows a split.
+PRODUCTS = {
+    (side, entry.tile.edge, entry.tile.warps, stage, spread)
+    for side, entries in TABLE.items()
+    for entry in entries
+    for stage, spread in (("whole", False), ("whole", True), ("part", False))
+    if not (stage == "part" and entry.tile.means_first)
+}
+SAMPLE = ((80, "fp32"), (90, "bf16"))  # what the default suite compiles; everything: see the nox session aot
 
 
 def start(*arguments: str, cache: Path) -> subprocess.Popen[str]:
@@ -50,56 +60,81 @@ def finish(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-def compile_all(layouts: tuple[str, ...], cache: Path) -> list[dict[str, Any]]:
-    chosen = [argument for layout in layouts for argument in ("--layout", layout)]
-    processes = [
-        start("-m", "fastent.kernels.compile", "--json", "--arch", str(arch), *chosen, cache=cache)
-        for arch in SHARED_LIMIT
-    ]
-    return [row for process in processes for row in finish(process)]
+def compile_some(cache: Path, *chosen: str) -> subprocess.Popen[str]:
+    return start("-m", "fastent.kernels.compile", "--json", *chosen, cache=cache)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return compile_all(("contiguous",), tmp_path_factory.mktemp("triton"))
+    cache = tmp_path_factory.mktemp("triton")
+    processes = [
+        compile_some(cache, "--layout", "contiguous", "--arch", str(arch), "--dtype", dtype)
+        for arch, dtype in SAMPLE
+    ]
+    return [row for process in processes for row in finish(process)]
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("kernel", "edge", "warps", "stage", "spread"))
 
 
 @needs_tools
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize(("arch", "dtype"), SAMPLE)
 def test_every_product_runs_on_float64_tensor_cores_without_spilling(
     arch: int, dtype: str, rows: list[dict[str, Any]]
 ) -> None:
-    found = {
-        (row["kernel"], row["edge"]): row for row in rows if (row["arch"], row["dtype"]) == (arch, dtype)
-    }
-    assert found.keys() == PRODUCTS | {("mean", None)}
-    for key in PRODUCTS:
-        row = found[key]
-        assert row["matrix"], key
-        assert all(name.startswith("DMMA") for name in row["matrix"]), key
-        assert row["fma"] == 0, key
-    for key, row in found.items():
-        assert (row["stack"], row["spills"]) == (0, 0), key
-        assert row["registers"] <= 255, key
-        assert 0 < row["shared"] <= SHARED_LIMIT[arch], key
-        assert row["faults"] == [], key
+    found = {key(row): row for row in rows if (row["arch"], row["dtype"]) == (arch, dtype)}
+    assert found.keys() == PRODUCTS | {("mean", None, 8, "whole", False)}
+    for product in PRODUCTS:
+        loop = found[product]["loop"]
+        assert loop["matrix"], product
+        assert all(name.startswith("DMMA") for name in loop["matrix"]), product
+        assert loop["fma"] == 0, product
+    for name, row in found.items():
+        assert (row["stack"], row["spills"]) == (0, 0), name
+        assert row["registers"] <= 255, name
+        assert 0 < row["shared"] <= SHARED_LIMIT[arch], name
+        assert row["faults"] == [], name
 
 
 @needs_tools
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("arch", [arch for arch, _ in SAMPLE])
 def test_adding_the_parts_compiles_without_spilling(arch: int, rows: list[dict[str, Any]]) -> None:
     found = [row for row in rows if row["kernel"] == "finish" and row["arch"] == arch]
-    # Each edge twice: with column sums to subtract, and without.
-    assert sorted(row["edge"] for row in found) == sorted(2 * [tile.edge for _, tile in TABLE])
+    # Each edge with column sums to subtract and without, with a spread and without.
+    assert sorted((row["edge"], row["spread"]) for row in found) == sorted(
+        2 * [(edge, spread) for edge in (32, 64) for spread in (False, True)]
+    )
     assert [row["faults"] for row in found] == [[]] * len(found)
+
+
+def test_the_committed_table_has_every_kernel_and_no_fault() -> None:
+    version, _, *lines = COMMITTED.read_text().splitlines()
+    assert version.startswith("triton 3.9")
+    assert all(line.endswith("  ok") for line in lines)
+    for arch in SHARED_LIMIT:
+        # Products and means of each dtype; the second stage for two edges, two sides, with a spread and without.
+        assert sum(f" sm_{arch} " in line for line in lines) == len(DTYPES) * (len(PRODUCTS) + 1) + 8, arch
+
+
+@needs_tools
+@pytest.mark.skipif(
+    COMMITTED.read_text().splitlines()[0] != f"triton {triton.__version__}",
+    reason=f"the committed table is of another triton than {triton.__version__}",
+)
+def test_a_sample_is_as_the_committed_table_says(rows: list[dict[str, Any]]) -> None:
+    assert len(rows) > 2 * len(PRODUCTS)
+    assert differences([row["line"] for row in rows], COMMITTED) == []
+    assert len(differences([rows[0]["line"].replace("  ok", "  OK")], COMMITTED)) == 1
 
 
 @needs_tools
 @pytest.mark.nightly
-def test_gates_hold_for_every_layout_of_the_input(tmp_path: Path) -> None:
-    found = compile_all(LAYOUTS, tmp_path)
-    assert {row["layout"] for row in found} == {*LAYOUTS, "-"}
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gates_hold_for_every_layout_of_the_input(layout: str, tmp_path: Path) -> None:
+    processes = [compile_some(tmp_path, "--layout", layout, "--arch", str(arch)) for arch in ARCHS]
+    found = [row for process in processes for row in finish(process)]
+    assert {row["layout"] for row in found} == {layout, "-"}
     assert [row for row in found if row["faults"]] == []
 
 
@@ -125,7 +160,25 @@ def test_spills_are_seen_and_scale_is_passed_as_float64(tmp_path: Path) -> None:
     assert any("spills" in fault for fault in row["faults"])
     # Triton would pass an unannotated Python float as fp32; the means have no scale.
     assert set(row["scales"]) == {"fp64", None}
-    assert row["scales"].count(None) == len(TABLE)
+    assert row["scales"].count("fp64") > row["scales"].count(None)
+
+
+def loop(**changes: Any) -> Loop:
+    counts = dict.fromkeys(
+        (
+            "fma",
+            "adds",
+            "casts",
+            "shared_loads",
+            "shared_stores",
+            "loads",
+            "async_copies",
+            "barriers",
+            "total",
+        ),
+        0,
+    )
+    return Loop(**{"matrix": {"DMMA.884": 16}, **counts, **changes})
 
 
 def test_gates_name_each_fault() -> None:
@@ -134,20 +187,21 @@ def test_gates_name_each_fault() -> None:
         "dtype": "fp32",
         "layout": "contiguous",
         "edge": 64,
+        "warps": 8,
+        "stage": "whole",
+        "spread": False,
         "arch": 80,
         "registers": 255,
         "stack": 0,
         "spills": 0,
         "shared": 166912,
-        "matrix": {"DMMA.884": 16},
-        "fma": 0,
-        "async_copies": 0,
+        "loop": loop(),
     }
     assert Resources(**good).faults == ()
     for change, words in (
-        ({"matrix": {}}, "no DMMA"),
-        ({"matrix": {"HMMA.1688.F32": 4}}, "no DMMA"),
-        ({"fma": 3}, "3 DFMA"),
+        ({"loop": loop(matrix={})}, "no DMMA"),
+        ({"loop": loop(matrix={"HMMA.1688.F32": 4})}, "no DMMA"),
+        ({"loop": loop(fma=3)}, "3 DFMA"),
         ({"stack": 8}, "8 bytes of stack"),
         ({"spills": 2}, "2 local accesses"),
         ({"registers": 256}, "256 registers"),
@@ -166,6 +220,8 @@ def test_inner_loop_is_the_shortest_one_with_a_product() -> None:
         ".L_x_1:",
         "        /*0030*/                   DADD R2, R2, R4 ;",
         ".L_x_2:",
+        "        /*0035*/                   LDS.64 R2, [R4] ;",
+        "        /*0036*/                   LDGSTS.E.128 [R5], [R6.64] ;",
         "        /*0040*/                   DMMA.8x8x4 R8, R2, R4, R8 ;",
         "        /*0050*/               @P1 BRA `(.L_x_2) ;",
         "        /*0060*/               @P2 BRA `(.L_x_1) ;",
@@ -173,5 +229,8 @@ def test_inner_loop_is_the_shortest_one_with_a_product() -> None:
         "        /*0080*/                   BRA `(.L_x_3) ;",
         ".L_x_3:",
     ]
-    assert _inner_loop(sass) == sass[5:8]
-    assert _inner_loop(sass[9:]) == []
+    assert inner_loop(sass) == sass[5:10]
+    assert inner_loop(sass[11:]) == []
+    assert count_loop(sass) == loop(
+        matrix={"DMMA.8x8x4": 1}, shared_loads=1, async_copies=1, shared_bytes=256, global_bytes=512, total=4
+    )

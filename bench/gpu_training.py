@@ -1,0 +1,189 @@
+"""(e) What a probe costs training: its time in the stream, and the slowdown of a training step.
+
+The step is an MLP under AdamW, captured in a CUDA graph and lengthened by an idle kernel to 0.15 ms; and the same step
+without a graph. The probe is the hidden activations of 512 fixed inputs, 128 wide. Slowdowns are ratios of
+neighbours: the same number of steps without a probe, then with one, again and again. The forward pass that makes
+the activations is a row of its own (`probe forward`) and is in none of the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastent
+from bench.gpu_device import NO_GPU, Session, captured, device_times, host_times
+from bench.harness import quantiles, ratio
+from fastent.deferred import DeferredEntropy
+from fastent.kernels.evaluator import Evaluator
+
+N, WIDTH, BATCHED = 512, 128, 32
+STEP = 1.5e-4  # seconds
+STRIDES = (1, 10, 100)
+
+
+def training_step(device: torch.device) -> tuple[nn.Sequential, Callable[[], None]]:
+    """Make a small model and one step of its training, on inputs that stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 97)).to(device)
+    x, y = torch.randn(N, WIDTH, device=device), torch.randint(97, (N,), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1.0, capturable=device.type == "cuda")
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return model, step
+
+
+def graph_step(session: Session) -> tuple[nn.Sequential, Callable[[], None], float]:
+    """Capture the step in a CUDA graph, lengthened to `STEP`; the model, the replay and its seconds."""
+    model, step = training_step(session.device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as capture asks for: warm-up beside the default stream
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    bare = float(np.median(device_times(session, captured(step).replay)))
+    second = float(np.median(device_times(session, lambda: torch.cuda._sleep(1_000_000)))) / 1e6
+    idle = max(0, int((STEP - bare) / second))
+
+    def longer() -> None:
+        step()
+        if idle:
+            torch.cuda._sleep(idle)
+
+    graph = captured(longer)
+    return model, graph.replay, float(np.median(device_times(session, graph.replay)))
+
+
+def probes(session: Session, hidden: Tensor, deferred: DeferredEntropy) -> dict[str, Callable[[int], object]]:
+    """Ways to follow `hidden` at a step, by name."""
+
+    def defer(step: int) -> None:
+        evaluation = deferred.open(step)
+        if evaluation is not None:
+            with evaluation:
+                evaluation.add("hidden", hidden)
+        for _ in deferred.arrived():
+            pass
+
+    found: dict[str, Callable[[int], object]] = {
+        "deferred": defer,
+        "synchronous": lambda step: fastent.spectral_entropy(hidden),
+    }
+    if session.cuda:
+        evaluator = Evaluator(*hidden.shape, device=session.device)
+        out = evaluator.output()
+        evaluator(hidden, out)
+        graph = captured(functools.partial(evaluator, hidden, out))
+        found = {
+            "matrix and participation ratio": lambda step: evaluator(hidden, out),
+            "the same, captured": lambda step: graph.replay(),
+            **found,
+        }
+    return found
+
+
+def run(session: Session) -> None:
+    """Time of a probe in the stream and on the thread; slowdown of both kinds of step."""
+    model, plain = training_step(session.device)
+    inputs = torch.randn(N, WIDTH, device=session.device)
+    with torch.no_grad():
+        hidden = model[:2](inputs)
+        forward = functools.partial(model[:2], inputs)
+        session.add(
+            "probe forward", n=N, d=WIDTH, dtype="float32", **quantiles(device_times(session, forward))
+        )
+    shape = {"n": N, "d": WIDTH, "dtype": "float32"}
+    deferred = DeferredEntropy(capacity=64)
+    ways = probes(session, hidden, deferred)
+    for name, probe in ways.items():
+        seconds = host_times(functools.partial(probe, 0), rounds=20 if session.cuda else 10)
+        session.add("probe on the thread", provider=name, **shape, **quantiles(seconds))
+    if session.cuda:
+        for batch in (1, BATCHED):
+            h = hidden.bfloat16().expand(batch, N, WIDTH).contiguous()
+            evaluator = Evaluator(N, WIDTH, batch=batch, device=session.device)
+            call = functools.partial(evaluator, h, evaluator.output())
+            seconds = device_times(session, call, graph=True)
+            session.add(
+                "probe in the stream", batch=batch, n=N, d=WIDTH, dtype="bfloat16", **quantiles(seconds)
+            )
+        _, replay, seconds_of_step = graph_step(session)
+        slowdowns(session, "graph step", replay, ways, seconds_of_step, deferred)
+    else:
+        session.skip("probe in the stream", NO_GPU)
+        session.skip("slowdown", NO_GPU, step="graph step")
+    seconds_of_step = float(np.median(device_times(session, plain, rounds=5)))
+    slowdowns(session, "plain step", plain, ways, seconds_of_step, deferred)
+    deferred.discard()
+    deferred.close()
+
+
+def slowdowns(
+    session: Session,
+    kind: str,
+    step: Callable[[], object],
+    ways: dict[str, Callable[[int], object]],
+    seconds_of_step: float,
+    deferred: DeferredEntropy,
+) -> None:
+    """Rows for one kind of step: each probe at each stride against no probe."""
+    length = 0.02 if session.quick else 0.08
+    strides = STRIDES[:2] if session.quick else STRIDES
+    for name, probe in ways.items():
+        for stride in strides:
+            if session.late:
+                session.skip("slowdown", "the time of the run was used up", step=kind, provider=name)
+                continue
+            steps = max(stride, int(length / seconds_of_step) // stride * stride)
+            with_probe, without = [], []
+            deferred.discard()
+            before = deferred.dropped
+            for _ in range(5 if session.quick else 15):
+                without.append(seconds_for(session, step, steps, None, stride))
+                with_probe.append(seconds_for(session, step, steps, probe, stride))
+            middle, low, high = ratio(np.array(with_probe), np.array(without))
+            session.add(
+                "slowdown",
+                step=kind,
+                provider=name,
+                stride=stride,
+                steps=steps,
+                n=N,
+                d=WIDTH,
+                dtype="float32",
+                step_us=seconds_of_step * 1e6,
+                dropped=deferred.dropped - before,  # evaluations that found the ring full
+                slowdown=middle - 1.0,
+                slowdown_low=low - 1.0,
+                slowdown_high=high - 1.0,
+            )
+
+
+def seconds_for(
+    session: Session,
+    step: Callable[[], object],
+    steps: int,
+    probe: Callable[[int], object] | None,
+    stride: int,
+) -> float:
+    """Wall time of some steps until the device is done with them."""
+    if session.cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for i in range(steps):
+        step()
+        if probe is not None and i % stride == 0:
+            probe(i)
+    if session.cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,69 @@
+"""What the launches write: results, and the scratch memory between them.
+
+Whoever evaluates again and again takes both once and hands them in: then no launch allocates anything. The scratch
+memory belongs to one evaluation at a time, so each stream needs its own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import Side, plan
+
+# Elements of a partial tile that one program of the second stage adds.
+ELEMENTS = 256
+
+
+class Output(NamedTuple):
+    """Results of one evaluation, all float64 and contiguous."""
+
+    lower: Tensor  # (batch, m, m): the lower triangle; what stands above the diagonal has no meaning
+    centre: Tensor  # (batch, 3, d): shift, mean - shift, mean
+    spread: Tensor | None  # (batch, 3): trace, sum of squares of all entries, participation ratio
+
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(tensor.nbytes for tensor in self if tensor is not None)
+
+
+class Workspace(NamedTuple):
+    """Scratch memory of one evaluation at a time."""
+
+    partial: Tensor | None  # (batch, parts, tiles, edge, edge) float64, where the summed axis is split
+    sums: Tensor | None  # (batch, parts, d) float64, the same on the covariance side
+    shares: Tensor | None  # (batch, programs, 2) float64: what each program adds to the spread
+    arrived: Tensor | None  # (batch,) int32, all 0 between evaluations: programs that have added theirs
+
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(tensor.nbytes for tensor in self if tensor is not None)
+
+
+def output(side: Side, batch: int, n: int, d: int, device: torch.device, *, spread: bool) -> Output:
+    """Take memory for one result."""
+    m = d if side == "covariance" else n
+    return Output(
+        torch.empty((batch, m, m), dtype=torch.float64, device=device),
+        torch.empty((batch, 3, d), dtype=torch.float64, device=device),
+        torch.empty((batch, 3), dtype=torch.float64, device=device) if spread else None,
+    )
+
+
+def workspace(side: Side, batch: int, n: int, d: int, device: torch.device, *, spread: bool) -> Workspace:
+    """Take the scratch memory of an evaluation, for any dtype and strides."""
+    m, length = (d, n) if side == "covariance" else (n, d)
+    cut = plan(side, m, length)
+    edge = cut.tile.edge
+    partial = sums = shares = arrived = None
+    if cut.parts > 1:
+        partial = torch.empty((batch, cut.parts, cut.tiles, edge, edge), dtype=torch.float64, device=device)
+        if side == "covariance":
+            sums = torch.empty((batch, cut.parts, d), dtype=torch.float64, device=device)
+    if spread:
+        programs = cut.tiles * (edge * edge // ELEMENTS) if cut.parts > 1 else cut.tiles
+        shares = torch.empty((batch, programs, 2), dtype=torch.float64, device=device)
+        arrived = torch.zeros(batch, dtype=torch.int32, device=device)
+    return Workspace(partial, sums, shares, arrived)

@@ -1,0 +1,142 @@
+"""The evaluator: launches and allocations counted, memory reused, the participation ratio of known spectra."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastent.kernels.covariance import covariance
+from fastent.kernels.evaluator import Evaluator
+from fastent.kernels.gram import gram
+from fastent.kernels.launch import Launch, Side
+
+
+class Allocations(TorchDispatchMode):
+    """Operators that return memory which none of their arguments has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and storage(leaf) not in known:
+                self.seen.append(str(func))
+        return result
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def activations(n: int, d: int, *, batch: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(n + d)
+    return torch.randn((batch, n, d), generator=generator, dtype=torch.float32) + 2
+
+
+CASES = [
+    # side, n, d, launches: whole, split, means first (from 1,537 columns on), Gram, Gram split
+    pytest.param(None, 41, 33, 1, id="whole"),
+    pytest.param(None, 140, 20, 2, id="split"),
+    pytest.param("gram", 20, 41, 2, id="gram"),
+    pytest.param("gram", 20, 140, 3, id="gram-split"),
+]
+
+
+@pytest.mark.parametrize(("side", "n", "d", "count"), CASES)
+def test_an_evaluation_allocates_nothing_and_takes_these_launches(
+    side: Side | None, n: int, d: int, count: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+    run = Launch.run
+    h = activations(n, d, batch=3).to(device)
+    evaluator = Evaluator(n, d, batch=3, device=device, side=side)
+    ring = [evaluator.output() for _ in range(2)]
+    evaluator(h, ring[0])  # compiles, where there is a compiler
+    monkeypatch.setattr(Launch, "run", lambda self: launched.append(self))
+    with Allocations() as allocations:
+        evaluator(h, ring[1])
+    assert allocations.seen == []
+    # The launches themselves, outside of the mode: the interpreter moves tensors about with torch.
+    assert len(launched) == count
+    for launch in launched:
+        run(launch)
+    for one, two in zip(ring[0], ring[1], strict=True):
+        assert one is not None
+        assert two is not None
+        same = (
+            torch.equal(one.tril(), two.tril()) if one.shape[-1] == one.shape[-2] else torch.equal(one, two)
+        )
+        assert same
+
+
+def test_the_counter_of_allocations_sees_one() -> None:
+    h = activations(40, 8)
+    with Allocations() as allocations:
+        h[:, 1:].mT.unsqueeze(0)
+        assert allocations.seen == []
+        h + 1
+        torch.empty(3)
+    assert len(allocations.seen) == 2
+
+
+def test_from_1537_columns_on_the_means_take_a_launch_and_there_is_no_split() -> None:
+    for d, count in ((1536, 1), (1537, 2), (8192, 2)):
+        h = torch.empty((65536, d), dtype=torch.bfloat16, device="meta")
+        evaluator = Evaluator(*h.shape, device=h.device)
+        assert len(evaluator.launches(h, evaluator.output())) == count
+
+
+@pytest.mark.parametrize(("side", "n", "d", "count"), CASES)
+def test_an_evaluation_has_the_bits_of_the_plain_functions(
+    side: Side | None, n: int, d: int, count: int, device: torch.device
+) -> None:
+    h = activations(n, d, batch=2).to(device)
+    evaluator = Evaluator(n, d, batch=2, device=device, side=side)
+    out = evaluator.output()
+    evaluator(h, out)
+    lower, mean = (gram if side == "gram" else covariance)(h)
+    assert torch.equal(out.lower.tril(), lower.tril())
+    assert torch.equal(out.centre[:, 2], mean)
+
+
+@pytest.mark.parametrize(("n", "d", "side"), [(40, 8, "covariance"), (160, 8, "covariance"), (8, 40, "gram")])
+def test_participation_ratio_of_known_spectra(n: int, d: int, side: Side, device: torch.device) -> None:
+    evaluator = Evaluator(n, d, device=device, side=side)
+    out = evaluator.output()
+    assert out.spread is not None
+    x = torch.zeros(n, d, dtype=torch.float64, device=device)
+    rank = 4
+    for k in range(rank):  # two rows at +-1 along each axis
+        x[2 * k, k], x[2 * k + 1, k] = 1.0, -1.0
+    evaluator(x, out)
+    assert out.spread[0].tolist() == pytest.approx([2 * rank / n, rank * (2 / n) ** 2, rank], rel=1e-14)
+    evaluator(x[:, :1].expand(n, d), out)  # all columns equal: rank one
+    assert out.spread[0, 2].item() == pytest.approx(1.0, rel=1e-14)
+    evaluator(x[-1:].expand(n, d), out)  # all rows equal
+    assert out.spread[0, :2].tolist() == [0.0, 0.0]
+    assert math.isnan(out.spread[0, 2].item())
+
+
+def test_one_bad_matrix_spoils_its_own_spread_alone(device: torch.device) -> None:
+    h = activations(140, 20, batch=3).to(device)
+    evaluator = Evaluator(140, 20, batch=3, device=device)
+    good, out = evaluator.output(), evaluator.output()
+    evaluator(h, good)
+    h[1, 70, 3] = float("inf")
+    evaluator(h, out)
+    assert good.spread is not None
+    assert out.spread is not None
+    assert torch.equal(out.spread[[0, 2]], good.spread[[0, 2]])
+    assert not out.spread[1].isfinite().any()
+    h[1, 70, 3] = 0.0
+    evaluator(h, out)  # the count of arrivals is back at 0: nothing hangs on what came before
+    assert out.spread.isfinite().all()
