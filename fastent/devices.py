@@ -7,19 +7,21 @@ under way (``flush``), or capture with ``capture_error_mode="thread_local"``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastent.covariance import CenteredMatrix, centered_matrix
+from fastent.covariance import CenteredMatrix, centered_matrix, triton_obstacle
 from fastent.entropy import TINY
+from fastent.forming import KernelFormer, TorchFormer
 from fastent.ring import Device, Event, Ring, Staged, Streams
 
-# From this edge on the CPU's eigensolve takes long enough to be worth a hand-over to another thread (bench/NOTES.md).
-WORKER_FROM = 256
+# From this edge on a hand-over to the worker costs nothing that could be measured even where no core is idle, and
+# hides 10 ms and more where one is (bench/NOTES.md).
+WORKER_FROM = 512
 # cuSOLVER takes a batch in one call from torch 2.12 on; before, it solves one after the other.
 HAS_BATCHED_SOLVER = torch.torch_version.TorchVersion(torch.__version__) >= "2.12"
 
@@ -35,7 +37,7 @@ class _OnHost:
     def ready(self) -> bool:
         return True
 
-    def moments(self) -> None:
+    def spread(self) -> None:
         return None
 
     def release(self) -> None:
@@ -71,6 +73,10 @@ class CudaStreams:
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._solving = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._formed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def current(self) -> Hashable:
+        """Address of the current stream."""
+        return torch.cuda.current_stream(self.device).cuda_stream
 
     def event(self) -> Event:
         """Make an event without timing."""
@@ -129,7 +135,8 @@ class Devices:
         if x.device.type == "cuda":
             ring = self._rings.get(x.device)
             if ring is None:
-                ring = self._rings[x.device] = Ring(CudaStreams(x.device))
+                former = KernelFormer() if triton_obstacle(x.device) is None else TorchFormer()
+                ring = self._rings[x.device] = Ring(CudaStreams(x.device), former)
             return ring
         if x.device.type != "cpu" or min(x.shape) < WORKER_FROM:
             return None

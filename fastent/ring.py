@@ -1,8 +1,8 @@
 """From a device's memory to the host's, without stopping the thread that trains.
 
-A matrix that was formed in the training stream is copied on a side stream to a slot of pinned memory, and an event
-says when it is there. Slots are used again: in the steady state nothing is allocated. Beside the matrix
-goes what needs no eigenvalues: its trace, and the norms behind the participation ratio, from the device.
+A slot holds the memory of one matrix on both sides: what is formed in the training stream is copied on a side stream
+to pinned memory, and an event says when it is there. Slots are used again: in the steady state nothing is allocated.
+Beside the matrix goes what needs no eigenvalues: its trace and participation ratio, from the device.
 
 `Streams` is all that this asks of a device: `fastent.devices` asks CUDA, and a test may stand in for the device's
 clock. Nothing here waits, except `Streams.solve`, which is for the worker.
@@ -10,16 +10,16 @@ clock. Nothing here waits, except `Streams.solve`, which is for the worker.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastent.covariance import CenteredMatrix, centered_matrix
+from fastent.covariance import CenteredMatrix, Side
+from fastent.forming import Formed, Former
 
 # Slots that wait for another use; with more than that, shapes no longer come back.
 _MOST_FREE = 256
@@ -36,6 +36,9 @@ class Streams(Protocol):
     """What a ring asks of a device: the stream that training uses now, and one beside it."""
 
     batched: bool
+
+    def current(self) -> Hashable:
+        """Name the stream that training uses now."""
 
     def event(self) -> Event:
         """Make an event that is passed until it is recorded."""
@@ -69,8 +72,8 @@ class Staged(Protocol):
     def ready(self) -> bool:
         """Whether `centered` has arrived. Never waits."""
 
-    def moments(self) -> tuple[float, float] | None:
-        """Trace and ``sum p^2`` as the device found them."""
+    def spread(self) -> tuple[float, float] | None:
+        """Trace and participation ratio as the device found them."""
 
     def release(self) -> None:
         """Give its memory back."""
@@ -86,7 +89,7 @@ class Device(Protocol):
 
 
 class Slot:
-    """Pinned memory of one matrix; a `Staged` while it is in use.
+    """Memory of one matrix, on the device and pinned; a `Staged` while it is in use.
 
     Parameters
     ----------
@@ -96,39 +99,44 @@ class Slot:
         The device.
     m, d : int
         Edge of the matrix, and features.
+    memory
+        What the ring's `Former` writes to.
     """
 
-    def __init__(self, ring: Ring, streams: Streams, m: int, d: int) -> None:
-        self._ring = ring
-        self._matrix, self._shift, self._delta = streams.pinned(m, m), streams.pinned(d), streams.pinned(d)
-        self._moments = streams.pinned(3)
-        self._event = streams.event()
-        self.batched = streams if streams.batched else None
-        self.source: Tensor | None = None
+    def __init__(self, ring: Ring, streams: Streams, m: int, d: int, memory: Any) -> None:
+        self.key = (m, d)
+        self.memory = memory
         self.centered: CenteredMatrix
+        self.source: Tensor | None = None
+        self.batched = streams if streams.batched else None
+        self._ring = ring
+        self._matrix, self._centre, self._spread = (
+            streams.pinned(m, m),
+            streams.pinned(3, d),
+            streams.pinned(3),
+        )
+        self._event = streams.event()
 
-    def fill(self, streams: Streams, centered: CenteredMatrix) -> None:
-        """Queue the copies of a matrix on the device."""
-        sources = (centered.matrix, centered.shift, centered.delta)
-        with streams.aside(sources):
-            moments = moments_of(centered.matrix)
-            targets = (self._matrix, self._shift, self._delta, self._moments)
-            for source, target in zip((*sources, moments), targets, strict=True):
+    def fill(self, streams: Streams, formed: Formed, n: int, resolution: float) -> None:
+        """Queue the copies of what was formed."""
+        d = self.key[1]
+        with streams.aside(formed):
+            targets = (self._matrix, self._centre[: len(formed.centre)], self._spread)
+            for source, target in zip(formed, targets, strict=True):
                 streams.copy(source, target)
             streams.record(self._event)
-        self.source = centered.matrix if self.batched else None
-        self.centered = dataclasses.replace(
-            centered, matrix=self._matrix, shift=self._shift, delta=self._delta
-        )
+        self.source = formed.matrix if self.batched else None
+        side: Side = "gram" if n < d else "covariance"
+        self.centered = CenteredMatrix(self._matrix, self._centre[0], self._centre[1], side, n, d, resolution)
 
     def ready(self) -> bool:
         """Whether the copies have been made."""
         return self._event.query()
 
-    def moments(self) -> tuple[float, float]:
-        """Trace and ``sum p^2`` as the device found them."""
-        trace, lower, diagonal = self._moments.tolist()
-        return trace, 2.0 * lower * lower - diagonal * diagonal
+    def spread(self) -> tuple[float, float]:
+        """Trace and participation ratio as the device found them."""
+        trace, _, ratio = self._spread.tolist()
+        return trace, ratio
 
     def release(self) -> None:
         """Give the slot back; a copy that is still queued is done before the next one, on the same stream."""
@@ -137,12 +145,14 @@ class Slot:
 
 
 class Ring:
-    """Slots of pinned memory for the matrices of one device.
+    """Slots for the matrices of one device.
 
     Parameters
     ----------
     streams : Streams
         The device.
+    former : Former
+        How the matrices are formed there.
 
     Attributes
     ----------
@@ -152,18 +162,17 @@ class Ring:
 
     waits_when_full = False
 
-    def __init__(self, streams: Streams) -> None:
-        self._streams = streams
+    def __init__(self, streams: Streams, former: Former) -> None:
+        self._streams, self._former = streams, former
         self._free: dict[tuple[int, int], deque[Slot]] = {}
         self.allocated = 0
 
     def stage(self, x: Tensor) -> Staged:
         """Form the covariance (or Gram matrix) in the training stream and send it on its way."""
-        centered = centered_matrix(x)
-        m, d = centered.matrix.shape[-1], centered.d
-        slot = self._take(m, d)
+        slot = self._take(x)
         try:
-            slot.fill(self._streams, centered)
+            formed = self._former.form(x, slot.memory, self._streams.current())
+            slot.fill(self._streams, formed, x.shape[0], torch.finfo(x.dtype).eps)
         except BaseException:
             slot.release()
             raise
@@ -171,10 +180,10 @@ class Ring:
 
     def give_back(self, slot: Slot) -> None:
         """Keep a slot for another use. Called by the worker too."""
-        m, d = slot._matrix.shape[-1], slot._shift.shape[-1]
-        self._free.setdefault((m, d), deque()).append(slot)
+        self._free.setdefault(slot.key, deque()).append(slot)
 
-    def _take(self, m: int, d: int) -> Slot:
+    def _take(self, x: Tensor) -> Slot:
+        m, d = min(x.shape), x.shape[1]
         free = self._free.get((m, d))
         if free:
             return free.popleft()
@@ -182,17 +191,4 @@ class Ring:
             self._free = {}
         self.allocated += 1
         with torch.inference_mode(False):  # its memory is written to outside of inference mode too
-            return Slot(self, self._streams, m, d)
-
-
-def moments_of(matrix: Tensor) -> Tensor:
-    """Trace, and over it the Frobenius norms of the lower triangle and the diagonal, shape (3,), on the device.
-
-    ``sum p^2``, whose inverse is the participation ratio, is twice the square of the second less that of the
-    third. Divided by the trace first, no square leaves float64's range.
-    """
-    lower = matrix.tril()
-    diagonal = lower.diagonal()
-    trace = diagonal.sum()
-    lower /= trace
-    return torch.stack((trace, torch.linalg.vector_norm(lower), torch.linalg.vector_norm(diagonal)))
+            return Slot(self, self._streams, m, d, self._former.memory(x))

@@ -242,10 +242,10 @@ def _solve_together(evaluations: list[Evaluation]) -> dict[Staged, Spectrum]:
 
 def _in_range(staged: Staged) -> bool:
     try:
-        moments = staged.moments() if staged.ready() else None
+        spread = staged.spread() if staged.ready() else None
     except BaseException:  # met again by `_solve`
         return False
-    return moments is not None and TINY <= moments[0] < torch.inf
+    return spread is not None and TINY <= spread[0] < torch.inf
 
 
 def _fall_back(reason: str) -> None:
@@ -255,20 +255,22 @@ def _fall_back(reason: str) -> None:
 
 def _entropy(staged: Staged, spectrum: Spectrum | None) -> SpectralEntropy:
     """Entropy of a matrix that has arrived, checked against the trace that the device found."""
-    moments = staged.moments()
-    if spectrum is not None and moments is not None and not _sums_to(moments[0], spectrum[0]):
+    spread = staged.spread()
+    if spread is not None and spectrum is not None and not _sums_to(spread[0], spectrum[0]):
         _fall_back("its eigenvalues do not sum to the trace")
         spectrum = None
     entropy = entropy_of_matrix(staged.centered, spectrum=spectrum)
-    if moments is None or entropy.solver == "none":
+    if spread is None or entropy.solver == "none":
         return entropy
-    trace, purity = moments
+    trace, ratio = spread
     if not _sums_to(trace, entropy.eigenvalues):
         total = float(entropy.eigenvalues.sum())
         raise RuntimeError(
             f"the eigenvalues sum to {total}, and the trace on the device was {trace}: the copy or the solve went wrong"
         )
-    return dataclasses.replace(entropy, participation_ratio=1.0 / purity)
+    if not 0.0 < ratio < torch.inf:  # squares out of float64's range: that of the eigenvalues stands
+        return entropy
+    return dataclasses.replace(entropy, participation_ratio=ratio)
 
 
 def _sums_to(trace: float, values: Tensor) -> bool:

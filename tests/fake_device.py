@@ -39,6 +39,9 @@ class FakeStreams:
         self._clock = threading.Lock()  # a tick is one instant
         self._queue: deque[Callable[[], None] | FakeEvent] = deque()
 
+    def current(self) -> str:
+        return "training"
+
     def event(self) -> FakeEvent:
         self.calls["event"] += 1
         self.events.append(FakeEvent(self._clock))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastent import guard
 from fastent.devices import Devices, Host
+from fastent.forming import TorchFormer
 from fastent.guard import undisturbed
 from fastent.monitor import SpectralEntropyMonitor
 from fastent.ring import Ring
@@ -112,7 +113,7 @@ def test_training_with_a_monitor_gives_the_same_bits_as_without(
 ) -> None:
     monitors = []
     streams = FakeStreams()
-    by = {"in line": None, "worker": Host(), "device": Ring(streams)}[where]
+    by = {"in line": None, "worker": Host(), "device": Ring(streams, TorchFormer())}[where]
     monkeypatch.setattr(Devices, "of", lambda self, x: by)
 
     def watch(model: nn.Module) -> Callable[[int], object]:

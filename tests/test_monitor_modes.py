@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastent import Status, devices, spectral_entropy
 from fastent.devices import Devices
+from fastent.forming import TorchFormer
 from fastent.monitor import SpectralEntropyMonitor as Monitor
 from fastent.records import EntropyRecord
 from fastent.ring import Ring
@@ -35,7 +36,7 @@ def line(n: int = 20, d: int = 6) -> Tensor:
 def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStreams]:
     """Every monitor's device, with a clock that the test turns."""
     fake = FakeStreams()
-    slots = Ring(fake)
+    slots = Ring(fake, TorchFormer())
     monkeypatch.setattr(Devices, "of", lambda self, x: slots)
     yield fake
     fake.tick()
@@ -200,7 +201,7 @@ def test_what_the_worker_does_leaves_the_training_thread_without_a_wait(
     with Operations() as operations:
         assert monitor.step(1) == []
     assert operations.seen["addmm"] >= 2  # the pass ran inside
-    assert streams.calls["pinned"] == 8
+    assert streams.calls["pinned"] == 6
     streams.tick()
     assert len(monitor.flush()) == 2
     monitor.close()
