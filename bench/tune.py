@@ -73,7 +73,7 @@ def model(row: Resources, step: int) -> dict[str, float]:
         "casts": row.warps * row.loop.casts * 32 / 16,
         "adds": row.warps * row.loop.adds * 32 / 64,
     }
-    per_block = 32 * row.warps * (row.registers + 7) // 8 * 8
+    per_block = 32 * row.warps * ((row.registers + 7) // 8 * 8)  # registers are given out in eights
     blocks = min(REGISTERS // per_block, WARPS // row.warps, SHARED // (row.shared + 1024), 32)
     return {
         **cycles,

@@ -74,6 +74,7 @@ class Evaluator:
         out : Output
             From `output`; `lower`, `centre` and `spread` are overwritten.
         """
-        with torch.cuda.device_of(h):  # Triton launches on the current device
+        # Triton launches on the current device.
+        with torch.cuda.device_of(h):  # type: ignore[no-untyped-call]
             for launch in self.launches(h, out):
                 launch.run()
