@@ -71,3 +71,33 @@ def wheel(session: nox.Session) -> None:
     """Build a wheel, install it elsewhere and use it."""
     install(session, "test")
     session.run("pytest", "tests/test_packaging.py", "-m", "")
+
+
+# Each minor version that the project allows; the last one is that of the committed table.
+TRITONS = ("3.6.0", "3.7.0", "3.8.0", "3.9.0")
+AOT_TABLE = "bench/results/aot.txt"
+
+
+@nox.session
+def aot(session: nox.Session) -> None:
+    """Compile every kernel ahead of time, for all Triton versions and architectures, against the committed table.
+
+    Without a GPU. Arguments go to the compiler: ``-- --arch 90 --dtype bf16`` for a part; ``-- --write`` renews the
+    table.
+    """
+    session.install("-e", ".")
+    renew = "--write" in session.posargs
+    chosen = [argument for argument in session.posargs if argument != "--write"]
+    command = ("python", "-m", "fastent.kernels.compile")
+    for version in TRITONS:
+        # Alone: a CUDA build of torch names one version of Triton, and a resolution of both would insist on it.
+        session.install("--no-deps", f"triton=={version}")
+        if version == TRITONS[-1]:
+            table = ("--write" if renew else "--check", AOT_TABLE)
+            session.run(*command, "--layout", "contiguous", *table, *chosen)
+            others = [
+                argument for name in ("transposed", "odd", "strided") for argument in ("--layout", name)
+            ]
+            session.run(*command, *others, *chosen)
+        else:
+            session.run(*command, *chosen)
