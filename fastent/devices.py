@@ -31,6 +31,7 @@ class _OnHost:
     """A matrix that need not go anywhere."""
 
     centered: CenteredMatrix
+    dtype: torch.dtype
     source: Tensor | None = None
     batched: Streams | None = None
 
@@ -54,7 +55,7 @@ class Host:
         """Form the matrix; None for values so extreme, or not finite, that the activations are needed again."""
         centered = centered_matrix(x)
         trace = float(centered.trace)
-        return _OnHost(centered) if TINY <= trace < torch.inf else None
+        return _OnHost(centered, x.dtype) if TINY <= trace < torch.inf else None
 
 
 class CudaStreams:

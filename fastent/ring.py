@@ -66,6 +66,7 @@ class Staged(Protocol):
     """A centred matrix on its way to the thread that solves it."""
 
     centered: CenteredMatrix  # on the host; meaningful once `ready`
+    dtype: torch.dtype  # of the activations
     source: Tensor | None  # the matrix on a device that could solve it
     batched: Streams | None  # whose `solve` takes it
 
@@ -107,6 +108,7 @@ class Slot:
         self.key = (m, d)
         self.memory = memory
         self.centered: CenteredMatrix
+        self.dtype: torch.dtype
         self.source: Tensor | None = None
         self.batched = streams if streams.batched else None
         self._ring = ring
@@ -117,9 +119,10 @@ class Slot:
         )
         self._event = streams.event()
 
-    def fill(self, streams: Streams, formed: Formed, n: int, resolution: float) -> None:
-        """Queue the copies of what was formed."""
+    def fill(self, streams: Streams, formed: Formed, n: int, dtype: torch.dtype) -> None:
+        """Queue the copies of what was formed from `n` rows of `dtype`."""
         d = self.key[1]
+        self.dtype = dtype
         with streams.aside(formed):
             targets = (self._matrix, self._centre[: len(formed.centre)], self._spread)
             for source, target in zip(formed, targets, strict=True):
@@ -127,7 +130,8 @@ class Slot:
             streams.record(self._event)
         self.source = formed.matrix if self.batched else None
         side: Side = "gram" if n < d else "covariance"
-        self.centered = CenteredMatrix(self._matrix, self._centre[0], self._centre[1], side, n, d, resolution)
+        shift, delta = self._centre[0], self._centre[1]
+        self.centered = CenteredMatrix(self._matrix, shift, delta, side, n, d, torch.finfo(dtype).eps)
 
     def ready(self) -> bool:
         """Whether the copies have been made."""
@@ -172,7 +176,7 @@ class Ring:
         slot = self._take(x)
         try:
             formed = self._former.form(x, slot.memory, self._streams.current())
-            slot.fill(self._streams, formed, x.shape[0], torch.finfo(x.dtype).eps)
+            slot.fill(self._streams, formed, x.shape[0], x.dtype)
         except BaseException:
             slot.release()
             raise

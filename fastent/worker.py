@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastent.at_exit import at_exit
 from fastent.eigenvalues import EPS, fallbacks
-from fastent.entropy import TINY, SpectralEntropy, entropy_of_matrix
+from fastent.entropy import TINY, SpectralEntropy, Status, entropy_of_matrix
 from fastent.lapack_threads import use_one_thread
 from fastent.ring import Staged, Streams
 from fastent.sampling import SamplingError
@@ -260,6 +260,9 @@ def _entropy(staged: Staged, spectrum: Spectrum | None) -> SpectralEntropy:
         _fall_back("its eigenvalues do not sum to the trace")
         spectrum = None
     entropy = entropy_of_matrix(staged.centered, spectrum=spectrum)
+    if entropy.status is Status.NONFINITE:
+        message = f"NaN or Inf in the activations ({staged.dtype}), which are gone: mode='sync' counts them"
+        return dataclasses.replace(entropy, message=message)
     if spread is None or entropy.solver == "none":
         return entropy
     trace, ratio = spread
