@@ -12,6 +12,8 @@ from bench.cases import SHAPES, Shape
 from bench.harness import Row, command, environment, interleaved, quantiles, ratio_columns
 from bench.providers import entropies
 from bench.tables import entropy_table
+from fastent.cost_model import Rates, floor, work
+from fastent.rates import measure_rates
 
 LIMITS = {
     (512, 64): 1.05,
@@ -30,16 +32,17 @@ def measure(quick: bool) -> list[Row]:
     """Rows of all shapes at this process's thread count."""
     rows: list[Row] = []
     threads = torch.get_num_threads()
+    rates = measure_rates()
     for shape in SHAPES:
         if quick and not shape.quick:
             continue
-        rows += measure_shape(shape, rounds=9 if quick else 25, budget=4.0 if quick else 20.0)
+        rows += measure_shape(shape, rates, rounds=9 if quick else 25, budget=4.0 if quick else 20.0)
     assert torch.get_num_threads() == threads  # no import of a peer may change it
     return rows
 
 
-def measure_shape(shape: Shape, *, rounds: int, budget: float) -> list[Row]:
-    """Rows of one shape: each provider's time, and fastent's over it."""
+def measure_shape(shape: Shape, rates: Rates, *, rounds: int, budget: float) -> list[Row]:
+    """Rows of one shape: each provider's time, and fastent's over it; the floor at `rates`."""
     h = shape.tensor()
     calls = {
         provider: (lambda call=call: call(h))
@@ -53,14 +56,16 @@ def measure_shape(shape: Shape, *, rounds: int, budget: float) -> list[Row]:
     for provider in calls:
         mine = provider.name == "fastent"
         side = min(shape.n, shape.d) if mine else shape.d
-        work = 2 * shape.n * shape.d * side
+        products = 2 * shape.n * shape.d * side
         row = {"op": "entropy", "provider": provider.name, "quantity": provider.quantity, **shape.columns}
         row |= quantiles(seconds[provider.name]) | {"rounds": len(seconds[provider.name])}
         if mine or provider.name == "torch, direct":
             # bytes: read h + write and read the matrix (16 m m); flops: products of the side taken, half of
             # them for fastent, without the eigensolve
             row["bytes"] = h.element_size() * h.numel() + 16 * side * side
-            row["flops"] = work // 2 if mine else work
+            row["flops"] = products // 2 if mine else products
+        if mine:
+            row["floor_us"] = round(1e6 * floor(work(shape.n, shape.d), rates), 1)
         if not mine:
             row |= ratio_columns(seconds["fastent"], seconds[provider.name]) | {"exact": provider.exact}
         if provider.name == "torch, direct" and shape.dtype == "float32":

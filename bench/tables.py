@@ -122,6 +122,20 @@ def _percent(row: Row) -> str:
     return f"{100 * row['overhead']:.2f} % [{span}]"
 
 
+def training_table(rows: list[Row]) -> str:
+    """List the time of a training step for one seed."""
+    return markdown(
+        ["model", "loop", "seeds", "threads", "p20", "median", "p80"],
+        [
+            [
+                *(row[name] for name in ("model", "provider", "seeds", "threads")),
+                *(microseconds(row[name]) for name in ("us_p20", "us_p50", "us_p80")),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def simple_table(rows: list[Row]) -> str:
     """List what was measured and its time."""
     return markdown(

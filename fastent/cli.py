@@ -1,4 +1,4 @@
-"""The command line: ``fastent run``, ``report``, ``entropy``, ``check``, ``list`` and ``doctor``.
+"""The command line: ``fastent run``, ``report``, ``entropy``, ``check``, ``list``, ``doctor``, ``plan`` and ``bench``.
 
 Every setting of `fastent.train.presets.TrainConfig` is an option of ``run``, with the preset's value as its
 default. Exit status: 0 done; 1 failed or refused, with the reason on standard error; 2 wrong usage; 130 and
@@ -268,6 +268,81 @@ def doctor() -> int:
     return 0
 
 
+def plan(
+    *,
+    layers: int = 12,
+    d: int = 768,
+    probe: int = 512,
+    ranks: int = 1,
+    stride: int = 200,
+    step_time: float = 1.0,
+    itemsize: int = 2,
+    link: float = 25.0,
+    budget: float = 1.0,
+    probe_time: float = 0.0,
+) -> int:
+    """Estimate what monitoring a large model would cost, and say what to choose.
+
+    Rates are those of this machine's CPU, measured for some two seconds; sizes beyond the measured are extrapolated.
+
+    Parameters
+    ----------
+    layers : int
+        Layers watched.
+    d : int
+        Features of each.
+    probe : int
+        Rows of the probe.
+    ranks : int
+        Processes that hold the model.
+    stride : int
+        Steps between probes.
+    step_time : float
+        Seconds of a training step.
+    itemsize : int
+        Bytes of an entry of the activations: 2 for bfloat16.
+    link : float
+        GB per second that a rank sends: an assumption.
+    budget : float
+        Percent of the training time that a monitor may take.
+    probe_time : float
+        Seconds of the probe's forward pass, which the estimate cannot know.
+    """
+    from fastent.plan import describe, make_plan
+    from fastent.rates import measure_rates
+
+    sizes = {"layers": layers, "d": d, "probe": probe, "stride": stride}
+    found = make_plan(
+        measure_rates(),
+        **sizes,
+        ranks=ranks,
+        step_time=step_time,
+        itemsize=itemsize,
+        link=link * 1e9,
+        budget=budget / 100,
+        probe_time=probe_time,
+    )
+    print("\n".join(describe(found, **sizes, budget=budget / 100)))
+    return 0
+
+
+def bench(*, quick: bool = False, out: Path = Path("bench/results"), only: tuple[str, ...] = ()) -> int:
+    """Run the benchmarks of a checkout: rows, figures and tables.
+
+    Parameters
+    ----------
+    quick : bool
+        Fewer cases and rounds: under five minutes on two cores instead of under an hour.
+    out : Path
+        Folder for the rows (cpu/*.jsonl, one file a question), the figures and the tables.
+    only : names, optional
+        These questions alone, such as entropy or monitor.
+    """
+    from fastent.checkout import run_benchmarks
+
+    return run_benchmarks(quick=quick, out=out, only=only)
+
+
 def check(subject: Literal["maths"], *, runs: Path | None = None) -> int:
     """Check the paper's mathematics anew, a minute or two, and print its Table 6 beside what was found.
 
@@ -317,6 +392,8 @@ def _dispatch(arguments: list[str]) -> int:
             "list": list_,
             "check": check,
             "doctor": doctor,
+            "plan": plan,
+            "bench": bench,
         }
         status: int = tyro.extras.subcommand_cli_from_dict(
             commands,
