@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -164,20 +165,7 @@ def test_spills_are_seen_and_scale_is_passed_as_float64(tmp_path: Path) -> None:
 
 
 def loop(**changes: Any) -> Loop:
-    counts = dict.fromkeys(
-        (
-            "fma",
-            "adds",
-            "casts",
-            "shared_loads",
-            "shared_stores",
-            "loads",
-            "async_copies",
-            "barriers",
-            "total",
-        ),
-        0,
-    )
+    counts = {field.name: 0 for field in fields(Loop) if field.name != "matrix"}
     return Loop(**{"matrix": {"DMMA.884": 16}, **counts, **changes})
 
 
