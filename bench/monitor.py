@@ -75,7 +75,7 @@ class Run:
     def warm_up(self) -> None:
         """Train for two turns and probe once, uncounted; counting starts at the beginning of a period."""
         self.advance(2 * BLOCK, count=False)
-        if self.monitor is not None and self.stride > 1:
+        if self.monitor is not None and self.steps_done % self.stride:
             self.steps_done = (self.steps_done // self.stride + 1) * self.stride
             self.observe()
 

@@ -119,6 +119,7 @@ def _accuracy(rows: list[Row], path: Path) -> None:
             colour, marker = STYLES[row["provider"]]
             ax.plot(row["us_p50"] / 1e3, error, marker, color=colour, label=row["provider"], markersize=6)
         ax.set(xscale="log", yscale="log", ylim=(SMALLEST / 3, 10), title=name)
+        _plain_ticks(ax.xaxis)
         ax.axhline(1e-12, color="#c9d0d9", linewidth=1, zorder=0)
         ax.set_yticks([1e-16, 1e-12, 1e-8, 1e-4, 1])
     for ax in axes[len(inputs) :]:
@@ -150,19 +151,24 @@ def _overhead(rows: list[Row], path: Path) -> None:
             low = 100 * np.array([row["overhead_low"] for row in points])
             high = 100 * np.array([row["overhead_high"] for row in points])
             shift = x * (1.06 + 0.05 * list(colours).index(loop))
+            # What lies below the axis, the noise of two runs, is drawn on its edge.
+            low, middle, high = (np.maximum(values, 0.011) for values in (low, middle, high))
             ax.errorbar(
                 shift, middle, [middle - low, high - middle], fmt=".", color=colour, alpha=0.6, capsize=2
             )
         ax.axhline(1.0, color="#1c2430", linewidth=0.8, linestyle="--")
         ax.axvline(200, color="#c9d0d9", linewidth=0.8, zorder=0)
-        ax.set(xscale="log", xlabel="steps between probes")
-        ax.set_yscale("symlog", linthresh=0.1)
+        ax.set(xscale="log", yscale="log", xlabel="steps between probes", ylim=(0.01, 300))
+        _plain_ticks(ax.yaxis, 1.0)
+        _plain_ticks(ax.xaxis, 1.0)
         ax.set_title(f"{mode}, {threads} thread{'s' if threads > 1 else ''}")
     axes[0].set_ylabel("overhead [%]; dashed: 1 %")
     _finish(figure, axes, path, columns=4)
 
 
 def _cost(rows: list[Row], path: Path) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     threads = sorted({row["threads"] for row in rows})
     figure, axes = _figure(2, len(threads), height=3.2)
     for i, count in enumerate(threads):
@@ -189,9 +195,24 @@ def _cost(rows: list[Row], path: Path) -> None:
                     label="floor of torch's libraries",
                 )
             ax.set(xscale="log", yscale="log", xlabel={"n": "rows N", "d": "columns d"}[moving])
-            ax.set_title(f"{fixed.upper() if fixed == 'n' else fixed} = {value}, {count} thread(s)")
+            ax.xaxis.set_major_locator(FixedLocator(sorted({row[moving] for row in here})))
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.xaxis.set_minor_locator(NullLocator())
+            _plain_ticks(ax.yaxis)
+            ax.set_title(
+                f"{'N' if fixed == 'n' else fixed} = {value}, {count} thread{'s' if count > 1 else ''}"
+            )
         axes[2 * i].set_ylabel("time of a call [ms]")
     _finish(figure, axes, path, columns=4)
+
+
+def _plain_ticks(axis: Any, *multiples: float) -> None:
+    """Put ticks at 1, 2 and 5 times the powers of ten, written out."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=multiples or (1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _palette() -> list[tuple[str, str]]:
