@@ -1,7 +1,8 @@
 """A table and a figure from the rows of `bench.gpu`: ``python -m bench.report DIR``.
 
 Reads ``DIR/gpu.jsonl``; writes ``DIR/report.md`` and ``DIR/report.png``. What was skipped is listed with its reason, so
-that a rehearsal on a CPU cannot be mistaken for a measurement of a GPU. Without matplotlib there is no figure.
+that a rehearsal on a CPU cannot be mistaken for a measurement of a GPU. Without matplotlib there is no figure. Rows of
+`bench.suite` in ``DIR/cpu`` get their report there (`bench.report_cpu`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import report_cpu
 from bench.harness import Row
 
 # op -> columns of its table, as (heading, key)
@@ -224,6 +226,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="DIR")
     folder = parser.parse_args(argv).folder
+    if (folder / "cpu").is_dir():
+        print(*report_cpu.write(folder / "cpu", folder / "cpu"), sep="\n")
+        if not (folder / "gpu.jsonl").exists():
+            return
     rows = read(folder)
     (folder / "report.md").write_text(markdown(rows))
     if importlib.util.find_spec("matplotlib"):
