@@ -122,7 +122,7 @@ def _figures_table(settings: Sequence[Setting]) -> Table:
 
 def _verdicts_table(settings: Sequence[Setting]) -> Table:
     same = agreed(settings)
-    rows = []
+    rows: list[tuple[str | Verdict, ...]] = []
     for key, claim in settings[0].claims.items():
         verdicts: list[Verdict] = [s.claims[key].verdict if key in s.claims else NOT_RUN for s in settings]
         depends = "–" if key not in same else "no" if same[key] else "yes"
