@@ -180,4 +180,4 @@ def _between(curve: Curve, x: float, *, power: float) -> float:
         if x <= x1:
             share = math.log(x / x0) / math.log(x1 / x0)
             return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
-    return curve[-1][1] * (x / curve[-1][0]) ** power
+    return curve[-1][1] * float((x / curve[-1][0]) ** power)

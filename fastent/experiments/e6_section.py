@@ -107,8 +107,8 @@ def _pairs_table(pairs: Sequence[Difference], contrast: Difference | None) -> Ta
         for pair in pairs
     ]
     caption = (
-        "Pairs of tasks: differences of mean T_grok (restricted to the limit of steps, Greenwood's interval) and of "
-        "mean H* (Welch's)."
+        "Pairs of tasks: differences of mean T_grok and of mean H*, with Welch's intervals (T_grok restricted to the "
+        "limit of steps, with Greenwood's, where a run does not grok)."
     )
     columns = ("pair", "one task under other names", "T_grok", "H*", "0 in both intervals")
     return Table(caption, columns, tuple(rows))

@@ -117,11 +117,10 @@ def claims(result: Sufficiency) -> list[Claim]:
         Claim(
             "abstract, §11",
             "the collapse is not sufficient: there is a setting in which it comes without generalisation",
-            f"in every run of {', '.join(held)}"
-            if held
-            else f"in no setting of {len(result.mlps)} in every run",
+            _said_of_some(result, held),
             _judge_some(result),
-            "in one setting every run collapses without generalising; in part: some run does",
+            "in one setting every run ends below H* and does not generalise; in part: some run does, or every run of a "
+            "setting falls below it at some time",
         ),
         Claim(
             "abstract",
@@ -196,7 +195,23 @@ def _judge_some(result: Sufficiency) -> Verdict:
     shares = [model.holds.value for model in result.mlps]
     if max(shares) == 1:
         return REPRODUCED
-    return IN_PART if max(shares) > 0 else NOT_REPRODUCED
+    return IN_PART if max(shares) > 0 or _crossing(result) else NOT_REPRODUCED
+
+
+def _crossing(result: Sufficiency) -> list[str]:
+    """Name the MLPs of which every run has H below H* at some time and does not generalise."""
+    without = (OUTCOMES[0], OUTCOMES[3])
+    return [model.label for model in result.mlps if all(outcome in without for outcome in model.outcomes)]
+
+
+def _said_of_some(result: Sufficiency, held: Sequence[str]) -> str:
+    said = (
+        f"in every run of {', '.join(held)}" if held else f"in no setting of {len(result.mlps)} in every run"
+    )
+    crossing = [label for label in _crossing(result) if label not in held]
+    if crossing:
+        said += f"; H falls below H* at some time, and no run generalises: {', '.join(crossing)}"
+    return said
 
 
 def _range(models: Sequence[Model]) -> str:

@@ -160,7 +160,7 @@ def test_section_sets_the_rows_beside_the_papers(runs, controls, undrawn):
     assert rows["multiplication"][3:5] == ("21,560", "21,600 steps (95 % CI 21,360 to 21,840; n = 5)")
     assert rows["multiplication without 0"][3] == "–"
     assert list(rows)[:4] == ["addition", "multiplication", "subtraction", "S5"]
-    pairs = found["Pairs of tasks: differences of mean T_grok (restricted to the limit of steps"].rows
+    pairs = found["Pairs of tasks: differences of mean T_grok and of mean H*"].rows
     assert [row[1] for row in pairs] == ["yes", "yes", "no"]
     isotypic = found["Shares of the irreducible representations of S5"].rows
     assert isotypic[0][:2] == ("(4, 1)", "0.134")

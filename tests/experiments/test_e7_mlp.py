@@ -110,6 +110,13 @@ def test_one_setting_in_which_some_runs_collapse_without_generalising_is_suffici
     assert by_words(claims, "stays near 0").verdict == IN_PART
 
 
+def test_crossing_h_star_for_a_while_without_generalising_is_sufficiency_denied_in_part(transformers):
+    result = e7_mlp.analyse([*transformers, *(mlp(CONCAT, seed, entropy=DIPS) for seed in range(3))])
+    claim = by_words(e7_mlp.claims(result), "not sufficient")
+    assert claim.verdict == IN_PART
+    assert "no run generalises: concatenated, 512-128" in claim.ours
+
+
 def test_grokking_without_a_fall_of_entropy_denies_necessity(transformers):
     result = e7_mlp.analyse([*transformers, mlp(CONCAT, 0, test=GROKS, entropy=STAYS)])
     assert by_words(e7_mlp.claims(result), "is necessary").verdict == NOT_REPRODUCED
