@@ -29,7 +29,7 @@ from fastent.experiments.columns import over, values_at
 from fastent.experiments.delays import Group
 from fastent.experiments.document import Verdict
 from fastent.experiments.e1_baseline import paper_window
-from fastent.experiments.e7_models import NEAR_ZERO, OUTCOMES, Model, outcome_of, told
+from fastent.experiments.e7_models import COLLAPSES, DIPS, NEAR_ZERO, Model, outcome_of, told
 from fastent.experiments.statistics import Estimate, proportion
 from fastent.experiments.stored import StoredRun
 from fastent.experiments.variants import MLPS
@@ -95,7 +95,7 @@ def analyse(runs: Sequence[StoredRun]) -> Sufficiency | None:
 def claims(result: Sufficiency) -> list[Claim]:
     """Each claim of the paper that E7's runs speak to, beside what they say."""
     everyone = [result.transformer, *result.mlps]
-    plain = _pooled(result.plainest, lambda model: [o == OUTCOMES[0] for o in model.outcomes])
+    plain = _pooled(result.plainest, lambda model: [o == COLLAPSES for o in model.outcomes])
     early = _pooled(
         everyone, lambda m: [None if t is None else t <= MEMORISED_BY for t in _times(m, "t_mem")]
     )
@@ -200,8 +200,7 @@ def _judge_some(result: Sufficiency) -> Verdict:
 
 def _crossing(result: Sufficiency) -> list[str]:
     """Name the MLPs of which every run has H below H* at some time and does not generalise."""
-    without = (OUTCOMES[0], OUTCOMES[3])
-    return [model.label for model in result.mlps if all(outcome in without for outcome in model.outcomes)]
+    return [model.label for model in result.mlps if set(model.outcomes) <= {COLLAPSES, DIPS}]
 
 
 def _said_of_some(result: Sufficiency, held: Sequence[str]) -> str:
@@ -235,6 +234,6 @@ def headline(result: Sufficiency) -> str:
     else:
         said += (
             f" What the paper says of its MLP, H below {decimal(result.h_star.value)} and test accuracy at most "
-            f"{percent(NEAR_ZERO)} to the end, holds in every run of none of them."
+            f"{percent(NEAR_ZERO)} to the end, holds in every run of no setting."
         )
     return said

@@ -33,6 +33,8 @@ OUTCOMES = (
 """What a run can do; the first is what the paper says of its MLP. Half-way: test accuracy above 0.1, not grokked. Dips:
 H falls below H* and is back above it over the last evaluations; collapses: it stays."""
 
+COLLAPSES, DIPS = OUTCOMES[0], OUTCOMES[3]
+
 LAST = 5
 """Evaluations at the end of a run whose median H says whether it has collapsed."""
 
@@ -49,7 +51,7 @@ class Model:
     @property
     def holds(self) -> Estimate:
         """Share of its runs that do what the paper says of its MLP."""
-        return proportion(self.outcomes.count(OUTCOMES[0]), len(self.outcomes))
+        return proportion(self.outcomes.count(COLLAPSES), len(self.outcomes))
 
     def at_end(self, name: str) -> list[float | None]:
         """Values of a column at the end of each run."""
