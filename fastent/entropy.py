@@ -212,13 +212,19 @@ def entropy_of_matrix(
     -------
     SpectralEntropy
         With status `out_of_range` where the squares left float64's range: without the activations
-        they cannot be scaled and squared again.
+        they cannot be scaled and squared again. Of NaN and Inf the features are known, not the entries.
     """
     value = float(centered.trace)
     if TINY <= value < math.inf:
         return _summarize(centered, *(spectrum or eigenvalues(centered)), value, convention)
     if math.isnan(value):
-        return _unsolved(centered, Status.NONFINITE, math.nan, "the activations hold NaN or Inf", convention)
+        # The mean of a column is finite where the column is; Inf - Inf makes the trace NaN for large squares too.
+        bad = (~(centered.shift + centered.delta).isfinite()).nonzero().flatten().tolist()
+        if bad:
+            kinds = "NaN or Inf" if centered.resolution > EPS else "NaN, Inf or a sum beyond float64"
+            message = f"{kinds} in {len(bad)} of {centered.d} features, the first is feature {bad[0]}"
+            return _unsolved(centered, Status.NONFINITE, math.nan, message, convention)
+        value = math.inf
     if value == 0 and not bool(centered.delta.any()):
         return _constant_rows(centered, convention)
     message = f"the squares leave float64's range (total variance {value:.3g}): scale the activations by a power of two"

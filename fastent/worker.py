@@ -261,7 +261,9 @@ def _entropy(staged: Staged, spectrum: Spectrum | None) -> SpectralEntropy:
         spectrum = None
     entropy = entropy_of_matrix(staged.centered, spectrum=spectrum)
     if entropy.status is Status.NONFINITE:
-        message = f"NaN or Inf in the activations ({staged.dtype}), which are gone: mode='sync' counts them"
+        message = (
+            f"{entropy.message} ({staged.dtype}); the activations are gone: mode='sync' counts the entries"
+        )
         return dataclasses.replace(entropy, message=message)
     if spread is None or entropy.solver == "none":
         return entropy

@@ -293,6 +293,42 @@ def test_not_finite_constant_and_extreme_activations_have_their_status_without_a
     assert {result.solver for result in results.values()} == {"none"}
 
 
+@pytest.mark.parametrize("former", [TorchFormer, KernelFormer])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("n", "d"), [(90, 40), (24, 40)])
+def test_features_that_are_not_finite_are_counted_and_the_first_is_named(
+    streams: FakeStreams, former: Any, bad: float, n: int, d: int
+) -> None:
+    slots = Ring(streams, former())
+    evaluations = DeferredEntropy(device_of=lambda x: slots)
+    h = activations(0, n, d).half()
+    h[n - 1, 31] = h[0, 7] = h[5, 7] = bad
+    with Operations():  # that are no waits
+        ask(evaluations, 0, a=h)
+    streams.tick()
+    evaluations.close()
+    result = arrived(evaluations)[0]["a"]
+    assert result.status is Status.NONFINITE
+    assert result.message == (
+        "NaN or Inf in 2 of 40 features, the first is feature 7 (torch.float16); "
+        "the activations are gone: mode='sync' counts the entries"
+    )
+
+
+@pytest.mark.parametrize("former", [TorchFormer, KernelFormer])
+def test_finite_activations_whose_squares_overflow_are_out_of_range_and_not_said_to_hold_nan(
+    streams: FakeStreams, former: Any
+) -> None:
+    slots = Ring(streams, former())
+    evaluations = DeferredEntropy(device_of=lambda x: slots)
+    ask(evaluations, 0, a=activations(0).double() * 1e200)
+    streams.tick()
+    evaluations.close()
+    result = arrived(evaluations)[0]["a"]
+    assert result.status is Status.OUT_OF_RANGE
+    assert "total variance inf" in result.message
+
+
 # Counters
 
 

@@ -76,8 +76,27 @@ def test_what_cannot_be_scaled_again_is_out_of_range_and_constant_rows_are_not()
     assert Moments().update(h * 1e-200).spectral_entropy().status is Status.OUT_OF_RANGE
     assert Moments().update(h * 1e200).spectral_entropy().status is Status.OUT_OF_RANGE
     assert Moments().update(torch.full((20, 4), 0.3)).spectral_entropy().status is Status.ZERO_VARIANCE
-    h[0, 0] = torch.nan
-    assert Moments().update(h).spectral_entropy().status is Status.NONFINITE
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_gone_still_say_which_features_were_not_finite(bad):
+    h = activations(20, 4, torch.float32)
+    h[3, 3] = h[15, 1] = h[16, 1] = bad
+    for parts in (1, 4):
+        moments = Moments()
+        for part in h.chunk(parts):
+            moments.update(part)
+        result = moments.spectral_entropy()
+        assert result.status is Status.NONFINITE
+        assert result.message == "NaN or Inf in 2 of 4 features, the first is feature 1"
+
+
+def test_finite_rows_whose_sums_overflow_are_not_said_to_hold_nan():
+    h = activations(200_000, 4)  # chunks: Inf - Inf between them makes the trace NaN
+    assert Moments().update(h * 1e200).spectral_entropy().status is Status.OUT_OF_RANGE
+    h[:, 2] = h[:, 2].clamp(0.1, 1.0) * 1.7e308
+    message = Moments().update(h).spectral_entropy().message
+    assert message == "NaN, Inf or a sum beyond float64 in 1 of 4 features, the first is feature 2"
 
 
 def test_rows_of_a_narrow_dtype_keep_their_resolution():

@@ -226,7 +226,7 @@ def test_nan_raises_on_request_at_the_call_where_it_arrives(streams: FakeStreams
     monitor.observe(4, inputs() / 0.0, layer="a")
     monitor.observe(5, inputs(), layer="b")
     streams.tick()
-    message = r"layer 'a' at step 4: NaN or Inf in the activations \(torch\.float32\)"
+    message = r"layer 'a' at step 4: NaN or Inf in 6 of 6 features, the first is feature 0 \(torch\.float32\)"
     with pytest.raises(FloatingPointError, match=message):
         monitor.flush()
     assert [record.status for record in monitor.history] == [Status.NONFINITE, Status.OK]
