@@ -1,6 +1,6 @@
 """The covariance (or Gram matrix) of one evaluation, its mean and its participation ratio, formed on the device.
 
-`KernelFormer` runs our kernels into memory that was taken once: one or two launches (one more on the Gram side), and
+`KernelFormer` runs our kernels into memory that was taken once: one or two launches, and
 nothing is allocated. `TorchFormer` is for devices without them. Neither asks the device for anything.
 """
 

@@ -53,11 +53,13 @@ class Resources:
     """What one kernel takes on one architecture."""
 
     kernel: str
-    dtype: str  # of the input; the second stage of a split has none of its own
+    dtype: str  # of the input
     layout: str
-    edge: int | None  # of the output tile
+    edge: int | None  # of the output tile; the means have none
     warps: int
-    stage: str  # "part" writes partial sums, "whole" results
+    stage: (
+        str  # "part" sums a part and, where it is the last to come, adds them all; "whole" has nothing to add
+    )
     spread: bool  # the participation ratio included
     arch: int
     registers: int
@@ -137,15 +139,14 @@ def measure(launch: Launch, arch: int, *, layout: str, seen: set[str]) -> Resour
     seen.add(key)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, sass = disassemble(compiled.asm["cubin"])
-    element = source.signature.get("h_ptr", "*").removeprefix("*")
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=True))
     return Resources(
         kernel=launch.kernel.__name__.removeprefix("_").removesuffix("_kernel"),
-        dtype=element or "-",
-        layout=layout if element else "-",
+        dtype=source.signature["h_ptr"].removeprefix("*"),
+        layout=layout,
         edge=arguments.get("EDGE"),
         warps=launch.options["num_warps"],
-        stage="part" if element and arguments.get("partial_ptr") is not None else "whole",
+        stage="whole" if arguments.get("partial_ptr") is None else "part",
         spread=arguments.get("spread_ptr") is not None,
         arch=arch,
         registers=usage["REG"],

@@ -30,12 +30,13 @@ from .memory import Output, Workspace
 from .spread import add_spread, tile_shares
 from .tiles import (
     GROUP,
+    add_parts,
     column_shift,
-    finish_launch,
     fold,
+    leave_part,
+    memory_arguments,
     product_launch,
     run,
-    spread_arguments,
     strides,
     tile_index,
     widen,
@@ -44,14 +45,28 @@ from .tiles import (
 __all__ = ["covariance", "covariance_launches", "gram", "shifted_covariance"]
 
 
+@triton.jit
+def _add_sums(tile, tiles, batch, parts, sums_ptr, EDGE: tl.constexpr):
+    """Column sums of all parts of a tile, of its rows' columns and of its columns', in the order of the parts."""
+    at = sums_ptr + (batch * parts * tiles + tile) * 2 * EDGE + tl.arange(0, EDGE)
+    total_i = tl.zeros((EDGE,), tl.float64)
+    total_j = tl.zeros((EDGE,), tl.float64)
+    for _ in range(parts):
+        total_i += tl.load(at, cache_modifier=".cg")
+        total_j += tl.load(at + EDGE, cache_modifier=".cg")
+        at += tiles * 2 * EDGE
+    return total_i, total_j
+
+
 @triton.jit(do_not_specialize=["n", "tiles", "chunk", "shares_batch"])
 def _covariance_kernel(
     h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
-    lower_ptr,  # (batch, d, d) fp64 out, where there is one part
-    centre_ptr,  # (batch, 3, d) fp64: shift, mean - shift, mean; in with MEANS_FIRST, else out (of a part: the shift)
-    partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64 out: sum of y y^T; None where there is one part
-    sums_ptr,  # (batch, parts, d) fp64 out: sum of y; None where there is one part
-    spread_ptr,  # (batch, 3) fp64 out; None: not wanted, or left to the second stage
+    lower_ptr,  # (batch, d, d) fp64 out
+    centre_ptr,  # (batch, 3, d) fp64: shift, mean - shift, mean; in with MEANS_FIRST, else out
+    sums_ptr,  # see Workspace; None where there is one part
+    partial_ptr,
+    counted_ptr,
+    spread_ptr,  # (batch, 3) fp64 out; None: not wanted
     shares_ptr,  # see add_spread
     arrived_ptr,
     shares_batch,
@@ -86,21 +101,22 @@ def _covariance_kernel(
         shift_i = column_shift(h_ptr, n, cols_i, h_row, h_col, in_i)
         shift_j = column_shift(h_ptr, n, cols_j, h_row, h_col, in_j)
 
-    start = part * chunk
-    stop = tl.minimum(start + chunk, n)
-    rows = start + tl.arange(0, STEP)
-    at_rows = h_ptr + rows.to(tl.int64)[:, None] * h_row
+    # Rows are counted from the start of the part: a part never has 2^31 of them.
+    start = part.to(tl.int64) * chunk
+    length = tl.minimum(n - start, chunk).to(tl.int32)
+    rows = tl.arange(0, STEP)
+    at_rows = h_ptr + start * h_row + rows.to(tl.int64)[:, None] * h_row
     at_i = at_rows + cols_i.to(tl.int64)[None, :] * h_col
     at_j = at_rows + cols_j.to(tl.int64)[None, :] * h_col
     stride = tl.full((), STEP, tl.int64) * h_row
-    live = (rows < stop)[:, None]
+    live = (rows < length)[:, None]
     x_i = widen(tl.load(at_i, mask=live & in_i[None, :], other=0.0))
     x_j = widen(tl.load(at_j, mask=live & in_j[None, :], other=0.0))
     if not MEANS_FIRST:
         sum_i = tl.zeros((STEP, EDGE), tl.float64)
         sum_j = tl.zeros((STEP, EDGE), tl.float64)
     product = tl.zeros((EDGE, EDGE), tl.float64)
-    for _ in range(start, stop, STEP):
+    for _ in range(0, length, STEP):
         # Padding becomes 0 after the shift: before it, it would become -shift.
         y_i = tl.where(live, x_i.to(tl.float64) - shift_i[None, :], 0.0)
         y_j = tl.where(live, x_j.to(tl.float64) - shift_j[None, :], 0.0)
@@ -108,7 +124,7 @@ def _covariance_kernel(
         rows += STEP
         at_i += stride
         at_j += stride
-        live = (rows < stop)[:, None]
+        live = (rows < length)[:, None]
         next_i = tl.load(at_i, mask=live & in_i[None, :], other=0.0)
         next_j = tl.load(at_j, mask=live & in_j[None, :], other=0.0)
         if not MEANS_FIRST:
@@ -118,24 +134,29 @@ def _covariance_kernel(
         x_i = widen(next_i)
         x_j = widen(next_j)
 
-    owner = in_i & (cols_i == cols_j)  # one tile on the diagonal writes for its columns
-    if MEANS_FIRST:
-        delta_i = tl.load(at_centre + d + cols_i, mask=in_i, other=0.0)
-        delta_j = tl.load(at_centre + d + cols_j, mask=in_j, other=0.0)
-    else:
+    last = True
+    if not MEANS_FIRST:
         total_i = fold(sum_i, STEP, EDGE)
         total_j = fold(sum_j, STEP, EDGE)
-        delta_i = total_i / n.to(tl.float64)
-        delta_j = total_j / n.to(tl.float64)
-        if partial_ptr is None:
+        if partial_ptr is not None:
+            at_sums = sums_ptr + ((batch * parts + part) * tiles + tile) * 2 * EDGE + tl.arange(0, EDGE)
+            tl.store(at_sums, total_i)
+            tl.store(at_sums + EDGE, total_j)
+            last = leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_ptr, EDGE)
+    if last:
+        if MEANS_FIRST:
+            delta_i = tl.load(at_centre + d + cols_i, mask=in_i, other=0.0)
+            delta_j = tl.load(at_centre + d + cols_j, mask=in_j, other=0.0)
+        else:
+            if partial_ptr is not None:
+                product = add_parts(tile, tiles, batch, parts, partial_ptr, EDGE)
+                total_i, total_j = _add_sums(tile, tiles, batch, parts, sums_ptr, EDGE)
+            delta_i = total_i / n.to(tl.float64)
+            delta_j = total_j / n.to(tl.float64)
+            owner = in_i & (cols_i == cols_j)  # one tile on the diagonal writes for its columns
             tl.store(at_centre + cols_i, shift_i, mask=owner)
             tl.store(at_centre + d + cols_i, delta_i, mask=owner)
             tl.store(at_centre + 2 * d + cols_i, shift_i + delta_i, mask=owner)
-        else:
-            tl.store(sums_ptr + (batch * parts + part) * d + cols_i, total_i, mask=owner)
-            if part == 0:
-                tl.store(at_centre + cols_i, shift_i, mask=owner)
-    if partial_ptr is None:
         # Symmetric in i and j, and no larger than the product: nothing overflows that need not.
         outer = (delta_i[:, None] * delta_j[None, :]) * n.to(tl.float64)
         at = lower_ptr + (batch * d + cols_i[:, None]) * d + cols_j[None, :]
@@ -147,10 +168,6 @@ def _covariance_kernel(
             add_spread(
                 trace, squares, tile, tiles, batch, spread_ptr, shares_ptr, shares_batch, arrived_ptr, BLOCK
             )
-    else:
-        r = tl.arange(0, EDGE)
-        at = partial_ptr + ((batch * parts + part) * tiles + tile) * EDGE * EDGE
-        tl.store(at + r[:, None] * EDGE + r[None, :], product)
 
 
 def covariance_launches(h: Tensor, out: Output, work: Workspace, scale: float) -> list[Launch]:
@@ -158,14 +175,11 @@ def covariance_launches(h: Tensor, out: Output, work: Workspace, scale: float) -
     n, d = h.shape[-2:]
     cut = plan("covariance", d, n)
     tile = cut.tile
-    shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale, tile.edge, tile.step, tile.means_first, GROUP)
-    memory = (h, out.lower, out.centre, work.partial, work.sums, *spread_arguments(out, work, cut))
-    launches = [product_launch(_covariance_kernel, out, cut, (*memory, *shape))]
-    if tile.means_first:
-        return [means_launch(h, out.centre), *launches]
-    if cut.parts > 1:
-        launches.append(finish_launch(out, work, out.centre, n, cut, scale))
-    return launches
+    memory = (h, out.lower, out.centre, work.sums, *memory_arguments(out, work))
+    shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale)
+    constants = (tile.edge, tile.step, tile.means_first, GROUP)
+    product = product_launch(_covariance_kernel, out, cut, (*memory, *shape, *constants))
+    return [means_launch(h, out.centre), product] if tile.means_first else [product]
 
 
 def covariance(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:

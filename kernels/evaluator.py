@@ -2,8 +2,7 @@
 
 What a training loop runs: it allocates nothing, touches no tensor on the host, asks the device for nothing, and so can
 be captured in a CUDA graph after one call outside (which compiles). Launches of an evaluation, participation ratio
-included: 1 on the covariance side, 2 where the rows are split or the means come first; one more, for the
-means, on the Gram side.
+included: 1 on the covariance side, 2 on the Gram side and wherever else the means come first.
 """
 
 from __future__ import annotations

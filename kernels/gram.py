@@ -20,10 +20,11 @@ from .memory import Output, Workspace
 from .spread import add_spread, tile_shares
 from .tiles import (
     GROUP,
-    finish_launch,
+    add_parts,
+    leave_part,
+    memory_arguments,
     product_launch,
     run,
-    spread_arguments,
     strides,
     tile_index,
     widen,
@@ -34,9 +35,10 @@ from .tiles import (
 def _gram_kernel(
     h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
     centre_ptr,  # (batch, 3, d) fp64: shift, mean - shift, mean
-    lower_ptr,  # (batch, n, n) fp64 out, where there is one part
-    partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64 out; None where there is one part
-    spread_ptr,  # (batch, 3) fp64 out; None: not wanted, or left to the second stage
+    lower_ptr,  # (batch, n, n) fp64 out
+    partial_ptr,  # see Workspace; None where there is one part
+    counted_ptr,
+    spread_ptr,  # (batch, 3) fp64 out; None: not wanted
     shares_ptr,  # see add_spread
     arrived_ptr,
     shares_batch,
@@ -94,7 +96,12 @@ def _gram_kernel(
         x_i = widen(next_i)
         x_j = widen(next_j)
 
-    if partial_ptr is None:
+    last = True
+    if partial_ptr is not None:
+        last = leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_ptr, EDGE)
+    if last:
+        if partial_ptr is not None:
+            product = add_parts(tile, tiles, batch, parts, partial_ptr, EDGE)
         at = lower_ptr + (batch * n + rows_i[:, None]) * n + rows_j[None, :]
         inside = in_i[:, None] & in_j[None, :]
         result = product * scale
@@ -104,22 +111,16 @@ def _gram_kernel(
             add_spread(
                 trace, squares, tile, tiles, batch, spread_ptr, shares_ptr, shares_batch, arrived_ptr, BLOCK
             )
-    else:
-        r = tl.arange(0, EDGE)
-        index = (batch * parts + part) * tiles + tile
-        tl.store(partial_ptr + index * EDGE * EDGE + r[:, None] * EDGE + r[None, :], product)
 
 
 def gram_launches(h: Tensor, out: Output, work: Workspace, scale: float) -> list[Launch]:
     """Return the launches that fill `out` from `h` (n, d) or (batch, n, d)."""
     n, d = h.shape[-2:]
     cut = plan("gram", n, d)
-    shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale, cut.tile.edge, cut.tile.step, GROUP)
-    args = (h, out.centre, out.lower, work.partial, *spread_arguments(out, work, cut), *shape)
-    launches = [means_launch(h, out.centre), product_launch(_gram_kernel, out, cut, args)]
-    if cut.parts > 1:
-        launches.append(finish_launch(out, work, None, n, cut, scale))
-    return launches
+    memory = (h, out.centre, out.lower, *memory_arguments(out, work))
+    shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale)
+    product = product_launch(_gram_kernel, out, cut, (*memory, *shape, cut.tile.edge, cut.tile.step, GROUP))
+    return [means_launch(h, out.centre), product]
 
 
 def gram(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from .launch import Side, plan
 
-# Elements of a partial tile that one program of the second stage adds.
-ELEMENTS = 256
-
 
 class Output(NamedTuple):
     """Results of one evaluation, all float64 and contiguous."""
@@ -33,9 +30,10 @@ class Workspace(NamedTuple):
     """Scratch memory of one evaluation at a time."""
 
     partial: Tensor | None  # (batch, parts, tiles, edge, edge) float64, where the summed axis is split
-    sums: Tensor | None  # (batch, parts, d) float64, the same on the covariance side
-    shares: Tensor | None  # (batch, programs, 2) float64: what each program adds to the spread
-    arrived: Tensor | None  # (batch,) int32, all 0 between evaluations: programs that have added theirs
+    sums: Tensor | None  # (batch, parts, tiles, 2, edge) float64, the same on the covariance side
+    counted: Tensor | None  # (batch, tiles) int32, all 0 between evaluations: parts that have left theirs
+    shares: Tensor | None  # (batch, tiles, 2) float64: what each tile adds to the spread
+    arrived: Tensor | None  # (batch,) int32, all 0 between evaluations: tiles that have added theirs
 
     def nbytes(self) -> int:
         """Bytes of memory."""
@@ -57,13 +55,13 @@ def workspace(side: Side, batch: int, n: int, d: int, device: torch.device, *, s
     m, length = (d, n) if side == "covariance" else (n, d)
     cut = plan(side, m, length)
     edge = cut.tile.edge
-    partial = sums = shares = arrived = None
+    partial = sums = counted = shares = arrived = None
     if cut.parts > 1:
         partial = torch.empty((batch, cut.parts, cut.tiles, edge, edge), dtype=torch.float64, device=device)
+        counted = torch.zeros((batch, cut.tiles), dtype=torch.int32, device=device)
         if side == "covariance":
-            sums = torch.empty((batch, cut.parts, d), dtype=torch.float64, device=device)
+            sums = torch.empty((batch, cut.parts, cut.tiles, 2, edge), dtype=torch.float64, device=device)
     if spread:
-        programs = cut.tiles * (edge * edge // ELEMENTS) if cut.parts > 1 else cut.tiles
-        shares = torch.empty((batch, programs, 2), dtype=torch.float64, device=device)
+        shares = torch.empty((batch, cut.tiles, 2), dtype=torch.float64, device=device)
         arrived = torch.zeros(batch, dtype=torch.int32, device=device)
-    return Workspace(partial, sums, shares, arrived)
+    return Workspace(partial, sums, counted, shares, arrived)

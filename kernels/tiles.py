@@ -4,8 +4,9 @@
 
 Every sum has a fixed order. The products go through `tl.dot` step by step. Column sums are kept one for each
 row of a step and folded by halves at the end: `tl.sum` would add in an order that follows the register
-layout, and that follows the strides of the input. Where the summed axis is split, each part writes its
-partial sums and a second launch adds them, in a fixed order too. No atomics.
+layout, and that follows the strides of the input. Where the summed axis is split, each part leaves its sums in
+memory and the last one of its tile to come adds them all, in the order of the parts. The only atomic is the count of
+those that have come, an integer.
 """
 
 from __future__ import annotations
@@ -19,13 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, Plan, Side
-from .memory import ELEMENTS, Output, Workspace, output, workspace
-from .spread import add_spread
+from .memory import Output, Workspace, output, workspace
 
 # No fused multiply-add outside the products: the bits then do not hang on what a compiler chooses to contract.
 OPTIONS = {"enable_fp_fusion": False}
-# Parts added at once where the parts of a split axis are added.
-PARTS = 4
 # Shares of the spread added at once.
 GROUP = 256
 
@@ -72,74 +70,43 @@ def column_shift(h_ptr, n, cols, h_row, h_col, mask):
     return tl.max(median[None, :], axis=0)
 
 
-@triton.jit(do_not_specialize=["n", "m", "tiles", "parts", "shares_batch"])
-def _finish_kernel(
-    partial_ptr,  # (batch, parts, tiles, EDGE, EDGE) fp64
-    sums_ptr,  # (batch, parts, m) fp64: sum of y; None on the Gram side, where nothing is left to subtract
-    lower_ptr,  # (batch, m, m) fp64 out
-    centre_ptr,  # (batch, 3, m) fp64: shift in; mean - shift and mean out; None on the Gram side
-    spread_ptr,  # (batch, 3) fp64 out; None: not wanted
-    shares_ptr,  # see add_spread
-    arrived_ptr,
-    shares_batch,
-    n,
-    m,
-    tiles,
-    parts,
-    scale: tl.float64,
-    EDGE: tl.constexpr,
-    PARTS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    tile = tl.program_id(0) % tiles
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    i, j = tile_index(tile)
-    element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
-    row = i * EDGE + element // EDGE
-    col = j * EDGE + element % EDGE
-    inside = (row < m) & (col < m)
-    group = tl.arange(0, PARTS)
-    product = tl.zeros((PARTS, ELEMENTS), tl.float64)
-    sum_i = tl.zeros((PARTS, ELEMENTS), tl.float64)
-    sum_j = tl.zeros((PARTS, ELEMENTS), tl.float64)
-    for first in range(0, parts, PARTS):
-        part = (first + group)[:, None]
-        mask = (part < parts) & inside[None, :]
-        index = batch * parts + part
-        at = partial_ptr + (index * tiles + tile) * EDGE * EDGE + element[None, :]
-        product += tl.load(at, mask=mask, other=0.0)
-        if sums_ptr is not None:
-            sum_i += tl.load(sums_ptr + index * m + row[None, :], mask=mask, other=0.0)
-            sum_j += tl.load(sums_ptr + index * m + col[None, :], mask=mask, other=0.0)
-    result = fold(product, PARTS, ELEMENTS)
-    if sums_ptr is not None:
-        count = n.to(tl.float64)
-        delta_i = fold(sum_i, PARTS, ELEMENTS) / count
-        delta_j = fold(sum_j, PARTS, ELEMENTS) / count
-        result -= (delta_i * delta_j) * count
-        at_centre = centre_ptr + 3 * batch * m + row
-        owner = inside & (row == col)
-        shift = tl.load(at_centre, mask=owner, other=0.0)
-        tl.store(at_centre + m, delta_i, mask=owner)
-        tl.store(at_centre + 2 * m, shift + delta_i, mask=owner)
-    result *= scale
-    tl.store(lower_ptr + (batch * m + row) * m + col, result, mask=inside)
-    if spread_ptr is not None:
-        values = tl.where(inside, result, 0.0)
-        squares = tl.sum(values * values, axis=0)
-        add_spread(
-            tl.sum(tl.where(row == col, values, 0.0), axis=0),
-            tl.where(i == j, squares, 2.0 * squares),
-            tile * tl.num_programs(1) + tl.program_id(1),
-            tiles * tl.num_programs(1),
-            batch,
-            spread_ptr,
-            shares_ptr,
-            shares_batch,
-            arrived_ptr,
-            BLOCK,
-        )
+@triton.jit
+def leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_ptr, EDGE: tl.constexpr):
+    """Store the product of one part and count it; whether it was the last of its tile to come.
+
+    What the program stored before goes with it: release and acquire at the scope of the device, so whoever sees all
+    others counted sees their stores. The count is set back to 0 for the next evaluation.
+    """
+    r = tl.arange(0, EDGE)
+    at = partial_ptr + ((batch * parts + part) * tiles + tile) * EDGE * EDGE
+    tl.store(at + r[:, None] * EDGE + r[None, :], product)
+    tl.debug_barrier()
+    counter = counted_ptr + batch * tiles + tile
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def add_parts(tile, tiles, batch, parts, partial_ptr, EDGE: tl.constexpr):
+    """Sum of the products of all parts of a tile, in the order of the parts, not of their arrival."""
+    # Parts that are under way at once; more spill under triton 3.6 and 3.7 for sm_80 (bench/NOTES.md).
+    AHEAD: tl.constexpr = 128 // EDGE
+    r = tl.arange(0, EDGE)
+    at = partial_ptr + (batch * parts * tiles + tile) * EDGE * EDGE + r[:, None] * EDGE + r[None, :]
+    total = tl.zeros((EDGE, EDGE), tl.float64)
+    stride = tl.full((), EDGE * EDGE, tl.int64) * tiles
+    part = tl.zeros((1, 1), tl.int32)
+    for _ in range(0, parts, AHEAD):
+        # Unrolled, so that the loads need not wait for the additions; these stay in order.
+        for _ in tl.static_range(AHEAD):
+            # Not through the first-level cache, which may hold what another evaluation left here.
+            total += tl.load(at, mask=part < parts, other=0.0, cache_modifier=".cg")
+            at += stride
+            part += 1
+    return total
 
 
 def run(
@@ -165,30 +132,13 @@ def strides(h: Tensor) -> tuple[int, int, int]:
     return (0 if h.ndim == 2 or h.shape[0] == 1 else h.stride(0), h.stride(-2), h.stride(-1))
 
 
-def spread_arguments(
-    out: Output, work: Workspace, cut: Plan
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """Arguments of a product for its spread; of a part there is none yet."""
-    if out.spread is None or cut.parts > 1:
-        return None, None, None, 0
-    assert work.shares is not None
-    return out.spread, work.shares, work.arrived, work.shares.stride(0)
+def memory_arguments(out: Output, work: Workspace) -> tuple[Any, ...]:
+    """Arguments of a product for the sums of its parts and for its spread, where there are such."""
+    stride = 0 if work.shares is None else work.shares.stride(0)
+    return work.partial, work.counted, out.spread, work.shares, work.arrived, stride
 
 
 def product_launch(kernel: Any, out: Output, cut: Plan, args: tuple[Any, ...]) -> Launch:
     """Return the launch of a product: one program for each tile, matrix and part."""
     options = {"num_warps": cut.tile.warps, "num_stages": cut.tile.stages, **OPTIONS}
     return Launch(kernel, (cut.tiles * out.lower.shape[0], cut.parts), args, options)
-
-
-def finish_launch(
-    out: Output, work: Workspace, centre: Tensor | None, n: int, cut: Plan, scale: float
-) -> Launch:
-    """Return the launch that adds the parts of a product and writes `out`; `centre` on the covariance side."""
-    batch, m = out.lower.shape[:2]
-    edge = cut.tile.edge
-    spread = spread_arguments(out, work, cut._replace(parts=1))
-    shape = (n, m, cut.tiles, cut.parts, scale, edge, PARTS, ELEMENTS, GROUP)
-    args = (work.partial, work.sums, out.lower, centre, *spread, *shape)
-    grid = (cut.tiles * batch, edge * edge // ELEMENTS)
-    return Launch(_finish_kernel, grid, args, {"num_warps": 4, "num_stages": 1, **OPTIONS})
