@@ -7,7 +7,7 @@ under way (``flush``), or capture with ``capture_error_mode="thread_local"``.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -83,12 +83,12 @@ class CudaStreams:
         """Make an event without timing."""
         return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def pinned(self, *shape: int) -> Tensor:
+    def pinned(self, size: int) -> Tensor:
         """Allocate page-locked memory: from pageable memory a copy would be staged, and wait."""
-        return torch.empty(shape, dtype=torch.float64, device="cpu", pin_memory=True)
+        return torch.empty(size, dtype=torch.float64, device="cpu", pin_memory=True)
 
     @contextmanager
-    def aside(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+    def aside(self, block: Tensor) -> Iterator[None]:
         """Queue on the side stream, after what the current stream holds."""
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -100,15 +100,14 @@ class CudaStreams:
             with torch.cuda.stream(self._side):
                 yield
         finally:
-            for tensor in tensors:
-                tensor.record_stream(self._side)
+            block.record_stream(self._side)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Queue a copy to pinned memory."""
         target.copy_(source, non_blocking=True)
 
     def record(self, event: Event) -> None:
-        """Put `event` behind the copies."""
+        """Put `event` behind the copy."""
         assert isinstance(event, torch.cuda.Event)
         event.record(self._side)
 

@@ -27,6 +27,15 @@ class Formed(NamedTuple):
     matrix: Tensor  # (m, m), the lower triangle; m is the smaller of n and d
     centre: Tensor  # (>= 2, d): shift, and mean - shift
     spread: Tensor  # (3,): trace, sum of squares of all entries, participation ratio
+    block: Tensor  # their memory, in one piece
+
+    def at(self, block: Tensor) -> Formed:
+        """Return the same, in another block of memory of the same size."""
+        start = self.block.storage_offset()
+        matrix, centre, spread = (
+            block.as_strided(part.shape, part.stride(), part.storage_offset() - start) for part in self[:3]
+        )
+        return Formed(matrix, centre, spread, block)
 
 
 class Former(Protocol):
@@ -64,7 +73,7 @@ class KernelFormer:
                 self._evaluators.clear()
             evaluator = self._evaluators[key] = Evaluator(n, d, device=x.device)
         evaluator(x, memory)
-        return Formed(memory.lower[0], memory.centre[0], memory.spread[0])
+        return Formed(memory.lower[0], memory.centre[0], memory.spread[0], memory.block)
 
 
 class TorchFormer:
@@ -76,8 +85,11 @@ class TorchFormer:
     def form(self, x: Tensor, memory: Any, stream: Hashable) -> Formed:
         """Queue the operations."""
         centered = centered_matrix(x)
-        centre = torch.stack((centered.shift, centered.delta))
-        return Formed(centered.matrix, centre, spread_of(centered.matrix))
+        parts = (centered.matrix, torch.stack((centered.shift, centered.delta)), spread_of(centered.matrix))
+        block = torch.cat([part.flatten() for part in parts])
+        pieces = block.split([part.numel() for part in parts])
+        matrix, centre, spread = (piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
+        return Formed(matrix, centre, spread, block)
 
 
 def spread_of(matrix: Tensor) -> Tensor:

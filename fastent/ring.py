@@ -11,7 +11,7 @@ clock. Nothing here waits, except `Streams.solve`, which is for the worker.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -43,13 +43,13 @@ class Streams(Protocol):
     def event(self) -> Event:
         """Make an event that is passed until it is recorded."""
 
-    def pinned(self, *shape: int) -> Tensor:
-        """Allocate float64 host memory that the device writes to by itself."""
+    def pinned(self, size: int) -> Tensor:
+        """Allocate `size` float64 of host memory that the device writes to by itself."""
 
-    def aside(self, tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    def aside(self, block: Tensor) -> AbstractContextManager[None]:
         """Queue what is done inside on the side stream, after all that training has queued so far.
 
-        The memory of `tensors` is not used again before the side stream is done with them.
+        The memory of `block` is not used again before the side stream is done with it.
         """
 
     def copy(self, source: Tensor, target: Tensor) -> None:
@@ -112,34 +112,32 @@ class Slot:
         self.source: Tensor | None = None
         self.batched = streams if streams.batched else None
         self._ring = ring
-        self._matrix, self._centre, self._spread = (
-            streams.pinned(m, m),
-            streams.pinned(3, d),
-            streams.pinned(3),
-        )
+        self._host: Formed | None = None
         self._event = streams.event()
 
     def fill(self, streams: Streams, formed: Formed, n: int, dtype: torch.dtype) -> None:
-        """Queue the copies of what was formed from `n` rows of `dtype`."""
+        """Queue the copy of what was formed from `n` rows of `dtype`."""
         d = self.key[1]
         self.dtype = dtype
-        with streams.aside(formed):
-            targets = (self._matrix, self._centre[: len(formed.centre)], self._spread)
-            for source, target in zip(formed, targets, strict=True):
-                streams.copy(source, target)
+        if self._host is None:
+            with torch.inference_mode(False):  # it is written to outside of inference mode too
+                self._host = formed.at(streams.pinned(len(formed.block)))
+        with streams.aside(formed.block):
+            streams.copy(formed.block, self._host.block)
             streams.record(self._event)
         self.source = formed.matrix if self.batched else None
         side: Side = "gram" if n < d else "covariance"
-        shift, delta = self._centre[0], self._centre[1]
-        self.centered = CenteredMatrix(self._matrix, shift, delta, side, n, d, torch.finfo(dtype).eps)
+        shift, delta = self._host.centre[0], self._host.centre[1]
+        self.centered = CenteredMatrix(self._host.matrix, shift, delta, side, n, d, torch.finfo(dtype).eps)
 
     def ready(self) -> bool:
-        """Whether the copies have been made."""
+        """Whether the copy has been made."""
         return self._event.query()
 
     def spread(self) -> tuple[float, float]:
         """Trace and participation ratio as the device found them."""
-        trace, _, ratio = self._spread.tolist()
+        assert self._host is not None
+        trace, _, ratio = self._host.spread.tolist()
         return trace, ratio
 
     def release(self) -> None:

@@ -6,6 +6,8 @@ memory belongs to one evaluation at a time, so each stream needs its own.
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,10 +22,11 @@ class Output(NamedTuple):
     lower: Tensor  # (batch, m, m): the lower triangle; what stands above the diagonal has no meaning
     centre: Tensor  # (batch, 3, d): shift, mean - shift, mean
     spread: Tensor | None  # (batch, 3): trace, sum of squares of all entries, participation ratio
+    block: Tensor  # the memory of them all, in one piece: one copy takes it elsewhere
 
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return sum(tensor.nbytes for tensor in self if tensor is not None)
+        return self.block.nbytes
 
 
 class Workspace(NamedTuple):
@@ -43,11 +46,15 @@ class Workspace(NamedTuple):
 def output(side: Side, batch: int, n: int, d: int, device: torch.device, *, spread: bool) -> Output:
     """Take memory for one result."""
     m = d if side == "covariance" else n
-    return Output(
-        torch.empty((batch, m, m), dtype=torch.float64, device=device),
-        torch.empty((batch, 3, d), dtype=torch.float64, device=device),
-        torch.empty((batch, 3), dtype=torch.float64, device=device) if spread else None,
+    shapes = [(batch, m, m), (batch, 3, d), (batch, 3)][: 3 if spread else 2]
+    # Each starts at a multiple of 16 bytes: Triton compiles other code for memory that is not so aligned.
+    ends = list(itertools.accumulate(math.prod(shape) + math.prod(shape) % 2 for shape in shapes))
+    block = torch.empty(ends[-1], dtype=torch.float64, device=device)
+    lower, centre, *rest = (
+        block[start : start + math.prod(shape)].view(shape)
+        for start, shape in zip([0, *ends], shapes, strict=False)
     )
+    return Output(lower, centre, rest[0] if rest else None, block)
 
 
 def workspace(side: Side, batch: int, n: int, d: int, device: torch.device, *, spread: bool) -> Workspace:

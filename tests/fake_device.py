@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -47,14 +47,13 @@ class FakeStreams:
         self.events.append(FakeEvent(self._clock))
         return self.events[-1]
 
-    def pinned(self, *shape: int) -> Tensor:
+    def pinned(self, size: int) -> Tensor:
         self.calls["pinned"] += 1
-        return torch.full(
-            shape, 7.0, dtype=torch.float64
-        )  # finite: to be read too early must show in the values
+        # Finite: to be read too early must show in the values.
+        return torch.full((size,), 7.0, dtype=torch.float64)
 
     @contextmanager
-    def aside(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+    def aside(self, block: Tensor) -> Iterator[None]:
         self.calls["aside"] += 1
         self.threads.add(threading.get_ident())
         yield

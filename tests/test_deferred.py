@@ -25,7 +25,6 @@ from fastent.forming import KernelFormer, TorchFormer, spread_of
 from fastent.kernels.launch import Launch
 from fastent.ring import Ring
 
-
 FORMERS = [TorchFormer, pytest.param(KernelFormer, marks=pytest.mark.interpreter)]
 
 
@@ -350,10 +349,10 @@ def test_the_training_thread_does_not_wait_for_the_device_and_asks_it_the_same_l
         made = streams.calls - before
         assert {name: made[name] for name in ("aside", "copy", "record")} == {
             "aside": 2,
-            "copy": 6,
+            "copy": 2,
             "record": 2,
         }
-        assert made["pinned"] == (6 if step == 0 else 0)  # the steady state allocates nothing
+        assert made["pinned"] == (2 if step == 0 else 0)  # the steady state allocates nothing
         assert made["event"] == (2 if step == 0 else 0)
         streams.tick()
         evaluations.flush()
@@ -385,7 +384,7 @@ def test_a_probe_is_one_launch_of_ours_or_two_on_the_gram_side_and_no_operation_
         with Operations() as operations:
             ask(evaluations, step, a=h)
         assert len(launched) == launches
-        assert (streams.calls - before)["copy"] == 3
+        assert (streams.calls - before)["copy"] == 1
         streams.tick()
         evaluations.flush()
     assert set(operations.seen) <= {"detach", "select", "slice", "unsqueeze"}  # views
