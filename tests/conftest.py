@@ -1,14 +1,9 @@
-"""Set-up shared by all tests: one thread, the Triton interpreter where there is no GPU, and `--device`."""
+"""Set-up shared by all tests: one thread, Triton's interpreter or compiled kernels, and `--device`."""
 
 import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Must be set before a kernel is decorated, that is before anything imports fastent.kernels.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 
 # The products of the tests are small: a second thread costs more than it brings, much more on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -21,13 +16,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    no_gpu = pytest.mark.skip(reason="torch.cuda.is_available() is False")
+def pytest_configure(config: pytest.Config) -> None:
+    # Before a kernel is decorated, that is before anything imports fastent.kernels. A process either compiles
+    # kernels or interprets them: with a GPU, `--device cuda` or `-m gpu` asks for compiled ones.
+    asked = config.getoption("--device") == "cuda" or config.getoption("markexpr") == "gpu"
+    if not (asked and torch.cuda.is_available()):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "torch.cuda.is_available() is False"
+    elif interpreted:
+        reasons["gpu"] = "kernels are interpreted in this process: give --device cuda"
+    if not interpreted:
+        reasons["interpreter"] = "kernels are compiled in this process: leave --device cuda out"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(no_gpu)
+        for marker in reasons.keys() & item.keywords.keys():
+            item.add_marker(pytest.mark.skip(reason=reasons[marker]))
 
 
 @pytest.fixture(scope="session")

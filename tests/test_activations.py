@@ -91,7 +91,7 @@ def test_float8_is_read_exactly():
     assert torch.equal(covariance(h), covariance(h.to(torch.float32)))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(41, 13), (13, 41)])
 def test_views_give_the_same_bits_as_contiguous_input(backend, dtype, shape):

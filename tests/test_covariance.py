@@ -57,7 +57,7 @@ def test_inputs_longer_than_the_buffer_are_inside_the_gate_and_take_every_path()
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4, 1e6, 1e7])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_covariance_is_right_to_1e_14_at_any_offset(offset, backend):
     h = activations(512, 16) + offset
     error = np.abs(fastent.covariance(h, backend=backend).numpy() - truth(h)).max()
@@ -94,7 +94,7 @@ def test_correction_is_the_normaliser():
         fastent.covariance(h, correction=10)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_items_of_a_batch_are_bit_equal_to_themselves_alone(backend):
     for shape in ((3, 50, 7), (3, 7, 50)):
         h = torch.stack([activations(*shape[1:], seed=seed) for seed in range(3)])

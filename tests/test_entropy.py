@@ -10,7 +10,7 @@ import torch
 
 from fastent import Status, spectral_entropy
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpreter)]
 
 
 def activations(n: int, d: int, seed: int = 0) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -99,14 +100,13 @@ Backend = Reference | Fastent
 
 
 def backends(device: str) -> list[Backend]:
-    """All that can run here: the CPU's three, and with ``--device cuda`` the GPU's two."""
+    """All that can run in this process: the CPU's, and the interpreter or with ``--device cuda`` the GPU's two."""
     # The interpreter runs a kernel some hundred times slower than compiled code, so it gets fewer examples.
     found: list[Backend] = [Reference(), Fastent("torch", "torch")]
-    if torch.cuda.is_available():
-        if device == "cuda":
-            found += [Fastent("torch-cuda", "torch", "cuda"), Fastent("triton-cuda", "triton", "cuda")]
-    else:
+    if os.environ.get("TRITON_INTERPRET") == "1":
         found.append(Fastent("triton-interpreter", "triton", share=0.4))
+    elif device == "cuda":
+        found += [Fastent("torch-cuda", "torch", "cuda"), Fastent("triton-cuda", "triton", "cuda")]
     return found
 
 
