@@ -29,6 +29,9 @@ class Tile:
     warps: int
     stages: int = 1  # the kernels prefetch by hand: the compiler's pipelining stays off
     means_first: bool = False  # column means from a launch of their own, so that the loop keeps no sums
+    registers: int | None = (
+        None  # of a thread; None: the assembler's choice, which may spill to fit one more block
+    )
 
 
 class Entry(NamedTuple):
@@ -59,11 +62,11 @@ TABLE: dict[Side, tuple[Entry, ...]] = {
     "covariance": (
         Entry(256, Tile(edge=32, step=16, warps=4)),
         Entry(1536, Tile(edge=64, step=16, warps=8)),
-        Entry(None, Tile(edge=64, step=16, warps=4, means_first=True)),
+        Entry(None, Tile(edge=64, step=16, warps=4, means_first=True, registers=255)),
     ),
     "gram": (
-        Entry(256, Tile(edge=32, step=16, warps=4)),
-        Entry(None, Tile(edge=64, step=16, warps=8)),
+        Entry(256, Tile(edge=32, step=16, warps=4, registers=128)),
+        Entry(None, Tile(edge=64, step=16, warps=8, registers=255)),
     ),
 }
 

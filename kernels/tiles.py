@@ -140,5 +140,6 @@ def memory_arguments(out: Output, work: Workspace) -> tuple[Any, ...]:
 
 def product_launch(kernel: Any, out: Output, cut: Plan, args: tuple[Any, ...]) -> Launch:
     """Return the launch of a product: one program for each tile, matrix and part."""
-    options = {"num_warps": cut.tile.warps, "num_stages": cut.tile.stages, **OPTIONS}
+    tile = cut.tile
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, **OPTIONS}
     return Launch(kernel, (cut.tiles * out.lower.shape[0], cut.parts), args, options)
