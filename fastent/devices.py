@@ -90,10 +90,6 @@ class CudaStreams:
     @contextmanager
     def aside(self, block: Tensor) -> Iterator[None]:
         """Queue on the side stream, after what the current stream holds."""
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a deferred evaluation cannot be part of a CUDA graph: call step or observe between replays"
-            )
         self._formed.record(torch.cuda.current_stream(self.device))
         self._side.wait_event(self._formed)
         try:
@@ -131,8 +127,19 @@ class Devices:
         self._host = Host()
 
     def of(self, x: Tensor) -> Device | None:
-        """Device object for checked activations (n, d); None for an evaluation in line."""
+        """Device object for checked activations (n, d); None for an evaluation in line.
+
+        Raises
+        ------
+        RuntimeError
+            While the current stream is being captured.
+        """
         if x.device.type == "cuda":
+            # Before anything is taken: memory taken now would be the graph's, and zeroed by its replays alone.
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a deferred evaluation cannot be part of a CUDA graph: call step or observe between replays"
+                )
             ring = self._rings.get(x.device)
             if ring is None:
                 former = KernelFormer() if triton_obstacle(x.device) is None else TorchFormer()

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -481,6 +482,14 @@ def test_the_cpu_takes_the_worker_for_large_matrices_of_one_thread_with_cores_to
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(devices, "_usable_cores", lambda: 1)
     assert of(large) is None
+
+
+def test_within_a_capture_nothing_is_taken_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    chosen = Devices()
+    with pytest.raises(RuntimeError, match="cannot be part of a CUDA graph"):
+        chosen.of(SimpleNamespace(device=torch.device("cuda", 0)))  # type: ignore[arg-type]
+    assert not chosen._rings
 
 
 def test_on_the_cpu_the_worker_gives_the_bits_of_an_evaluation_in_line() -> None:

@@ -109,6 +109,7 @@ def test_an_evaluation_has_the_bits_of_the_plain_functions(
     assert torch.equal(out.centre[:, 2], mean)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("side", "n", "d"), [("covariance", 700, 40), ("gram", 40, 700)])
 def test_parts_may_come_in_any_order(side: Side, n: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter runs programs in order, so the last part would always be the last to come.
