@@ -1,5 +1,6 @@
 """Eigenvalues of a centred matrix: cuSOLVER on CUDA, LAPACK on the CPU, and LAPACK where cuSOLVER fails.
 
+LAPACK is torch's, or for large matrices NumPy's, where that is faster and has one thread (`fastent.openblas`).
 ``torch.linalg.eigvalsh`` on CUDA stops the host until the device is done. A solve whose eigenvalues do not sum to the
 trace is a failed one. NaN must be kept out by the caller: solvers hang or fail on it.
 """
@@ -11,6 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
+from fastent import openblas
 from fastent.covariance import CenteredMatrix
 
 EPS = torch.finfo(torch.float64).eps
@@ -49,6 +51,8 @@ def eigenvalues(centered: CenteredMatrix) -> tuple[Tensor, str]:
         fallbacks.append(reason)
         _log.warning("eigvalsh failed on the GPU (%s): solved on the CPU, %d so far", reason, len(fallbacks))
         matrix = matrix.cpu()
+    if matrix.shape[-1] >= openblas.SOLVE_FROM and openblas.preferred(matrix):
+        return openblas.eigenvalues(matrix.mT), f"lapack ({centered.side})"
     return torch.linalg.eigvalsh(matrix, UPLO="U"), f"lapack ({centered.side})"
 
 

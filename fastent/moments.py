@@ -200,7 +200,7 @@ class Moments:
             raise ValueError(
                 f"the normaliser is n - correction and must be positive; got n = {self.n}, {correction = }"
             )
-        return mirror_lower(products) / (self.n - correction)
+        return mirror_lower(products / (self.n - correction))
 
     def spectral_entropy(self) -> SpectralEntropy:
         """Entropy of the covariance of all rows; see `fastent.spectral_entropy`.

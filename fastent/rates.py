@@ -1,6 +1,6 @@
 """Rates of the CPU that this process runs on, for `fastent.cost_model`: about two seconds of measuring.
 
-Each is the median of a few repetitions of what an evaluation does (`fastent.torch_backend`, LAPACK through torch), at
+Each is the median of a few repetitions of what an evaluation does (`fastent.torch_backend`, `fastent.eigenvalues`), at
 this process's thread count.
 """
 
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
 
 from fastent import torch_backend
 from fastent.cost_model import Rates, work
+from fastent.covariance import centered_matrix
+from fastent.eigenvalues import eigenvalues
 from fastent.entropy import spectral_entropy
 
 EDGES = (16, 64, 128, 256, 512, 1024)
@@ -34,17 +37,11 @@ def measure_rates(edges: Sequence[int] = EDGES, *, budget: float = 0.1) -> Rates
     product, solve = [], []
     for m in edges:
         h = torch.randn(LENGTH, m, generator=generator, dtype=torch.float64)
-        lower = torch.empty(m, m, dtype=torch.float64)
-        matrix = h.T @ h
-
-        def products(lower: torch.Tensor = lower, h: torch.Tensor = h) -> None:
-            torch_backend._add_lower_product(lower, h.T, 1.0, first=True)
-
-        def eigenvalues(matrix: torch.Tensor = matrix) -> None:
-            torch.linalg.eigvalsh(matrix.mT, UPLO="U")
-
+        lower, add_lower_product = torch_backend._target(h, m)
+        products = partial(add_lower_product, lower, h.T, 1.0, first=True)
+        solution = partial(eigenvalues, centered_matrix(h, side="covariance"))
         product.append((m, work(LENGTH, m, side="covariance").flops / _seconds(products, budget)))
-        solve.append((m, _seconds(eigenvalues, budget)))
+        solve.append((m, _seconds(solution, budget)))
     tall = torch.randn(4096, 128, generator=generator)
 
     def convert() -> None:

@@ -1,17 +1,21 @@
-"""Centred covariance and Gram matrices in plain torch: the CPU path, and CUDA without Triton.
+"""Centred covariance and Gram matrices without Triton: the CPU path, and CUDA where Triton cannot run.
 
 The input goes through a float64 buffer of at most `CHUNK_BYTES`, so there is never a float64 copy of a large one.
-Only the lower triangle is computed, in slabs of `SLAB` rows, for little more than half the products: torch has no
-syrk, and scipy's runs in a second thread pool that fights torch's (bench/NOTES.md). Long chunks are cut into `GROUPS`
-for a batched product: every thread gets a panel, where one tall product leaves threads idle.
+Only the lower triangle is computed: by NumPy's OpenBLAS where that is faster and has one thread (`fastent.openblas`);
+otherwise by torch, which has no syrk, in slabs of `SLAB` rows, for little more than half the products. Long chunks are
+then cut into `GROUPS` for a batched product: every thread gets a panel, where one tall product leaves threads idle.
 
-All choices follow from the shape alone, so the bits do not depend on strides or on other items of a batch.
+All other choices follow from the shape alone, so the bits do not depend on strides or on other items of a batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from fastent import openblas
 
 CHUNK_BYTES = 4 * 2**20
 GROUPS = 4
@@ -44,9 +48,9 @@ def covariance(x: Tensor, scale: float, *, exact_mean: bool = False) -> tuple[Te
     rows = _chunk_length(n, d)
     chunk = x if n == rows else x[:rows]
     buffer = chunk.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-    lower = torch.empty((d, d), dtype=torch.float64, device=x.device)
+    lower, add_lower_product = _target(x, d)
     shift, delta = _center(buffer, exact=exact_mean or x.dtype == torch.float64)
-    _add_lower_product(lower, buffer.T, scale, first=True)
+    add_lower_product(lower, buffer.T, scale, first=True)
     if n == rows:  # the two-pass algorithm
         return lower, shift, delta
     center = shift + delta
@@ -55,7 +59,7 @@ def covariance(x: Tensor, scale: float, *, exact_mean: bool = False) -> tuple[Te
         chunk = x[start : start + rows]
         y = buffer[: chunk.shape[0]].copy_(chunk).sub_(center)
         residual += y.sum(0)
-        _add_lower_product(lower, y.T, scale)
+        add_lower_product(lower, y.T, scale)
     lower.addr_(residual, residual, alpha=-scale / n)
     return lower, shift, delta.add_(residual, alpha=1.0 / n)
 
@@ -79,14 +83,21 @@ def gram(x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     n, d = x.shape
     columns = _chunk_length(d, n)
-    lower = torch.empty((n, n), dtype=torch.float64, device=x.device)
+    lower, add_lower_product = _target(x, n)
     means = []
     for start in range(0, d, columns):
         y = x[:, start : start + columns].to(torch.float64, memory_format=torch.contiguous_format, copy=True)
         means.append(_center(y, exact=x.dtype == torch.float64))
-        _add_lower_product(lower, y, scale, first=start == 0)
+        add_lower_product(lower, y, scale, first=start == 0)
     shifts, deltas = zip(*means, strict=True)
     return lower, torch.cat(shifts), torch.cat(deltas)
+
+
+def _target(x: Tensor, m: int) -> tuple[Tensor, Callable[..., None]]:
+    """Memory for an (m, m) matrix, uninitialised, and the function that adds products to it."""
+    if openblas.preferred(x):
+        return openblas.empty(m), openblas.add_lower_product
+    return torch.empty((m, m), dtype=torch.float64, device=x.device), _add_lower_product
 
 
 def _center(y: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:

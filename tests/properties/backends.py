@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastent
+from fastent import openblas
 from fastent.reference import covariance as reference_covariance
 from fastent.reference import entropy as reference_entropy
 from fastent.reference import moments as reference_moments
@@ -74,26 +76,34 @@ class Fastent:
     backend: str
     device: str = "cpu"
     share: float = 1.0
+    by_openblas: bool = False  # NumPy's library for products and eigenvalues of any size, else torch's
 
     def covariance(self, h: Tensor, correction: int = 0) -> np.ndarray:
-        got = fastent.covariance(h.to(self.device), correction=correction, backend=self.backend)
+        with self._library():
+            got = fastent.covariance(h.to(self.device), correction=correction, backend=self.backend)
         return got.cpu().numpy()
 
     def result(self, h: Tensor) -> Result:
-        got = fastent.spectral_entropy(h.to(self.device), backend=self.backend)
+        with self._library():
+            got = fastent.spectral_entropy(h.to(self.device), backend=self.backend)
         return Result(*(getattr(got, name) for name in FIELDS), got.eigenvalues.cpu().numpy())
 
     def entropy(self, h: Tensor) -> float:
         return self.result(h).entropy
 
     def moments(self, h: Tensor) -> fastent.Moments:
-        return fastent.Moments().update(h.to(self.device), backend=self.backend)
+        with self._library():
+            return fastent.Moments().update(h.to(self.device), backend=self.backend)
 
     def merge(self, a: fastent.Moments, b: fastent.Moments) -> fastent.Moments:
         return a.merge(b)
 
     def of_moments(self, m: fastent.Moments) -> tuple[np.ndarray, float]:
-        return m.covariance().cpu().numpy(), m.spectral_entropy().entropy
+        with self._library():
+            return m.covariance().cpu().numpy(), m.spectral_entropy().entropy
+
+    def _library(self) -> Any:
+        return patch.multiple(openblas, preferred=lambda x: self.by_openblas, SOLVE_FROM=2)
 
 
 Backend = Reference | Fastent
@@ -103,6 +113,8 @@ def backends(device: str) -> list[Backend]:
     """All that can run in this process: the CPU's, and the interpreter or with ``--device cuda`` the GPU's two."""
     # The interpreter runs a kernel some hundred times slower than compiled code, so it gets fewer examples.
     found: list[Backend] = [Reference(), Fastent("torch", "torch")]
+    if openblas._library() is not None:
+        found.append(Fastent("openblas", "torch", by_openblas=True))
     if os.environ.get("TRITON_INTERPRET") == "1":
         found.append(Fastent("triton-interpreter", "triton", share=0.4))
     elif device == "cuda":
