@@ -1,13 +1,16 @@
 """What an evaluation costs the thread that trains, in line or by a worker: ``python -m bench.deferred [--out FILE]``.
 
-The CPU's choice between the two (`fastent.devices.WORKER_FROM`) comes from here. A stand-in for training multiplies
-matrices in one thread, several times as long as an eigensolve takes, and asks for the entropy of (512, d) activations
-before each step; the cost of an evaluation is what the loop, the flush at its end included, takes more than without.
+The CPU's choice between the two (`fastent.devices.WORKER_FROM`) comes from here, from a run with a core to spare: the
+smallest width from which the loop with the worker takes less time at every width, by all of the interval. A stand-in
+for training multiplies matrices in one thread, several times as long as an eigensolve takes, and asks for the entropy
+of (512, d) activations before each step; the cost of an evaluation is what the loop, the flush at its end included,
+takes more than without.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +20,10 @@ import torch
 from torch import Tensor
 
 from bench.harness import Row, environment, interleaved, quantiles, ratio, write_rows
+from fastent.covariance import centered_matrix
 from fastent.deferred import DeferredEntropy
-from fastent.devices import Host, in_line
+from fastent.devices import WORKER_FROM, Host, in_line
+from fastent.eigenvalues import eigenvalues
 from fastent.ring import Device
 
 N = 512
@@ -67,11 +72,9 @@ def measure(d: int) -> list[Row]:
         return host
 
     h = torch.randn(N, d)
-    matrix = (h.T @ h).double()
+    matrix = centered_matrix(h)
     a = torch.randn(128, 128)
-    work = max(
-        1, round(WORK * seconds(lambda: torch.linalg.eigvalsh(matrix), 5) / seconds(lambda: a @ a, 200))
-    )
+    work = max(1, round(WORK * seconds(lambda: eigenvalues(matrix), 5) / seconds(lambda: a @ a, 200)))
     providers = {
         "none": steps(h, work, None),
         "in line": steps(h, work, DeferredEntropy(device_of=in_line)),
@@ -90,6 +93,16 @@ def measure(d: int) -> list[Row]:
     return rows
 
 
+def worker_from(rows: list[Row]) -> int | None:
+    """Smallest width from which on the worker gains at every width, the whole interval; None where it does not."""
+    found = None
+    for row in sorted((row for row in rows if "ratio_high" in row), key=lambda row: row["d"], reverse=True):
+        if row["ratio_high"] >= 1.0:
+            break
+        found = row["d"]
+    return found
+
+
 def main() -> None:
     """Measure, print the table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -105,6 +118,12 @@ def main() -> None:
         print(
             f"{worker['d']:>5} {worker['us_step']:>9} {inline['us_p50']:>11} {worker['us_p50']:>10}   {span}"
         )
+    found = worker_from(rows)
+    print(
+        f"\nWORKER_FROM = {found if found is not None else f'above {max(WIDTHS)}'} from these rows; "
+        f"fastent.devices has {WORKER_FROM}. Load before and after: {rows[0]['load']}, {rows[-1]['load']}, "
+        f"of which this run is 1 to 2; cores: {len(os.sched_getaffinity(0))}. Other processes make the rows worthless."
+    )
     if args.out:
         write_rows(args.out, rows)
 
