@@ -87,7 +87,7 @@ class TorchFormer:
         centered = centered_matrix(x)
         parts = (centered.matrix, torch.stack((centered.shift, centered.delta)), spread_of(centered.matrix))
         block = torch.cat([part.flatten() for part in parts])
-        pieces = block.split([part.numel() for part in parts])
+        pieces = block.split([part.numel() for part in parts])  # type: ignore[no-untyped-call]
         matrix, centre, spread = (piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
         return Formed(matrix, centre, spread, block)
 
