@@ -65,7 +65,7 @@ TABLE: dict[Side, tuple[Entry, ...]] = {
         Entry(None, Tile(edge=64, step=16, warps=4, means_first=True, registers=255)),
     ),
     "gram": (
-        Entry(256, Tile(edge=32, step=16, warps=4, registers=128)),
+        Entry(256, Tile(edge=32, step=16, warps=4, registers=255)),
         Entry(None, Tile(edge=64, step=16, warps=8, registers=255)),
     ),
 }
