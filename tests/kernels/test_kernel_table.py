@@ -72,7 +72,6 @@ def test_entry_is_inside_the_gate_and_its_spread_is_that_of_its_matrix(
     assert 1.0 - 1e-12 <= ratio <= m
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # NumPy, of a neighbour that is all NaN
 @pytest.mark.usefixtures("only")
 @pytest.mark.parametrize(("m", "length"), [(131, 33), (33, 270)])
 @pytest.mark.parametrize(("side", "tile"), ENTRIES, ids=name)
