@@ -20,7 +20,7 @@ def measure(quick: bool) -> list[Row]:
             continue
         h = shape.tensor()
         calls = {name: (lambda call=call, h=h: call(h)) for name, call in covariances().items()}
-        seconds = interleaved(calls, rounds=9 if quick else 25, budget=3.0 if quick else 15.0)
+        seconds = interleaved(calls, rounds=9 if quick else 25, budget=3.0 if quick else 8.0)
         for name, values in seconds.items():
             package = COVARIANCES[name][1]
             # bytes: read h + write C (8 d d); flops: all products, or for fastent the lower triangle's

@@ -36,7 +36,7 @@ def measure(quick: bool) -> list[Row]:
     for shape in SHAPES:
         if quick and not shape.quick:
             continue
-        rows += measure_shape(shape, rates, rounds=9 if quick else 25, budget=4.0 if quick else 20.0)
+        rows += measure_shape(shape, rates, rounds=9 if quick else 25, budget=4.0 if quick else 10.0)
     assert torch.get_num_threads() == threads  # no import of a peer may change it
     return rows
 

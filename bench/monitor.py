@@ -175,7 +175,9 @@ def settings(quick: bool, mode: str) -> tuple[tuple[int, ...], float, int]:
     """Strides, periods of the longest, and steps at least."""
     if quick:
         return (1, 10, 100, 200), 1.0, 200
-    return (STRIDES, 2.0, 2000) if mode == "plain" else ((1, 10, 200), 1.0, 1000)
+    if mode == "plain" and torch.get_num_threads() == 1:
+        return STRIDES, 2.0, 2000
+    return (1, 10, LIMIT_STRIDE), 1.0, 1000
 
 
 def measure(quick: bool) -> list[Row]:
