@@ -26,7 +26,7 @@ def measure(quick: bool) -> list[Row]:
     rows: list[Row] = []
     for m in QUICK if quick else SIZES:
         h = torch.randn(512, m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        centered = centered_matrix(h)
+        centered = centered_matrix(h, side="covariance")
         matrix = fastent.covariance(h)
         array, centred = matrix.numpy(), h - h.mean(0)
         calls = {

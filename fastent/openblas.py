@@ -88,14 +88,14 @@ def eigenvalues(matrix: Tensor) -> Tensor:
     try:  # LAPACK is column-major: the upper triangle of the transpose is our lower one
         return torch.from_numpy(np.linalg.eigvalsh(matrix.mT.numpy(), UPLO="U"))
     except np.linalg.LinAlgError as error:
-        raise torch.linalg.LinAlgError(str(error)) from error
+        raise torch.linalg.LinAlgError(str(error)) from error  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _mkl_is_slow() -> bool:
     """Whether torch computes with MKL on another vendor's processor; False where the vendor cannot be read."""
-    vendor = _vendor()
-    return torch.backends.mkl.is_available() and vendor is not None and vendor != "GenuineIntel"
+    has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return has_mkl and _vendor() not in (None, "GenuineIntel")
 
 
 def _vendor() -> str | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastent
-from fastent.covariance import centered_matrix, triton_obstacle
+from fastent.covariance import centered_matrix, mirror_lower, triton_obstacle
 from fastent.torch_backend import CHUNK_BYTES
 
 EPS = 2.2e-16
@@ -82,6 +82,17 @@ def test_constant_columns_have_exactly_zero_covariance(n, dtype):
     assert c[1, 1] > 0
     c[1, 1] = 0
     assert not c.any()
+
+
+@pytest.mark.parametrize("m", [1, 5, 63, 64, 65, 128, 200])
+def test_a_mirrored_matrix_has_the_lower_triangle_twice_whatever_the_upper_one_held(m):
+    lower = activations(2 * m, m).view(2, m, m)
+    for matrix in (lower, lower[0]):
+        poisoned = matrix.clone()
+        poisoned[..., *torch.triu_indices(m, m, 1)] = torch.nan
+        whole = mirror_lower(poisoned)
+        assert torch.equal(whole, whole.mT)
+        assert torch.equal(whole.tril(), matrix.tril())
 
 
 def test_correction_is_the_normaliser():

@@ -1,5 +1,7 @@
 """NumPy's OpenBLAS in place of MKL: when it is taken, and that it answers as torch does."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import fastent
 from fastent import openblas, torch_backend
 from fastent.covariance import centered_matrix
 from fastent.eigenvalues import eigenvalues
+from fastent.lapack_threads import use_one_thread
 
 found = pytest.mark.skipif(openblas._library() is None, reason="NumPy is not from a wheel with OpenBLAS")
 
@@ -184,6 +187,29 @@ def test_its_eigenvalues_do_not_depend_on_where_the_matrix_lies(monkeypatch):
         keep = np.empty(offset * 11 + 1)  # other addresses for the solver's copy
         assert torch.equal(openblas.eigenvalues(moved), expected)
         del keep
+
+
+@found
+def test_a_thread_limited_as_the_worker_is_solves_to_the_same_bits_meanwhile(monkeypatch):
+    force(monkeypatch, True)
+    centered = centered_matrix(activations(600, 250))
+    expected, _ = eigenvalues(centered)
+    seen = []
+
+    def solve() -> None:
+        use_one_thread()
+        seen.extend(eigenvalues(centered)[0] for _ in range(5))
+
+    threads = [threading.Thread(target=solve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    x = activations(512, 128)
+    products = [fastent.covariance(x) for _ in range(50)]
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 10
+    assert all(torch.equal(values, expected) for values in seen)
+    assert all(torch.equal(product, products[0]) for product in products)
 
 
 def test_its_solver_reads_the_lower_triangle_and_fails_as_torchs_does(monkeypatch):
