@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Edge from which its eigenvalues come sooner than MKL's: 0.95 of the time at 192, 0.6 at 1,024, 1.1 at 64.
+# Edge from which its eigenvalues come sooner than MKL's: 0.94 of the time at 192, 0.6 at 1,024, 1.1 at 64.
 SOLVE_FROM = 192
 # Names in the wheels of NumPy 2 and 1; the suffix says that all integers have 64 bits.
 _PREFIXES = ("scipy_", "")
