@@ -61,7 +61,7 @@ class Launch(NamedTuple):
 TABLE: dict[Side, tuple[Entry, ...]] = {
     "covariance": (
         Entry(256, Tile(edge=32, step=16, warps=4)),
-        Entry(1536, Tile(edge=64, step=16, warps=8)),
+        Entry(1536, Tile(edge=64, step=16, warps=8, registers=255)),
         Entry(None, Tile(edge=64, step=16, warps=4, means_first=True, registers=255)),
     ),
     "gram": (
