@@ -69,7 +69,7 @@ def count(call: Callable[[], object]) -> dict[str, int]:
     with FlopCounterMode(display=False) as flops:
         call()
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         call()
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]

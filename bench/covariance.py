@@ -7,7 +7,7 @@ is usually formed. Its error is in `bench.accuracy`.
 from __future__ import annotations
 
 from bench.cases import SHAPES
-from bench.harness import Row, command, environment, interleaved, quantiles, ratio_columns
+from bench.harness import Row, beside, command, environment, quantiles, ratio_columns
 from bench.providers import COVARIANCES, covariances
 from bench.tables import covariance_table
 
@@ -20,8 +20,8 @@ def measure(quick: bool) -> list[Row]:
             continue
         h = shape.tensor()
         calls = {name: (lambda call=call, h=h: call(h)) for name, call in covariances().items()}
-        seconds = interleaved(calls, rounds=9 if quick else 25, budget=3.0 if quick else 8.0)
-        for name, values in seconds.items():
+        seconds = beside("fastent", calls, rounds=9 if quick else 25, budget=3.0 if quick else 8.0)
+        for name, (values, ours) in seconds.items():
             package = COVARIANCES[name][1]
             # bytes: read h + write C (8 d d); flops: all products, or for fastent the lower triangle's
             work = 2 * shape.n * shape.d**2
@@ -32,7 +32,7 @@ def measure(quick: bool) -> list[Row]:
                 "flops": work // 2 if name == "fastent" else work,
             }
             if name != "fastent":
-                row |= ratio_columns(seconds["fastent"], values)
+                row |= ratio_columns(ours, values)
             rows.append(row | environment(*([package] if package else [])))
     return rows
 

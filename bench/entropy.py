@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from bench.cases import SHAPES, Shape
-from bench.harness import Row, command, environment, interleaved, quantiles, ratio_columns
+from bench.harness import Row, beside, command, environment, quantiles, ratio_columns
 from bench.providers import entropies
 from bench.tables import entropy_table
 from fastent.cost_model import Rates, floor, work
@@ -49,16 +49,16 @@ def measure_shape(shape: Shape, rates: Rates, *, rounds: int, budget: float) -> 
         for provider, call in entropies().items()
         if not (shape.dtype == "bfloat16" and "no copy" in provider.name)  # NumPy has no such type
     }
-    seconds = interleaved(
-        {provider.name: call for provider, call in calls.items()}, rounds=rounds, budget=budget
-    )
+    named = {provider.name: call for provider, call in calls.items()}
+    seconds = beside("fastent", named, rounds=rounds, budget=budget)
     rows = []
     for provider in calls:
         mine = provider.name == "fastent"
         side = min(shape.n, shape.d) if mine else shape.d
         products = 2 * shape.n * shape.d * side
         row = {"op": "entropy", "provider": provider.name, "quantity": provider.quantity, **shape.columns}
-        row |= quantiles(seconds[provider.name]) | {"rounds": len(seconds[provider.name])}
+        theirs, ours = seconds[provider.name]
+        row |= quantiles(theirs) | {"rounds": len(theirs)}
         if mine or provider.name == "torch, direct":
             # bytes: read h + write and read the matrix (16 m m); flops: products of the side taken, half of
             # them for fastent, without the eigensolve
@@ -67,7 +67,7 @@ def measure_shape(shape: Shape, rates: Rates, *, rounds: int, budget: float) -> 
         if mine:
             row["floor_us"] = round(1e6 * floor(work(shape.n, shape.d), rates), 1)
         if not mine:
-            row |= ratio_columns(seconds["fastent"], seconds[provider.name]) | {"exact": provider.exact}
+            row |= ratio_columns(ours, theirs) | {"exact": provider.exact}
         if provider.name == "torch, direct" and shape.dtype == "float32":
             row["limit"] = LIMITS[shape.n, shape.d]
         rows.append(row | environment(*([provider.package] if provider.package else [])))

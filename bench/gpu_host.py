@@ -64,7 +64,8 @@ def defer(deferred: DeferredEntropy, h: torch.Tensor) -> None:
 def waiting_calls(call: Callable[[], object]) -> int:
     """CUDA calls that wait for the device in one `call` on this thread; the synchronisation at the end not counted."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile, torch.profiler.record_function("probe"):
+    profiler = torch.profiler.profile(activities=activities, acc_events=True)
+    with profiler as profile, torch.profiler.record_function("probe"):
         call()
     spans = [event for event in profile.events() if event.name == "probe"]
     start, end = spans[0].time_range.start, spans[0].time_range.end

@@ -72,6 +72,30 @@ def interleaved(
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+def beside(
+    ours: str,
+    providers: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 25,
+    budget: float,
+    far: float = 5.0,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Seconds per call of each provider, and those of `ours` in the same rounds.
+
+    Providers that take more than `far` times as long as `ours` are measured apart from the others, in a quarter of
+    `budget`: they would take the time for the rounds that close comparisons need.
+    """
+    single = {name: min(_seconds(call), _seconds(call)) for name, call in providers.items()}
+    near = [name for name in providers if single[name] <= far * single[ours]]
+    apart = [name for name in providers if name not in near]
+    groups = [(near, 0.75), ([ours, *apart], 0.25)] if apart else [(near, 1.0)]
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for names, share in groups:
+        seconds = interleaved({name: providers[name] for name in names}, rounds=rounds, budget=share * budget)
+        found = {name: (values, seconds[ours]) for name, values in seconds.items()} | found
+    return {name: found[name] for name in providers}
+
+
 def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()

@@ -192,7 +192,7 @@ def _cost(rows: list[Row], path: Path) -> None:
                     color="#1c2430",
                     linestyle="--",
                     linewidth=1,
-                    label="floor of torch's libraries",
+                    label="floor of fastent's libraries",
                 )
             ax.set(xscale="log", yscale="log", xlabel={"n": "rows N", "d": "columns d"}[moving])
             ax.xaxis.set_major_locator(FixedLocator(sorted({row[moving] for row in here})))

@@ -28,6 +28,28 @@ def test_providers_take_turns_and_slow_ones_get_fewer_rounds():
     assert len(few["a"]) == 3
 
 
+def test_providers_far_slower_than_ours_are_timed_apart_and_leave_the_others_their_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in ("ours", "near", "far")}
+    took = {calls["ours"]: 0.02, calls["near"]: 0.09, calls["far"]: 1.0}
+    monkeypatch.setattr(harness, "_seconds", took.__getitem__)
+    found = harness.beside("ours", calls, rounds=9, budget=4.0)
+    assert list(found) == list(calls)
+    # 3 s for rounds of 0.02 + 0.09; 1 s for rounds of 0.02 + 1.0, of which there are three at least.
+    assert order == ["ours", "near"] * 9 + ["ours", "far"] * 3
+    assert {name: (len(theirs), len(ours)) for name, (theirs, ours) in found.items()} == {
+        "ours": (9, 9),
+        "near": (9, 9),
+        "far": (3, 3),
+    }
+    assert found["near"][1] is found["ours"][0]
+    order.clear()
+    harness.beside("ours", {"ours": calls["ours"]}, rounds=2, budget=1.0)
+    assert order == ["ours", "ours"]
+
+
 def test_a_ratio_of_neighbours_ignores_what_weighs_on_both():
     weather = np.array([1.0, 5.0, 1.0, 9.0, 2.0, 1.0, 3.0])
     assert harness.ratio(2.0 * weather, weather) == (2.0, 2.0, 2.0)

@@ -286,7 +286,9 @@ def test_no_float64_copy_of_the_input_is_made() -> None:
         for tensor in launch.args
         if isinstance(tensor, Tensor) and tensor is not h
     }
-    assert sum(used.values()) == out.nbytes() + work.nbytes() < h.nbytes / 8
+    held = out.nbytes() + work.nbytes()
+    assert 0 <= held - sum(used.values()) < 3 * 16  # each result starts at a multiple of 16 bytes
+    assert held < h.nbytes / 8
 
 
 def assert_same_bits(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
