@@ -66,6 +66,7 @@ def run(
         Go on with runs of another configuration or of a newer fastent, saying what is ignored.
     """
     from fastent.experiments.jobs import JOBS
+    from fastent.experiments.run_summary import print_summary
     from fastent.train.progress import ProgressBar
     from fastent.train.runs import plan_stacks
     from fastent.train.signals import StopRequest
@@ -85,7 +86,7 @@ def run(
         )
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if len(failed) < len(outcomes):
-        _print_summary(out, {job.run_name(seed) for job in jobs for seed in job.seeds})
+        print_summary(out, {job.run_name(seed) for job in jobs for seed in job.seeds})
     for outcome in failed:
         names = ", ".join(outcome.job.run_name(seed) for seed in outcome.job.seeds)
         tried = f" after {outcome.attempts} attempts" if outcome.attempts > 1 else ""
@@ -93,49 +94,6 @@ def run(
     if failed:
         _complain(f"{len(failed)} of {len(outcomes)} jobs failed")
     return 1 if failed else 0
-
-
-def _print_summary(out: Path, names: set[str]) -> None:
-    """Print the times, entropies and leads of each run, leads from the H* of the other seeds of its job."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    from fastent.experiments.claims import decimal, steps
-    from fastent.experiments.leads import left_out_threshold
-    from fastent.experiments.stored import read_runs
-
-    groups: dict[tuple[str, str, str], list[Any]] = {}
-    for stored in read_runs(out):
-        if stored.name in names and stored.rows:
-            groups.setdefault((stored.experiment, stored.condition, stored.config["task"]), []).append(stored)
-    console = Console()
-    for key, runs in groups.items():
-        table = Table(
-            "seed",
-            title=" ".join(key),
-            caption="T_cross: first H under the mean H at T_grok of the other seeds",
-            box=SIMPLE,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
-        for column in ("T_mem", "T_grok", "H at T_grok", "T_cross", "lead", "test", "steps"):
-            table.add_column(column, justify="right")
-        table.add_column("ended")
-        measured = [run.measure() for run in runs]
-        leads = left_out_threshold(measured)
-        for i, (run, one) in enumerate(zip(runs, measured, strict=True)):
-            s = one.summary
-            numbers = (
-                steps(s.t_mem),
-                steps(s.t_grok),
-                decimal(s.h_star),
-                steps(leads.times[i]),
-                steps(leads.leads[i]),
-            )
-            ended = run.state if run.done is None else run.done["reason"]
-            table.add_row(str(run.seed), *numbers, decimal(s.test_accuracy_end), steps(s.last_step), ended)
-        console.print(table)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import platform
 
 import torch
 
+from fastent import openblas
 from fastent.cli import EXTRA
 from fastent.covariance import triton_obstacle
 from fastent.train.environment import commit, processor
@@ -32,6 +33,7 @@ def examine() -> list[tuple[str, str]]:
         ("triton", _version("triton")),
         ("processor", processor()),
         ("threads", _threads()),
+        ("products", _products()),
     ]
     if not torch.cuda.is_available():
         found.append(
@@ -69,3 +71,10 @@ def _threads() -> str:
     return f"{torch.get_num_threads()} of {os.cpu_count()} processors" + "".join(
         f", {reason}" for reason in reasons
     )
+
+
+def _products() -> str:
+    if openblas.preferred(torch.empty(1)):
+        return "NumPy's OpenBLAS computes covariances and large eigensolves"
+    hint = "; with OMP_NUM_THREADS=1 NumPy's OpenBLAS, faster on this processor"
+    return "torch computes covariances and eigensolves" + (hint if openblas.available() else "")

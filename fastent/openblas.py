@@ -37,10 +37,15 @@ class _Library(NamedTuple):
 
 def preferred(x: Tensor) -> bool:
     """Whether products and eigenvalues of `x` belong here rather than to torch."""
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.get_num_threads() != 1 or not _mkl_is_slow():
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.get_num_threads() != 1 or not available():
         return False
     library = _library()
     return library is not None and library.threads() == 1
+
+
+def available() -> bool:
+    """Whether it would serve this processor, given one thread."""
+    return _mkl_is_slow() and _library() is not None
 
 
 def empty(m: int) -> Tensor:

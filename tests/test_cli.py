@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastent import doctor, spectral_entropy
+from fastent import doctor, openblas, spectral_entropy
 from fastent.cli import main, parse_seeds
 from fastent.experiments.jobs import JOBS
 from fastent.train import sweep
@@ -208,6 +208,22 @@ def test_doctor_says_what_would_be_used_and_what_is_missing(capsys, monkeypatch)
     assert found["no-such-package"] == "not installed"
     if not torch.cuda.is_available():
         assert found["GPU"].endswith("torch computes the covariance")
+
+
+@pytest.mark.parametrize(
+    ("preferred", "available", "said"),
+    [
+        (True, True, "NumPy's OpenBLAS computes"),
+        (False, True, "torch computes covariances and eigensolves; with OMP_NUM_THREADS=1"),
+        (False, False, "torch computes covariances and eigensolves"),
+    ],
+)
+def test_doctor_says_which_library_serves_the_cpu(preferred, available, said, monkeypatch):
+    monkeypatch.setattr(openblas, "preferred", lambda x: preferred)
+    monkeypatch.setattr(openblas, "available", lambda: available)
+    found = dict(doctor.examine())["products"]
+    assert found.startswith(said)
+    assert ("OMP_NUM_THREADS" in found) == ("OMP_NUM_THREADS" in said)
 
 
 def test_doctor_ends_with_the_remedy(monkeypatch):
