@@ -153,6 +153,40 @@ def test_spills_are_seen_and_scale_is_passed_as_float64(tmp_path: Path) -> None:
     assert row["scales"].count("fp64") > row["scales"].count(None)
 
 
+COUNTS = """
+import json, re
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from fastent.kernels.compile import launches, specialize
+
+event = re.compile(r"(st\\.global|ld\\.global\\.cg|bar\\.sync|atom\\.global[.\\w]*)")
+for launch in launches(torch.float32, "contiguous"):
+    arguments = dict(zip(launch.kernel.arg_names, launch.args))
+    if arguments.get("partial_ptr") is not None and arguments.get("spread_ptr") is not None and arguments["EDGE"] == 32:
+        source, options = specialize(launch, 90)
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        print(json.dumps({"kernel": launch.kernel.__name__, "events": event.findall(ptx)}))
+"""
+
+
+@needs_tools
+def test_what_a_program_leaves_is_stored_before_it_is_counted_and_read_after(tmp_path: Path) -> None:
+    found = finish(start("-c", COUNTS, cache=tmp_path))
+    assert {row["kernel"] for row in found} == {"_covariance_kernel", "_gram_kernel"}
+    for row in found:
+        events = row["events"]
+        counts = [i for i, event in enumerate(events) if event.startswith("atom")]
+        assert len(counts) == 2, row["kernel"]  # of the parts of a tile, of the tiles of a matrix
+        for i in counts:
+            # One thread counts for all of its program: release and acquire reach the others through barriers.
+            assert events[i] == "atom.global.gpu.acq_rel.add.u32"
+            before = [event for event in events[:i] if event != events[i]]
+            assert before[-1] == "bar.sync"
+            assert "st.global" in before
+            assert events[i + 1] == "bar.sync"
+            assert "ld.global.cg" in events[i + 1 :]
+
+
 def loop(**changes: Any) -> Loop:
     counts = {field.name: 0 for field in fields(Loop) if field.name != "matrix"}
     return Loop(**{"matrix": {"DMMA.884": 16}, **counts, **changes})
