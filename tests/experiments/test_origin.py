@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from fastent import cli
-from fastent.experiments import origin
+from fastent.experiments import origin, run_summary
 from fastent.experiments.jobs import JOBS
 from fastent.experiments.stored import read_runs
 from fastent.train import sweep
@@ -49,7 +49,7 @@ def test_every_command_asks_for_the_runs_it_stands_for(tmp_path, monkeypatch, na
             asked.update({job.run_name(s): job.settings() for job in jobs for s in job.seeds}) or []
         ),
     )
-    monkeypatch.setattr(cli, "_print_summary", lambda *arguments: None)
+    monkeypatch.setattr(run_summary, "print_summary", lambda *arguments: None)
     commands = origin.commands(read_runs(tmp_path), tmp_path / "elsewhere")
     assert len(commands) == len(
         {job.experiment for make in JOBS.values() for job in make(preset(name), (0,))}
