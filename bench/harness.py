@@ -28,6 +28,8 @@ Measure = Callable[[bool], list[Row]]
 
 ROOT = Path(__file__).parent.parent
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Seconds for which the threads of an idle pool go on spinning, with room: OpenBLAS's for 2^26 cycles.
+SPINNING = 0.05
 # A library that was told to use another processor's kernels is not at its best.
 OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
@@ -45,7 +47,8 @@ def interleaved(
     ----------
     providers : mapping of name to callable
         All are called once before the clock starts, as warm-up (a call of more than half a second: its time counts
-        for nothing but the number of rounds).
+        for nothing but the number of rounds). With several threads, once more after a pause before each measurement:
+        the pools of two libraries disturb each other.
     rounds : int
         Rounds counted.
     target : float
@@ -53,18 +56,20 @@ def interleaved(
     budget : float, optional
         Seconds that all rounds together should last at most: slow calls get fewer rounds, but three at least.
     """
-    repeats, once = {}, 0.0
+    seconds_once, repeats = {}, {}
     for name, call in providers.items():
         took = _seconds(call)
         if took < 0.5:
             took = max(_seconds(call), 1e-7)
-        repeats[name] = max(1, round(target / took))
-        once += repeats[name] * took
+        seconds_once[name], repeats[name] = took, max(1, round(target / took))
     if budget is not None:
+        once = sum(repeats[name] * took for name, took in seconds_once.items())
         rounds = min(rounds, max(3, int(budget / once)))
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(rounds):
         for name, call in providers.items():
+            if _settle() and seconds_once[name] < 0.5:
+                call()  # wakes its own pool
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
@@ -96,7 +101,19 @@ def beside(
     return {name: found[name] for name in providers}
 
 
+def _settle() -> bool:
+    """Let the pools of all libraries come to rest where they have several threads; whether they have.
+
+    NumPy's would spin on the cores that torch's needs, and the other way round.
+    """
+    several = torch.get_num_threads() > 1
+    if several:
+        time.sleep(SPINNING)
+    return several
+
+
 def _seconds(call: Callable[[], object]) -> float:
+    _settle()
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
