@@ -73,6 +73,15 @@ def wheel(session: nox.Session) -> None:
     session.run("pytest", "tests/test_packaging.py", "-m", "")
 
 
+@nox.session
+def speed(session: nox.Session) -> None:
+    """Time every provider under pytest-benchmark; ``-- --benchmark-compare`` sets it beside a saved run."""
+    install(session, "speed")
+    peers_warn = ("-W", "ignore")
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    session.run("pytest", "bench", *peers_warn, *session.posargs, env=one_thread)
+
+
 # Each minor version that the project allows; the last one is that of the committed table.
 TRITONS = ("3.6.0", "3.7.0", "3.8.0", "3.9.0")
 AOT_TABLE = "bench/results/aot.txt"

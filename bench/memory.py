@@ -3,6 +3,8 @@
 The kernel's high-water mark of this process (``VmHWM``, reset before each call through ``/proc/self/clear_refs``) above
 what was resident before, after a call on a small input. Blocks from 64 KiB on are mapped one by one
 (``MALLOC_MMAP_THRESHOLD_``), so what an earlier call has freed is not there to be used again. Linux alone has this.
+
+And how often the host reads what torch has computed (`bench.host_reads`), since that too is counted, not timed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from bench.cases import Shape
 from bench.harness import Row, command, environment
+from bench.host_reads import host_reads
 from bench.providers import ENTROPIES, entropies
 from bench.tables import memory_table
 
@@ -42,6 +45,7 @@ def measure(quick: bool) -> list[Row]:
             call(h[:256, :32])
             row = {"op": "memory", "provider": provider.name, "quantity": provider.quantity, **shape.columns}
             row["extra_bytes"] = extra_bytes(lambda call=call, h=h: call(h))
+            row["host_reads"] = host_reads(lambda call=call, h=h: call(h))
             row["input_bytes"] = h.numel() * h.element_size()
             if provider is ENTROPIES[0] and shape.n == 65536:
                 row["limit"] = LIMIT

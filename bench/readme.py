@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import tables
 from bench.harness import ROOT, Row, read_rows
+from bench.providers import ENTROPIES
 from bench.tables import interval, markdown, monitor_table
 
 README = ROOT / "README.md"
@@ -46,6 +48,13 @@ def plain_monitor_table(rows: list[Row]) -> str:
     return monitor_table([row for row in rows if row["mode"] == "plain" and row["threads"] == 1])
 
 
+def in_training_table(rows: list[Row]) -> str:
+    """List the calls of the exact providers, and of the direct way, between the steps of the first loop."""
+    exact = {provider.name for provider in ENTROPIES if provider.exact} | {"torch, direct"}
+    loop = rows[0]["loop"] if rows else None
+    return tables.in_training_table([row for row in rows if row["provider"] in exact and row["loop"] == loop])
+
+
 def _against(rows: list[Row], direct: str, exact: list[str] | tuple[str, ...]) -> str:
     rows = [row for row in rows if row["dtype"] == "float32"]
     threads = sorted({row["threads"] for row in rows})
@@ -69,6 +78,7 @@ def _against(rows: list[Row], direct: str, exact: list[str] | tuple[str, ...]) -
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "entropy": entropy_table,
     "covariance": covariance_table,
+    "in_training": in_training_table,
     "monitor": plain_monitor_table,
 }
 

@@ -24,7 +24,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "accuracy": ("Errors", tables.accuracy_table),
     "entropy": ("Entropy: fastent's time over the others'", tables.entropy_table),
     "covariance": ("Covariance: fastent's time over the others'", tables.covariance_table),
-    "memory": ("Peak memory of one call", tables.memory_table),
+    "in_training": ("A call between training steps", tables.in_training_table),
+    "memory": ("Peak memory of one call, and what the host reads", tables.memory_table),
     "eigensolve": ("Eigenvalues", tables.eigensolve_table),
     "monitor": ("A monitor in training", tables.monitor_table),
     "training": ("A training step, per seed", tables.training_table),
@@ -38,6 +39,10 @@ NOTES = {
     "entropy": "Ratio and its 95 % interval, round by round; below 1 fastent is faster. **Bold**: the other is surely "
     "faster. RankMe computes another quantity, in float32.",
     "covariance": "Read as above.",
+    "in_training": "Time of a call whose input comes straight from a forward pass, and by how much the three training "
+    "steps after it take longer than after no call, with the 95 % interval: what its pool of threads leaves behind.",
+    "memory": "Reads by the host, counted on the CPU: numbers taken from a tensor, tensors handed to NumPy, "
+    "decompositions, whose status it reads. Each would wait for a GPU; a monitor leaves its to another thread there.",
     "monitor": "Time of a run with a monitor over that of one without, less 1, with its 95 % interval.",
     "plan": "Rates measured in the same process. The model is held to within 25 % at the points of the role check.",
 }

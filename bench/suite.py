@@ -24,6 +24,7 @@ QUESTIONS = (
     "covariance",
     "entropy",
     "eigensolve",
+    "in_training",
     "monitor",
     "training",
     "forecast",

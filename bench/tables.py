@@ -68,13 +68,16 @@ def accuracy_table(rows: list[Row]) -> str:
 
 
 def memory_table(rows: list[Row]) -> str:
-    """MiB beside the input, a row for each provider and a column for each shape."""
+    """MiB beside the input, a row for each provider and a column for each shape; the host's reads of the first."""
     shapes = list(dict.fromkeys((row["n"], row["d"]) for row in rows))
     lines = []
     for name, group in _group(rows, lambda row: row["provider"]).items():
         by_shape = {(row["n"], row["d"]): row["extra_bytes"] for row in group}
-        lines.append([name, *("?" if by_shape[s] is None else f"{by_shape[s] / 2**20:.1f}" for s in shapes)])
-    return markdown(["MiB beside the input", *(f"{n:,} x {d:,}" for n, d in shapes)], lines)
+        sizes = ("?" if by_shape[s] is None else f"{by_shape[s] / 2**20:.1f}" for s in shapes)
+        lines.append([name, *sizes, group[0]["host_reads"]])
+    return markdown(
+        ["MiB beside the input", *(f"{n:,} x {d:,}" for n, d in shapes), "reads by the host"], lines
+    )
 
 
 def eigensolve_table(rows: list[Row]) -> str:
@@ -120,6 +123,25 @@ def monitor_table(rows: list[Row]) -> str:
 def _percent(row: Row) -> str:
     span = ", ".join(f"{100 * row[name]:.2f}" for name in ("overhead_low", "overhead_high"))
     return f"{100 * row['overhead']:.2f} % [{span}]"
+
+
+def in_training_table(rows: list[Row]) -> str:
+    """Time of a call between training steps and what it adds to those that follow, a row for each provider."""
+    columns = list(dict.fromkeys((row["loop"], row["threads"]) for row in rows))
+    lines = []
+    for name, group in _group(rows, lambda row: row["provider"]).items():
+        by_column = {(row["loop"], row["threads"]): row for row in group}
+        lines.append([name, *(_between(by_column[c]) if c in by_column else "-" for c in columns)])
+    return markdown(["call; the steps after it", *(f"{loop}, {_threads(t)}" for loop, t in columns)], lines)
+
+
+def _between(row: Row) -> str:
+    span = ", ".join(f"{row[name] / 1e3:+.2f}" for name in ("after_low", "after_high"))
+    return f"{microseconds(row['us_p50'])}; {row['after_us'] / 1e3:+.2f} ms [{span}]"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def training_table(rows: list[Row]) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 # Edge from which its eigenvalues come sooner than MKL's: 0.94 of the time at 192, 0.6 at 1,024, 1.1 at 64.
 SOLVE_FROM = 192
+HUGE_FROM = 724  # 4 MiB, from which NumPy asks for huge pages
 # Names in the wheels of NumPy 2 and 1; the suffix says that all integers have 64 bits.
 _PREFIXES = ("scipy_", "")
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
@@ -49,8 +50,8 @@ def available() -> bool:
 
 
 def empty(m: int) -> Tensor:
-    """Uninitialised float64 matrix (m, m), in NumPy's memory: it asks for huge pages, which torch does not."""
-    return torch.from_numpy(np.empty((m, m)))
+    """Uninitialised float64 matrix (m, m), a large one in NumPy's memory, which asks for huge pages."""
+    return torch.from_numpy(np.empty((m, m))) if m >= HUGE_FROM else torch.empty((m, m), dtype=torch.float64)
 
 
 def add_lower_product(lower: Tensor, a: Tensor, scale: float, *, first: bool = False) -> None:

@@ -36,4 +36,6 @@ def test_the_fastest_exact_peer_is_named_beside_the_direct_way():
         )
     ]
     _, _, line = covariance_table(rows).splitlines()
-    assert line == "| 512 x 64 | " + " | ".join(2 * ["0.50 [0.40, 1.50]", "1.25 [0.40, 1.50] numpy.cov"]) + " |"
+    assert (
+        line == "| 512 x 64 | " + " | ".join(2 * ["0.50 [0.40, 1.50]", "1.25 [0.40, 1.50] numpy.cov"]) + " |"
+    )

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import fastent
-from bench import harness, monitor, providers, report_cpu, tables
+from bench import harness, in_training, monitor, providers, report_cpu, tables
 from bench.cases import INPUTS, SHAPES
 from bench.entropy import LIMITS
+from bench.host_reads import host_reads
+from bench.loops import Loop
 from fastent import checkout
 from fastent.cli import main
 from fastent.reference.entropy import spectral_entropy
@@ -159,3 +161,38 @@ def test_bench_hands_its_options_to_the_suite_of_the_checkout(monkeypatch, tmp_p
     ((line, cwd),) = seen
     assert line == ["-m", "bench.suite", "--out", str(tmp_path), "--quick", "--only", "entropy", "monitor"]
     assert (cwd / "bench" / "suite.py").is_file()
+
+
+def test_reads_by_the_host_are_numbers_arrays_and_decompositions():
+    x = torch.randn(8, 3, dtype=torch.float64)
+    assert host_reads(lambda: x.T @ x) == 0
+    assert host_reads(lambda: float(x.sum())) == 1
+    assert host_reads(lambda: np.cov(x.numpy())) == 1
+    assert host_reads(lambda: np.asarray(x)) == 1
+    assert host_reads(lambda: torch.linalg.eigvalsh(x.T @ x)) == 1
+    assert host_reads(lambda: torch.linalg.svdvals(x).sum().item()) == 2
+
+
+def test_calls_between_training_steps_take_turns_and_get_the_layer_of_the_probe():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    order: list[str] = []
+    probe = torch.randn(5, 3)
+    loop = Loop(model, lambda: order.append("step"), probe, "0")
+    seen = []
+
+    def call(h: torch.Tensor) -> None:
+        order.append("call")
+        seen.append(h)
+
+    seconds, after = in_training.turns(loop, {None: lambda h: order.append("none"), "call": call}, rounds=2)
+    turn = ["step"] * in_training.BEFORE, ["step"] * in_training.AFTER
+    none, called = ([*turn[0], name, *turn[1]] for name in ("none", "call"))
+    assert order == [*called, *none, *none, *called, *called, *none]  # the first round is warm-up
+    assert all(torch.equal(h, model[0](probe)) for h in seen)
+    assert [len(values) for of in (seconds, after) for values in of.values()] == [2, 2, 2, 2]
+
+
+def test_what_a_call_adds_to_the_steps_after_it_is_a_difference_within_a_round():
+    weather = np.array([1.0, 5.0, 2.0, 9.0, 3.0])
+    found = in_training.excess(weather + 0.25, weather)
+    assert found == {"after_us": 250_000.0, "after_low": 250_000.0, "after_high": 250_000.0}

@@ -1,0 +1,110 @@
+"""An evaluation between training steps, by provider: ``python -m bench.in_training [--quick] [--out FILE]``.
+
+`bench.entropy` times a call by itself, when the pools of threads of all libraries are at rest. A probe's activations
+come straight from a forward pass, so torch's pool still spins on the cores that another library's pool wakes up on;
+and the training steps that follow share the cores with whatever that pool leaves spinning. So here every call comes
+between steps of a training run, and the steps after it are timed too: ``after_us`` is what they take more than the
+same steps after a probe that nothing was computed of, in the same round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.harness import Row, command, environment, quantiles, ratio_columns
+from bench.loops import LOOPS, Loop
+from bench.providers import ENTROPIES, entropies
+from bench.tables import in_training_table
+from fastent.activations import matrix_of
+
+NAMES = ("trainer's model", "vision", "language")
+BEFORE, AFTER = 2, 3
+"""Steps in a turn before the probe, and after it: longer than a pool spins."""
+
+
+def probed(loop: Loop) -> Callable[[], Tensor]:
+    """Make a function that runs the probe and returns the activations (n, d) of the watched layer."""
+    assert loop.model is not None
+    layer = loop.model.get_submodule(loop.layer)
+
+    def run() -> Tensor:
+        kept: list[Tensor] = []
+        handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        try:
+            with torch.no_grad():
+                loop.model(loop.probe)  # type: ignore[misc]
+        finally:
+            handle.remove()
+        return matrix_of(kept[0], tokens=loop.tokens).contiguous()
+
+    return run
+
+
+def turns(
+    loop: Loop, calls: dict[str | None, Callable[[Tensor], Any]], rounds: int
+) -> tuple[dict[str | None, np.ndarray], dict[str | None, np.ndarray]]:
+    """Seconds of each call and of the steps after it, shape (rounds,) each; the order turns from round to round."""
+    probe = probed(loop)
+    names = list(calls)
+    seconds: dict[str | None, list[float]] = {name: [] for name in names}
+    after: dict[str | None, list[float]] = {name: [] for name in names}
+    for turn in range(-1, rounds):  # the first one is warm-up
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            for _ in range(BEFORE):
+                loop.step()
+            h = probe()
+            began = time.perf_counter()
+            calls[name](h)
+            answered = time.perf_counter()
+            for _ in range(AFTER):
+                loop.step()
+            if turn >= 0:
+                seconds[name].append(answered - began)
+                after[name].append(time.perf_counter() - answered)
+    return tuple({name: np.array(values) for name, values in of.items()} for of in (seconds, after))  # type: ignore[return-value]
+
+
+def rows_of(name: str, loop: Loop, rounds: int) -> list[Row]:
+    """Rows of one loop."""
+    calls: dict[str | None, Callable[[Tensor], Any]] = {None: lambda h: None}
+    calls |= {provider.name: call for provider, call in entropies().items()}
+    seconds, after = turns(loop, calls, rounds)
+    n, d = probed(loop)().shape
+    rows = []
+    for provider in entropies():
+        values = seconds[provider.name]
+        row: Row = {"op": "in training", "provider": provider.name, "quantity": provider.quantity}
+        row |= {"loop": name, "n": n, "d": d, "rounds": rounds, **quantiles(values)}
+        row |= excess(after[provider.name], after[None])
+        if provider is not ENTROPIES[0]:
+            row |= ratio_columns(seconds[ENTROPIES[0].name], values)
+        rows.append(row | environment(*([provider.package] if provider.package else [])))
+    return rows
+
+
+def excess(after: np.ndarray, plain: np.ndarray, resamples: int = 2000) -> Row:
+    """Median difference, in microseconds, of the steps after a call to those after none, and its 95 % interval."""
+    differences = 1e6 * (after - plain)
+    draws = np.random.default_rng(0).choice(differences, (resamples, len(differences)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    values = {"after_us": np.median(differences), "after_low": low, "after_high": high}
+    return {name: round(float(value), 1) for name, value in values.items()}
+
+
+def measure(quick: bool) -> list[Row]:
+    """Rows of all loops at this process's thread count; `quick`: of the first."""
+    rows = []
+    for name in NAMES[:1] if quick else NAMES:
+        rows += rows_of(name, LOOPS[name](lambda model: model, 0), 9 if quick else 30)
+    return rows
+
+
+if __name__ == "__main__":
+    command("bench.in_training", __doc__, measure, in_training_table)

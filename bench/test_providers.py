@@ -1,0 +1,47 @@
+"""The same calls under pytest-benchmark, to compare commits on one machine (`nox -s speed`).
+
+``nox -s speed -- --benchmark-autosave``, and after a change ``nox -s speed -- --benchmark-compare``. `fastent bench`
+compares providers with each other, in turn; here each is timed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.cases import SHAPES, Shape
+from bench.eigensolve import SIZES
+from bench.providers import covariances, entropies
+from fastent.covariance import centered_matrix
+from fastent.eigenvalues import eigenvalues
+
+Benchmark = Callable[..., Any]
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.n}x{s.d}-{s.dtype}")
+
+
+@shapes
+@pytest.mark.parametrize("provider", entropies(), ids=lambda provider: provider.name)
+def test_entropy(benchmark: Benchmark, provider: Any, shape: Shape) -> None:
+    benchmark.group = f"entropy {shape.columns}"  # type: ignore[attr-defined]
+    value = benchmark(entropies()[provider], shape.tensor())
+    assert 0 < value < np.log(shape.d) + 0.01  # RankMe adds 1e-5 to each share
+
+
+@shapes
+@pytest.mark.parametrize("name", covariances())
+def test_covariance(benchmark: Benchmark, name: str, shape: Shape) -> None:
+    benchmark.group = f"covariance {shape.columns}"  # type: ignore[attr-defined]
+    matrix = benchmark(covariances()[name], shape.tensor())
+    assert matrix.shape == (shape.d, shape.d)
+
+
+@pytest.mark.parametrize("m", SIZES)
+def test_eigenvalues(benchmark: Benchmark, m: int) -> None:
+    h = torch.randn(512, m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values, _ = benchmark(eigenvalues, centered_matrix(h, side="covariance"))
+    assert values.shape == (m,)
