@@ -31,7 +31,7 @@ def scikit_learn(solver: str, *, cast: bool = True) -> Callable[[], Call]:
         from sklearn.decomposition import PCA
 
         def call(h: Tensor) -> float:
-            x = (h.double() if cast else h).numpy()
+            x = float64_array(h) if cast else h.numpy()
             chosen = "full" if x.shape[0] < x.shape[1] else solver
             with np.errstate(invalid="ignore", divide="ignore"):
                 variances = PCA(svd_solver=chosen).fit(x).explained_variance_
@@ -53,7 +53,7 @@ def ssrlib(*, cast: bool = True) -> Callable[[], Call]:
         probe = EmbeddingProbe([EffectiveRankProcessor()])
 
         def call(h: Tensor) -> float:
-            return _log(probe(h.double() if cast else h)["EffectiveRank"])
+            return _log(probe(float64_array(h) if cast else h)["EffectiveRank"])
 
         return call
 
@@ -68,7 +68,7 @@ def ssrlib_streaming() -> Matrix:
     def call(h: Tensor) -> Tensor:
         processor = CovarianceProcessor()
         for batch in h.split(256):
-            processor.partial_fit(batch.double().numpy())
+            processor.partial_fit(float64_array(batch))
         return torch.from_numpy(processor.finalize()) * ((len(h) - 1) / len(h))
 
     return call
@@ -79,8 +79,8 @@ def vendi() -> Call:
     from vendi_score import vendi as package
 
     def call(h: Tensor) -> float:
-        x = h.double()
-        x = (x - x.mean(0)).numpy()
+        x = float64_array(h)
+        x = x - x.mean(0)
         norm = np.linalg.norm(x)
         if norm == 0:
             return math.nan  # it has no kernel
@@ -179,6 +179,11 @@ def _import(package: str) -> None:
                 f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             )
         importlib.import_module(package)
+
+
+def float64_array(h: Tensor) -> np.ndarray:
+    """`h` in float64, by NumPy where it has the dtype: torch's pool of threads would be in the way of the peer's."""
+    return (h.double() if h.dtype == torch.bfloat16 else h).numpy().astype(np.float64, copy=False)
 
 
 def _log(value: float) -> float:

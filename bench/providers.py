@@ -87,9 +87,7 @@ def direct_covariance(h: Tensor) -> Tensor:
 
 def numpy_covariance(h: Tensor) -> np.ndarray:
     """``numpy.cov`` with the normaliser 1/n, in float64."""
-    x = (
-        h.double() if h.dtype == torch.bfloat16 else h
-    )  # numpy has no bfloat16; of others it makes float64 itself
+    x = h.double() if h.dtype == torch.bfloat16 else h  # of other dtypes it makes float64 itself
     return np.cov(x.numpy(), rowvar=False, bias=True, dtype=np.float64)
 
 

@@ -37,7 +37,8 @@ NOTES = {
     "accuracy": "The truth is in long double. RankMe is held to the truth of its own quantity. `-inf` and `nan` are "
     "what a provider answered, the name of an exception what it raised.",
     "entropy": "Ratio and its 95 % interval, round by round; below 1 fastent is faster. **Bold**: the other is surely "
-    "faster. RankMe computes another quantity, in float32.",
+    "faster. RankMe computes another quantity, in float32. Every call is made twice before the clock starts; with "
+    "several threads, once more before each measurement, after a pause in which all pools come to rest.",
     "covariance": "Read as above.",
     "in_training": "Time of a call whose input comes straight from a forward pass, and by how much the three training "
     "steps after it take longer than after no call, with the 95 % interval: what its pool of threads leaves behind.",

@@ -2,7 +2,7 @@
 
 from fastent.covariance import covariance
 from fastent.diagnosis import Diagnosis, diagnose
-from fastent.entropy import SpectralEntropy, Status, spectral_entropy
+from fastent.entropy import spectral_entropy
 from fastent.forecast import Forecast, predict_grok_time
 from fastent.history import History, calibrate_threshold
 from fastent.mixing import mix_representations
@@ -11,6 +11,7 @@ from fastent.monitor import SpectralEntropyMonitor
 from fastent.power_law import PowerLaw
 from fastent.records import EntropyRecord
 from fastent.sampling import SamplingError, sampling_error
+from fastent.spectrum import SpectralEntropy, Status
 from fastent.stopping import StopAfterCrossing
 
 __all__ = [

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from fastent.deferred import DeferredEntropy
-from fastent.entropy import Status
 from fastent.records import EntropyRecord, Recording
+from fastent.spectrum import Status
 from fastent.user_warning import warn_user
 from fastent.worker import Evaluated
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from fastent.activations import Tokens
-from fastent.entropy import Convention, spectral_entropy
+from fastent.entropy import spectral_entropy
+from fastent.spectrum import Convention
 from fastent.train.presets import TrainConfig
 from fastent.train.presets import preset as preset_called
 

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from fastent.activations import Tokens
 from fastent.devices import Devices
-from fastent.entropy import SpectralEntropy, checked, spectral_entropy
+from fastent.entropy import checked, spectral_entropy
 from fastent.ring import Device, Staged
 from fastent.sampling import SamplingError
+from fastent.spectrum import SpectralEntropy
 from fastent.user_warning import warn_user
 from fastent.worker import Evaluated, Evaluation, Worker
 

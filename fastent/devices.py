@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastent.covariance import CenteredMatrix, centered_matrix, triton_obstacle
-from fastent.entropy import TINY
 from fastent.forming import KernelFormer, TorchFormer
 from fastent.ring import Device, Event, Ring, Staged, Streams
+from fastent.spectrum import TINY
 
 # From this edge on a hand-over to the worker costs nothing that could be measured even where no core is idle, and
 # hides 10 ms and more where one is (bench/NOTES.md).

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fastent.activations import Tokens
 from fastent.deferred import DeferredEntropy, Opened
-from fastent.entropy import SpectralEntropy, spectral_entropy
+from fastent.entropy import spectral_entropy
 from fastent.records import Recording
 from fastent.sampling import sampling_error
+from fastent.spectrum import SpectralEntropy
 from fastent.watching import Watched
 
 

@@ -13,10 +13,10 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from fastent.entropy import SpectralEntropy
 from fastent.history import History, Interval, Threshold, calibrate_threshold, recent_change
 from fastent.leave_one_out import HeldOut, LeaveOneOut, Score, leave_one_run_out
 from fastent.power_law import PowerLaw, profile_gamma
+from fastent.spectrum import SpectralEntropy
 
 __all__ = [
     "Forecast",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastent.activations import Tokens, matrix_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
-from fastent.entropy import SpectralEntropy, entropy_of_matrix
+from fastent.spectrum import SpectralEntropy, entropy_of_matrix
 
 
 class Moments:

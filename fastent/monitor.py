@@ -24,12 +24,12 @@ from fastent.arrivals import Arrivals, OnNonfinite
 from fastent.at_exit import at_exit
 from fastent.deferred import DeferredEntropy, OnFull
 from fastent.devices import in_line
-from fastent.entropy import SpectralEntropy
 from fastent.evaluator import Evaluator
 from fastent.power_law import PowerLaw
 from fastent.probing import Inputs, Layers
 from fastent.readings import Readings
 from fastent.records import EntropyRecord, Recording
+from fastent.spectrum import SpectralEntropy
 from fastent.stopping import StopAfterCrossing
 from fastent.watching import Watched
 

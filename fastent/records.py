@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastent.entropy import SpectralEntropy, Status
 from fastent.sampling import SamplingError
+from fastent.spectrum import SpectralEntropy, Status
 
 
 @dataclass(frozen=True)

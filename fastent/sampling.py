@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fastent.activations import Tokens, matrix_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
-from fastent.entropy import SpectralEntropy, Status, entropy_of_matrix, spectral_entropy
+from fastent.entropy import spectral_entropy
+from fastent.spectrum import SpectralEntropy, Status, entropy_of_matrix
 
 GROUPS = 16
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from fastent.at_exit import at_exit
 from fastent.eigenvalues import EPS, fallbacks
-from fastent.entropy import TINY, SpectralEntropy, Status, entropy_of_matrix
 from fastent.lapack_threads import use_one_thread
 from fastent.ring import Staged, Streams
 from fastent.sampling import SamplingError
+from fastent.spectrum import TINY, SpectralEntropy, Status, entropy_of_matrix
 
 # Matrices of one size from which on a batched solver is called: 32 of 128 x 128 take 7 ms together on a small GPU, and
 # 0.4 ms each by LAPACK. Not measured on a large one yet.

@@ -8,7 +8,7 @@ all shares in the order of the programs, not of their arrival, and sets the coun
 no float is added by an atomic.
 
 Where the squares leave float64's range (entries near 1e154 or 1e-162) the ratio is not finite or 0; constant rows
-give 0 / 0, NaN. The entropy path says which (`fastent.entropy.Status`).
+give 0 / 0, NaN. The entropy path says which (`fastent.spectrum.Status`).
 """
 
 from __future__ import annotations

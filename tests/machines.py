@@ -18,6 +18,7 @@ from fake_device import FakeStreams, Operations
 from torch import Tensor
 
 from fastent import devices
+from fastent.deferred import DeferredEntropy
 from fastent.devices import CudaStreams, Devices
 from fastent.forming import TorchFormer
 from fastent.ring import Device, Ring
@@ -151,6 +152,17 @@ def make(name: str, monkeypatch: pytest.MonkeyPatch, *, batched: bool = False) -
     machine = FakeMachine(batched=batched) if name == "fake" else CudaMachine()
     monkeypatch.setattr(Devices, "of", lambda self, x: machine.device_of(x))
     return machine
+
+
+def ask(evaluations: DeferredEntropy, step: int, **layers: Tensor) -> bool:
+    """Have the entropy of all `layers` taken at `step`; False where that was dropped."""
+    opened = evaluations.open(step)
+    if opened is None:
+        return False
+    with opened:
+        for layer, h in layers.items():
+            opened.add(layer, h)
+    return True
 
 
 def take_slots(machine: Machine, h: Tensor, count: int) -> None:

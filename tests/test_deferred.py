@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import machines
 import pytest
 import torch
 from fake_device import FakeStreams, Operations
+from machines import ask
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -21,10 +23,10 @@ from fastent.covariance import centered_matrix
 from fastent.deferred import DeferredEntropy
 from fastent.devices import Devices, Host, in_line
 from fastent.eigenvalues import fallbacks
-from fastent.entropy import SpectralEntropy
 from fastent.forming import KernelFormer, TorchFormer, spread_of
 from fastent.kernels.launch import Launch
 from fastent.ring import Ring
+from fastent.spectrum import SpectralEntropy
 
 FORMERS = [TorchFormer, pytest.param(KernelFormer, marks=pytest.mark.interpreter)]
 
@@ -52,16 +54,6 @@ def make(streams: FakeStreams) -> Iterator[Callable[..., DeferredEntropy]]:
     for evaluations in made:
         streams.tick()
         evaluations.close()
-
-
-def ask(evaluations: DeferredEntropy, step: int, **layers: Tensor) -> bool:
-    opened = evaluations.open(step)
-    if opened is None:
-        return False
-    with opened:
-        for layer, h in layers.items():
-            opened.add(layer, h)
-    return True
 
 
 def arrived(evaluations: DeferredEntropy) -> dict[int, dict[str, SpectralEntropy]]:
@@ -151,7 +143,7 @@ def test_a_full_ring_drops_before_anything_is_computed_counts_and_warns_once(
     calls = dict(streams.calls)
     with pytest.warns(RuntimeWarning, match="the evaluation of step 2 was dropped: 2 are waiting") as caught:
         assert not ask(evaluations, 2, a=activations(2))
-    assert caught[0].filename == __file__
+    assert caught[0].filename == machines.__file__  # of the caller, who is `ask`
     assert not ask(evaluations, 3, a=activations(3))  # a second warning would be an error here
     assert evaluations.dropped == 2
     assert dict(streams.calls) == calls

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from machines import MACHINES, Machine, make, take_slots
+from machines import MACHINES, Machine, ask, make, take_slots
 from torch import Tensor, nn
 
 from fastent import SpectralEntropyMonitor as Monitor
 from fastent import Status, spectral_entropy, worker
 from fastent.deferred import DeferredEntropy
-from fastent.entropy import SpectralEntropy
 from fastent.records import EntropyRecord
+from fastent.spectrum import SpectralEntropy
 
 
 @pytest.fixture(params=MACHINES)
@@ -33,16 +33,6 @@ def activations(machine: Machine, seed: int = 0, n: int = 48, d: int = 6) -> Ten
 def net(machine: Machine) -> nn.Module:
     torch.manual_seed(7)
     return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4)).to(machine.device)
-
-
-def ask(evaluations: DeferredEntropy, step: int, **layers: Tensor) -> bool:
-    opened = evaluations.open(step)
-    if opened is None:
-        return False
-    with opened:
-        for layer, h in layers.items():
-            opened.add(layer, h)
-    return True
 
 
 def assert_close(ours: SpectralEntropy | EntropyRecord, h: Tensor) -> None:

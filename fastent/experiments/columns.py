@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fastent.entropy import Status
 from fastent.experiments.statistics import Estimate, bootstrap
 from fastent.experiments.stored import StoredRun
+from fastent.spectrum import Status
 from fastent.train.quantities import MeasuredRun, summarize_run, value_at
 
 Array = NDArray[np.float64]

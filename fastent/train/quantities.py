@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastent.entropy import Status
+from fastent.spectrum import Status
 
 TAU = 0.05
 WINDOW = 5
