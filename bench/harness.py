@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,8 @@ Measure = Callable[[bool], list[Row]]
 
 ROOT = Path(__file__).parent.parent
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-# Seconds for which the threads of an idle pool go on spinning, with room: OpenBLAS's for 2^26 cycles.
-SPINNING = 0.05
+# Seconds for which the threads of an idle pool may go on spinning, with room: OpenBLAS's for 2^28 cycles, 0.1 s.
+SPINNING = 0.25
 # A library that was told to use another processor's kernels is not at its best.
 OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
@@ -68,7 +69,7 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(rounds):
         for name, call in providers.items():
-            if _settle() and seconds_once[name] < 0.5:
+            if settle() and seconds_once[name] < 0.5:
                 call()  # wakes its own pool
             start = time.perf_counter()
             for _ in range(repeats[name]):
@@ -101,19 +102,40 @@ def beside(
     return {name: found[name] for name in providers}
 
 
-def _settle() -> bool:
+def settle() -> bool:
     """Let the pools of all libraries come to rest where they have several threads; whether they have.
 
-    NumPy's would spin on the cores that torch's needs, and the other way round.
+    NumPy's would spin on the cores that torch's needs, and the other way round. At most `SPINNING`; less where the
+    system says how long each thread has run (Linux).
     """
-    several = torch.get_num_threads() > 1
-    if several:
-        time.sleep(SPINNING)
-    return several
+    if torch.get_num_threads() == 1:
+        return False
+    deadline = time.perf_counter() + SPINNING
+    before = None
+    while time.perf_counter() < deadline:
+        time.sleep(0.01)  # twice the time after which the system counts a running thread again
+        now = _seconds_of_others()
+        if now is not None and now == before:
+            break
+        before = now
+    return True
+
+
+def _seconds_of_others() -> dict[str, str] | None:
+    """How long each other thread of this process has run, by its number."""
+    main = str(threading.get_native_id())
+    try:
+        return {
+            task.name: (task / "schedstat").read_text().split()[0]
+            for task in Path("/proc/self/task").iterdir()
+            if task.name != main
+        }
+    except OSError:  # another system, or a thread that has just ended
+        return None
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    _settle()
+    settle()
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 `bench.entropy` times a call by itself, when the pools of threads of all libraries are at rest. A probe's activations
 come straight from a forward pass, so torch's pool still spins on the cores that another library's pool wakes up on;
-and the training steps that follow share the cores with whatever that pool leaves spinning. So here every call comes
+and the ten training steps that follow share the cores with whatever that pool leaves spinning. So here every call comes
 between steps of a training run, and the steps after it are timed too: ``after_us`` is what they take more than the
 same steps after a probe that nothing was computed of, in the same round.
 """
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.harness import Row, command, environment, quantiles, ratio_columns
+from bench.harness import Row, command, environment, quantiles, ratio_columns, settle
 from bench.loops import LOOPS, Loop
 from bench.providers import ENTROPIES, entropies
 from bench.tables import in_training_table
 from fastent.activations import matrix_of
 
 NAMES = ("trainer's model", "vision", "language")
-BEFORE, AFTER = 2, 3
-"""Steps in a turn before the probe, and after it: longer than a pool spins."""
+BEFORE, AFTER = 2, 10
+"""Steps in a turn before the probe, and after it: together longer than a pool spins (0.1 s)."""
 
 
 def probed(loop: Loop) -> Callable[[], Tensor]:
@@ -57,6 +57,7 @@ def turns(
     for turn in range(-1, rounds):  # the first one is warm-up
         start = turn % len(names)
         for name in names[start:] + names[:start]:
+            settle()  # of what the turn before has left
             for _ in range(BEFORE):
                 loop.step()
             h = probe()
@@ -102,7 +103,7 @@ def measure(quick: bool) -> list[Row]:
     """Rows of all loops at this process's thread count; `quick`: of the first."""
     rows = []
     for name in NAMES[:1] if quick else NAMES:
-        rows += rows_of(name, LOOPS[name](lambda model: model, 0), 9 if quick else 30)
+        rows += rows_of(name, LOOPS[name](lambda model: model, 0), 6 if quick else 20)
     return rows
 
 

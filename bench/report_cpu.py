@@ -40,7 +40,7 @@ NOTES = {
     "faster. RankMe computes another quantity, in float32. Every call is made twice before the clock starts; with "
     "several threads, once more before each measurement, after a pause in which all pools come to rest.",
     "covariance": "Read as above.",
-    "in_training": "Time of a call whose input comes straight from a forward pass, and by how much the three training "
+    "in_training": "Time of a call whose input comes straight from a forward pass, and by how much the ten training "
     "steps after it take longer than after no call, with the 95 % interval: what its pool of threads leaves behind.",
     "memory": "Reads by the host, counted on the CPU: numbers taken from a tensor, tensors handed to NumPy, "
     "decompositions, whose status it reads. Each would wait for a GPU; a monitor leaves its to another thread there.",

@@ -37,17 +37,13 @@ def measure_rates(edges: Sequence[int] = EDGES, *, budget: float = 0.1) -> Rates
     product, solve = [], []
     for m in edges:
         h = torch.randn(LENGTH, m, generator=generator, dtype=torch.float64)
-        lower, add_lower_product = torch_backend._target(h, m)
+        lower, add_lower_product = torch_backend.target(h, m)
         products = partial(add_lower_product, lower, h.T, 1.0, first=True)
         solution = partial(eigenvalues, centered_matrix(h, side="covariance"))
         product.append((m, work(LENGTH, m, side="covariance").flops / _seconds(products, budget)))
         solve.append((m, _seconds(solution, budget)))
     tall = torch.randn(4096, 128, generator=generator)
-
-    def convert() -> None:
-        buffer = tall.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-        torch_backend._center(buffer, exact=False)
-
+    convert = partial(torch_backend.centered, tall, exact=False)
     small = work(2, 2)
     rates = Rates(0.0, work(4096, 128).bytes / _seconds(convert, budget), product, solve)
     pair = torch.eye(2)

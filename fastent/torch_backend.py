@@ -47,9 +47,8 @@ def covariance(x: Tensor, scale: float, *, exact_mean: bool = False) -> tuple[Te
     n, d = x.shape
     rows = _chunk_length(n, d)
     chunk = x if n == rows else x[:rows]
-    buffer = chunk.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-    lower, add_lower_product = _target(x, d)
-    shift, delta = _center(buffer, exact=exact_mean or x.dtype == torch.float64)
+    lower, add_lower_product = target(x, d)
+    buffer, shift, delta = centered(chunk, exact=exact_mean or x.dtype == torch.float64)
     add_lower_product(lower, buffer.T, scale, first=True)
     if n == rows:  # the two-pass algorithm
         return lower, shift, delta
@@ -83,36 +82,36 @@ def gram(x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     n, d = x.shape
     columns = _chunk_length(d, n)
-    lower, add_lower_product = _target(x, n)
+    lower, add_lower_product = target(x, n)
     means = []
     for start in range(0, d, columns):
-        y = x[:, start : start + columns].to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-        means.append(_center(y, exact=x.dtype == torch.float64))
+        y, *mean = centered(x[:, start : start + columns], exact=x.dtype == torch.float64)
+        means.append(mean)
         add_lower_product(lower, y, scale, first=start == 0)
     shifts, deltas = zip(*means, strict=True)
     return lower, torch.cat(shifts), torch.cat(deltas)
 
 
-def _target(x: Tensor, m: int) -> tuple[Tensor, Callable[..., None]]:
+def target(x: Tensor, m: int) -> tuple[Tensor, Callable[..., None]]:
     """Memory for an (m, m) matrix, uninitialised, and the function that adds products to it."""
     if openblas.preferred(x):
         return openblas.empty(m), openblas.add_lower_product
     return torch.empty((m, m), dtype=torch.float64, device=x.device), _add_lower_product
 
 
-def _center(y: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
-    """Subtract the mean of the rows of `y` (k, d) in place; return it as shift and delta.
+def centered(x: Tensor, *, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous float64 copy of the rows of `x` (k, d) less their mean, and that mean as shift and delta.
 
     A constant column must give exactly 0. The float64 mean of up to 2^29 equal values of 24 bits is that value, so
     for inputs narrower than float64 one pass will do; `exact` takes row 0 off first, then the mean of the rest.
     """
-    shift = y[0].clone() if exact else y.mean(0)
-    y.sub_(shift)
+    y = torch.empty(x.shape, dtype=torch.float64, device=x.device)
     if not exact:
-        return shift, torch.zeros_like(shift)
-    delta = y.mean(0)
-    y.sub_(delta)
-    return shift, delta
+        shift = y.copy_(x).mean(0)
+        return y.sub_(shift), shift, torch.zeros_like(shift)
+    shift = x[0].to(torch.float64, copy=True)
+    delta = torch.sub(x, shift, out=y).mean(0)
+    return y.sub_(delta), shift, delta
 
 
 def _chunk_length(length: int, width: int) -> int:
