@@ -103,7 +103,7 @@ def measure(quick: bool) -> list[Row]:
     """Rows of all loops at this process's thread count; `quick`: of the first."""
     rows = []
     for name in NAMES[:1] if quick else NAMES:
-        rows += rows_of(name, LOOPS[name](lambda model: model, 0), 6 if quick else 20)
+        rows += rows_of(name, LOOPS[name](lambda model: model, 0), 6 if quick else 14)
     return rows
 
 

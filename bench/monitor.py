@@ -178,7 +178,7 @@ def settings(quick: bool, mode: str) -> tuple[tuple[int, ...], float, int]:
     if mode == "plain" and torch.get_num_threads() == 1:
         return STRIDES, 2.0, 2000
     if mode == "DDP":  # two ranks that wait for each other: twice the noise, in waves longer than a turn
-        return (10, LIMIT_STRIDE), 1.0, 2000
+        return (10, LIMIT_STRIDE), 1.0, 1600
     return (1, 10, LIMIT_STRIDE), 1.0, 1000
 
 

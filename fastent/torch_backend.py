@@ -110,7 +110,9 @@ def centered(x: Tensor, *, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
         shift = y.copy_(x).mean(0)
         return y.sub_(shift), shift, torch.zeros_like(shift)
     shift = x[0].to(torch.float64, copy=True)
-    delta = torch.sub(x, shift, out=y).mean(0)
+    # Of mixed dtypes torch would make a copy first.
+    y = torch.sub(x, shift, out=y) if x.dtype == torch.float64 else y.copy_(x).sub_(shift)
+    delta = y.mean(0)
     return y.sub_(delta), shift, delta
 
 
