@@ -28,7 +28,12 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.n}x{s.d}-{s
 @pytest.mark.parametrize("provider", entropies(), ids=lambda provider: provider.name)
 def test_entropy(benchmark: Benchmark, provider: Any, shape: Shape) -> None:
     benchmark.group = f"entropy {shape.columns}"  # type: ignore[attr-defined]
-    value = benchmark(entropies()[provider], shape.tensor())
+    call, h = entropies()[provider], shape.tensor()
+    try:
+        call(h)
+    except TypeError as error:  # those that make no copy have no bfloat16
+        pytest.skip(str(error))
+    value = benchmark(call, h)
     assert 0 < value < np.log(shape.d) + 0.01  # RankMe adds 1e-5 to each share
 
 
