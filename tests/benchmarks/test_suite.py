@@ -196,3 +196,14 @@ def test_what_a_call_adds_to_the_steps_after_it_is_a_difference_within_a_round()
     weather = np.array([1.0, 5.0, 2.0, 9.0, 3.0])
     found = in_training.excess(weather + 0.25, weather)
     assert found == {"after_us": 250_000.0, "after_low": 250_000.0, "after_high": 250_000.0}
+
+
+def test_measurements_at_several_threads_wait_until_no_other_thread_runs(monkeypatch: pytest.MonkeyPatch):
+    seen = iter([{"7": "1"}, {"7": "2"}, {"7": "3"}, {"7": "3"}])
+    monkeypatch.setattr(harness, "_seconds_of_others", lambda: next(seen))
+    monkeypatch.setattr(harness, "SPINNING", math.inf)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert harness.settle()
+    assert next(seen, None) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not harness.settle()
