@@ -141,12 +141,16 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ratio(ours: np.ndarray, theirs: np.ndarray, *, resamples: int = 2000) -> tuple[float, float, float]:
-    """Median of the round-by-round ratio of two timings and its 95 % bootstrap interval."""
-    ratios = ours / theirs
-    draws = np.random.default_rng(0).choice(ratios, (resamples, len(ratios)))
+def median_interval(values: np.ndarray, *, resamples: int = 2000) -> tuple[float, float, float]:
+    """Median and its 95 % bootstrap interval."""
+    draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return float(np.median(ratios)), float(low), float(high)
+    return float(np.median(values)), float(low), float(high)
+
+
+def ratio(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """Median of the round-by-round ratio of two timings, and its interval."""
+    return median_interval(ours / theirs)
 
 
 def ratio_columns(ours: np.ndarray, theirs: np.ndarray) -> Row:

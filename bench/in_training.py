@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.harness import Row, command, environment, quantiles, ratio_columns, settle
+from bench.harness import Row, command, environment, median_interval, quantiles, ratio_columns, settle
 from bench.loops import LOOPS, Loop
 from bench.providers import ENTROPIES, entropies
 from bench.tables import in_training_table
@@ -48,12 +48,11 @@ def probed(loop: Loop) -> Callable[[], Tensor]:
 
 def turns(
     loop: Loop, calls: dict[str | None, Callable[[Tensor], Any]], rounds: int
-) -> tuple[dict[str | None, np.ndarray], dict[str | None, np.ndarray]]:
-    """Seconds of each call and of the steps after it, shape (rounds,) each; the order turns from round to round."""
+) -> dict[str | None, np.ndarray]:
+    """Seconds of each call and of the steps after it, shape (2, rounds); the order turns from round to round."""
     probe = probed(loop)
     names = list(calls)
-    seconds: dict[str | None, list[float]] = {name: [] for name in names}
-    after: dict[str | None, list[float]] = {name: [] for name in names}
+    seconds: dict[str | None, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(-1, rounds):  # the first one is warm-up
         start = turn % len(names)
         for name in names[start:] + names[:start]:
@@ -67,36 +66,33 @@ def turns(
             for _ in range(AFTER):
                 loop.step()
             if turn >= 0:
-                seconds[name].append(answered - began)
-                after[name].append(time.perf_counter() - answered)
-    return tuple({name: np.array(values) for name, values in of.items()} for of in (seconds, after))  # type: ignore[return-value]
+                seconds[name].append((answered - began, time.perf_counter() - answered))
+    return {name: np.array(values).T for name, values in seconds.items()}
 
 
 def rows_of(name: str, loop: Loop, rounds: int) -> list[Row]:
     """Rows of one loop."""
     calls: dict[str | None, Callable[[Tensor], Any]] = {None: lambda h: None}
     calls |= {provider.name: call for provider, call in entropies().items()}
-    seconds, after = turns(loop, calls, rounds)
+    seconds = turns(loop, calls, rounds)
     n, d = probed(loop)().shape
     rows = []
     for provider in entropies():
-        values = seconds[provider.name]
+        values, after = seconds[provider.name]
         row: Row = {"op": "in training", "provider": provider.name, "quantity": provider.quantity}
         row |= {"loop": name, "n": n, "d": d, "rounds": rounds, **quantiles(values)}
-        row |= excess(after[provider.name], after[None])
+        row |= excess(after, seconds[None][1])
         if provider is not ENTROPIES[0]:
-            row |= ratio_columns(seconds[ENTROPIES[0].name], values)
+            row |= ratio_columns(seconds[ENTROPIES[0].name][0], values)
         rows.append(row | environment(*([provider.package] if provider.package else [])))
     return rows
 
 
-def excess(after: np.ndarray, plain: np.ndarray, resamples: int = 2000) -> Row:
+def excess(after: np.ndarray, plain: np.ndarray) -> Row:
     """Median difference, in microseconds, of the steps after a call to those after none, and its 95 % interval."""
-    differences = 1e6 * (after - plain)
-    draws = np.random.default_rng(0).choice(differences, (resamples, len(differences)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    values = {"after_us": np.median(differences), "after_low": low, "after_high": high}
-    return {name: round(float(value), 1) for name, value in values.items()}
+    names = ("after_us", "after_low", "after_high")
+    values = median_interval(1e6 * (after - plain))
+    return {name: round(value, 1) for name, value in zip(names, values, strict=True)}
 
 
 def measure(quick: bool) -> list[Row]:

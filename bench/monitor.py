@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import fastent
-from bench.harness import Row, command, environment, quantiles, read_rows, write_rows
+from bench.harness import Row, command, environment, median_interval, quantiles, read_rows, write_rows
 from bench.loops import LOOPS, Loop, Wrap
 from bench.tables import monitor_table
 
@@ -160,15 +160,11 @@ def overhead(blocks: np.ndarray, plain: np.ndarray, stride: int, resamples: int 
     if len(ours) < 5:
         ours, theirs = blocks[:used], plain[:used]
         draws = np.random.default_rng(0).integers(used, size=(resamples, used))
-        values = ours[draws].sum(1) / theirs[draws].sum(1) - 1
-        estimate = ours.sum() / theirs.sum() - 1
+        low, high = np.quantile(ours[draws].sum(1) / theirs[draws].sum(1), [0.025, 0.975])
+        found = (float(ours.sum() / theirs.sum()), float(low), float(high))
     else:
-        ratios = ours / theirs
-        draws = np.random.default_rng(0).integers(len(ratios), size=(resamples, len(ratios)))
-        values = np.median(ratios[draws], axis=1) - 1
-        estimate = float(np.median(ratios)) - 1
-    low, high = np.quantile(values, [0.025, 0.975])
-    return round(float(estimate), 5), round(float(low), 5), round(float(high), 5)
+        found = median_interval(ours / theirs, resamples=resamples)
+    return tuple(round(value - 1, 5) for value in found)
 
 
 def settings(quick: bool, mode: str) -> tuple[tuple[int, ...], float, int]:

@@ -184,12 +184,12 @@ def test_calls_between_training_steps_take_turns_and_get_the_layer_of_the_probe(
         order.append("call")
         seen.append(h)
 
-    seconds, after = in_training.turns(loop, {None: lambda h: order.append("none"), "call": call}, rounds=2)
+    seconds = in_training.turns(loop, {None: lambda h: order.append("none"), "call": call}, rounds=2)
     turn = ["step"] * in_training.BEFORE, ["step"] * in_training.AFTER
     none, called = ([*turn[0], name, *turn[1]] for name in ("none", "call"))
     assert order == [*called, *none, *none, *called, *called, *none]  # the first round is warm-up
     assert all(torch.equal(h, model[0](probe)) for h in seen)
-    assert [len(values) for of in (seconds, after) for values in of.values()] == [2, 2, 2, 2]
+    assert [values.shape for values in seconds.values()] == [(2, 2), (2, 2)]
 
 
 def test_what_a_call_adds_to_the_steps_after_it_is_a_difference_within_a_round():
