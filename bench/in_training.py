@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bench.harness import Row, command, environment, median_interval, quantiles, ratio_columns, settle
@@ -22,6 +21,7 @@ from bench.loops import LOOPS, Loop
 from bench.providers import ENTROPIES, entropies
 from bench.tables import in_training_table
 from fastent.activations import matrix_of
+from fastent.watching import Watched
 
 NAMES = ("trainer's model", "vision", "language")
 BEFORE, AFTER = 2, 10
@@ -29,19 +29,14 @@ BEFORE, AFTER = 2, 10
 
 
 def probed(loop: Loop) -> Callable[[], Tensor]:
-    """Make a function that runs the probe and returns the activations (n, d) of the watched layer."""
+    """Make a function that runs the probe as a monitor does, and returns the activations (n, d) of the layer."""
     assert loop.model is not None
-    layer = loop.model.get_submodule(loop.layer)
+    watched = Watched(loop.model, loop.probe, loop.layer)
 
     def run() -> Tensor:
         kept: list[Tensor] = []
-        handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
-        try:
-            with torch.no_grad():
-                loop.model(loop.probe)  # type: ignore[misc]
-        finally:
-            handle.remove()
-        return matrix_of(kept[0], tokens=loop.tokens).contiguous()
+        watched.run(lambda name, h: kept.append(matrix_of(h, tokens=loop.tokens).contiguous()))
+        return kept[0]
 
     return run
 

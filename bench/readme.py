@@ -70,8 +70,7 @@ def _against(rows: list[Row], direct: str, exact: list[str] | tuple[str, ...]) -
         lines.append(cells)
     header = ["rows x columns"]
     for count in threads:
-        threads_text = "1 thread" if count == 1 else f"{count} threads"
-        header += [f"{threads_text}: over the direct way's", "over the fastest exact peer's"]
+        header += [f"{tables.threads(count)}: over the direct way's", "over the fastest exact peer's"]
     return markdown(header, lines)
 
 

@@ -167,7 +167,7 @@ def _overhead(rows: list[Row], path: Path) -> None:
         ax.set(xscale="log", yscale="log", xlabel="steps between probes", ylim=(0.01, 300))
         _plain_ticks(ax.yaxis, 1.0)
         _plain_ticks(ax.xaxis, 1.0)
-        ax.set_title(f"{mode}, {threads} thread{'s' if threads > 1 else ''}")
+        ax.set_title(f"{mode}, {tables.threads(threads)}")
     axes[0].set_ylabel("overhead [%]; dashed: 1 %")
     _finish(figure, axes, path, columns=4)
 
@@ -205,9 +205,7 @@ def _cost(rows: list[Row], path: Path) -> None:
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             ax.xaxis.set_minor_locator(NullLocator())
             _plain_ticks(ax.yaxis)
-            ax.set_title(
-                f"{'N' if fixed == 'n' else fixed} = {value}, {count} thread{'s' if count > 1 else ''}"
-            )
+            ax.set_title(f"{'N' if fixed == 'n' else fixed} = {value}, {tables.threads(count)}")
         axes[2 * i].set_ylabel("time of a call [ms]")
     _finish(figure, axes, path, columns=4)
 

@@ -132,7 +132,7 @@ def in_training_table(rows: list[Row]) -> str:
     for name, group in _group(rows, lambda row: row["provider"]).items():
         by_column = {(row["loop"], row["threads"]): row for row in group}
         lines.append([name, *(_between(by_column[c]) if c in by_column else "-" for c in columns)])
-    return markdown(["call; the steps after it", *(f"{loop}, {_threads(t)}" for loop, t in columns)], lines)
+    return markdown(["call; the steps after it", *(f"{loop}, {threads(t)}" for loop, t in columns)], lines)
 
 
 def _between(row: Row) -> str:
@@ -140,7 +140,8 @@ def _between(row: Row) -> str:
     return f"{microseconds(row['us_p50'])}; {row['after_us'] / 1e3:+.2f} ms [{span}]"
 
 
-def _threads(count: int) -> str:
+def threads(count: int) -> str:
+    """Write a number of threads."""
     return f"{count} thread{'s' if count > 1 else ''}"
 
 

@@ -6,7 +6,6 @@ compares providers with each other, in turn; here each is timed alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,13 @@ from bench.providers import covariances, entropies
 from fastent.covariance import centered_matrix
 from fastent.eigenvalues import eigenvalues
 
-Benchmark = Callable[..., Any]
-
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.n}x{s.d}-{s.dtype}")
 
 
 @shapes
 @pytest.mark.parametrize("provider", entropies(), ids=lambda provider: provider.name)
-def test_entropy(benchmark: Benchmark, provider: Any, shape: Shape) -> None:
-    benchmark.group = f"entropy {shape.columns}"  # type: ignore[attr-defined]
+def test_entropy(benchmark: Any, provider: Any, shape: Shape) -> None:
+    benchmark.group = f"entropy {shape.columns}"
     call, h = entropies()[provider], shape.tensor()
     try:
         call(h)
@@ -39,14 +36,14 @@ def test_entropy(benchmark: Benchmark, provider: Any, shape: Shape) -> None:
 
 @shapes
 @pytest.mark.parametrize("name", covariances())
-def test_covariance(benchmark: Benchmark, name: str, shape: Shape) -> None:
-    benchmark.group = f"covariance {shape.columns}"  # type: ignore[attr-defined]
+def test_covariance(benchmark: Any, name: str, shape: Shape) -> None:
+    benchmark.group = f"covariance {shape.columns}"
     matrix = benchmark(covariances()[name], shape.tensor())
     assert matrix.shape == (shape.d, shape.d)
 
 
 @pytest.mark.parametrize("m", SIZES)
-def test_eigenvalues(benchmark: Benchmark, m: int) -> None:
+def test_eigenvalues(benchmark: Any, m: int) -> None:
     h = torch.randn(512, m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values, _ = benchmark(eigenvalues, centered_matrix(h, side="covariance"))
     assert values.shape == (m,)
