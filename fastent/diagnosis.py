@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from fastent.history import Array, History, recent_change
-
-WINDOW = 5
-MEDIAN = 3
+from fastent.course import MEDIAN, PATIENCE, WINDOW, Course
+from fastent.history import History, recent_change
 
 
 class Phase(StrEnum):
@@ -65,24 +63,37 @@ class Diagnosis:
     evidence: Evidence
 
 
+class Tolerances(NamedTuple):
+    """What counts as what; `diagnose` says what each means and where its value is from."""
+
+    fall: float = 0.05
+    near: float = 0.02
+    imminent: float = 1_000
+    low_accuracy: float = 0.5
+    criterion: float = 0.99
+
+
+_DEFAULT = Tolerances()
+
+
 def diagnose(
     history: History,
     *,
     threshold: float | None = None,
     test_accuracy: float | None = None,
-    patience: float = 20_000,
-    fall: float = 0.05,
-    near: float = 0.02,
-    imminent: float = 1_000,
-    low_accuracy: float = 0.5,
-    criterion: float = 0.99,
+    patience: float = PATIENCE,
+    fall: float = _DEFAULT.fall,
+    near: float = _DEFAULT.near,
+    imminent: float = _DEFAULT.imminent,
+    low_accuracy: float = _DEFAULT.low_accuracy,
+    criterion: float = _DEFAULT.criterion,
 ) -> Diagnosis:
     """Find a run's row in Table 5.
 
     Parameters
     ----------
     history : History
-        The run so far; with its `norm`, Phase I is told from a plateau.
+        The run so far; with its `norm`, Phase I is told from a plateau. Nothing is said of one that nobody measured.
     threshold : float, optional
         H*, as `calibrate_threshold` or a law gives it. Without it no run is near or below it.
     test_accuracy : float, optional
@@ -124,18 +135,34 @@ def diagnose(
     """
     for name, share in (
         ("threshold", threshold),
-        ("test_accuracy", test_accuracy),
         ("low_accuracy", low_accuracy),
         ("criterion", criterion),
     ):
-        if share is not None and not 0 <= share <= 1:
-            raise ValueError(f"{name} must lie in [0, 1]; got {share}")
+        if share is not None:
+            _check_share(name, share)
     for name, value in (("patience", patience), ("fall", fall), ("near", near), ("imminent", imminent)):
         if not value > 0:
             raise ValueError(f"{name} must be positive; got {value}")
-    evidence = _evidence(history, threshold, test_accuracy, patience)
+    course = Course(threshold, patience)
+    for step, entropy in zip(history.step.tolist(), history.entropy.tolist(), strict=True):
+        course.add(step, entropy)
+    tolerances = Tolerances(fall, near, imminent, low_accuracy, criterion)
+    return diagnosis_of(course, test_accuracy, _norm_change(history), tolerances)
+
+
+def diagnosis_of(
+    course: Course,
+    test_accuracy: float | None,
+    norm_change: float | None = None,
+    tolerances: Tolerances = _DEFAULT,
+) -> Diagnosis:
+    """Diagnosis of a run that was followed evaluation by evaluation; the rest as `diagnose` has it."""
+    if test_accuracy is not None:
+        _check_share("test_accuracy", test_accuracy)
+    evidence = _evidence(course, test_accuracy, norm_change)
     now, peak, drop = evidence["entropy"], evidence["peak"], evidence["drop"]
     gap, waited = evidence["gap"], evidence["steps_below"]
+    fall, near, imminent, low_accuracy, criterion = tolerances
     if test_accuracy is not None and test_accuracy >= criterion:
         phase = Phase.GENERALISED
     elif now is None or peak is None or drop is None:
@@ -146,51 +173,48 @@ def diagnose(
         phase = Phase.COLLAPSED_WITHOUT_GENERALISING if low and late else Phase.NEAR_THRESHOLD
     elif drop >= fall:
         phase = Phase.NEAR_THRESHOLD if gap is not None and gap <= near else Phase.COLLAPSE_ONSET
-    elif evidence["steps_observed"] >= patience:
+    elif evidence["steps_observed"] >= course.patience:
         phase = Phase.NO_COLLAPSE
     else:
         phase = Phase.NORM_EXPANSION
     meaning, action = _TABLE[phase]
-    if phase is Phase.NORM_EXPANSION and evidence["norm_change"] is not None and evidence["norm_change"] <= 0:
-        meaning = "The entropy has not begun to fall. Unlike the paper's Phase I, the norm is not growing."
+    if phase is Phase.NORM_EXPANSION and norm_change is not None:
+        if norm_change > 0:
+            meaning += " The norm grows while the network memorises."
+        else:
+            meaning += " Unlike the paper's Phase I, the norm is not growing."
     return Diagnosis(phase, meaning, action, evidence)
 
 
-def _evidence(
-    history: History, threshold: float | None, test_accuracy: float | None, patience: float
-) -> Evidence:
-    step, level = _levels(history)
+def _check_share(name: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must lie in [0, 1]; got {share}")
+
+
+def _evidence(course: Course, test_accuracy: float | None, norm_change: float | None) -> Evidence:
+    first, last, recent = course.first, course.last, np.array(course.recent).reshape(-1, 2)
     now = peak = drop = gap = waited = None
+    unusable = int(np.isnan(recent[:, 1]).sum())
+    level, highest = course.level, course.recent_peak
     # An old level is none: the latest evaluations must hold enough for a median.
-    if len(history) >= WINDOW and history.usable[-WINDOW:].sum() >= MEDIAN:
-        now, peak = float(level[-1]), float(level.max())
-        drop = float(level[step >= history.step[-1] - patience].max()) - now
-        if threshold is not None:
-            gap = now - threshold
-            above = np.flatnonzero(level >= threshold)
-            first_below = above[-1] + 1 if above.size else 0
-            waited = float(history.step[-1] - step[first_below]) if gap < 0 else 0.0
+    enough = len(recent) == WINDOW and WINDOW - unusable >= MEDIAN
+    if enough and level is not None and highest is not None and last is not None:
+        now, peak, drop = level, course.peak, highest - level
+        if course.threshold is not None:
+            gap = now - course.threshold
+            waited = 0.0 if course.below_since is None else float(last - course.below_since)
     return Evidence(
         entropy=now,
         peak=peak,
         drop=drop,
         gap=gap,
         steps_below=waited,
-        steps_observed=float(history.step[-1] - history.step[0]) if len(history) else 0.0,
-        entropy_change=recent_change(history.step, history.entropy, WINDOW),
-        norm_change=_norm_change(history),
+        steps_observed=0.0 if first is None or last is None else float(last - first),
+        entropy_change=recent_change(recent[:, 0], recent[:, 1], WINDOW),
+        norm_change=norm_change,
         test_accuracy=test_accuracy,
-        unusable=int((~history.usable[-WINDOW:]).sum()),
+        unusable=unusable,
     )
-
-
-def _levels(history: History) -> tuple[Array, Array]:
-    """Step and median of each three usable evaluations in a row, at the last of them."""
-    step, entropy = history.step[history.usable], history.entropy[history.usable]
-    if step.size < MEDIAN:
-        return np.empty(0), np.empty(0)
-    windows = np.lib.stride_tricks.sliding_window_view(entropy, MEDIAN)
-    return step[MEDIAN - 1 :], np.median(windows, axis=1)
 
 
 def _norm_change(history: History) -> float | None:
@@ -204,8 +228,8 @@ def _norm_change(history: History) -> float | None:
 # Interpretation and action. Table 5's, in our words; the action near the threshold was lost, and the last two rows
 # are ours.
 _TABLE = {
-    Phase.NORM_EXPANSION: (
-        "Phase I: the entropy has not begun to fall; the norm grows while the network memorises.",
+    Phase.NORM_EXPANSION: (  # of the norm, only what was measured
+        "Phase I: the entropy has not begun to fall.",
         "Continue training.",
     ),
     Phase.COLLAPSE_ONSET: (

@@ -35,7 +35,8 @@ from fastent.watching import Watched
 
 Mode = Literal["deferred", "sync"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+READ_VERSIONS = (1, 2)
 
 
 class SpectralEntropyMonitor(Readings):
@@ -55,7 +56,7 @@ class SpectralEntropyMonitor(Readings):
         the first tensor. Or a function of (model, probe) that returns activations, or a dict of them by name,
         for anything else, such as the input of a layer (example in `fastent.watching.Watched`).
     every : int
-        `step` evaluates at multiples of this.
+        `step` evaluates at multiples of this; where the steps it is told of pass over one, at the next of them.
     threshold : float, optional
         Normalised entropy, in (0, 1], that counts as collapse, for each layer.
     law : PowerLaw, optional
@@ -69,7 +70,8 @@ class SpectralEntropyMonitor(Readings):
         then costs some 12 times as much. Tokens of one sample are not independent: with "flatten" or
         "skip_first" the error comes out too small.
     history_size : int
-        Records kept; the oldest go first. `on_record` sees all.
+        Records kept of each layer (about 0.7 kB each); the oldest go first. `on_record` sees all, and crossings,
+        diagnosis and forecast do not depend on it.
     on_nonfinite : {"record", "raise"}
         Whether NaN or Inf in activations is recorded and training goes on, or raises once recorded.
     on_record : callable, optional
@@ -161,14 +163,17 @@ class SpectralEntropyMonitor(Readings):
         self._evaluations = DeferredEntropy(on_full=on_full, device_of=in_line if mode == "sync" else None)
         self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite)
         self._evaluator = Evaluator(self._evaluations, self._recording, tokens, standard_error)
-        self._last_probed: int | None = None
+        self._last_called: int | None = None  # by `step`, not by `observe`
+        self._unfinished: int | None = None  # the step whose evaluation failed: it may be repeated
         self._closed = False
         at_exit(self)
 
     def step(self, step: int) -> list[EntropyRecord]:
         """Evaluate the probe if `step` is due; call it once in every training step.
 
-        A step seen again (gradient accumulation) is not evaluated again.
+        A step is due when ``step // every`` has grown since the last call, the first call of all when `step` is a
+        multiple of `every`: counts that skip multiples are evaluated right after them, and recorded at the step that
+        they were given. A step seen again (gradient accumulation) is not evaluated again, unless that failed.
 
         Parameters
         ----------
@@ -194,11 +199,13 @@ class SpectralEntropyMonitor(Readings):
         if self._watched is None:
             raise RuntimeError("step needs a model, a probe and layers; without them call observe")
         self._arrivals.collect()
-        if step % self._every == 0 and step != self._last_probed:
+        if self._is_due(step):
+            self._last_called, self._unfinished = step, step
             self._watched.probe.check()
             self._evaluator.run(step, self._watched)
-            self._last_probed = step
+            self._unfinished = None
             self._arrivals.collect()
+        self._last_called = step
         return self._arrivals.take()
 
     def observe(self, step: int, h: Tensor | SpectralEntropy, *, layer: str) -> list[EntropyRecord]:
@@ -258,7 +265,8 @@ class SpectralEntropyMonitor(Readings):
             "version": STATE_VERSION,
             "probe": self._watched.probe.digest if self._watched else None,
             "last_step": self._last_step,
-            "last_probed": self._last_probed,
+            "last_called": self._last_called,
+            "unfinished": self._unfinished,
             "dropped": self.dropped,
             **self._recording.state_dict(),
         }
@@ -266,25 +274,34 @@ class SpectralEntropyMonitor(Readings):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a saved state; records made since are gone, so a replayed step is not there twice.
 
-        With another threshold than the saved one, crossings are found again in the saved history.
+        With another threshold than the saved one, crossings are found again in the saved history. A state of version 1
+        knows no more of a long run than its records.
 
         Raises
         ------
         ValueError
             If the state is of another version or probe, or the probe changed. Nothing is loaded then.
         """
-        if state["version"] != STATE_VERSION:
-            raise ValueError(f"the state has version {state['version']}; this release reads {STATE_VERSION}")
+        if state["version"] not in READ_VERSIONS:
+            readable = " and ".join(map(str, READ_VERSIONS))
+            raise ValueError(f"the state has version {state['version']}; this release reads {readable}")
         if self._watched is not None:
             self._watched.probe.check(content=True)
         digest = self._watched.probe.digest if self._watched else None
         if state["probe"] != digest:
             old, new = (f"probe {d[:12]}" if d else "no probe" for d in (state["probe"], digest))
             raise ValueError(f"the state was recorded with {old}, this monitor has {new}")
-        last_step, last_probed = state["last_step"], state["last_probed"]
+        last_step = state["last_step"]
+        if state["version"] == 1:  # it knew only the last multiple that was evaluated
+            missed = (
+                last_step is not None and last_step % self._every == 0 and last_step != state["last_probed"]
+            )
+            called, unfinished = last_step, last_step if missed else None
+        else:
+            called, unfinished = state["last_called"], state["unfinished"]
         self._arrivals.forget()
         self._recording.load_state_dict(state)
-        self._last_step, self._last_probed = last_step, last_probed
+        self._last_step, self._last_called, self._unfinished = last_step, called, unfinished
         self._evaluator.forget_devices()
         self._evaluations.dropped = state.get("dropped", 0)
 
@@ -333,6 +350,11 @@ class SpectralEntropyMonitor(Readings):
 
     def _named_layers(self) -> Iterable[str]:
         return self._watched.names if self._watched else ()
+
+    def _is_due(self, step: int) -> bool:
+        if self._last_called is None:
+            return step % self._every == 0
+        return step == self._unfinished or step // self._every > self._last_called // self._every
 
     def _advance(self, step: int) -> int:
         if self._closed:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastent.diagnosis import Diagnosis, diagnose
-from fastent.forecast import WINDOW as FORECAST_WINDOW
+from fastent.course import Course
+from fastent.diagnosis import Diagnosis, diagnosis_of
 from fastent.forecast import Forecast, predict_grok_time
 from fastent.history import History
 from fastent.power_law import PowerLaw
@@ -36,8 +36,8 @@ class Readings:
 
     @property
     def history(self) -> list[EntropyRecord]:
-        """The newest `history_size` records that have arrived, oldest first."""
-        return list(self._recording.records)
+        """The newest `history_size` records of each layer that have arrived, oldest first."""
+        return self._recording.records
 
     @property
     def last_step(self) -> int | None:
@@ -77,10 +77,11 @@ class Readings:
         ValueError
             If `layer` is needed or has no record.
         """
-        return predict_grok_time(History.from_records(self._of(layer)[-FORECAST_WINDOW:]), self._law)
+        recent = self._course(layer).recent
+        return predict_grok_time(History([step for step, _ in recent], [h for _, h in recent]), self._law)
 
     def diagnose(self, *, layer: str | None = None, test_accuracy: float | None = None) -> Diagnosis:
-        """Find the run's row in the paper's diagnostic guide.
+        """Find the run's row in the paper's diagnostic guide, from the whole run, however long.
 
         Parameters
         ----------
@@ -99,18 +100,19 @@ class Readings:
         ValueError
             If `layer` is needed or has no record, or the accuracy lies outside [0, 1].
         """
-        history = History.from_records(self._of(layer))
-        return diagnose(history, threshold=self._recording.threshold, test_accuracy=test_accuracy)
+        return diagnosis_of(self._course(layer), test_accuracy)
 
     def _named_layers(self) -> Iterable[str]:
         """Layers that are to be recorded, whether they have been or not."""
         return ()
 
-    def _of(self, layer: str | None) -> list[EntropyRecord]:
-        """Return the records of one layer, oldest first; of the only one where `layer` is None."""
+    def _course(self, layer: str | None) -> Course:
+        """Return what is known of `layer`, or of the only one that is recorded where it is None."""
         recorded = sorted(self._recording.layers)
+        if layer is None and not recorded:
+            return Course(self._recording.threshold)
         if layer is None and len(recorded) > 1:
             raise ValueError(f"several layers are recorded: name one of {recorded} as layer")
         if layer is not None and layer not in recorded:
             raise ValueError(f"layer {layer!r} has no record; recorded so far: {recorded}")
-        return [record for record in self._recording.records if layer in (None, record.layer)]
+        return self._recording.course(recorded[0] if layer is None else layer)

@@ -1,19 +1,20 @@
 """What a monitor keeps: one record for each layer and step, and where each layer crossed the threshold.
 
 The eigenvalues stay out: thousands of records must fit a checkpoint. Everything becomes plain JSON values and
-comes back without losing a bit. A crossing is the first step whose record is usable and below the threshold;
-it is remembered when its record has gone from the bounded list.
+comes back without losing a bit. A crossing is the first step whose record is usable and below the threshold. It
+is remembered when its record has gone from the bounded list of its layer, as is what a diagnosis needs
+(`fastent.course`): neither a long run nor many layers change them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from fastent.course import Course
 from fastent.sampling import SamplingError
 from fastent.spectrum import SpectralEntropy, Status
 
@@ -94,7 +95,7 @@ class EntropyRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values: NaN is None, an infinity the string "inf", statuses are strings."""
-        values = dataclasses.asdict(self)
+        values = dict(vars(self))
         values["status"] = self.status.value
         values["flags"] = [flag.value for flag in self.flags]
         return {key: _plain(value) for key, value in values.items()}
@@ -116,25 +117,35 @@ class EntropyRecord:
 class _Layer:
     d: int
     newest: int
+    course: Course
     crossed_at: int | None = None
+    records: deque[tuple[int, EntropyRecord]] = field(default_factory=deque)
+    """Numbered in the order of arrival over all layers."""
 
 
 class Recording:
-    """The newest records of a run, and for each layer its width, newest step and crossing.
+    """The newest records of each layer, with its width, newest step, crossing and course.
 
     Parameters
     ----------
     size : int
-        Records kept; the oldest go first.
+        Records kept of each layer; the oldest go first.
     threshold : float or None
         Normalised entropy to cross.
     """
 
     def __init__(self, size: int, threshold: float | None) -> None:
-        self.records: deque[EntropyRecord] = deque(maxlen=size)
         self.threshold = threshold
+        self._size = size
         self._layers: dict[str, _Layer] = {}
-        self._expected: dict[str, _Layer] = {}
+        self._expected: dict[str, tuple[int, int]] = {}  # width and newest step
+        self._count = 0
+
+    @property
+    def records(self) -> list[EntropyRecord]:
+        """All records kept, in the order of arrival."""
+        kept = (item for layer in self._layers.values() for item in layer.records)
+        return [record for _, record in sorted(kept, key=lambda item: item[0])]
 
     @property
     def layers(self) -> set[str]:
@@ -148,57 +159,101 @@ class Recording:
             name: layer.crossed_at for name, layer in self._layers.items() if layer.crossed_at is not None
         }
 
+    def course(self, layer: str) -> Course:
+        """Give what a diagnosis and a forecast need of a layer that has been recorded."""
+        return self._layers[layer].course
+
     def check(self, step: int, layer: str, d: int | None = None) -> None:
         """Refuse a second record of `layer` at `step`, or another width than before."""
-        known = self._expected.get(layer) or self._layers.get(layer)
+        known = self._known(layer)
         if known is None:
             return
-        if known.newest == step:
+        width, newest = known
+        if newest == step:
             raise ValueError(f"layer {layer!r} already has a record at step {step}")
-        if d is not None and d != known.d:
+        if d is not None and d != width:
             raise ValueError(
-                f"layer {layer!r} had d = {known.d} and now has d = {d}: entropies of different widths do "
+                f"layer {layer!r} had d = {width} and now has d = {d}: entropies of different widths do "
                 "not compare; record it under another name"
             )
 
     def expect(self, step: int, layer: str, d: int) -> None:
         """Let `check` count a record that is on its way."""
-        self._expected[layer] = _Layer(d, step)
+        self._expected[layer] = d, step
 
     def add(self, record: EntropyRecord) -> None:
         """Keep a record that `check` let through."""
-        layer = self._layers.setdefault(record.layer, _Layer(record.d, record.step))
+        layer = self._layers.get(record.layer)
+        if layer is None:
+            layer = _Layer(record.d, record.step, Course(self.threshold), records=deque(maxlen=self._size))
+            self._layers[record.layer] = layer
         layer.newest = record.step
-        self._note_crossing(record)
-        self.records.append(record)
+        layer.course.add(*_evaluation(record))
+        self._note_crossing(layer, record)
+        layer.records.append((self._count, record))
+        self._count += 1
 
     def state_dict(self) -> dict[str, Any]:
         """State as plain JSON values."""
         return {
             "threshold": self.threshold,
-            "layers": {name: dataclasses.asdict(layer) for name, layer in self._layers.items()},
+            "layers": {
+                name: {
+                    "d": layer.d,
+                    "newest": layer.newest,
+                    "crossed_at": layer.crossed_at,
+                    "course": layer.course.state_dict(),
+                }
+                for name, layer in self._layers.items()
+            },
             "history": [record.as_dict() for record in self.records],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace everything kept; under another threshold, find the crossings again in the saved records."""
-        records = [EntropyRecord.from_dict(values) for values in state["history"]]
-        layers = {name: _Layer(**values) for name, values in state["layers"].items()}
-        same_threshold = state["threshold"] == self.threshold
-        self.records, self._layers = deque(records, maxlen=self.records.maxlen), layers
-        self._expected = {}
-        if not same_threshold:
-            for layer in layers.values():
-                layer.crossed_at = None
-            for record in records:
-                self._note_crossing(record)
+        """Replace everything kept, or nothing if it cannot be read.
 
-    def _note_crossing(self, record: EntropyRecord) -> None:
-        layer = self._layers[record.layer]
+        Under another threshold, crossings are found again in the saved records. A state without courses (version 1)
+        gets them from its records.
+        """
+        records = [EntropyRecord.from_dict(values) for values in state["history"]]
+        same_threshold = state["threshold"] == self.threshold
+        kept: dict[str, list[tuple[int, EntropyRecord]]] = {name: [] for name in state["layers"]}
+        for number, record in enumerate(records):
+            kept[record.layer].append((number, record))
+        layers: dict[str, _Layer] = {}
+        for name, values in state["layers"].items():
+            own = kept[name]
+            course = Course(self.threshold)
+            layer = _Layer(
+                values["d"], values["newest"], course, values["crossed_at"], deque(own, self._size)
+            )
+            if "course" in values:
+                course.load_state_dict(values["course"])
+                if not same_threshold:
+                    course.find_below(_evaluation(record) for _, record in own)
+            else:
+                for _, record in own:
+                    course.add(*_evaluation(record))
+            if not same_threshold:
+                layer.crossed_at = None
+                for _, record in own:
+                    self._note_crossing(layer, record)
+            layers[name] = layer
+        self._layers, self._expected, self._count = layers, {}, len(records)
+
+    def _known(self, layer: str) -> tuple[int, int] | None:
+        recorded = self._layers.get(layer)
+        return self._expected.get(layer) or (None if recorded is None else (recorded.d, recorded.newest))
+
+    def _note_crossing(self, layer: _Layer, record: EntropyRecord) -> None:
         if self.threshold is None or layer.crossed_at is not None or not record.status.usable:
             return
         if record.normalized < self.threshold:
             layer.crossed_at = record.step
+
+
+def _evaluation(record: EntropyRecord) -> tuple[int, float]:
+    return record.step, record.normalized if record.status.usable else math.nan
 
 
 _FLOATS = ("normalized", "entropy", "effective_rank", "participation_ratio", "total_variance", "ceiling")

@@ -202,3 +202,16 @@ def test_a_run_replayed_passes_through_the_rows_in_their_order():
 def test_tolerances_without_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         diagnose(run(PLATEAU), **arguments)
+
+
+def test_nothing_is_said_of_a_norm_that_nobody_measured():
+    for norm in (None, np.full(20, math.nan)):
+        diagnosis = diagnose(run(PLATEAU, norm=norm))
+        assert diagnosis.phase is Phase.NORM_EXPANSION
+        assert diagnosis.evidence["norm_change"] is None
+        assert "norm" not in diagnosis.meaning + diagnosis.action
+
+
+def test_a_patience_shorter_than_the_last_gap_between_levels_sees_no_fall():
+    stale = run((0.9, 0.6, 30), (math.nan, math.nan, 2))
+    assert diagnose(stale, patience=100).evidence["drop"] == 0.0

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,69 @@ def test_a_step_seen_again_is_not_evaluated_again(model: nn.Module) -> None:
     assert len(monitor.step(0)) == 1
     assert monitor.step(0) == []  # gradient accumulation: the same global step for several batches
     assert len(monitor.history) == 1
+
+
+def steps_recorded(monitor: SpectralEntropyMonitor, steps: Iterable[int]) -> list[int]:
+    return [record.step for step in steps for record in monitor.step(step)]
+
+
+def test_steps_that_skip_multiples_are_evaluated_right_after_them_at_their_own_step(
+    model: nn.Module,
+) -> None:
+    def recorded(every: int, steps: Iterable[int]) -> list[int]:
+        return steps_recorded(Monitor(model, inputs(), "2", every=every), steps)
+
+    assert recorded(10, range(1, 40, 2)) == [11, 21, 31]
+    assert recorded(10, [7, 17, 27, 37]) == [17, 27, 37]  # after the first, each is in a new ten
+    assert recorded(10, [0, 4, 8, 12, 16, 20]) == [0, 12, 20]
+    assert recorded(10, [3, 55, 56, 99]) == [55, 99]  # once, however many multiples were passed
+    assert recorded(10, range(1, 35)) == [10, 20, 30]  # where every step is passed: the multiples
+    assert recorded(10, range(31, 55)) == [40, 50]  # a loop that goes on without a state
+    assert recorded(10, [30, 31, 40]) == [30, 40]
+
+
+def test_a_state_knows_which_multiple_is_next_also_under_another_stride(model: nn.Module) -> None:
+    monitor = Monitor(model, inputs(), "2", every=10)
+    assert steps_recorded(monitor, range(1, 14, 2)) == [11]
+    state = json.loads(json.dumps(monitor.state_dict()))
+    for every, recorded in [(10, [21, 31]), (15, [15, 31]), (4, [17, 21, 25, 29, 33])]:
+        resumed = Monitor(model, inputs(), "2", every=every)
+        resumed.load_state_dict(state)
+        assert steps_recorded(resumed, range(13, 34, 2)) == recorded
+
+
+def test_an_activation_observed_first_does_not_take_the_steps_place(model: nn.Module) -> None:
+    monitor = Monitor(model, inputs(), "2", every=10)
+    monitor.step(9)
+    monitor.observe(10, inputs(), layer="a")
+    assert [record.layer for record in monitor.step(10)] == ["2"]
+
+
+def test_an_evaluation_that_failed_is_repeated_at_its_step_and_not_at_each_one_after_it(
+    model: nn.Module,
+) -> None:
+    x = inputs()
+    monitor = Monitor(model, x, "2", every=10)
+    monitor.step(9)
+    x.add_(1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the probe changed"):
+            monitor.step(11)
+    assert steps_recorded(monitor, [12, 13]) == []
+    resumed = Monitor(model, x, "2", every=10)
+    assert steps_recorded(resumed, [9, 11]) == [11]
+
+
+def test_a_state_of_version_1_goes_on_where_it_was(model: nn.Module) -> None:
+    def old(last_step: int, last_probed: int) -> dict[str, Any]:
+        state = {**Monitor(model, inputs(), "2", every=10).state_dict(), "version": 1}
+        del state["last_called"], state["unfinished"]
+        return {**state, "last_step": last_step, "last_probed": last_probed}
+
+    for state, recorded in [(old(25, 20), [30]), (old(30, 30), [40]), (old(30, 20), [30, 40])]:
+        monitor = Monitor(model, inputs(), "2", every=10)
+        monitor.load_state_dict(state)
+        assert steps_recorded(monitor, range(state["last_step"], state["last_step"] + 11)) == recorded
 
 
 def test_steps_that_go_back_are_negative_or_not_whole_are_errors(model: nn.Module) -> None:
@@ -462,7 +526,7 @@ def test_state_of_another_probe_or_version_is_refused_and_nothing_is_loaded(mode
         other.load_state_dict(state)
     with pytest.raises(ValueError, match=f"recorded with probe {old}, this monitor has no probe"):
         Monitor().load_state_dict(state)
-    with pytest.raises(ValueError, match="the state has version 99; this release reads 1"):
+    with pytest.raises(ValueError, match="the state has version 99; this release reads 1 and 2"):
         monitor.load_state_dict({**state, "version": 99})
     assert other.history == []
     assert len(monitor.history) == 1
