@@ -312,7 +312,7 @@ def check(subject: Literal["maths"], *, runs: Path | None = None) -> int:
     runs : Path, optional
         The --out of `fastent run`, or packed runs: take the spread of H* from these.
     """
-    from fastent.statements.table import print_table
+    from fastent.grokking.mathematics.table import print_table
 
     return print_table(runs)
 

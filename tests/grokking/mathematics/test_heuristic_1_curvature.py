@@ -6,9 +6,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from fastent.statements.collapse import curvature_correlation
-from fastent.statements.curvature import Ritz, largest_eigenvalue, sharpness
-from fastent.statements.following import FollowedRun, follow
+from fastent.grokking.mathematics.collapse import curvature_correlation
+from fastent.grokking.mathematics.runs import FollowedRun, Ritz, follow, largest_eigenvalue, sharpness
 from fastent.train.presets import preset
 from fastent.train.stack import Stack
 

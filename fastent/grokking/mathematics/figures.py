@@ -1,7 +1,7 @@
 """Figures of ``docs/mathematics.md``.
 
-``python -m fastent.statements.figures bench/results/mathematics docs/figures`` draws all of them: those about
-Lemma 5 and finite probes from formulas, the others from runs that `fastent.statements.following` recorded.
+``python -m fastent.grokking.mathematics.figures bench/results/mathematics docs/figures`` draws all of them: those about
+Lemma 5 and finite probes from formulas, the others from runs that `fastent.grokking.mathematics.runs` recorded.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 
 from fastent.experiments.figures import WIDTH, save_png
 from fastent.experiments.style import LIGHT
+from fastent.grokking.mathematics.checks import entropy_of
+from fastent.grokking.mathematics.collapse import Phase, collapse_span, steps_by_phase
+from fastent.grokking.mathematics.runs import PROBE_SIZES, FollowedRun, read_followed
 from fastent.reference import mixing
 from fastent.reference.covariance import covariance
 from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.sampling import sampling_bias
-from fastent.statements.checks import entropy_of
-from fastent.statements.collapse import collapse_span
-from fastent.statements.following import PROBE_SIZES, FollowedRun, read_followed
 
 Array = NDArray[np.float64]
 
-PHASE_COLOURS = {"before": LIGHT.train, "during": LIGHT.signal, "after": LIGHT.test}
-PHASE_MARKERS = {"before": "o", "during": "D", "after": "s"}
+PHASE_COLOURS: dict[Phase, str] = {"before": LIGHT.train, "during": LIGHT.signal, "after": LIGHT.test}
+PHASE_MARKERS: dict[Phase, str] = {"before": "o", "during": "D", "after": "s"}
 
 
 def counterexample() -> Figure:
@@ -122,7 +122,7 @@ def descent(run: FollowedRun) -> Figure:
     grid = figure.add_gridspec(2, 2, height_ratios=(1.15, 1))
     step = run.column("step")
     start, end = collapse_span(run.evaluated("step"), run.evaluated("entropy"))
-    phases = {"before": step < start, "during": (step >= start) & (step < end), "after": step >= end}
+    phases = steps_by_phase(run)
     change = run.column("change")
     for place, (name, title) in enumerate(
         (
@@ -131,10 +131,10 @@ def descent(run: FollowedRun) -> Figure:
         )
     ):
         axes = figure.add_subplot(grid[0, place])
-        for phase, chosen in phases.items():
+        for phase in PHASE_COLOURS:
             axes.plot(
-                _signed_root(run.column(name)[chosen]),
-                _signed_root(change[chosen]),
+                _signed_root(run.column(name)[phases[phase]]),
+                _signed_root(change[phases[phase]]),
                 PHASE_MARKERS[phase],
                 color=PHASE_COLOURS[phase],
                 markersize=4,
@@ -285,7 +285,9 @@ def draw_all(records: Path, out: Path) -> list[Path]:
     """
     runs = [read_followed(path) for path in sorted(records.glob("*-seed*.jsonl"))]
     if not runs:
-        raise FileNotFoundError(f"{records} holds no run: python -m fastent.statements.following {records}")
+        raise FileNotFoundError(
+            f"{records} holds no run: python -m fastent.grokking.mathematics.runs {records}"
+        )
     figures: dict[str, Callable[[], Figure]] = {
         "mixing-counterexample": counterexample,
         "mixing-sandwich": sandwich,
@@ -302,7 +304,9 @@ def draw_all(records: Path, out: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the figures of docs/mathematics.md."""
-    parser = argparse.ArgumentParser(prog="python -m fastent.statements.figures", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastent.grokking.mathematics.figures", description=main.__doc__
+    )
     parser.add_argument("records", type=Path, help="folder of followed runs, bench/results/mathematics")
     parser.add_argument("out", type=Path, help="folder of the pictures, docs/figures")
     given = parser.parse_args(argv)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from fastent.grokking.mathematics import checks
 from fastent.reference import mixing, perturbation
 from fastent.reference.entropy import fannes_audenaert
 from fastent.reference.sampling import sampling_bias
-from fastent.statements import checks
 
 
 def bound_with(k):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fastent import cli
-from fastent.statements import figures, following, table
-from fastent.statements.checks import Evidence
-from fastent.statements.table import Item, items, spread_of_thresholds, stored_thresholds
+from fastent.grokking.mathematics import figures, runs, table
+from fastent.grokking.mathematics.checks import Evidence
+from fastent.grokking.mathematics.table import Item, items, spread_of_thresholds, stored_thresholds
 from fastent.train.presets import PRESETS, preset
 
 TABLE_6 = (
@@ -84,14 +84,14 @@ def test_followed_runs_are_written_and_read_back_and_drawn(tmp_path, monkeypatch
     tiny = preset("quick", modulus=11, width=16, heads=2, feedforward=16, batch_size=40, train_fraction=0.7)
     monkeypatch.setitem(PRESETS, "quick", dataclasses.replace(tiny, evaluate_every=5))
     arguments = ["--seeds", "0", "1", "--steps", "90", "--measure-every", "3", "--curvature-every", "10"]
-    following.main([str(tmp_path), *arguments])
+    runs.main([str(tmp_path), *arguments])
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["add-16-seed0.jsonl", "add-16-seed1.jsonl"]
-    run = following.read_followed(tmp_path / files[1])
+    run = runs.read_followed(tmp_path / files[1])
     assert run.seed == 1
     assert run.config == PRESETS["quick"]
     assert (len(run.evaluations), len(run.steps), len(run.curvature)) == (18, 30, 9)
-    again = following.follow(run.config, 1, max_steps=90, measure_every=3, curvature_every=10)
+    again = runs.follow(run.config, 1, max_steps=90, measure_every=3, curvature_every=10)
     assert again.steps == run.steps
     assert again.evaluations == run.evaluations
     assert again.curvature == run.curvature
@@ -109,7 +109,7 @@ def test_measuring_a_run_leaves_its_training_as_it_is():
 
     config = preset("quick", modulus=11, width=16, heads=2, feedforward=16, batch_size=40, train_fraction=0.7)
     config = dataclasses.replace(config, evaluate_every=5)
-    plain, measured = Stack(config, [3]), following.follow(config, 3, max_steps=20, measure_every=4)
+    plain, measured = Stack(config, [3]), runs.follow(config, 3, max_steps=20, measure_every=4)
     for _ in range(15):
         plain.train_step()
     assert measured.evaluations[-1]["step"] == 15

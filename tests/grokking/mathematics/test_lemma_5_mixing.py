@@ -8,6 +8,8 @@ import itertools
 import numpy as np
 import pytest
 
+from fastent.grokking.mathematics import checks
+from fastent.grokking.mathematics.runs import mixing_of
 from fastent.reference.covariance import covariance
 from fastent.reference.entropy import fannes_audenaert
 from fastent.reference.mixing import (
@@ -20,8 +22,6 @@ from fastent.reference.mixing import (
     slope,
     slope_deviation,
 )
-from fastent.statements import checks
-from fastent.statements.following import mixing_of
 
 
 def test_every_permutation_of_up_to_7_rows_stays_within_the_sandwich_and_attains_both_ends():

@@ -1,8 +1,8 @@
 """What the collapse of a run says about the paper's Propositions 3 and 6, Lemma 4 and its two heuristics.
 
-Functions of runs that were followed (`fastent.statements.following`) or of thresholds of many runs. Phases of a run:
-before, during and after the fall of H, which starts when H has lost a tenth of what it loses from its largest value to
-its smallest afterwards, and ends when it has lost nine tenths.
+Functions of runs that were followed (`fastent.grokking.mathematics.runs`) or of thresholds of many runs. Phases of a
+run: before, during and after the fall of H, which starts when H has lost a tenth of what it loses from its largest
+value to its smallest afterwards, and ends when it has lost nine tenths.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from fastent.experiments.statistics import LEVEL, Estimate
+from fastent.grokking.mathematics.runs import FollowedRun
 from fastent.reference import forecast
-from fastent.statements.following import FollowedRun
 
 Array = NDArray[np.float64]
 Phase = Literal["before", "during", "after", "all"]
@@ -30,6 +30,18 @@ def collapse_span(step: Array, entropy: Array) -> tuple[float, float]:
     high, low = entropy[top], entropy[top:].min()
     fallen = (high - entropy[top:]) / max(high - low, np.finfo(float).tiny)
     return float(step[top:][fallen >= 0.1][0]), float(step[top:][fallen >= 0.9][0])
+
+
+def steps_by_phase(run: FollowedRun) -> dict[Phase, NDArray[np.bool_]]:
+    """Which of the measured steps lie in each of `PHASES`."""
+    start, end = collapse_span(run.evaluated("step"), run.evaluated("entropy"))
+    step = run.column("step")
+    return {
+        "before": step < start,
+        "during": (step >= start) & (step < end),
+        "after": step >= end,
+        "all": step >= 0,
+    }
 
 
 @dataclass(frozen=True)
@@ -74,19 +86,14 @@ class Descent:
 
 def descent(run: FollowedRun) -> list[Descent]:
     """Proposition 3 by phase."""
-    start, end = collapse_span(run.evaluated("step"), run.evaluated("entropy"))
-    step = run.column("step")
     names = (
         "change", "predicted", "along_gradient", "from_decay", "correlation", "leading_growth"
     )  # fmt: skip
     columns = {name: run.column(name) for name in names}
-    chosen = {
-        "before": step < start,
-        "during": (step >= start) & (step < end),
-        "after": step >= end,
-        "all": step >= 0,
-    }
-    return [_descent(phase, {name: c[chosen[phase]] for name, c in columns.items()}) for phase in PHASES]
+    return [
+        _descent(phase, {name: c[chosen] for name, c in columns.items()})
+        for phase, chosen in steps_by_phase(run).items()
+    ]
 
 
 def _descent(phase: Phase, c: Mapping[str, Array]) -> Descent:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fastent.grokking.mathematics import checks
 from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.perturbation import (
     entropy_gradient,
@@ -14,7 +15,6 @@ from fastent.reference.perturbation import (
     trace_distance,
     weyl,
 )
-from fastent.statements import checks
 
 
 @pytest.mark.parametrize("d", [2, 5, 30])

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from fastent.grokking.mathematics.checks import entropy_of
+from fastent.grokking.mathematics.collapse import PHASES, collapse_span, descent
 from fastent.reference.perturbation import alignment, entropy_change, gradient_matrix, relative_growth
-from fastent.statements.checks import entropy_of
-from fastent.statements.collapse import PHASES, collapse_span, descent
 
 
 def test_change_of_entropy_is_minus_the_covariance_of_log_p_and_growth():

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from fastent.reference.perturbation import covariance_update
-from fastent.statements.first_order import (
+from fastent.grokking.mathematics.runs import (
     adamw_direction,
     batch_noise,
     displacement,
@@ -13,6 +12,7 @@ from fastent.statements.first_order import (
     remainders,
     represent,
 )
+from fastent.reference.perturbation import covariance_update
 from fastent.train.tasks import batch_index, split
 
 RATES = np.geomspace(1e-5, 1e-3, 5)  # two decades, the trainer's own rate at their end

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from fastent.statements.following import follow
-from fastent.statements.table import SMALL, SMALL_STEPS
+from fastent.grokking.mathematics.runs import follow
+from fastent.grokking.mathematics.table import SMALL, SMALL_STEPS
 from fastent.train.stack import Stack
 
 

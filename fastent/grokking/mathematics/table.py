@@ -1,8 +1,8 @@
 """The paper's Table 6 with our column: what each mathematical item claims, what we find, and the evidence, made afresh.
 
-Statements that need no training are checked on cases that are hard for them (`fastent.statements.checks`); those
-about training on a small network that groks within seconds, trained here. The proofs, and the same figures for larger
-runs, are in ``docs/mathematics.md``.
+Statements that need no training are checked on cases that are hard for them
+(`fastent.grokking.mathematics.checks`); those about training on a small network that groks within seconds, trained
+here. The proofs, and the same figures for larger runs, are in ``docs/mathematics.md``.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from fastent.entropy import spectral_entropy
-from fastent.reference.perturbation import lipschitz_regularized
-from fastent.statements import checks
-from fastent.statements.checks import Evidence
-from fastent.statements.collapse import (
+from fastent.grokking.mathematics import checks
+from fastent.grokking.mathematics.checks import Evidence
+from fastent.grokking.mathematics.collapse import (
     collapse_span,
     concentration,
     curvature_correlation,
@@ -26,9 +25,14 @@ from fastent.statements.collapse import (
     fit_laws,
     shrinkage,
 )
-from fastent.statements.first_order import adamw_direction, batch_noise, loss_gradient, remainders
-from fastent.statements.following import FollowedRun, follow
-from fastent.statements.sampling import SPECTRA, sampled
+from fastent.grokking.mathematics.runs import (
+    FollowedRun,
+    adamw_direction,
+    batch_noise,
+    follow,
+    loss_gradient,
+    remainders,
+)
 from fastent.train.presets import TaskName, TrainConfig, preset
 from fastent.train.stack import Stack
 from fastent.train.tasks import split
@@ -84,7 +88,7 @@ def items(runs: Path | None = None) -> Iterator[Item]:
             checks.no_lipschitz_without_eps(),
             checks.floored_lipschitz(),
             checks.fannes_audenaert_bound(),
-            papers_constant(),
+            checks.papers_constant(),
         ),
     )
     yield Item(
@@ -134,17 +138,7 @@ def items(runs: Path | None = None) -> Iterator[Item]:
         "H of a finite probe",
         "not treated",
         "low by about d / (2 N log d) for a flat spectrum, less for a steep one; the grouped jackknife corrects it",
-        (checks.bias_of_samples(), correction_of_samples()),
-    )
-
-
-def papers_constant() -> Evidence:
-    """Say what Lemma 1's constant is at the paper's eps = 1e-12 and d = 128."""
-    constant = lipschitz_regularized(1e-12, 1.0, 128)
-    limit = np.log(128) / constant
-    return Evidence(
-        bool(0.01 < limit < 0.02),
-        f"at eps = 1e-12, d = 128: K = {constant:.0f} / tr C, which says nothing beyond ||E||_F = {limit:.3f} tr C",
+        (checks.bias_of_samples(), checks.correction_of_samples()),
     )
 
 
@@ -303,18 +297,6 @@ def laws_of(run: FollowedRun) -> Evidence:
     return Evidence(
         all(np.isfinite(law.residual) for law in laws.values()) and span[0] < span[1],
         f"root mean square residual of H in a fall of {entropy[start] - entropy[end]:.3f}: {listed}",
-    )
-
-
-def correction_of_samples(draws: int = 12) -> Evidence:
-    """Check the jackknife's correction on flat and geometric spectra at N = 256, d = 128."""
-    found = {
-        name: sampled(SPECTRA[name](128), 256, draws=draws, seed=0) for name in ("flat", "geometric 0.97")
-    }
-    parts = [f"{name} {s.bias:+.4f} to {s.left:+.4f}" for name, s in found.items()]
-    return Evidence(
-        all(abs(s.left) < 0.1 * abs(s.bias) for s in found.values()),
-        "correction at N = 256, d = 128: " + ", ".join(parts),
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fastent
-from fastent.statements.collapse import shrinkage
+from fastent.grokking.mathematics.collapse import shrinkage
 
 
 def test_effective_rank_is_multiplied_by_the_exponential_of_the_change_of_entropy():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastent.statements.collapse import concentration
+from fastent.grokking.mathematics.collapse import concentration
 
 
 def planted(within, between, tasks, seeds, seed):

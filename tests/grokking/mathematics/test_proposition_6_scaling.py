@@ -6,9 +6,9 @@ Closed forms, inverses and exponents one by one: ``tests/reference/test_referenc
 import numpy as np
 import pytest
 
+from fastent.grokking.mathematics import checks
+from fastent.grokking.mathematics.collapse import fit_laws
 from fastent.reference.forecast import entropy_power, entropy_relaxing
-from fastent.statements import checks
-from fastent.statements.collapse import fit_laws
 
 
 def test_closed_forms_solve_their_equations_and_bend_opposite_ways():

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import fastent
+from fastent.grokking.mathematics import checks
 from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.sampling import grouped_jackknife, sampling_bias, sampling_deviation
 from fastent.sampling import GROUPS, _random_parts, sampling_error
 from fastent.spectrum import Status
-from fastent.statements import checks, sampling
 
 SPECTRA = {
     "flat": lambda d: np.ones(d),
@@ -236,9 +236,9 @@ def test_monitor_takes_two_samples_and_given_entropies_without_errors():
 
 
 def test_table_of_the_documentation_has_a_line_for_each_spectrum_and_size(capsys):
-    sampling.main(["--features", "8", "--sizes", "16", "32", "--draws", "40"])
+    checks.main(["--features", "8", "--sizes", "16", "32", "--draws", "40"])
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 2 + 2 * len(sampling.SPECTRA)
+    assert len(lines) == 2 + 2 * len(checks.SPECTRA)
     assert {len(line) for line in lines} == {8}
     flat = [cell.strip() for cell in lines[7]]
     assert flat[:3] == ["32", "flat", "1.000"]
