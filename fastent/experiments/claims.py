@@ -19,6 +19,8 @@ OTHER_SETTING = Verdict("none", "other setting")
 NOT_RUN = Verdict("none", "not run")
 NO_CASE = Verdict("none", "no case")
 """The runs hold nothing that the claim is about."""
+MIXED = Verdict("none", "mixed settings")
+"""The runs were not made with one and the same settings: what they say together is said of none."""
 
 NONE = "–"
 

@@ -11,6 +11,7 @@ from fastent.experiments.document import Block, Section, Table, Text
 from fastent.experiments.e4_predictors import TITLE, Predictors
 from fastent.experiments.norm_entropy import Checkpoint
 from fastent.experiments.remaining import CLOCK, ENTROPY_GAP
+from fastent.experiments.statistics import Estimate
 
 
 def headline(result: Predictors) -> str:
@@ -56,6 +57,7 @@ def section(result: Predictors) -> Section:
             ),
             (1, 2),
         ),
+        *_without_interval({"all evaluations of all runs": r.overall, "the same, of ranks": r.ranks}),
         drawn(
             "e4-norm-entropy",
             functools.partial(e4_figures.norm_against_entropy, result.runs),
@@ -66,6 +68,12 @@ def section(result: Predictors) -> Section:
         *_predictor_blocks(result),
     ]
     return Section("e4", TITLE, tuple(blocks))
+
+
+def _without_interval(estimates: dict[str, Estimate]) -> list[Block]:
+    """Say which of a table's jackknife estimates have no interval, and why; nothing where all have one."""
+    reasons = [f"{name}: {e.method}" for name, e in estimates.items() if e.low is None]
+    return [Text("; ".join(reasons) + ".", "note")] if reasons else []
 
 
 def _pair_blocks(result: Predictors) -> list[Block]:
@@ -130,6 +138,7 @@ def _predictor_blocks(result: Predictors) -> list[Block]:
             rows,
             (1, 2, 3),
         ),
+        *_without_interval({row.name: row.in_sample for row in result.table}),
         drawn(
             "e4-predictors",
             functools.partial(e4_figures.explained, result.table),

@@ -15,13 +15,26 @@ from scipy import stats
 
 from fastent.experiments.statistics import LEVEL, Estimate
 
+EXACT = 1e-12
+"""Distance from a correlation or share of 1 that rounding alone can leave."""
+
+WORST = -1.0
+"""Share of explained variance below which an interval says nothing: the errors are twice those of the mean."""
+
 Scale = tuple[Callable[[float], float], Callable[[float], float]]
-"""A transformation to a scale and back."""
+"""A transformation to a scale, infinite where it has an end, and back."""
 
 PLAIN: Scale = (lambda x: x, lambda x: x)
-CORRELATION: Scale = (lambda r: math.atanh(min(max(r, -1 + 1e-15), 1 - 1e-15)), math.tanh)
+CORRELATION: Scale = (
+    lambda r: math.copysign(math.inf, r) if 1 - abs(r) < EXACT else math.atanh(r),
+    math.tanh,
+)
 """Fisher's, for correlations."""
-EXPLAINED: Scale = (lambda r: -math.log(max(1 - r, 1e-15)), lambda x: -math.expm1(-x))
+EXPLAINED: Scale = (
+    lambda r: math.inf if 1 - r < EXACT else -math.log(1 - r),
+    # A float holds no share as low as e^700 times the variance.
+    lambda x: -math.expm1(min(-x, 700.0)),
+)
 """For shares of explained variance, as in `fastent.power_law`."""
 
 
@@ -44,7 +57,9 @@ def jackknife(
     Returns
     -------
     Estimate
-        Without an interval below three runs, or where a value is not finite.
+        Without an interval below three runs, where a value is undefined or at the end of its scale (a correlation
+        of 1, nothing unexplained), and where the interval of an explained share reaches below -1. `method` says
+        which.
 
     Examples
     --------
@@ -58,13 +73,22 @@ def jackknife(
     Tukey, "Bias and confidence in not quite large samples", Annals of Mathematical Statistics 29 (1958).
     """
     n = len(left_out)
-    known = [value, *left_out]
-    if n < 3 or not np.isfinite(known).all():
-        reason = f"no interval: n = {n}" if n < 3 else "no interval: undefined with a run left out"
-        return Estimate(value, None, None, n, reason, level)
+
+    def without(reason: str) -> Estimate:
+        return Estimate(value, None, None, n, f"no interval: {reason}", level)
+
+    if n < 3:
+        return without(f"n = {n}")
+    if not np.isfinite([value, *left_out]).all():
+        return without("undefined with a run left out")
     there, back = scale
     centre, replicates = there(value), np.array([there(x) for x in left_out])
+    if not math.isfinite(centre):
+        return without("a perfect fit")
+    if not np.isfinite(replicates).all():
+        return without("a perfect fit with a run left out")
     width = float(stats.t.ppf((1 + level) / 2, n - 1)) * math.sqrt((n - 1) * float(replicates.var()))
-    return Estimate(
-        value, float(back(centre - width)), float(back(centre + width)), n, "jackknife over runs", level
-    )
+    low, high = float(back(centre - width)), float(back(centre + width))
+    if scale is EXPLAINED and low < WORST:
+        return without(f"not determined by {n} runs")
+    return Estimate(value, low, high, n, "jackknife over runs", level)

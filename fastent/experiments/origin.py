@@ -73,6 +73,25 @@ def commands(stored: Sequence[StoredRun], runs: Path) -> list[str]:
     return found
 
 
+def of_one_setting(stored: Sequence[StoredRun]) -> bool:
+    """Whether one preset with one set of changes is behind all of `stored`, whatever their experiments vary.
+
+    Measures change nothing of the training and are left aside. A run of a kind that no experiment asks for varies
+    nothing but its task.
+    """
+    groups = {(run.experiment, run.condition, json.dumps(run.config, sort_keys=True)): run for run in stored}
+    first = list(groups.values())
+    ways = [(name, _changes(run, name)) for run in first for name in PRESETS_JSON]
+    ways += [run.preset for run in first]
+    return any(all(_made_by(run, *way) for run in first) for way in ways)
+
+
+def _made_by(run: StoredRun, preset: str, changes: dict[str, Any]) -> bool:
+    if _asked(run, preset, changes) is not None:
+        return _explains(run, preset, changes)
+    return run.changes_from(preset) == changes
+
+
 def command(
     experiment: str, preset: str, options: Sequence[str] = (), *, seeds: Iterable[int], runs: Path
 ) -> str:
@@ -98,7 +117,8 @@ def _changes(run: StoredRun, preset: str) -> dict[str, Any]:
 def _explains(run: StoredRun, preset: str, changes: dict[str, Any]) -> bool:
     """Whether the run's experiment asks for it as it is, given a preset with `changes`; measures aside."""
     asked = _asked(run, preset, changes)
-    return asked is not None and {**asked, "measures": None} == {**run.config, "measures": None}
+    # A setting that is younger than the run is not in its record.
+    return asked is not None and {**asked, "measures": None} == {**asked, **run.config, "measures": None}
 
 
 def _asked(run: StoredRun, preset: str, changes: dict[str, Any]) -> dict[str, Any] | None:

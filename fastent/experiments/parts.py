@@ -1,13 +1,14 @@
 """The paper's experiments, and what each gives to the report.
 
 An experiment reads complete runs, its own and those it is compared with, and makes its part: a few sentences,
-its claims and its section. One that finds nothing to say of the runs there are gives None.
+its claims and its section. One that finds nothing to say of the runs there are gives None; one whose runs were made
+with different settings judges nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastent.experiments import (
     choices,
@@ -29,8 +30,9 @@ from fastent.experiments import (
     e8_probes,
     e8_section,
 )
-from fastent.experiments.claims import Claim
-from fastent.experiments.document import Section
+from fastent.experiments.claims import MIXED, NONE, Claim
+from fastent.experiments.document import Section, Text
+from fastent.experiments.origin import of_one_setting
 from fastent.experiments.stored import StoredRun
 
 
@@ -41,6 +43,18 @@ class Part:
     headline: str
     claims: tuple[Claim, ...]
     section: Section
+
+    def unjudged(self) -> Part:
+        """Return it as it is said of runs that differ in their settings: no claim is judged, and a note says why."""
+        note = (
+            "These runs differ in their settings (see the last section): what is said of all mixes them, and no "
+            "claim is judged by it."
+        )
+        return Part(
+            f"{self.headline} {note}",
+            tuple(replace(claim, verdict=MIXED, why=NONE) for claim in self.claims),
+            replace(self.section, blocks=(Text(note, "note"), *self.section.blocks)),
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,8 @@ class Experiment:
     def make_part(self, stored: Sequence[StoredRun]) -> Part | None:
         """Make its part from those of `stored` that it reads and that are complete; None if it cannot be."""
         complete = self.complete(stored)
-        return self.part(complete) if complete and self.part is not None else None
+        part = self.part(complete) if complete and self.part is not None else None
+        return part if part is None or of_one_setting(complete) else part.unjudged()
 
     def complete(self, stored: Sequence[StoredRun]) -> list[StoredRun]:
         """Pick the runs that it reads and that are complete."""
@@ -69,12 +84,7 @@ class Experiment:
 
 def _baseline(runs: Sequence[StoredRun]) -> Part:
     result = e1_baseline.analyse([run.measure() for run in runs], comparable=in_papers_setting(runs))
-    headline = e1_section.headline(result)
-    if any(run.config != runs[0].config for run in runs):
-        headline += (
-            " These runs differ in their settings (see the last section), and what is said of all mixes them."
-        )
-    return Part(headline, tuple(e1_baseline.claims(result)), e1_section.section(result))
+    return Part(e1_section.headline(result), tuple(e1_baseline.claims(result)), e1_section.section(result))
 
 
 def _mixing(runs: Sequence[StoredRun]) -> Part | None:
@@ -126,7 +136,8 @@ def _probes(runs: Sequence[StoredRun]) -> Part | None:
 
 
 def _choices(runs: Sequence[StoredRun]) -> Part | None:
-    settings = choices.analyse(runs)
+    # It compares verdicts, and there are none on runs of different settings.
+    settings = choices.analyse(runs) if of_one_setting(runs) else None
     return None if settings is None else Part(choices.headline(settings), (), choices.section(settings))
 
 

@@ -81,9 +81,12 @@ class StoredRun:
 
         The task is left aside, and so are the measures, which change nothing of the training.
         """
-        changes = {name: _changes(self.config, preset) for name, preset in PRESETS_JSON.items()}
-        name = min(changes, key=lambda name: len(changes[name]))
-        return name, changes[name]
+        name = min(PRESETS_JSON, key=lambda name: len(self.changes_from(name)))
+        return name, self.changes_from(name)
+
+    def changes_from(self, preset: str) -> dict[str, Any]:
+        """Return the values of the fields that differ from a preset's, task and measures aside."""
+        return _changes(self.config, PRESETS_JSON[preset])
 
     @property
     def state(self) -> str:
@@ -131,7 +134,8 @@ def _changes(config: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
     # Neither the task, with what it needs, nor what is measured beside makes it another setting.
     preset = {**preset, **TASK_SETTINGS.get(config.get("task", ""), {})}
     keys = [key for key in {**preset, **config} if key not in ("task", "measures")]
-    return {key: config.get(key) for key in keys if config.get(key) != preset.get(key)}
+    # A setting that is younger than the run is not in its record.
+    return {key: config[key] for key in keys if key in config and config[key] != preset.get(key)}
 
 
 def read_runs(root: Path) -> list[StoredRun]:

@@ -10,9 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastent.experiments import paper
-from fastent.experiments.claims import IN_PART, NONE, NOT_REPRODUCED, NOT_RUN, REPRODUCED, Claim, claims_table
+from fastent.experiments.claims import (
+    IN_PART,
+    MIXED,
+    NONE,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    Claim,
+    claims_table,
+)
 from fastent.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.experiments.origin import command, run_folder
+from fastent.experiments.origin import command, of_one_setting, run_folder
 from fastent.experiments.parts import EXPERIMENTS, Part
 from fastent.experiments.stored import StoredRun
 
@@ -82,7 +91,7 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
     """Sum up verdicts; those with nothing to judge take no part."""
     judged = [verdict for verdict in verdicts if verdict.kind != "none"]
     if not judged:
-        return NOT_RUN
+        return MIXED if MIXED in verdicts else NOT_RUN
     if all(verdict == REPRODUCED for verdict in judged):
         return REPRODUCED
     return NOT_REPRODUCED if all(verdict == NOT_REPRODUCED for verdict in judged) else IN_PART
@@ -97,6 +106,8 @@ def coverage(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path)
         reads = ", ".join(name.upper() for name in experiment.reads if name != experiment.id)
         if experiment.id not in parts:
             state = "no complete run" if mine else "not run"
+            if complete and not of_one_setting(experiment.complete(stored)):
+                state = "not reported: its runs, or those it is compared with, differ in their settings"
         elif complete < len(mine):
             state = "reported from its complete runs"
         else:

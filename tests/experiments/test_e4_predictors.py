@@ -9,7 +9,7 @@ from closed_form import write_run
 from fastent.experiments import e4_predictors, e4_section, figures, norm_entropy, remaining
 from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
 from fastent.experiments.document import Table
-from fastent.experiments.jackknife import CORRELATION, jackknife
+from fastent.experiments.jackknife import CORRELATION, EXPLAINED, jackknife
 from fastent.experiments.stored import read_runs
 from fastent.history import History
 from fastent.power_law import PowerLaw
@@ -181,3 +181,36 @@ def test_jackknife_gives_no_interval_it_cannot_know():
     assert jackknife(0.5, [0.4, 0.6, math.nan]).low is None
     full = jackknife(0.99, [0.985, 0.99, 0.995], CORRELATION)
     assert -1 < full.low < 0.99 < full.high < 1
+
+
+@pytest.mark.parametrize(
+    ("value", "left_out", "scale", "why"),
+    [
+        (0.932, [0.9, 1.0, 0.9], EXPLAINED, "a perfect fit with a run left out"),
+        (0.932, [0.9, 1 - 1e-15, 0.9], EXPLAINED, "a perfect fit with a run left out"),
+        (1.0, [1.0, 1.0, 1.0], EXPLAINED, "a perfect fit"),
+        (-0.9, [-0.8, -1.0, -0.9], CORRELATION, "a perfect fit with a run left out"),
+        (0.932, [0.9, 1 - 1e-6, 0.9], EXPLAINED, "not determined by 3 runs"),
+        (0.5, [0.4, math.nan, 0.6], EXPLAINED, "undefined with a run left out"),
+    ],
+)
+def test_jackknife_at_the_end_of_a_scale_has_no_interval_and_says_why(value, left_out, scale, why):
+    e = jackknife(value, left_out, scale)
+    assert (e.value, e.low, e.high, e.method) == (value, None, None, f"no interval: {why}")
+
+
+def test_clock_of_two_runs_that_grok_at_one_step_has_no_interval_and_the_report_says_so(tmp_path):
+    for seed, t_grok in enumerate((2200, 1800, 2200)):
+        write_run(
+            tmp_path, "e1", "baseline", seed, t_grok=t_grok, last_step=t_grok + 600,
+            entropy=lambda step, t_grok=t_grok: 0.6 + (max(t_grok - step, 0) / 20_000) ** (1 / 1.5),
+            norm=lambda step: 50 + math.sin(step),
+        )  # fmt: skip
+    result = e4_predictors.analyse([run.measure() for run in read_runs(tmp_path)], comparable=True)
+    clock = result.table[-1].in_sample
+    # With seed 1 left out the clock of the other two is exact: no finite spread of what stays unexplained.
+    assert (clock.low, clock.high, clock.method) == (
+        None, None, "no interval: a perfect fit with a run left out",
+    )  # fmt: skip
+    said = " ".join(getattr(block, "text", "") for block in e4_section.section(result).blocks)
+    assert f"{remaining.CLOCK}: no interval: a perfect fit with a run left out" in said

@@ -73,3 +73,36 @@ def test_a_run_of_an_unknown_experiment_gets_its_preset_alone(tmp_path):
     assert origin.commands(read_runs(tmp_path), tmp_path) == [
         f"fastent run e99 --preset paper --seeds 0 --out {tmp_path}"
     ]
+
+
+@pytest.mark.parametrize("name", ["quick", "paper"])
+def test_runs_of_all_experiments_of_one_preset_are_of_one_setting_and_one_run_of_another_is_not(
+    tmp_path, name
+):
+    for experiment in JOBS:
+        for job in JOBS[experiment](preset(name, max_steps=7000), (0, 1)):
+            write(tmp_path, job)
+    assert origin.of_one_setting(read_runs(tmp_path))
+    (job,) = JOBS["e1"](preset({"quick": "paper", "paper": "quick"}[name], max_steps=7000), (2,))
+    write(tmp_path, job)
+    assert not origin.of_one_setting(read_runs(tmp_path))
+
+
+def test_runs_of_a_kind_that_no_experiment_asks_for_are_compared_by_their_settings(tmp_path):
+    from fastent.train.runs import Job
+
+    config = dataclasses.replace(preset("paper"), weight_decay=0.5)
+    write(tmp_path, Job("e99", "baseline", config, (0, 1)))
+    assert origin.of_one_setting(read_runs(tmp_path))
+    write(tmp_path, Job("e99", "baseline", preset("paper"), (2,)))
+    assert not origin.of_one_setting(read_runs(tmp_path))
+
+
+def test_a_setting_younger_than_the_runs_does_not_set_them_apart(tmp_path):
+    (job,) = JOBS["e1"](preset("paper"), (0, 1))
+    write(tmp_path, job)
+    path = tmp_path / job.run_name(1) / "config.json"
+    record = json.loads(path.read_text())
+    del record["config"]["separate_tokens"]
+    path.write_text(json.dumps(record))
+    assert origin.of_one_setting(read_runs(tmp_path))

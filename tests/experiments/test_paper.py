@@ -18,7 +18,7 @@ from fastent.experiments import (
     e8_probes,
     paper,
 )
-from fastent.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
+from fastent.experiments.claims import IN_PART, MIXED, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
 from fastent.experiments.parts import EXPERIMENTS
 from fastent.experiments.summary import together
 
@@ -79,3 +79,4 @@ def test_verdicts_come_together():
     assert together([NOT_REPRODUCED, NOT_REPRODUCED]) == NOT_REPRODUCED
     assert together([NOT_REPRODUCED, IN_PART]) == IN_PART
     assert together([NOT_RUN, OTHER_SETTING]) == together([]) == NOT_RUN
+    assert together([MIXED, NOT_RUN]) == MIXED

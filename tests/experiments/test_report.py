@@ -1,11 +1,13 @@
 """The written report: complete, self-contained, repeatable, and honest about what is not there."""
 
+import html
 import json
 import re
 import shutil
 from html.parser import HTMLParser
 
 import pytest
+from closed_form import write_run as write_columns
 
 from fastent.experiments.report import write_report
 from fastent.train.errors import RunError
@@ -180,6 +182,13 @@ def test_a_folder_without_runs_is_refused_by_name(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+def verdicts(page):
+    """The verdict of each claim of the summary, by the words of the claim."""
+    summary = page.read_text().partition('<section id="summary">')[2].partition("</section>")[0]
+    rows = re.findall(r"<tr><td>.*?</td><td>(.*?)</td><td>.*?</td><td><span[^>]*>(.*?)</span></td>", summary)
+    return {html.unescape(says): verdict for says, verdict in rows}
+
+
 def test_runs_of_different_settings_are_not_passed_off_as_one(tmp_path, writer):
     mixed = "differ in their settings"
     writer(tmp_path / "runs", 0)
@@ -188,4 +197,25 @@ def test_runs_of_different_settings_are_not_passed_off_as_one(tmp_path, writer):
     record = json.loads(other.read_text())
     record["config"]["weight_decay"] = 0.5
     other.write_text(json.dumps(record))
-    assert mixed in write_report(tmp_path / "runs", tmp_path / "report").read_text()
+    page = write_report(tmp_path / "runs", tmp_path / "report")
+    assert mixed in page.read_text()
+    assert set(verdicts(page).values()) == {"mixed settings", "not run"}
+
+
+def test_presets_mixed_over_two_experiments_give_no_verdict_that_mixes_them(tmp_path):
+    for seed in range(3):
+        write_columns(tmp_path / "runs", "e1", "baseline", seed, t_grok=1000)
+        write_columns(tmp_path / "runs", "e2", "losses-0.1", seed, t_grok=2000)
+    page = write_report(tmp_path / "runs", tmp_path / "report")
+    delayed = "mixing delays grokking by 5,020 steps (Table 1's means differ by 5,060)"
+    before = verdicts(page)
+    assert before[delayed] == "reproduced"
+    for path in (tmp_path / "runs").glob("e2-*/config.json"):
+        record = json.loads(path.read_text())
+        record["config"]["learning_rate"] *= 3
+        path.write_text(json.dumps(record))
+    after = verdicts(write_report(tmp_path / "runs", tmp_path / "report"))
+    assert after[delayed] == "mixed settings"
+    # E1 alone is of one setting, and judged as before; the delay that E2 and E1 would give together is not.
+    early = "the model memorises early and generalises thousands of steps later, in every run"
+    assert after[early] == before[early] == "reproduced"
