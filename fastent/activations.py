@@ -1,36 +1,154 @@
-"""Checks and token choice: whatever a layer gave, made an (n, d) or (batch, n, d) matrix of activations.
+"""Checks and the choice of rows: whatever a layer gave, made an (n, d) or (batch, n, d) matrix of activations.
 
-Bad input stops here, with the rule, the value seen and the remedy. Rows are samples. Nothing is copied unless
-it must be: an exact cast of integers, a move off MPS (which has no float64), a choice of tokens. The data are
-not read, except for the range of int64 input, so this costs no host synchronisation.
+Bad input stops here, with the rule, the value seen and the remedy. Rows are samples, or their tokens or positions.
+Nothing is copied unless it must be: an exact cast of integers, a move off MPS (which has no float64), a choice of
+tokens. The data are not read, except for the range of int64 input, so this costs no host synchronisation; a mask is
+read once (`RealTokens`).
 """
 
 from __future__ import annotations
 
+import operator
 import sys
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Tokens = Literal["flatten", "last", "mean", "skip_first"]
+Tokens = Literal["flatten", "first", "last", "mean", "skip_first"]
+Positions = Literal["flatten", "mean"]
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INT64_EXACT = 2**53
 
 
-def matrix_of(h: Tensor, *, tokens: Tokens | None = None, batch_dims: int = 0) -> Tensor:
+class RealTokens:
+    """Which tokens of padded samples are real, checked once; what it picks is kept for the next call.
+
+    Parameters
+    ----------
+    mask : Tensor, shape (n, tokens)
+        True or 1 for a real token, False or 0 for padding, which may lie before, after or between the real ones; bool,
+        integers, or floating-point 0 and 1. Later changes of it are not noticed.
+
+    Raises
+    ------
+    TypeError
+        If it is not a dense real tensor that holds data.
+    ValueError
+        If it has another number of axes or other values, such as an additive mask (0 and -inf).
+
+    Examples
+    --------
+    >>> import fastent
+    >>> h = torch.randn(4, 3, 2)
+    >>> real = RealTokens(torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]))
+    >>> fastent.spectral_entropy(h, tokens="flatten", mask=real).n
+    9
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        _check_kind(mask, "mask")
+        if mask.ndim != 2:
+            axes = "[" + ":, " + ", ".join("0" for _ in mask.shape[1:-1]) + "]"
+            broadcast = mask.ndim > 2 and set(mask.shape[1:-1]) == {1}
+            use = f": use mask{axes}{' == 0' if mask.is_floating_point() else ''}" if broadcast else ""
+            raise ValueError(f"mask must have shape (n, tokens); got {tuple(mask.shape)}{use}")
+        mask = mask.detach()
+        if mask.dtype == torch.bool:
+            self.mask = mask
+        else:
+            self.mask = mask == 1
+            other = mask[~(self.mask | (mask == 0))]
+            if len(other):
+                raise ValueError(
+                    "mask is True or 1 for a real token and False or 0 for padding; it holds other values, such as "
+                    f"{other[0].item():g}: for an additive mask (0 and -inf) use mask == 0, for numbered segments "
+                    "mask > 0"
+                )
+            if mask.is_floating_point() and not bool(self.mask.any()):
+                raise ValueError(
+                    "mask is 1 for a real token and 0 for padding, and holds no 1: for an additive mask (0 and -inf) "
+                    "use mask == 0"
+                )
+        self._picked: dict[Tokens, tuple[Tensor, Tensor]] = {}
+        self._full: bool | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no padding."""
+        if self._full is None:
+            self._full = bool(self.mask.all())
+        return self._full
+
+    def to(self, device: torch.device) -> RealTokens:
+        """Copy on another device; itself if it is there."""
+        return self if self.mask.device == device else RealTokens(self.mask.to(device))
+
+    def rows(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Numbers of the samples and of their tokens that are rows, in the order of the samples.
+
+        Raises
+        ------
+        ValueError
+            If `tokens` asks for one row of each sample and a sample has no real token.
+        """
+        if tokens not in self._picked:
+            self._picked[tokens] = self._pick(tokens)
+        return self._picked[tokens]
+
+    def _pick(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        samples = torch.arange(len(self.mask), device=self.mask.device)
+        real = self.mask.to(torch.uint8)
+        if tokens in ("first", "last", "mean"):
+            empty = (~self.mask.any(1)).nonzero()
+            if len(empty):
+                raise ValueError(
+                    f"tokens={tokens!r} takes a row of each sample, and sample {int(empty[0])} has no real token: "
+                    "leave it out; if mask is 1 for padding, use mask == 0"
+                )
+        if tokens == "first":
+            return samples, real.argmax(1)
+        if tokens == "last":
+            return samples, self.mask.shape[1] - 1 - real.flip(1).argmax(1)
+        kept = self.mask
+        if tokens == "skip_first":
+            kept = kept.clone()
+            kept[samples, real.argmax(1)] = False
+        return kept.nonzero(as_tuple=True)  # type: ignore[return-value]
+
+
+def matrix_of(
+    h: Tensor,
+    *,
+    tokens: Tokens | None = None,
+    positions: Positions | None = None,
+    channel_axis: int | None = None,
+    mask: Tensor | RealTokens | None = None,
+    batch_dims: int | None = 0,
+) -> Tensor:
     """Check activations and bring them into the shape that everything after this expects.
 
     Parameters
     ----------
-    h : Tensor, shape (n, d), (batch, tokens, d), or with one leading batch axis
-        Activations of any real dtype on any device; any strides.
-    tokens : {"flatten", "last", "mean", "skip_first"}, optional
-        What to make of a (samples, tokens, d) input: every token a row; the last token; the mean over tokens
-        (in float64); every token but the first (the attention sink of language models).
-    batch_dims : {0, 1}
-        1 when the first axis counts independent matrices (layers, seeds).
+    h : Tensor, shape (n, d), (n, tokens, d), (n, channels, ...), or with one leading batch axis
+        Activations of any real dtype on any device; any strides. Of a pool (n, d, 1, 1) the axes of 1 are dropped;
+        (n, d, 1) leaves open which axis is which, and needs `tokens` or `positions`.
+    tokens : {"flatten", "first", "last", "mean", "skip_first"}, optional
+        What to make of a (samples, tokens, d) input: every token a row; the first token (a class token); the last; the
+        mean over tokens (in float64); every token but the first (the attention sink of language models).
+    positions : {"flatten", "mean"}, optional
+        What to make of a map with channels, such as (n, c, height, width) or (n, c, length): every position a row of c
+        features, or the mean over positions (in float64). Needs `channel_axis`.
+    channel_axis : int, optional
+        The axis of `h`, counted among all of them, that holds the features of a map: 1 in torch's own convolutions.
+    mask : Tensor, shape (n, tokens), or RealTokens, optional
+        True or 1 for a real token, False or 0 for padding, where activations may be anything, NaN too. "flatten" keeps
+        real tokens and "skip_first" leaves out the first real one of each sample, so that a sample without one gives no
+        row; "first" and "last" are the first and last real token, wherever the padding is; "mean" is over real tokens.
+    batch_dims : {0, 1} or None
+        1 when the first axis counts independent matrices (layers, seeds); not with `mask`. None is 0, in a call that
+        does not take it.
 
     Returns
     -------
@@ -40,23 +158,53 @@ def matrix_of(h: Tensor, *, tokens: Tokens | None = None, batch_dims: int = 0) -
     Raises
     ------
     TypeError
-        If `h` is not a dense real tensor that holds data.
+        If `h` or `mask` is not a dense real tensor that holds data.
     ValueError
-        If its shape leaves a choice open, has fewer than two rows or no column, or an int64 is beyond 2^53.
+        If the shape leaves a choice open, has fewer than two rows or no column, an int64 is beyond 2^53, or `mask` has
+        another shape, other values than 0 and 1, another device, or for one row of each sample no real token in one.
     """
-    _check_kind(h)
+    x = rows_of(
+        h,
+        tokens=tokens,
+        positions=positions,
+        channel_axis=channel_axis,
+        mask=mask,
+        batch_dims=batch_dims,
+    )
+    n = x.shape[-2]
+    if n < 2:
+        padding = "" if mask is None else " with its mask"
+        raise ValueError(
+            f"a covariance needs at least 2 samples (rows); got N = {n} from shape {tuple(h.shape)}{padding}"
+        )
+    return x
+
+
+def rows_of(
+    h: Tensor,
+    *,
+    tokens: Tokens | None = None,
+    positions: Positions | None = None,
+    channel_axis: int | None = None,
+    mask: Tensor | RealTokens | None = None,
+    batch_dims: int | None = 0,
+) -> Tensor:
+    """Rows as `matrix_of` gives them, of any number, none included; arguments and other errors are the same."""
+    _check_kind(h, "h")
     if tokens is not None and tokens not in get_args(Tokens):
         raise ValueError(f"tokens must be one of {', '.join(map(repr, get_args(Tokens)))}; got {tokens!r}")
-    if batch_dims not in (0, 1):
+    if batch_dims not in (0, 1, None):
         raise ValueError(f"batch_dims must be 0 or 1; got {batch_dims!r}")
-    h = _exact_float(h.detach())
-    x = _choose_tokens(h, tokens, batch_dims)
-    n, d = x.shape[-2:]
-    if n < 2:
-        raise ValueError(
-            f"a covariance needs at least 2 samples (rows); got N = {n} from shape {tuple(h.shape)}"
-        )
-    if d < 1:
+    leading = batch_dims or 0
+    x = h.detach()
+    if positions is not None or channel_axis is not None:
+        x = _choose_positions(x, tokens, positions, channel_axis, mask, leading)
+    elif mask is not None:
+        x = _choose_real_tokens(x, tokens, mask, batch_dims)
+    else:
+        x = _choose_tokens(x, tokens, batch_dims)
+    x = _exact_float(x)
+    if x.shape[-1] < 1:
         raise ValueError(f"activations need at least one column; got shape {tuple(h.shape)}")
     if x.ndim == 3 and x.shape[0] < 1:
         raise ValueError(f"the batch axis is empty; got shape {tuple(h.shape)}")
@@ -77,28 +225,30 @@ def first_nonfinite(x: Tensor) -> tuple[int, tuple[int, ...]] | None:
     return count, tuple(reversed(index))
 
 
-def _check_kind(h: Tensor) -> None:
+def _check_kind(h: Tensor, name: str) -> None:
     if not isinstance(h, Tensor):
-        remedy = "; use torch.from_numpy(h)" if type(h).__module__ == "numpy" else ""
-        raise TypeError(f"h must be a torch.Tensor; got {type(h).__name__}{remedy}")
+        remedy = f"; use torch.from_numpy({name})" if type(h).__module__ == "numpy" else ""
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(h).__name__}{remedy}")
     # A fake tensor can exist only when its module has been imported: no import of ours for the check.
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     if h.is_meta or (fake is not None and isinstance(h, fake.FakeTensor)):
         raise TypeError(
-            "h is a meta or fake tensor: it has a shape but no data; run the model on real tensors"
+            f"{name} is a meta or fake tensor: it has a shape but no data; run the model on real tensors"
         )
     if h.is_nested:
-        raise TypeError("h is a nested tensor: use h.values(), whose rows are its tokens")
+        raise TypeError(f"{name} is a nested tensor: use {name}.values(), whose rows are its tokens")
     if h.layout != torch.strided:
-        raise TypeError(f"h must be dense; got layout {h.layout}: use h.to_dense()")
+        raise TypeError(f"{name} must be dense; got layout {h.layout}: use {name}.to_dense()")
     if h.is_quantized:
-        raise TypeError(f"h is quantised ({h.dtype}): use h.dequantize()")
+        raise TypeError(f"{name} is quantised ({h.dtype}): use {name}.dequantize()")
     if hasattr(h, "full_tensor"):
         raise TypeError(
-            "h is a DTensor: use h.full_tensor(), or fastent.Moments over h.to_local() for row shards"
+            f"{name} is a DTensor: use {name}.full_tensor(), or fastent.Moments over {name}.to_local() for row shards"
         )
     if h.is_complex():
-        raise TypeError(f"h is complex ({h.dtype}): use torch.view_as_real(h).flatten(-2), or its abs()")
+        raise TypeError(
+            f"{name} is complex ({h.dtype}): use torch.view_as_real({name}).flatten(-2), or its abs()"
+        )
 
 
 def _exact_float(h: Tensor) -> Tensor:
@@ -113,9 +263,13 @@ def _exact_float(h: Tensor) -> Tensor:
     return h.to(torch.float64)
 
 
-def _choose_tokens(h: Tensor, tokens: Tokens | None, batch_dims: int) -> Tensor:
-    dims = h.ndim - batch_dims
+def _choose_tokens(h: Tensor, tokens: Tokens | None, batch_dims: int | None) -> Tensor:
+    leading = batch_dims or 0
+    dims = h.ndim - leading
     shape = tuple(h.shape)
+    if dims > 3 and all(size == 1 for size in shape[leading + 2 :]):
+        h = h.flatten(leading + 1)  # a pool
+        dims = 2
     if dims == 2:
         if tokens is not None:
             raise ValueError(
@@ -123,19 +277,107 @@ def _choose_tokens(h: Tensor, tokens: Tokens | None, batch_dims: int) -> Tensor:
             )
         return h
     if dims != 3:
-        wanted = "(n, d)" if batch_dims == 0 else "(batch, n, d)"
-        raise ValueError(f"h must have shape {wanted}; got {shape}")
-    if tokens is None:
-        choices = 'tokens="flatten", "last", "mean", "skip_first"' + (
-            ", or batch_dims=1" if not batch_dims else ""
+        wanted = "(batch, n, d)" if leading else "(n, d)"
+        axes = "(batch, n, channels, ...)" if leading else "(n, channels, ...)"
+        remedy = (
+            f'. For a map {axes} say positions="flatten" or "mean" with channel_axis={leading + 1}'
+            if dims > 3
+            else ""
         )
-        raise ValueError(f"h must have shape (n, d); got {shape}. Say which: {choices}")
+        raise ValueError(f"h must have shape {wanted}; got {shape}{remedy}")
+    if tokens is None:
+        choices = ['tokens="flatten", "first", "last", "mean", "skip_first"']
+        choices.append(
+            f'positions="flatten", "mean" with channel_axis={leading + 1} for channels before positions'
+        )
+        if batch_dims == 0:
+            choices.append("or batch_dims=1")
+        raise ValueError(f"h must have shape (n, d); got {shape}. Say which: {', '.join(choices)}")
     if h.shape[-2] < (2 if tokens == "skip_first" else 1):
         raise ValueError(f"tokens={tokens!r} needs more tokens than shape {shape} has")
+    if tokens == "first":
+        return h[..., 0, :]
     if tokens == "last":
         return h[..., -1, :]
     if tokens == "mean":
-        return h.mean(-2, dtype=torch.float64)
+        return _exact_float(h).mean(-2, dtype=torch.float64)
     if tokens == "skip_first":
         h = h[..., 1:, :]
     return h.flatten(-3, -2)
+
+
+def _choose_real_tokens(
+    h: Tensor, tokens: Tokens | None, mask: Tensor | RealTokens, batch_dims: int | None
+) -> Tensor:
+    shape = tuple(h.shape)
+    if batch_dims:
+        raise ValueError(
+            "mask does not go with batch_dims=1: matrices of one batch have the same number of rows; call once for each"
+        )
+    if h.ndim != 3:
+        rows = ": where rows are samples leave it out, where they are all tokens use h[mask.flatten()]"
+        raise ValueError(
+            f"mask needs h of shape (samples, tokens, d); got {shape}{rows if h.ndim == 2 else ''}"
+        )
+    if tokens is None:
+        raise ValueError(
+            f"mask says which tokens of h {shape} are real, not what to make of them. Say which: "
+            'tokens="flatten", "first", "last", "mean", "skip_first"'
+        )
+    real = mask if isinstance(mask, RealTokens) else RealTokens(mask)
+    seen = tuple(real.mask.shape)
+    if seen != shape[:2]:
+        turned = ": use mask.T" if seen == shape[1::-1] else ""
+        raise ValueError(
+            f"mask must have shape (n, tokens) = {shape[:2]}, as h {shape} has; got {seen}{turned}"
+        )
+    if real.mask.device != h.device:
+        raise ValueError(f"mask is on {real.mask.device} and h on {h.device}: use mask.to(h.device)")
+    if real.full:
+        return _choose_tokens(h, tokens, batch_dims)
+    samples, places = real.rows(tokens)
+    if tokens != "mean":
+        return h[samples, places]
+    # Padding is 0 before the cast: whatever it holds, it is neither added nor checked.
+    kept = _exact_float(torch.where(real.mask[..., None], h, h.new_zeros(())))
+    return kept.sum(1, dtype=torch.float64) / real.mask.sum(1).to(kept.device)[:, None]
+
+
+def _choose_positions(
+    h: Tensor,
+    tokens: Tokens | None,
+    positions: Positions | None,
+    channel_axis: int | None,
+    mask: Tensor | RealTokens | None,
+    leading: int,
+) -> Tensor:
+    shape = tuple(h.shape)
+    if positions is None or channel_axis is None:
+        given, missing = (
+            ("channel_axis", 'positions="flatten" or "mean"')
+            if positions is None
+            else ("positions", f"channel_axis={leading + 1} where channels come after samples")
+        )
+        raise ValueError(f"positions and channel_axis go together; got {given} alone: add {missing}")
+    if positions not in get_args(Positions):
+        raise ValueError(
+            f"positions must be one of {', '.join(map(repr, get_args(Positions)))}; got {positions!r}"
+        )
+    if tokens is not None or mask is not None:
+        other = "mask" if tokens is None else f"tokens={tokens!r}"
+        raise ValueError(
+            f"{other} is for (samples, tokens, d) and positions for maps with channels: leave one of them out"
+        )
+    if h.ndim - leading < 3:
+        raise ValueError(
+            f"positions={positions!r} needs h of shape (samples, channels, ...); got {shape}: leave it out"
+        )
+    axis = operator.index(channel_axis)
+    if not (leading < axis < h.ndim or leading < axis + h.ndim < h.ndim):
+        raise ValueError(
+            f"channel_axis must be an axis of h {shape} after that of the samples ({leading}); got {channel_axis}"
+        )
+    h = h.movedim(axis, -1)
+    if positions == "mean":
+        return _exact_float(h).flatten(leading + 1, -2).mean(-2, dtype=torch.float64)
+    return h.flatten(leading, -2)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastent import torch_backend
-from fastent.activations import Tokens, first_nonfinite, matrix_of
+from fastent.activations import Positions, RealTokens, Tokens, first_nonfinite, matrix_of
 
 Backend = Literal["auto", "torch", "triton"]
 Side = Literal["covariance", "gram"]
@@ -70,6 +70,9 @@ def covariance(
     *,
     correction: int = 0,
     tokens: Tokens | None = None,
+    positions: Positions | None = None,
+    channel_axis: int | None = None,
+    mask: Tensor | RealTokens | None = None,
     batch_dims: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -81,8 +84,8 @@ def covariance(
         Activations, one sample per row; any real dtype, device and strides. (n, tokens, d) needs `tokens`.
     correction : int
         The normaliser is ``n - correction``: 0 as in the paper, 1 for the unbiased estimate.
-    tokens : {"flatten", "last", "mean", "skip_first"}, optional
-        What to make of a token axis; see `fastent.activations.matrix_of`.
+    tokens, positions, channel_axis, mask
+        What to make of a token axis, of a map, and of padding: as in `fastent.spectral_entropy`.
     batch_dims : {0, 1}
         1 when the first axis counts independent matrices.
     backend : {"auto", "torch", "triton"}
@@ -111,7 +114,14 @@ def covariance(
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]], dtype=torch.float64)
     """
-    x = matrix_of(h, tokens=tokens, batch_dims=batch_dims)
+    x = matrix_of(
+        h,
+        tokens=tokens,
+        positions=positions,
+        channel_axis=channel_axis,
+        mask=mask,
+        batch_dims=batch_dims,
+    )
     n = x.shape[-2]
     if correction >= n:
         raise ValueError(

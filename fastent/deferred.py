@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from fastent.activations import Tokens
+from fastent.activations import Positions, RealTokens, Tokens
 from fastent.devices import Devices
 from fastent.entropy import checked, spectral_entropy
 from fastent.ring import Device, Staged
@@ -230,16 +230,25 @@ class Opened:
         self.widths: dict[str, int] = {}
         """Features d of each layer, in the order of arrival."""
 
-    def add(self, layer: str, h: Tensor, *, tokens: Tokens | None = None) -> None:
+    def add(
+        self,
+        layer: str,
+        h: Tensor,
+        *,
+        tokens: Tokens | None = None,
+        positions: Positions | None = None,
+        channel_axis: int | None = None,
+        mask: Tensor | RealTokens | None = None,
+    ) -> None:
         """Form the matrix of a layer's activations, in the current stream; they are not kept.
 
         Parameters
         ----------
         layer : str
             A name within this evaluation.
-        h : Tensor, shape (n, d), or (n, tokens, d) with `tokens`
+        h : Tensor, shape (n, d), (n, tokens, d) with `tokens`, or a map with `positions`
             Activations.
-        tokens
+        tokens, positions, channel_axis, mask
             See `fastent.spectral_entropy`.
 
         Raises
@@ -247,7 +256,7 @@ class Opened:
         TypeError, ValueError
             As `fastent.spectral_entropy` does.
         """
-        x = checked(h, tokens=tokens)
+        x = checked(h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask)
         staged = self._owner._stage(x)
         if staged is None:
             self.put(layer, spectral_entropy(x))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastent.activations import Tokens, first_nonfinite, matrix_of
+from fastent.activations import Positions, RealTokens, Tokens, first_nonfinite, matrix_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix
 from fastent.eigenvalues import eigenvalues
 from fastent.spectrum import (
@@ -34,6 +34,9 @@ def spectral_entropy(
     *,
     convention: Convention = "relative",
     tokens: Tokens | None = None,
+    positions: Positions | None = None,
+    channel_axis: int | None = None,
+    mask: Tensor | RealTokens | None = None,
     batch_dims: int = 0,
     backend: Backend = "auto",
 ) -> SpectralEntropy:
@@ -46,8 +49,17 @@ def spectral_entropy(
     convention : {"relative", "paper"}
         "paper" clamps eigenvalues at an absolute 1e-12 and adds 1e-12 inside the logarithm, as printed in the
         paper's Appendix B. For comparison only: constant rows score 1, and H depends on the scale.
-    tokens : {"flatten", "last", "mean", "skip_first"}, optional
-        What to make of a (n, tokens, d) input.
+    tokens : {"flatten", "first", "last", "mean", "skip_first"}, optional
+        What to make of a (n, tokens, d) input: each token a row, one token of each sample, their mean, or each token
+        but the first of its sample (`fastent.activations.matrix_of`).
+    positions : {"flatten", "mean"}, optional
+        What to make of a map with channels, such as (n, c, height, width): each position a row, or their mean.
+    channel_axis : int, optional
+        The axis of `h` that holds the features of a map; goes with `positions`.
+    mask : Tensor, shape (n, tokens), optional
+        True or 1 for a real token, False or 0 for padding, wherever it is; goes with `tokens`. Padding counts for
+        nothing, whatever it holds: "first" and "last" are real tokens, "mean" is over real ones. A
+        `fastent.activations.RealTokens` is checked once for many calls.
     batch_dims : {0, 1}
         1 when the first axis counts independent matrices (layers, seeds).
     backend : {"auto", "torch", "triton"}
@@ -61,9 +73,10 @@ def spectral_entropy(
     Raises
     ------
     TypeError
-        If `h` is not a dense real tensor with data.
+        If `h` or `mask` is not a dense real tensor with data.
     ValueError
-        If the shape is wrong or leaves a choice open, n < 2, d < 2, or an argument is unknown.
+        If the shape is wrong or leaves a choice open, n < 2, d < 2, an argument is unknown, or `mask` has another shape
+        or device, other values, or no real token where one is asked for.
 
     References
     ----------
@@ -80,7 +93,14 @@ def spectral_entropy(
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be 'relative' or 'paper'; got {convention!r}")
-    x = checked(h, tokens=tokens, batch_dims=batch_dims)
+    x = checked(
+        h,
+        tokens=tokens,
+        positions=positions,
+        channel_axis=channel_axis,
+        mask=mask,
+        batch_dims=batch_dims,
+    )
     centered = centered_matrix(x, backend=backend)
     if x.ndim == 2:
         trace = float(centered.trace)
@@ -105,9 +125,24 @@ def spectral_entropy(
     return _stack(items)
 
 
-def checked(h: Tensor, *, tokens: Tokens | None = None, batch_dims: int = 0) -> Tensor:
+def checked(
+    h: Tensor,
+    *,
+    tokens: Tokens | None = None,
+    positions: Positions | None = None,
+    channel_axis: int | None = None,
+    mask: Tensor | RealTokens | None = None,
+    batch_dims: int | None = None,
+) -> Tensor:
     """Activations that a normalised entropy can be taken of; arguments and errors as in `spectral_entropy`."""
-    x = matrix_of(h, tokens=tokens, batch_dims=batch_dims)
+    x = matrix_of(
+        h,
+        tokens=tokens,
+        positions=positions,
+        channel_axis=channel_axis,
+        mask=mask,
+        batch_dims=batch_dims,
+    )
     if x.shape[-1] < 2:
         raise ValueError("the normalised entropy divides by log d, so d must be at least 2; got d = 1")
     return x

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastent.activations import Tokens, matrix_of
+from fastent.activations import Positions, RealTokens, Tokens, rows_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
 from fastent.spectrum import SpectralEntropy, entropy_of_matrix
 
@@ -52,15 +52,24 @@ class Moments:
         shift, delta, _ = self._filled()
         return shift + delta
 
-    def update(self, h: Tensor, *, tokens: Tokens | None = None, backend: Backend = "auto") -> Moments:
+    def update(
+        self,
+        h: Tensor,
+        *,
+        tokens: Tokens | None = None,
+        positions: Positions | None = None,
+        channel_axis: int | None = None,
+        mask: Tensor | RealTokens | None = None,
+        backend: Backend = "auto",
+    ) -> Moments:
         """Add rows.
 
         Parameters
         ----------
         h : Tensor, shape (k, d)
-            Any number of rows of any real dtype, none included. (k, tokens, d) needs `tokens`.
-        tokens, backend
-            See `fastent.covariance`.
+            Any number of rows of any real dtype, none included. (k, tokens, d) needs `tokens`, a map `positions`.
+        tokens, positions, channel_axis, mask, backend
+            See `fastent.spectral_entropy`. A batch that is padding alone adds no row.
 
         Returns
         -------
@@ -72,14 +81,15 @@ class Moments:
         TypeError, ValueError
             For unusable input, or when d differs from before.
         """
-        if isinstance(h, Tensor) and h.ndim >= 2 and h.shape[0] == 0:
+        x = rows_of(
+            h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=None
+        )
+        if len(x) == 0:
             return self
-        single = isinstance(h, Tensor) and h.ndim == 2 and h.shape[0] == 1
-        x = matrix_of(h.expand(2, -1) if single else h, tokens=tokens)
         part = Moments()
         part._resolution = torch.finfo(x.dtype).eps
-        if single:
-            shift = x[0].to(torch.float64)
+        if len(x) == 1:
+            shift = x[0].to(torch.float64, copy=True)
             part.n = 1
             part._state = (shift, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift)))
         else:

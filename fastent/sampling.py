@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastent.activations import Tokens, matrix_of
+from fastent.activations import Positions, RealTokens, Tokens, matrix_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
 from fastent.entropy import spectral_entropy
 from fastent.spectrum import SpectralEntropy, Status, entropy_of_matrix
@@ -68,6 +68,9 @@ def sampling_error(
     groups: int = GROUPS,
     population: int | None = None,
     tokens: Tokens | None = None,
+    positions: Positions | None = None,
+    channel_axis: int | None = None,
+    mask: Tensor | RealTokens | None = None,
     backend: Backend = "auto",
 ) -> SamplingError:
     """Bias and standard error of the normalised entropy of `h`, by the grouped jackknife.
@@ -75,15 +78,15 @@ def sampling_error(
     Parameters
     ----------
     h : Tensor, shape (n, d)
-        Activations, one sample per row, n >= 3; (n, tokens, d) needs `tokens`. Rows must be exchangeable: several
-        tokens of one sequence are not.
+        Activations, one sample per row, n >= 3; (n, tokens, d) needs `tokens`, a map `positions`. Rows must be
+        exchangeable: several tokens of one sequence or positions of one map are not.
     groups : int
         At least 2; with more rows than that, each group has ``n / groups`` rows, drawn without regard to order.
     population : int, optional
         Number of all rows there are, where `h` is a part drawn from them without replacement (a probe from a training
         set): the answer is then about their entropy, and both errors shrink by the part already seen. Default:
         infinitely many.
-    tokens, backend
+    tokens, positions, channel_axis, mask, backend
         See `fastent.spectral_entropy`.
 
     Returns
@@ -108,7 +111,9 @@ def sampling_error(
     >>> round(error.normalized, 2), round(error.bias, 3), round(error.corrected, 2)
     (0.97, -0.026, 1.0)
     """
-    x = matrix_of(h, tokens=tokens)
+    x = matrix_of(
+        h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=None
+    )
     n, d = x.shape
     if n < 3:
         raise ValueError(f"a jackknife needs at least 3 samples (rows); got N = {n}")

@@ -1,11 +1,13 @@
 """Bad input stops at the door with the rule, the value and the remedy (faults 13 to 23)."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
-from fastent import covariance, spectral_entropy
-from fastent.activations import first_nonfinite, matrix_of
+from fastent import Moments, Status, covariance, sampling_error, spectral_entropy
+from fastent.activations import RealTokens, Tokens, first_nonfinite, matrix_of
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -114,7 +116,8 @@ def test_views_give_the_same_bits_as_contiguous_input(backend, dtype, shape):
 
 
 def test_three_dimensional_input_names_the_choices():
-    with pytest.raises(ValueError, match=r'"flatten", "last", "mean", "skip_first", or batch_dims=1'):
+    tokens = '"flatten", "first", "last", "mean", "skip_first"'
+    with pytest.raises(ValueError, match=rf"tokens={tokens}, positions=.* or batch_dims=1$"):
         spectral_entropy(torch.zeros(4, 3, 2))
 
 
@@ -122,6 +125,7 @@ def test_each_choice_of_tokens_is_what_it_says():
     h = activations(9, 4, 3)
     expected = {
         "flatten": h.reshape(36, 3),
+        "first": h[:, 0],
         "last": h[:, 3],
         "mean": h.mean(1),
         "skip_first": h[:, 1:].reshape(27, 3),
@@ -138,7 +142,7 @@ def test_choices_that_do_not_fit_the_shape_are_errors():
     with pytest.raises(ValueError, match="more tokens"):
         matrix_of(torch.zeros(4, 1, 2), tokens="skip_first")
     with pytest.raises(ValueError, match="tokens must be one of"):
-        matrix_of(torch.zeros(4, 3, 2), tokens="first")
+        matrix_of(torch.zeros(4, 3, 2), tokens="second")
     with pytest.raises(ValueError, match="batch_dims must be"):
         matrix_of(torch.zeros(4, 3, 2), batch_dims=2)
     with pytest.raises(ValueError, match=r"\(batch, n, d\)"):
@@ -147,6 +151,175 @@ def test_choices_that_do_not_fit_the_shape_are_errors():
         matrix_of(torch.zeros(0, 4, 3), batch_dims=1)
     with pytest.raises(ValueError, match=r"\(n, d\)"):
         matrix_of(torch.zeros(4))
+
+
+def test_a_call_offers_only_what_it_accepts():
+    h = torch.zeros(4, 3, 2)
+    for call in (sampling_error, Moments().update):
+        with pytest.raises(ValueError, match="Say which") as caught:
+            call(h)
+        assert "batch_dims" not in str(caught.value)
+
+
+def test_axes_of_1_behind_the_features_of_a_pool_are_dropped():
+    h = activations(9, 4)
+    assert torch.equal(matrix_of(h[..., None, None]), h)
+    assert torch.equal(matrix_of(h[..., None, None, None]), h)
+    assert torch.equal(matrix_of(activations(2, 9, 4)[..., None, None], batch_dims=1), activations(2, 9, 4))
+
+
+def test_a_last_axis_of_1_after_two_others_leaves_open_what_is_what():
+    h = activations(9, 4)[..., None]  # of a 1-D pool, or tokens of one feature
+    with pytest.raises(ValueError, match="Say which"):
+        spectral_entropy(h)
+    with pytest.raises(ValueError, match="d = 1"):
+        spectral_entropy(h, tokens="flatten")
+    assert torch.equal(matrix_of(h, positions="flatten", channel_axis=1), h[..., 0])
+
+
+def test_maps_are_an_error_that_names_positions_and_the_channel_axis():
+    with pytest.raises(ValueError, match=r'positions="flatten" or "mean" with channel_axis=1'):
+        spectral_entropy(torch.zeros(4, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"\(batch, n, d\).* channel_axis=2"):
+        spectral_entropy(torch.zeros(5, 4, 3, 2, 2), batch_dims=1)
+
+
+def test_positions_of_maps_are_rows_or_their_mean():
+    h = activations(6, 3, 4, 5)
+    rows = torch.stack([h[i, :, j, k] for i in range(6) for j in range(4) for k in range(5)])
+    assert torch.equal(matrix_of(h, positions="flatten", channel_axis=1), rows)
+    assert torch.equal(matrix_of(h, positions="flatten", channel_axis=-3), rows)
+    means = h.reshape(6, 3, 20).mean(2)
+    assert torch.allclose(matrix_of(h, positions="mean", channel_axis=1), means, rtol=0, atol=1e-15)
+    assert matrix_of(h.half(), positions="mean", channel_axis=1).dtype == torch.float64
+    last = h.movedim(1, -1).contiguous()
+    assert torch.equal(matrix_of(last, positions="flatten", channel_axis=3), rows)
+    assert torch.equal(matrix_of(h[..., 0], positions="flatten", channel_axis=1), h[..., 0].mT.reshape(24, 3))
+    batch = torch.stack([h, h + 1])
+    assert torch.equal(
+        matrix_of(batch, positions="flatten", channel_axis=2, batch_dims=1), torch.stack([rows, rows + 1])
+    )
+
+
+def test_positions_that_do_not_fit_are_errors_with_a_remedy():
+    h = torch.zeros(4, 3, 2, 2)
+    for choice, message in [
+        ({"positions": "flatten"}, "add channel_axis=1"),
+        ({"channel_axis": 1}, 'add positions="flatten"'),
+        ({"positions": "last", "channel_axis": 1}, "positions must be one of"),
+        ({"positions": "mean", "channel_axis": 0}, r"after that of the samples \(0\)"),
+        ({"positions": "mean", "channel_axis": -4}, "after that of the samples"),
+        ({"positions": "mean", "channel_axis": 4}, "must be an axis of h"),
+        ({"positions": "mean", "channel_axis": 1, "tokens": "mean"}, "leave one of them out"),
+        ({"positions": "mean", "channel_axis": 1, "mask": torch.ones(4, 3)}, "mask is for"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            spectral_entropy(h, **choice)
+    with pytest.raises(ValueError, match="leave it out"):
+        spectral_entropy(torch.zeros(4, 3), positions="flatten", channel_axis=1)
+    with pytest.raises(TypeError):
+        spectral_entropy(h, positions="flatten", channel_axis=1.0)
+
+
+RIGHT = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_row_and_the_first_and_last_tokens_are_real_ones(side, dtype):
+    h, mask = activations(3, 4, 2), RIGHT
+    if side == "left":
+        h, mask = h.flip(1), mask.flip(1)
+    padded = torch.where(mask[..., None] == 1, h, torch.nan)
+    mask = mask.to(dtype)
+    real = [sample[kept == 1] for sample, kept in zip(h, mask, strict=True)]
+    expected = {
+        "flatten": torch.cat(real),
+        "first": torch.stack([rows[0] for rows in real]),
+        "last": torch.stack([rows[-1] for rows in real]),
+        "mean": torch.stack([rows.mean(0) for rows in real]),
+        "skip_first": torch.cat([rows[1:] for rows in real]),
+    }
+    assert set(expected) == set(get_args(Tokens))
+    for tokens, matrix in expected.items():
+        assert torch.allclose(matrix_of(padded, tokens=tokens, mask=mask), matrix, rtol=0, atol=1e-15), tokens
+        result = spectral_entropy(padded, tokens=tokens, mask=mask)
+        assert result.status is not Status.NONFINITE
+        assert (result.n, result.normalized) == (len(matrix), spectral_entropy(matrix).normalized), tokens
+
+
+def test_every_call_that_takes_activations_takes_a_mask():
+    h, mask = activations(12, 4, 2), RIGHT.repeat(4, 1)
+    rows = h[mask == 1]
+    assert torch.equal(covariance(h, tokens="flatten", mask=mask), covariance(rows))
+    assert sampling_error(h, tokens="flatten", mask=mask) == sampling_error(rows)
+    moments = Moments().update(h[:5], tokens="flatten", mask=mask[:5])
+    moments.update(h[5:], tokens="flatten", mask=mask[5:])
+    assert moments.n == len(rows)
+    assert torch.allclose(moments.covariance(), covariance(rows), rtol=0, atol=1e-14)
+    once = RealTokens(mask)
+    for tokens in get_args(Tokens):
+        first, second = (spectral_entropy(h, tokens=tokens, mask=once) for _ in range(2))
+        plain = spectral_entropy(h, tokens=tokens, mask=mask)
+        assert first.entropy == second.entropy == plain.entropy
+
+
+def test_a_sample_without_a_real_token_is_left_out_or_named_where_it_must_give_a_row():
+    h, mask = activations(3, 4, 2), RIGHT.clone()
+    mask[1] = 0
+    assert matrix_of(h, tokens="flatten", mask=mask).shape == (4, 2)
+    assert matrix_of(h, tokens="skip_first", mask=mask).shape == (2, 2)
+    for tokens in ("first", "last", "mean"):
+        with pytest.raises(ValueError, match=r"sample 1 has no real token.*use mask == 0"):
+            spectral_entropy(h, tokens=tokens, mask=mask)
+    with pytest.raises(ValueError, match=r"N = 0 from shape \(3, 4, 2\) with its mask"):
+        spectral_entropy(h, tokens="flatten", mask=torch.zeros(3, 4, dtype=torch.bool))
+
+
+def test_masks_that_do_not_fit_are_errors_with_a_remedy():
+    h, right = activations(3, 4, 2), RIGHT
+    additive = torch.where(right == 1, 0.0, -torch.inf)
+    for mask, message in [
+        (right.T, "use mask.T"),
+        (right[:, :3], r"shape \(n, tokens\) = \(3, 4\).* got \(3, 3\)"),
+        (right[:, None, None, :], r"got \(3, 1, 1, 4\): use mask\[:, 0, 0\]$"),
+        (additive[:, None, None, :], r"use mask\[:, 0, 0\] == 0"),
+        (right[0], r"\(n, tokens\); got \(4,\)"),
+        (right[:, None, :].expand(3, 4, 4), r"\(n, tokens\); got \(3, 4, 4\)$"),
+        (additive, "such as -inf: for an additive mask .* use mask == 0"),
+        (torch.zeros(3, 4), "holds no 1: for an additive mask"),
+        (right * torch.tensor([1, 2, 3, 4]), "such as 2: .* numbered segments mask > 0"),
+        (torch.full((3, 4), torch.nan), "such as nan"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            spectral_entropy(h, tokens="flatten", mask=mask)
+    for mask, message in [
+        ([[1]], "mask must be a torch.Tensor; got list"),
+        (right.numpy(), r"torch.from_numpy\(mask\)"),
+        (right.to("meta"), "mask is a meta or fake tensor"),
+        (right.to_sparse(), "mask.to_dense"),
+        (right.to(torch.complex64), "mask is complex"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            spectral_entropy(h, tokens="flatten", mask=mask)
+
+
+def test_a_mask_needs_tokens_and_one_matrix():
+    h = activations(3, 4, 2)
+    with pytest.raises(ValueError, match='Say which: tokens="flatten"'):
+        spectral_entropy(h, mask=RIGHT)
+    with pytest.raises(ValueError, match=r"use h\[mask.flatten\(\)\]"):
+        spectral_entropy(activations(12, 2), mask=RIGHT)
+    with pytest.raises(ValueError, match="call once for each"):
+        spectral_entropy(activations(5, 3, 4, 2), tokens="last", mask=RIGHT, batch_dims=1)
+
+
+def test_a_mask_on_another_device_is_an_error_with_the_remedy():
+    real = RealTokens(RIGHT)
+    real.mask = torch.zeros(3, 4, dtype=torch.bool, device="meta")  # stands for a device that is not here
+    real._full = False
+    with pytest.raises(ValueError, match=r"mask is on meta and h on cpu: use mask.to\(h.device\)"):
+        spectral_entropy(activations(3, 4, 2), tokens="flatten", mask=real)
 
 
 def test_no_graph_is_kept_and_inference_tensors_work():

@@ -55,6 +55,25 @@ def test_merge_leaves_the_other_as_it_is_and_empty_ones_change_nothing():
     assert torch.equal(right.covariance(), before)
 
 
+def test_rows_that_are_changed_later_do_not_change_the_moments():
+    for n in (1, 2):
+        h = activations(n, 4)
+        moments = Moments().update(h)
+        before = moments.mean
+        h.zero_()
+        assert torch.equal(moments.mean, before), n
+
+
+def test_one_row_or_none_may_come_out_of_tokens_or_padding():
+    h = activations(12, 3).reshape(4, 3, 3)
+    mask = torch.zeros(4, 3, dtype=torch.bool)
+    moments = Moments().update(h, tokens="flatten", mask=mask)
+    assert moments.n == 0
+    mask[2, 1] = True
+    moments.update(h, tokens="flatten", mask=mask).update(h[:1], tokens="last").update(h[1:1], tokens="last")
+    assert torch.equal(moments.covariance(), fastent.covariance(torch.stack([h[2, 1], h[0, 2]])))
+
+
 def test_a_change_of_d_is_an_error_naming_both():
     with pytest.raises(ValueError, match="d = 4, the new rows d = 3"):
         Moments().update(activations(5, 4)).update(activations(5, 3))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastent
 from fastent import openblas
+from fastent.reference import activations as reference_activations
 from fastent.reference import covariance as reference_covariance
 from fastent.reference import entropy as reference_entropy
 from fastent.reference import moments as reference_moments
@@ -49,15 +50,32 @@ class Reference:
     def covariance(self, h: Tensor, correction: int = 0) -> np.ndarray:
         return reference_covariance.covariance(_array(h), correction=correction)
 
-    def result(self, h: Tensor) -> Result:
-        got = reference_entropy.spectral_entropy(_array(h))
+    def result(self, h: Tensor, **choice: Any) -> Result:
+        got = reference_entropy.spectral_entropy(self.rows(h, **choice))
         return Result(*(getattr(got, name) for name in FIELDS), np.asarray(got.eigenvalues))
 
     def entropy(self, h: Tensor) -> float:
         return self.result(h).entropy
 
-    def moments(self, h: Tensor) -> reference_moments.Moments:
-        return reference_moments.moments(_array(h))
+    def moments(self, h: Tensor, **choice: Any) -> reference_moments.Moments:
+        return reference_moments.moments(self.rows(h, **choice))
+
+    def rows(
+        self,
+        h: Tensor,
+        *,
+        tokens: str | None = None,
+        mask: Tensor | None = None,
+        positions: str = "flatten",
+        channel_axis: int | None = None,
+    ) -> np.ndarray:
+        """Rows of activations as `fastent.activations.matrix_of` is asked for them."""
+        if tokens is not None:
+            kept = None if mask is None else _array(mask)
+            return reference_activations.rows_of_tokens(_array(h), tokens, kept)
+        if channel_axis is not None:
+            return reference_activations.rows_of_map(_array(h), positions, channel_axis)
+        return _array(h)
 
     def merge(self, a: reference_moments.Moments, b: reference_moments.Moments) -> reference_moments.Moments:
         return reference_moments.merge(a, b)
@@ -83,17 +101,23 @@ class Fastent:
             got = fastent.covariance(h.to(self.device), correction=correction, backend=self.backend)
         return got.cpu().numpy()
 
-    def result(self, h: Tensor) -> Result:
+    def result(self, h: Tensor, **choice: Any) -> Result:
         with self._library():
-            got = fastent.spectral_entropy(h.to(self.device), backend=self.backend)
+            got = fastent.spectral_entropy(h.to(self.device), backend=self.backend, **self._here(choice))
         return Result(*(getattr(got, name) for name in FIELDS), got.eigenvalues.cpu().numpy())
 
     def entropy(self, h: Tensor) -> float:
         return self.result(h).entropy
 
-    def moments(self, h: Tensor) -> fastent.Moments:
+    def moments(self, h: Tensor, **choice: Any) -> fastent.Moments:
         with self._library():
-            return fastent.Moments().update(h.to(self.device), backend=self.backend)
+            return fastent.Moments().update(h.to(self.device), backend=self.backend, **self._here(choice))
+
+    def _here(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in choice.items()
+        }
 
     def merge(self, a: fastent.Moments, b: fastent.Moments) -> fastent.Moments:
         return a.merge(b)
