@@ -263,7 +263,7 @@ def _cuda_obstacle(index: int) -> str | None:
     try:  # one small launch: a compiler that fails must not stop a training run later
         from fastent.kernels import covariance as kernels
 
-        kernels.covariance(torch.zeros((2, 2), device=f"cuda:{index}"), scale=0.5)
+        kernels.covariance(torch.zeros((2, 2), dtype=torch.float32, device=f"cuda:{index}"), scale=0.5)
     except Exception as error:  # whatever the compiler raises, the torch path still works
         return f"a trial compilation failed: {type(error).__name__}: {error}"
     return None

@@ -74,7 +74,7 @@ def _threads() -> str:
 
 
 def _products() -> str:
-    if openblas.preferred(torch.empty(1)):
+    if openblas.preferred(torch.empty(1, dtype=torch.float32, device="cpu")):
         return "NumPy's OpenBLAS computes covariances and large eigensolves"
     hint = "; with OMP_NUM_THREADS=1 NumPy's OpenBLAS, faster on this processor"
     return "torch computes covariances and eigensolves" + (hint if openblas.available() else "")

@@ -110,7 +110,7 @@ def spectral_entropy(
     traces = centered.trace.tolist()
     good = [TINY <= trace < math.inf for trace in traces]
     if not all(good):  # a NaN would stop the solver for the whole batch
-        kept = torch.tensor(good, device=x.device)[:, None, None]
+        kept = torch.tensor(good, dtype=torch.bool, device=x.device)[:, None, None]
         centered = dataclasses.replace(centered, matrix=torch.where(kept, centered.matrix, 0.0))
     values, solver = eigenvalues(centered)
     items = []
@@ -186,7 +186,7 @@ def _times_power_of_two(x: Tensor, exponent: int) -> Tensor:
 
 def _stack(items: list[SpectralEntropy]) -> SpectralEntropy:
     def column(name: str) -> Tensor:
-        return torch.tensor([getattr(item, name) for item in items], dtype=torch.float64)
+        return torch.tensor([getattr(item, name) for item in items], dtype=torch.float64, device="cpu")
 
     flags = sorted({flag for item in items for flag in item.flags}, key=lambda flag: flag.severity)
     messages = dict.fromkeys(item.message for item in items if item.message)

@@ -51,7 +51,9 @@ def available() -> bool:
 
 def empty(m: int) -> Tensor:
     """Uninitialised float64 matrix (m, m), a large one in NumPy's memory, which asks for huge pages."""
-    return torch.from_numpy(np.empty((m, m))) if m >= HUGE_FROM else torch.empty((m, m), dtype=torch.float64)
+    if m >= HUGE_FROM:
+        return torch.from_numpy(np.empty((m, m)))
+    return torch.empty((m, m), dtype=torch.float64, device="cpu")  # its address is handed to C
 
 
 def add_lower_product(lower: Tensor, a: Tensor, scale: float, *, first: bool = False) -> None:
@@ -67,11 +69,25 @@ def add_lower_product(lower: Tensor, a: Tensor, scale: float, *, first: bool = F
         Factor of the product.
     first : bool
         `lower` holds nothing yet, NaN perhaps.
+
+    Raises
+    ------
+    TypeError
+        For any other memory: C is given addresses, and would read or write whatever is there.
     """
     m, k = a.shape
     flip = a.T.is_contiguous()
-    assert lower.is_contiguous()
-    assert flip or a.is_contiguous()
+    if not (
+        lower.shape == (m, m)
+        and lower.is_contiguous()
+        and (flip or a.is_contiguous())
+        and lower.dtype == a.dtype == torch.float64
+        and lower.device.type == a.device.type == "cpu"
+    ):
+        raise TypeError(
+            "OpenBLAS needs contiguous float64 on the CPU, (m, m) and (m, k); got "
+            f"{tuple(lower.shape)} and {tuple(a.shape)}, {lower.dtype} and {a.dtype}, {lower.device} and {a.device}"
+        )
     library = _library()
     assert library is not None
     library.syrk(

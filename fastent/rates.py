@@ -36,17 +36,17 @@ def measure_rates(edges: Sequence[int] = EDGES, *, budget: float = 0.1) -> Rates
     generator = torch.Generator().manual_seed(0)
     product, solve = [], []
     for m in edges:
-        h = torch.randn(LENGTH, m, generator=generator, dtype=torch.float64)
+        h = torch.randn(LENGTH, m, generator=generator, dtype=torch.float64, device="cpu")
         lower, add_lower_product = torch_backend.target(h, m)
         products = partial(add_lower_product, lower, h.T, 1.0, first=True)
         solution = partial(eigenvalues, centered_matrix(h, side="covariance"))
         product.append((m, work(LENGTH, m, side="covariance").flops / _seconds(products, budget)))
         solve.append((m, _seconds(solution, budget)))
-    tall = torch.randn(4096, 128, generator=generator)
+    tall = torch.randn(4096, 128, generator=generator, dtype=torch.float32, device="cpu")
     convert = partial(torch_backend.centered, tall, exact=False)
     small = work(2, 2)
     rates = Rates(0.0, work(4096, 128).bytes / _seconds(convert, budget), product, solve)
-    pair = torch.eye(2)
+    pair = torch.eye(2, dtype=torch.float32, device="cpu")
     whole = _seconds(lambda: spectral_entropy(pair), budget)
     parts = small.bytes / rates.bandwidth + small.flops / product[0][1] + solve[0][1]
     return Rates(max(0.0, whole - parts), rates.bandwidth, product, solve)

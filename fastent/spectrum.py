@@ -257,7 +257,7 @@ def unsolved(
         entropy=h,
         effective_rank=math.exp(h),
         participation_ratio=math.nan if bad else float(d) if uniform else 1.0,
-        eigenvalues=torch.full((d,), math.nan if bad else 0.0, dtype=torch.float64),
+        eigenvalues=torch.full((d,), math.nan if bad else 0.0, dtype=torch.float64, device="cpu"),
         total_variance=trace,
         status=status,
         flags=flags,
