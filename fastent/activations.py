@@ -1,9 +1,15 @@
 """Checks and the choice of rows: whatever a layer gave, made an (n, d) or (batch, n, d) matrix of activations.
 
+<<<<<<< HEAD
 Bad input stops here, with the rule, the value seen and the remedy. Rows are samples, or their tokens or positions.
 Nothing is copied unless it must be: an exact cast of integers, a move off MPS (which has no float64), a choice of
 tokens. The data are not read, except for the range of int64 input, so this costs no host synchronisation; a mask is
 read once (`RealTokens`).
+=======
+Bad input stops here, with the rule, the value seen and the remedy. Rows are samples. Nothing is copied unless
+it must be: an exact cast of integers, a move off MPS (which has no float64), a choice of tokens. The data are
+not read, except for the range of 64-bit integers, so this costs no host synchronisation.
+>>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
 """
 
 from __future__ import annotations
@@ -15,9 +21,26 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 Tokens = Literal["flatten", "first", "last", "mean", "skip_first"]
 Positions = Literal["flatten", "mean"]
+=======
+from fastent.rounding import RESOLUTIONS
 
+Tokens = Literal["flatten", "last", "mean", "skip_first"]
+>>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
+
+_INTEGERS = (
+    torch.bool,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INT64_EXACT = 2**53
 
@@ -160,8 +183,12 @@ def matrix_of(
     TypeError
         If `h` or `mask` is not a dense real tensor that holds data.
     ValueError
+<<<<<<< HEAD
         If the shape leaves a choice open, has fewer than two rows or no column, an int64 is beyond 2^53, or `mask` has
         another shape, other values than 0 and 1, another device, or for one row of each sample no real token in one.
+=======
+        If its shape leaves a choice open, has fewer than two rows or no column, or an integer is beyond 2^53.
+>>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
     """
     x = rows_of(
         h,
@@ -246,8 +273,16 @@ def _check_kind(h: Tensor, name: str) -> None:
             f"{name} is a DTensor: use {name}.full_tensor(), or fastent.Moments over {name}.to_local() for row shards"
         )
     if h.is_complex():
+<<<<<<< HEAD
         raise TypeError(
             f"{name} is complex ({h.dtype}): use torch.view_as_real({name}).flatten(-2), or its abs()"
+=======
+        raise TypeError(f"h is complex ({h.dtype}): use torch.view_as_real(h).flatten(-2), or its abs()")
+    if h.dtype not in RESOLUTIONS and h.dtype not in _INTEGERS:
+        raise TypeError(
+            f"h is {h.dtype}, whose elements torch cannot read as numbers (packed or bare bits): unpack and scale it "
+            "to the numbers it stands for, such as float32, first"
+>>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
         )
 
 
@@ -258,8 +293,14 @@ def _exact_float(h: Tensor) -> Tensor:
         return h
     if h.is_floating_point():  # float8: every value is exact in float32
         return h.to(torch.float32)
-    if h.dtype == torch.int64 and h.numel() and max(-int(h.min()), int(h.max())) > _INT64_EXACT:
-        raise ValueError("h holds int64 values beyond 2^53, which float64 cannot represent; scale them down")
+    if h.dtype in (torch.int64, torch.uint64) and h.numel():
+        signed = h.view(torch.int64)  # torch takes no minimum of uint64, whose upper half is negative here
+        low, high = int(signed.min()), int(signed.max())
+        if max(-low, high) > _INT64_EXACT or (low < 0 and h.dtype == torch.uint64):
+            kind = str(h.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"h holds {kind} values beyond 2^53, which float64 cannot represent; scale them down"
+            )
     return h.to(torch.float64)
 
 

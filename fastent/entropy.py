@@ -27,6 +27,7 @@ from fastent.spectrum import (
     summarize,
     unsolved,
 )
+from fastent.user_warning import warn_of_detached
 
 
 def spectral_entropy(
@@ -78,6 +79,11 @@ def spectral_entropy(
         If the shape is wrong or leaves a choice open, n < 2, d < 2, an argument is unknown, or `mask` has another shape
         or device, other values, or no real token where one is asked for.
 
+    Warns
+    -----
+    UserWarning
+        Once, if `h` requires a gradient while gradients are recorded: none flows through the result.
+
     References
     ----------
     arXiv 2604.13123, Definition 2; Roy and Vetterli, "The effective rank", EUSIPCO 2007.
@@ -91,6 +97,8 @@ def spectral_entropy(
     >>> spectral_entropy(torch.ones(4, 2)).status
     <Status.ZERO_VARIANCE: 'zero_variance'>
     """
+    if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():
+        warn_of_detached("spectral_entropy")
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be 'relative' or 'paper'; got {convention!r}")
     x = checked(

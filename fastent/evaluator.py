@@ -79,6 +79,7 @@ class Evaluator:
                     )
             tokens = self._tokens if isinstance(h, Tensor) and h.ndim == 3 else None
             if self._standard_error:
+                h = h.detach() if isinstance(h, Tensor) else h
                 result = spectral_entropy(h, tokens=tokens)
                 evaluation.put(layer, result, sampling_error(h, tokens=tokens) if result.n >= 3 else None)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from types import FrameType
@@ -14,3 +15,13 @@ def warn_user(message: str, category: type[Warning]) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastent":
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+@functools.cache
+def warn_of_detached(function: str) -> None:
+    """Warn, once in a process, that no gradient flows through what `function` returns."""
+    warn_user(
+        f"fastent.{function} was given activations that require a gradient, and none flows through its result: it "
+        "cannot be part of a loss. Give it h.detach() if that is meant. Said once",
+        UserWarning,
+    )

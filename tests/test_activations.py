@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+<<<<<<< HEAD
 from fastent import Moments, Status, covariance, sampling_error, spectral_entropy
 from fastent.activations import RealTokens, Tokens, first_nonfinite, matrix_of
+=======
+import fastent
+from fastent import covariance, spectral_entropy
+from fastent.activations import first_nonfinite, matrix_of
+from fastent.rounding import RESOLUTIONS
+from fastent.user_warning import warn_of_detached
+>>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -33,10 +41,21 @@ def test_no_column_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool]
+    "dtype",
+    [
+        torch.bool,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    ],
 )
 def test_integers_and_booleans_are_cast_exactly(dtype):
-    h = (activations(40, 6) * 50).to(dtype)
+    h = (activations(40, 6).abs() * 50).to(torch.int64).to(dtype)
     assert torch.equal(covariance(h), covariance(h.to(torch.float64)))
 
 
@@ -44,10 +63,27 @@ def test_int64_beyond_2_to_53_is_an_error_and_at_2_to_53_is_not():
     h = torch.tensor([[2**53, 0], [0, 1]])
     covariance(h)
     h[0, 0] += 1
-    with pytest.raises(ValueError, match=r"2\^53"):
+    with pytest.raises(ValueError, match=r"int64 values beyond 2\^53"):
         covariance(h)
     with pytest.raises(ValueError, match=r"2\^53"):
         covariance(-h)
+
+
+@pytest.mark.parametrize("value", [2**53 + 1, 2**60, 2**63, 2**64 - 1])
+def test_uint64_beyond_2_to_53_is_an_error_and_at_2_to_53_is_exact(value):
+    h = np.array([[2**53, 0], [0, 1], [5, 5]], dtype=np.uint64)
+    assert torch.equal(covariance(torch.from_numpy(h)), covariance(torch.from_numpy(h.astype(np.float64))))
+    h[0, 0] = value
+    with pytest.raises(ValueError, match=r"uint64 values beyond 2\^53"):
+        covariance(torch.from_numpy(h))
+
+
+@pytest.mark.parametrize("name", ["float4_e2m1fn_x2", "int4", "uint4", "bits8"])
+def test_packed_numbers_are_a_type_error_that_names_the_dtype(name):
+    packed = torch.zeros(4, 3, dtype=torch.uint8).view(getattr(torch, name))
+    for call in (covariance, spectral_entropy, fastent.Moments().update):
+        with pytest.raises(TypeError, match=f"{name}.*unpack"):
+            call(packed)
 
 
 def test_complex_is_a_type_error():
@@ -88,8 +124,9 @@ def test_quantised_tensors_are_a_type_error():
         spectral_entropy(quantised)
 
 
-def test_float8_is_read_exactly():
-    h = activations(64, 8).to(torch.float8_e4m3fn)
+@pytest.mark.parametrize("dtype", [dtype for dtype in RESOLUTIONS if dtype.itemsize == 1])
+def test_float8_is_read_exactly(dtype):
+    h = activations(64, 8).abs().to(dtype)
     assert torch.equal(covariance(h), covariance(h.to(torch.float32)))
 
 
@@ -153,6 +190,7 @@ def test_choices_that_do_not_fit_the_shape_are_errors():
         matrix_of(torch.zeros(4))
 
 
+<<<<<<< HEAD
 def test_a_call_offers_only_what_it_accepts():
     h = torch.zeros(4, 3, 2)
     for call in (sampling_error, Moments().update):
@@ -322,6 +360,26 @@ def test_a_mask_on_another_device_is_an_error_with_the_remedy():
         spectral_entropy(activations(3, 4, 2), tokens="flatten", mask=real)
 
 
+=======
+@pytest.mark.parametrize("call", [spectral_entropy, covariance])
+def test_a_tensor_that_requires_a_gradient_is_warned_of_once_and_a_monitors_never(call):
+    warn_of_detached.cache_clear()
+    h = activations(20, 4).requires_grad_()
+    with torch.no_grad():
+        call(h)
+    for standard_error in (False, True):
+        fastent.SpectralEntropyMonitor(standard_error=standard_error).observe(0, h * 2.0, layer="head")
+    fastent.Moments().update(h)
+    fastent.sampling_error(h)
+    call(h.detach())
+    with pytest.warns(UserWarning, match=r"no gradient|none flows") as warned:
+        call(h)
+    assert [warning.filename for warning in warned] == [__file__]
+    call(h)  # warnings are errors here
+
+
+@pytest.mark.filterwarnings("ignore:fastent.* require a gradient")
+>>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
 def test_no_graph_is_kept_and_inference_tensors_work():
     h = activations(20, 4).requires_grad_()
     assert not covariance(h).requires_grad
