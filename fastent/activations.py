@@ -1,15 +1,9 @@
 """Checks and the choice of rows: whatever a layer gave, made an (n, d) or (batch, n, d) matrix of activations.
 
-<<<<<<< HEAD
 Bad input stops here, with the rule, the value seen and the remedy. Rows are samples, or their tokens or positions.
 Nothing is copied unless it must be: an exact cast of integers, a move off MPS (which has no float64), a choice of
-tokens. The data are not read, except for the range of int64 input, so this costs no host synchronisation; a mask is
+tokens. The data are not read, except for the range of 64-bit integers, so this costs no host synchronisation; a mask is
 read once (`RealTokens`).
-=======
-Bad input stops here, with the rule, the value seen and the remedy. Rows are samples. Nothing is copied unless
-it must be: an exact cast of integers, a move off MPS (which has no float64), a choice of tokens. The data are
-not read, except for the range of 64-bit integers, so this costs no host synchronisation.
->>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
 """
 
 from __future__ import annotations
@@ -21,14 +15,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-Tokens = Literal["flatten", "first", "last", "mean", "skip_first"]
-Positions = Literal["flatten", "mean"]
-=======
 from fastent.rounding import RESOLUTIONS
 
-Tokens = Literal["flatten", "last", "mean", "skip_first"]
->>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
+Tokens = Literal["flatten", "first", "last", "mean", "skip_first"]
+Positions = Literal["flatten", "mean"]
 
 _INTEGERS = (
     torch.bool,
@@ -121,7 +111,7 @@ class RealTokens:
         return self._picked[tokens]
 
     def _pick(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        samples = torch.arange(len(self.mask), device=self.mask.device)
+        samples = torch.arange(len(self.mask), dtype=torch.int64, device=self.mask.device)
         real = self.mask.to(torch.uint8)
         if tokens in ("first", "last", "mean"):
             empty = (~self.mask.any(1)).nonzero()
@@ -183,12 +173,8 @@ def matrix_of(
     TypeError
         If `h` or `mask` is not a dense real tensor that holds data.
     ValueError
-<<<<<<< HEAD
-        If the shape leaves a choice open, has fewer than two rows or no column, an int64 is beyond 2^53, or `mask` has
-        another shape, other values than 0 and 1, another device, or for one row of each sample no real token in one.
-=======
-        If its shape leaves a choice open, has fewer than two rows or no column, or an integer is beyond 2^53.
->>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
+        If the shape leaves a choice open, has fewer than two rows or no column, an integer is beyond 2^53, or `mask`
+        has another shape, other values than 0 and 1, another device, or for one row of each sample no real token.
     """
     x = rows_of(
         h,
@@ -273,16 +259,13 @@ def _check_kind(h: Tensor, name: str) -> None:
             f"{name} is a DTensor: use {name}.full_tensor(), or fastent.Moments over {name}.to_local() for row shards"
         )
     if h.is_complex():
-<<<<<<< HEAD
         raise TypeError(
             f"{name} is complex ({h.dtype}): use torch.view_as_real({name}).flatten(-2), or its abs()"
-=======
-        raise TypeError(f"h is complex ({h.dtype}): use torch.view_as_real(h).flatten(-2), or its abs()")
+        )
     if h.dtype not in RESOLUTIONS and h.dtype not in _INTEGERS:
         raise TypeError(
-            f"h is {h.dtype}, whose elements torch cannot read as numbers (packed or bare bits): unpack and scale it "
-            "to the numbers it stands for, such as float32, first"
->>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
+            f"{name} is {h.dtype}, whose elements torch cannot read as numbers (packed or bare bits): unpack and scale "
+            "it to the numbers it stands for, such as float32, first"
         )
 
 

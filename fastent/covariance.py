@@ -22,12 +22,8 @@ import torch
 from torch import Tensor
 
 from fastent import torch_backend
-<<<<<<< HEAD
 from fastent.activations import Positions, RealTokens, Tokens, first_nonfinite, matrix_of
-=======
-from fastent.activations import Tokens, first_nonfinite, matrix_of
 from fastent.user_warning import warn_of_detached
->>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
 
 Backend = Literal["auto", "torch", "triton"]
 Side = Literal["covariance", "gram"]
@@ -124,7 +120,8 @@ def covariance(
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]], dtype=torch.float64)
     """
-<<<<<<< HEAD
+    if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():
+        warn_of_detached("covariance")
     x = matrix_of(
         h,
         tokens=tokens,
@@ -133,11 +130,6 @@ def covariance(
         mask=mask,
         batch_dims=batch_dims,
     )
-=======
-    if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():
-        warn_of_detached("covariance")
-    x = matrix_of(h, tokens=tokens, batch_dims=batch_dims)
->>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
     n = x.shape[-2]
     if correction >= n:
         raise ValueError(

@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-<<<<<<< HEAD
+import fastent
 from fastent import Moments, Status, covariance, sampling_error, spectral_entropy
 from fastent.activations import RealTokens, Tokens, first_nonfinite, matrix_of
-=======
-import fastent
-from fastent import covariance, spectral_entropy
-from fastent.activations import first_nonfinite, matrix_of
 from fastent.rounding import RESOLUTIONS
 from fastent.user_warning import warn_of_detached
->>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -190,7 +185,6 @@ def test_choices_that_do_not_fit_the_shape_are_errors():
         matrix_of(torch.zeros(4))
 
 
-<<<<<<< HEAD
 def test_a_call_offers_only_what_it_accepts():
     h = torch.zeros(4, 3, 2)
     for call in (sampling_error, Moments().update):
@@ -360,7 +354,6 @@ def test_a_mask_on_another_device_is_an_error_with_the_remedy():
         spectral_entropy(activations(3, 4, 2), tokens="flatten", mask=real)
 
 
-=======
 @pytest.mark.parametrize("call", [spectral_entropy, covariance])
 def test_a_tensor_that_requires_a_gradient_is_warned_of_once_and_a_monitors_never(call):
     warn_of_detached.cache_clear()
@@ -379,7 +372,6 @@ def test_a_tensor_that_requires_a_gradient_is_warned_of_once_and_a_monitors_neve
 
 
 @pytest.mark.filterwarnings("ignore:fastent.* require a gradient")
->>>>>>> 8926ce1 (uint64 beyond 2^53 and packed types refused by name; one warning that no gradient flows)
 def test_no_graph_is_kept_and_inference_tensors_work():
     h = activations(20, 4).requires_grad_()
     assert not covariance(h).requires_grad
