@@ -10,6 +10,7 @@ Nothing here reads a pickle, because unpickling runs code: a file with a pickle'
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -22,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fastent.train.errors import CheckpointError, RunError
-from fastent.train.files import dump_json, remove_temporaries, sync_folder, write_atomically
+from fastent.train.files import dump_json, sync_folder, write_atomically
 
 SCHEMA_VERSION = 1
 KEPT = 2
@@ -121,7 +122,11 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def remove_checkpoints(folder: Path, *, below: int = 0, above: int | None = None) -> None:
-    """Remove the checkpoints of steps under `below` and over `above`, and tensors without a record."""
+    """Remove the files of steps under `below`, and the checkpoints of steps over `above`.
+
+    Tensors whose record is missing lie there until newer ones are whole: a killed process may have left them, or
+    somebody may have lost the record of weights that are still good.
+    """
     counted = set(checkpoint_steps(folder))
     removed = False
     # In order of name a record goes before its tensors: a removal cut short leaves tensors that do not count.
@@ -130,7 +135,7 @@ def remove_checkpoints(folder: Path, *, below: int = 0, above: int | None = None
         if match is None:
             continue
         step = int(match[1])
-        if step < below or (above is not None and step > above) or step not in counted:
+        if step < below or (above is not None and step > above and step in counted):
             path.unlink()
             removed = True
     if removed:
@@ -138,14 +143,21 @@ def remove_checkpoints(folder: Path, *, below: int = 0, above: int | None = None
 
 
 def keep_newest(folder: Path, count: int = KEPT) -> None:
-    """Remove all but the `count` newest checkpoints."""
+    """Remove all that is older than the `count` newest checkpoints."""
     remove_checkpoints(folder, below=min(checkpoint_steps(folder)[-count:], default=0))
 
 
-def clean(folder: Path) -> None:
-    """Remove what a killed process left: temporary files, and tensors that no record makes count."""
-    remove_temporaries(folder)
-    remove_checkpoints(folder)
+def keep_last_sound(folder: Path) -> None:
+    """Remove all that is older than the newest checkpoint that can be read; nothing where none can be."""
+    steps = checkpoint_steps(folder)
+    matches = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    if all(int(match[1]) >= steps[-1] for match in matches if steps):
+        return  # nothing to remove, so nothing to read
+    for step in reversed(steps):
+        with contextlib.suppress(CheckpointError):
+            read_checkpoint(folder, step)
+            remove_checkpoints(folder, below=step)
+            return
 
 
 def _path(folder: Path, step: int, suffix: str) -> Path:

@@ -15,6 +15,10 @@ class CheckpointError(RunError):
     """One checkpoint cannot be used; the one before it may."""
 
 
+class RowsLost(CheckpointError):
+    """A checkpoint is whole, but not the rows of metrics before it."""
+
+
 class Interrupted(RunError):
     """A signal asked the run to stop, and it stopped after saving.
 

@@ -5,9 +5,11 @@ decides what comes next (the data of a step, the ending of a run, which seeds sh
 the configuration and the step, so a resumed run meets the same arithmetic as an uninterrupted one and its
 metrics and weights are equal bit for bit on the same device with the same number of threads.
 
-A seed that is over leaves the stack, which may change the others' last bits. So the stack of any step can be
-rebuilt: checkpoints are written before it shrinks, and where a damaged checkpoint forces a resume from before
-that, the seed that is over trains along once more without a trace in its folder.
+Each seed goes on from what it has itself: its newest checkpoint that can serve, or step 0. Where one of a stack has
+less than the others (its folder is gone, a checkpoint is damaged, a crash came between two writes) the others' files
+stay as they are. On a CPU, where seeds are independent to the bit, it is trained alone. On a GPU the last bits depend
+on how many share a launch, so the others fill their places without a trace until the step where their own record
+ends, and there their checkpoints are put back; a seed that is over fills its place until the step where it ended.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from fastent.train.checkpoint import KEPT, Checkpoint
 from fastent.train.clock import Clock
 from fastent.train.conditions import Condition
 from fastent.train.environment import describe_environment
-from fastent.train.errors import CheckpointError, Interrupted, RunError, RunWarning
+from fastent.train.errors import Interrupted, RunError, RunWarning
 from fastent.train.interventions import make_condition
 from fastent.train.measures import Measures
 from fastent.train.observers import Observer, Observers
 from fastent.train.quantities import summarize_run
-from fastent.train.runs import Job, Row, Run, common_steps
+from fastent.train.runs import Job, Row, Run
 from fastent.train.signals import StopRequest
 from fastent.train.stack import Stack
 
@@ -54,7 +56,7 @@ def train(
     observers: Sequence[Observer] = (),
     stop: StopRequest | None = None,
 ) -> None:
-    """Train the seeds of `job` as one stack to their ends, from their newest common checkpoint if any.
+    """Train the seeds of `job` as one stack to their ends, each from its newest checkpoint if any.
 
     Parameters
     ----------
@@ -89,10 +91,45 @@ def train(
         for run in runs:
             if run.done is not None:
                 told.done(job, run.seed)
-        if any(run.done is None for run in runs):
-            _Training(job, runs, device, told, make_condition(job, out)).run(checkpoint_every, stop)
+        points = {run.seed: run.newest() for run in runs if run.done is None}
+        _warn_of_lost_runs(runs, points)
+        condition = make_condition(job, out) if points else None
+        for part in _parts(runs, points, shared=Stack.shares_launches(device)):
+            _Training(job, part, points, device, told, condition).run(checkpoint_every, stop)
         for run in runs:
-            run.keep_newest(1)
+            run.keep_last()
+
+
+Points = dict[int, Checkpoint | None]
+"""By seed, where a run that is not complete goes on: its checkpoint, or None for step 0."""
+
+
+def _parts(runs: Sequence[Run], points: Points, *, shared: bool) -> list[list[Run]]:
+    """Pick the runs that are trained side by side, one list after the other."""
+    if not points:
+        return []
+    if shared:
+        return [list(runs)]
+    steps = sorted({_step(point) for point in points.values()})
+    return [[run for run in runs if run.seed in points and _step(points[run.seed]) == step] for step in steps]
+
+
+def _warn_of_lost_runs(runs: Sequence[Run], points: Points) -> None:
+    others = any(run.done is not None or points[run.seed] is not None for run in runs)
+    empty = [
+        run.name for run in runs if run.seed in points and points[run.seed] is None and not run.metrics.rows
+    ]
+    if others and empty:
+        warnings.warn(
+            f"{', '.join(empty)}: nothing is there of what began together with others, so it starts at step 0; the "
+            "files of the others stay as they are",
+            RunWarning,
+            stacklevel=3,
+        )
+
+
+def _step(point: Checkpoint | None) -> int:
+    return 0 if point is None else point.step
 
 
 class _Training:
@@ -102,6 +139,7 @@ class _Training:
         self,
         job: Job,
         runs: Sequence[Run],
+        points: Points,
         device: str | torch.device,
         observers: Observers,
         condition: Condition | None,
@@ -110,18 +148,20 @@ class _Training:
         self.runs = {run.seed: run for run in runs}
         self.clock = Clock()
         self.observers = observers
-        step, checkpoints = _resume_point(runs)
-        seeds = [run.seed for run in runs if run.trains_after(step)]
+        self.points = {run.seed: points[run.seed] for run in runs if run.done is None}
+        first = min(_step(point) for point in self.points.values())
+        seeds = [run.seed for run in runs if run.trains_after(first)]
         self.stack = Stack(job.config, seeds, device=device, condition=condition)
         self.measures = Measures(job.config)
-        self.monitors = {seed: SpectralEntropyMonitor(every=job.config.evaluate_every) for seed in seeds}
-        for seed, checkpoint in checkpoints.items():
-            self.stack.load_state_dict(seed, checkpoint.tensors)
-            self.monitors[seed].load_state_dict(checkpoint.state["monitor"])
-        self.saved = step
-        for run in self._recorded():
-            run.rewind(step if checkpoints else None)
-            run.timing.append({"event": "resume" if checkpoints else "start", "step": step, **self._now()})
+        self.monitors = {
+            seed: SpectralEntropyMonitor(every=job.config.evaluate_every) for seed in self.points
+        }
+        self.saved = {seed: _step(point) for seed, point in self.points.items()}
+        for seed, point in self.points.items():
+            run, event = self.runs[seed], "start" if point is None else "resume"
+            run.rewind(None if point is None else point.step)
+            run.timing.append({"event": event, "step": _step(point), **self._now()})
+        self._put_back(first)
 
     def run(self, checkpoint_every: int, stop: StopRequest | None) -> None:
         """Evaluate, end, save, stop or step, until no seed is left."""
@@ -130,7 +170,7 @@ class _Training:
             self._evaluate(step)
             ended = {seed: reason for seed in self.stack.seeds if (reason := self._ending(seed, step))}
             asked = None if stop is None else stop.signal
-            if step != self.saved and (ended or asked or step % checkpoint_every == 0):
+            if ended or asked or step % checkpoint_every == 0:
                 self._save(step)
             if ended:
                 self._finish(ended, step)
@@ -141,13 +181,22 @@ class _Training:
                 )
             else:
                 self.stack.train_step()
+                self._put_back(step + 1)
 
-    def _recorded(self) -> list[Run]:
-        """Pick the runs of the stack that are not complete: complete ones train along without a trace."""
-        return [self.runs[seed] for seed in self.stack.seeds if self.runs[seed].done is None]
+    def _put_back(self, step: int) -> None:
+        """Put back the state of each seed whose checkpoint is of `step`."""
+        for seed, point in self.points.items():
+            if point is not None and point.step == step:
+                self.stack.load_state_dict(seed, point.tensors)
+                self.monitors[seed].load_state_dict(point.state["monitor"])
+
+    def _recorded(self, step: int) -> list[Run]:
+        """Pick the runs of the stack whose record goes on at `step`: not complete, and not saved beyond it."""
+        saved = self.saved
+        return [self.runs[seed] for seed in self.stack.seeds if seed in saved and saved[seed] <= step]
 
     def _evaluate(self, step: int) -> None:
-        due = [run for run in self._recorded() if run.evaluation_due(step) and run.last_row_step < step]
+        due = [run for run in self._recorded(step) if run.evaluation_due(step) and run.last_row_step < step]
         if not due:
             return
         values = {name: column.tolist() for name, column in self.stack.evaluate().items()}
@@ -176,6 +225,8 @@ class _Training:
         run, config = self.runs[seed], self.job.config
         if run.done is not None:
             return str(run.done["reason"]) if step >= run.done["steps"] else None
+        if step < self.saved[seed]:
+            return None
         if step >= config.max_steps:
             return "max_steps"
         if not run.evaluation_due(step):
@@ -187,16 +238,15 @@ class _Training:
         return "grokked" if step >= grokked + beyond else None
 
     def _save(self, step: int) -> None:
-        for run in self._recorded():
-            state = {"monitor": self.monitors[run.seed].state_dict()}
-            run.save(Checkpoint(step, self.stack.state_dict(run.seed), state))
-        # Not before all are written: until then the newest common checkpoint is the one before.
-        for run in self._recorded():
-            run.keep_newest(KEPT)
-        self.saved = step
+        for run in self._recorded(step):
+            if self.saved[run.seed] < step:
+                state = {"monitor": self.monitors[run.seed].state_dict()}
+                run.save(Checkpoint(step, self.stack.state_dict(run.seed), state))
+                run.keep_newest(KEPT)
+                self.saved[run.seed] = step
 
     def _finish(self, ended: dict[int, str], step: int) -> None:
-        for run in self._recorded():
+        for run in self._recorded(step):
             if run.seed in ended:
                 summary = summarize_run(run.metrics.rows, self.job.config)
                 names = ("t_mem", "t_grok", "t_grok_sustained")
@@ -207,24 +257,6 @@ class _Training:
     def _now(self) -> dict[str, float]:
         time, seconds = self.clock.read()
         return {"time": time, "seconds": seconds}
-
-
-def _resume_point(runs: Sequence[Run]) -> tuple[int, dict[int, Checkpoint]]:
-    """Find the greatest step with sound checkpoints of the whole stack, and these; otherwise step 0."""
-    unfinished = [run for run in runs if run.done is None]
-    for step in common_steps(unfinished):
-        try:
-            return step, {run.seed: run.load(step) for run in runs if run.trains_after(step)}
-        except CheckpointError as error:
-            warnings.warn(f"falls back to the checkpoint before: {error}", RunWarning, stacklevel=2)
-    if any(run.checkpoint_steps() for run in unfinished):
-        warnings.warn(
-            f"{', '.join(run.name for run in unfinished)}: no step of which all have a sound checkpoint; they "
-            "start again from step 0",
-            RunWarning,
-            stacklevel=2,
-        )
-    return 0, {}
 
 
 def _json_number(value: Any) -> Any:

@@ -13,8 +13,9 @@
         FAILED              why a sweep gave the run up, as JSON; removed when it goes on
         lock                pid and host, while a process holds the run
 
-The stack is part of a run's identity because a batched matrix product may round differently with the number
-of matrices: seeds that started together are resumed together.
+Seeds that started together are resumed together, because a batched matrix product may round differently with the
+number of matrices. What a run has is its own all the same: a seed that lost its folder or its checkpoints is trained
+again, and the files of the others stay as they are.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from typing import Any, Self
 from fastent.train.checkpoint import (
     Checkpoint,
     checkpoint_steps,
-    clean,
+    keep_last_sound,
     keep_newest,
     read_checkpoint,
     remove_checkpoints,
     write_checkpoint,
 )
 from fastent.train.environment import changes_of_bits
-from fastent.train.errors import CheckpointError, RunError, RunWarning
-from fastent.train.files import JsonLines, dump_json, remove_temporaries, write_atomically
+from fastent.train.errors import CheckpointError, RowsLost, RunError, RunWarning
+from fastent.train.files import JsonLines, dump_json, read_rows, remove_temporaries, write_atomically
 from fastent.train.lock import RunLock
 from fastent.train.presets import TrainConfig
 
@@ -96,8 +97,9 @@ class Job:
 def plan_stacks(job: Job, out: Path, workers: int = 1) -> list[Job]:
     """Split the seeds of `job` into the stacks to train.
 
-    Seeds with a folder stay in the stack that it records, together with the rest of that stack; new seeds are
-    shared out over `workers` stacks.
+    Seeds with a folder stay in the stack that it records, together with the rest of that stack, unless one of these
+    was trained anew in another; new seeds are shared out over `workers` stacks. A folder without a row and without a
+    checkpoint counts as new.
 
     Raises
     ------
@@ -108,12 +110,18 @@ def plan_stacks(job: Job, out: Path, workers: int = 1) -> list[Job]:
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1; got {workers}")
-    stacks: dict[tuple[int, ...], None] = {}
-    for seed in job.seeds:
-        recorded = _read_config(out / job.run_name(seed))
-        if recorded is not None:
-            stacks[tuple(recorded["stack"])] = None
-    started = {seed for stack in stacks for seed in stack}
+
+    def recorded(seed: int) -> tuple[int, ...] | None:
+        path = out / job.run_name(seed)
+        record = _read_config(path)
+        return None if record is None or not what_counts(path) else tuple(record["stack"])
+
+    stacks: list[tuple[int, ...]] = []
+    started: set[int] = set()
+    for stack in dict.fromkeys(stack for seed in job.seeds if (stack := recorded(seed)) is not None):
+        members = tuple(seed for seed in stack if seed not in started and recorded(seed) in (None, stack))
+        stacks.append(members)
+        started.update(members)
     new = [seed for seed in job.seeds if seed not in started]
     share = -(-len(new) // workers)
     parts = [tuple(new[i : i + share]) for i in range(0, len(new), share)] if new else []
@@ -184,10 +192,9 @@ class Run:
         self._check_config()
         done = self.path / "DONE"
         if done.exists():
-            self.done = json.loads(done.read_bytes())
+            self.done = _read_done(done)
         else:
             (self.path / "FAILED").unlink(missing_ok=True)
-            clean(self.path)
         self._check_environment()
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self.timing = JsonLines(self.path / "timing.jsonl")
@@ -209,8 +216,16 @@ class Run:
             "config": self.job.settings(),
         }
         path = self.path / "config.json"
-        recorded = _read_config(self.path)
-        if recorded is not None:
+        recorded, kept = _read_config(self.path), what_counts(self.path)
+        if recorded is None and kept and not self._force:
+            raise RunError(
+                f"{path} is missing beside {kept}: put it back (another seed's, with this one's number in it), or move "
+                "the folder away to train the seed anew; --force goes on with the settings given now"
+            )
+        if recorded is not None and kept:
+            if self.seed in recorded["stack"]:
+                # Which seeds began together does not change what any of them is.
+                now["stack"] = recorded["stack"]
             changes = _differences(recorded, now)
             if changes and not self._force:
                 raise RunError(
@@ -230,7 +245,7 @@ class Run:
 
     def _check_environment(self) -> None:
         path = self.path / "environment.json"
-        if not path.exists():
+        if not path.exists() or not what_counts(self.path):
             write_atomically(path, dump_json(self._environment))
         elif self.done is None and (
             changes := changes_of_bits(json.loads(path.read_bytes()), self._environment)
@@ -255,30 +270,57 @@ class Run:
         """Whether the run has steps to make after `step`, as far as is known."""
         return self.done is None or int(self.done["steps"]) > step
 
-    def checkpoint_steps(self) -> list[int]:
-        """List the steps of its checkpoints, ascending, their content not checked."""
-        return checkpoint_steps(self.path)
-
-    def load(self, step: int) -> Checkpoint:
-        """Its state after `step` steps, if checkpoint and metrics are whole up to there.
+    def newest(self) -> Checkpoint | None:
+        """Read its newest checkpoint that can serve: it and all rows up to it are whole. None if there is none.
 
         Raises
         ------
-        CheckpointError
-            If the checkpoint is damaged or rows before it are lost.
+        RunError
+            If a checkpoint is whole and the rows before it are lost, with no older one to fall back to: they are
+            written as the run trains, and it would have to start again.
+
+        Warns
+        -----
+        RunWarning
+            Of each checkpoint that cannot serve.
         """
-        checkpoint = read_checkpoint(self.path, step)
+        whole = None
+        steps = checkpoint_steps(self.path)
+        for step in reversed(steps):
+            try:
+                checkpoint = read_checkpoint(self.path, step)
+                self._check_rows(step)
+            except RowsLost as error:
+                whole, reason = whole or step, str(error)
+            except CheckpointError as error:
+                reason = str(error)
+            else:
+                return checkpoint
+            warnings.warn(f"falls back to the checkpoint before: {reason}", RunWarning, stacklevel=2)
+        if whole is not None:
+            raise RunError(
+                f"{self.path}: checkpoint {whole} is whole and rows before it are lost from {self.metrics.path.name}: "
+                "put them back from a copy, or move the folder away to train the seed anew"
+            )
+        if steps or self.metrics.rows:
+            warnings.warn(
+                f"{self.path}: no checkpoint that can serve, so the seed starts again from step 0",
+                RunWarning,
+                stacklevel=2,
+            )
+        return None
+
+    def _check_rows(self, step: int) -> None:
         have = [row["step"] for row in self.metrics.rows if row["step"] <= step]
         due = [s for s in range(step + 1) if self.evaluation_due(s)]
         if have != due:
             lost = next((s for s in due if s not in have), step)
-            raise CheckpointError(
+            raise RowsLost(
                 f"{self.metrics.path}: the row of step {lost} is lost, so checkpoint {step} cannot serve"
             )
-        return checkpoint
 
     def rewind(self, step: int | None) -> None:
-        """Drop rows and checkpoints after `step`; all of them if it is None."""
+        """Drop rows and checkpoints after `step`, its newest that can serve; all of them if it is None."""
         limit = -1 if step is None else step
         self.metrics.keep(sum(row["step"] <= limit for row in self.metrics.rows))
         remove_checkpoints(self.path, above=limit)
@@ -289,8 +331,12 @@ class Run:
         write_checkpoint(self.path, checkpoint)
 
     def keep_newest(self, count: int) -> None:
-        """Remove all but the `count` newest checkpoints."""
+        """Remove all that is older than the `count` newest checkpoints."""
         keep_newest(self.path, count)
+
+    def keep_last(self) -> None:
+        """Remove all that is older than the newest checkpoint that can be read: what a complete run needs."""
+        keep_last_sound(self.path)
 
     def finish(self, steps: int, reason: str, quantities: dict[str, Any]) -> None:
         """Mark the run complete after `steps` steps."""
@@ -320,6 +366,28 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     return dict(recorded)
 
 
+def _read_done(path: Path) -> dict[str, Any]:
+    try:
+        done = json.loads(path.read_bytes())
+        int(done["steps"]), str(done["reason"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} does not say when and why the run ended ({error!r}): put it back from a copy, or remove it, and "
+            "the run goes on from its last checkpoint"
+        ) from error
+    return dict(done)
+
+
+def what_counts(path: Path) -> str:
+    """Name a file in the run folder `path` that was trained for; "" where nothing has come of the run yet."""
+    if (path / "DONE").exists():
+        return "DONE"
+    if read_rows(path / "metrics.jsonl", 0)[0]:
+        return "metrics.jsonl"
+    steps = checkpoint_steps(path) if path.is_dir() else []
+    return f"checkpoint-{steps[-1]}.json" if steps else ""
+
+
 def _differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Each field that differs, in words; fields of `recorded` that this version does not know included."""
     before, after = _flat(recorded), _flat(now)
@@ -340,8 +408,3 @@ _ABSENT = "(absent)"
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
     nested = {f"config.{key}": value for key, value in record["config"].items()}
     return {**{key: value for key, value in record.items() if key != "config"}, **nested}
-
-
-def common_steps(runs: Sequence[Run]) -> list[int]:
-    """List the steps of which all `runs` have a checkpoint, the greatest first."""
-    return sorted(set.intersection(*(set(run.checkpoint_steps()) for run in runs)), reverse=True)

@@ -98,12 +98,17 @@ class Stack:
         self._condition = condition
         self._model = make_model(config, self.task, device)
         if together is None:
-            together = device.type != "cpu"
+            together = self.shares_launches(device)
         parts = [tuple(seeds)] if together else [(seed,) for seed in seeds]
         self._groups = [_Group(config, self.task, part, device, dtype) for part in parts]
         self._capture = capture_cuda_graph if capture is None and device.type == "cuda" else capture
         self._rows = _EVALUATION_ROWS.get(device.type, _ALL_ROWS)
         self._graph()
+
+    @staticmethod
+    def shares_launches(device: str | torch.device) -> bool:
+        """Whether the seeds of a stack on `device` share each launch unless told: their last bits may depend on it."""
+        return torch.device(device).type != "cpu"
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from fastent.train import files
 from fastent.train.checkpoint import (
     Checkpoint,
     checkpoint_steps,
-    clean,
+    keep_last_sound,
     keep_newest,
     read_checkpoint,
     remove_checkpoints,
@@ -141,8 +141,9 @@ def test_a_write_that_fails_anywhere_leaves_the_one_before_as_the_newest(tmp_pat
     monkeypatch.undo()
     assert checkpoint_steps(tmp_path) == [5]
     assert torch.equal(read_checkpoint(tmp_path, 5).tensors["weight"], checkpoint(5).tensors["weight"])
-    clean(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-5.json", "checkpoint-5.safetensors"]
+    write_checkpoint(tmp_path, checkpoint(9))
+    keep_newest(tmp_path, 1)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-9.json", "checkpoint-9.safetensors"]
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -153,6 +154,41 @@ def test_only_the_newest_are_kept(tmp_path):
     assert len(os.listdir(tmp_path)) == 4
     remove_checkpoints(tmp_path, above=50)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-50.json", "checkpoint-50.safetensors"]
+
+
+@pytest.mark.parametrize("lost", ["record lost", "record damaged", "tensors lost", "tensors damaged"])
+def test_of_a_complete_run_the_newest_sound_weights_stay_whatever_became_of_the_last(tmp_path, lost):
+    for step in (5, 50, 500):
+        write_checkpoint(tmp_path, checkpoint(step))
+    path = tmp_path / ("checkpoint-500.json" if "record" in lost else "checkpoint-500.safetensors")
+    other = next(p for p in tmp_path.glob("checkpoint-500.*") if p != path)
+    kept = other.read_bytes()
+    if lost.endswith("lost"):
+        path.unlink()
+    else:
+        path.write_bytes(flip(path.read_bytes()))
+    keep_last_sound(tmp_path)
+    assert other.read_bytes() == kept
+    assert torch.equal(read_checkpoint(tmp_path, 50).tensors["weight"], checkpoint(50).tensors["weight"])
+    assert not list(tmp_path.glob("checkpoint-5.*"))
+
+
+def test_weights_without_a_record_stay_until_newer_ones_are_whole(tmp_path):
+    write_checkpoint(tmp_path, checkpoint(7))
+    (tmp_path / "checkpoint-7.json").unlink()
+    kept = (tmp_path / "checkpoint-7.safetensors").read_bytes()
+    for tidy in (
+        keep_last_sound,
+        keep_newest,
+        remove_checkpoints,
+        lambda folder: remove_checkpoints(folder, above=-1),
+    ):
+        tidy(tmp_path)
+        assert (tmp_path / "checkpoint-7.safetensors").read_bytes() == kept
+    write_checkpoint(tmp_path, checkpoint(9))
+    keep_newest(tmp_path, 1)
+    assert checkpoint_steps(tmp_path) == [9]
+    assert not (tmp_path / "checkpoint-7.safetensors").exists()
 
 
 class Bomb:

@@ -6,15 +6,18 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from toy_stack import JOB, contents
+from toy_stack import JOB, ToyStack, contents
 
 from fastent.train import loop
+from fastent.train.errors import RunError, RunWarning
 from fastent.train.loop import train
 from fastent.train.presets import preset
 from fastent.train.runs import Job
@@ -39,10 +42,19 @@ class Real(Stack):
         return super().evaluate() | {"test_accuracy": torch.tensor(reached, dtype=torch.float64)}
 
 
+def together_as(together):
+    """Make the class of stacks whose seeds take turns, or share each launch, whatever the device."""
+
+    class Stacked(Real):
+        shares_launches = staticmethod(lambda device: together)
+
+    return Stacked
+
+
 def real(out, together, die_at_rename=None):
     """Train the real job with one thread; die like a SIGKILL right before rename number `die_at_rename`."""
     torch.set_num_threads(1)
-    loop.Stack = functools.partial(Real, together=together)
+    loop.Stack = together_as(together)
     rename, count = os.replace, 0
 
     def replace(source, target):
@@ -176,18 +188,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
     if (suffix, damage) != ("json", os.unlink):  # then it was never written to the end: nothing to warn of
         (text,) = warned()
         assert text.startswith(f"falls back to the checkpoint before: {checkpoint(out, 2, 20, suffix)}: ")
-    events = (out / JOB.run_name(0) / "timing.jsonl").read_text()
-    assert '"event": "resume", "step": 10' in events
+    for seed, step in ((2, 10), (0, 20), (1, 20)):
+        events = (out / JOB.run_name(seed) / "timing.jsonl").read_text()
+        assert f'"event": "resume", "step": {step}' in events
 
 
-def test_with_every_checkpoint_damaged_all_seeds_start_again(half, toy, uninterrupted, warned):
+def test_with_every_checkpoint_damaged_a_seed_starts_again(half, toy, uninterrupted, warned):
     out = half(27)
     for step in (10, 20):
         damage_bit(checkpoint(out, 2, step))
     toy(out)
     assert contents(out) == uninterrupted
     assert len(warned()) == 3
-    assert "no step of which all have a sound checkpoint; they start again from step 0" in warned()[2]
+    assert "seed2: no checkpoint that can serve, so the seed starts again from step 0" in warned()[2]
 
 
 def test_falling_back_to_before_a_seed_ended_rebuilds_the_stack_with_it_and_leaves_its_folder_alone(
@@ -223,10 +236,206 @@ def test_rows_lost_before_a_checkpoint_make_an_earlier_one_serve(half, toy, unin
     assert "seed1/metrics.jsonl: the row of step 15 is lost" in warned()[0]
 
 
-def test_a_checkpoint_that_only_some_seeds_have_is_not_used(half, toy, uninterrupted, warned):
+def test_a_seed_without_the_newest_checkpoint_goes_on_from_the_one_before(half, toy, uninterrupted, warned):
     out = half(27)
     for suffix in ("json", "safetensors"):
         checkpoint(out, 2, 20, suffix).unlink()
     toy(out)
     assert contents(out) == uninterrupted
     assert warned() == []
+
+
+class Alone(ToyStack):
+    """The toy on a CPU: what a seed computes does not depend on how many there are."""
+
+    shares_launches = staticmethod(lambda device: False)
+
+    def train_step(self):
+        self.steps_done += 1
+        for seed in self.seeds:
+            self.weights[seed] = torch.frac(self.weights[seed] * 3.7 + self.steps_done)
+
+
+def others(out, lost=2):
+    """Files of all seeds but `lost`; locks come and go."""
+    found = contents(out).items()
+    return {name: data for name, data in found if f"seed{lost}/" not in name and not name.endswith("/lock")}
+
+
+def lose_folder(run):
+    shutil.rmtree(run)
+
+
+def lose_checkpoints(run):
+    for path in run.glob("checkpoint-*"):
+        path.unlink()
+
+
+def lose_records(run):
+    for path in run.glob("checkpoint-*.json"):
+        path.unlink()
+
+
+def lose_newest_record(run):
+    (run / "checkpoint-20.json").unlink()
+
+
+def lose_newest_tensors(run):
+    (run / "checkpoint-20.safetensors").unlink()
+
+
+def lose_checkpoints_and_rows(run):
+    lose_checkpoints(run)
+    (run / "metrics.jsonl").unlink()
+
+
+def lose_rows_before_the_newest(run):
+    path = run / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
+
+
+LOSSES = [
+    lose_folder, lose_checkpoints, lose_records, lose_newest_record, lose_newest_tensors, lose_checkpoints_and_rows,
+    lose_rows_before_the_newest,
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::fastent.train.errors.RunWarning")
+@pytest.mark.parametrize("lose", LOSSES)
+@pytest.mark.parametrize("stack", [ToyStack, Alone], ids=["shared launches", "seeds in turn"])
+def test_what_one_seed_of_a_stack_loses_costs_the_others_no_byte_and_all_end_as_if_nothing_were_lost(
+    half, toy, tmp_path, monkeypatch, lose, stack
+):
+    monkeypatch.setattr(loop, "Stack", stack)
+    toy(tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    out, crashed = tmp_path / "lost", []
+
+    class Watched(stack):
+        def train_step(self):
+            if self.steps_done == 22 and not crashed:
+                crashed.append(True)
+                raise Crash
+            if crashed and self.steps_done < 20:
+                assert others(out) == before
+                steps.append((self.steps_done, 2 in self.seeds))
+            super().train_step()
+
+    monkeypatch.setattr(loop, "Stack", Watched)
+    with pytest.raises(Crash):
+        toy(out)
+    lose(out / JOB.run_name(2))
+    before, steps = others(out), []
+    assert f"{JOB.run_name(1)}/checkpoint-20.safetensors" in before
+    toy(out)
+    assert contents(out) == whole
+    first = 10 if "newest" in lose.__name__ else 0
+    assert steps == [(step, True) for step in range(first, 20)]
+
+
+@pytest.mark.filterwarnings("ignore::fastent.train.errors.RunWarning")
+@pytest.mark.parametrize("lose", [lose_folder, lose_checkpoints, lambda run: (run / "DONE").unlink()])
+@pytest.mark.parametrize("stack", [ToyStack, Alone], ids=["shared launches", "seeds in turn"])
+def test_a_seed_lost_from_a_complete_stack_is_trained_again_and_the_complete_ones_are_only_read(
+    toy, tmp_path, monkeypatch, lose, stack
+):
+    monkeypatch.setattr(loop, "Stack", stack)
+    toy(tmp_path / "out")
+    whole = contents(tmp_path / "out")
+    lose(tmp_path / "out" / JOB.run_name(2))
+    if lose is lose_checkpoints:
+        (tmp_path / "out" / JOB.run_name(2) / "DONE").unlink()
+    before = others(tmp_path / "out")
+    trained = []
+
+    class Watched(stack):
+        def train_step(self):
+            assert others(tmp_path / "out") == before
+            trained.append(self.seeds)
+            super().train_step()
+
+    monkeypatch.setattr(loop, "Stack", Watched)
+    toy(tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+    if stack is Alone:
+        assert set(trained) <= {(2,)}
+
+
+def test_a_seed_that_is_trained_again_comes_further_with_every_interruption(half, toy, tmp_path, monkeypatch):
+    out = half(52)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunWarning)
+        lose_checkpoints(out / JOB.run_name(2))
+        for stop, step in ((12, 10), (25, 20), (33, 30)):
+            monkeypatch.setattr(loop, "Stack", crashing_at(stop))
+            with pytest.raises(Crash):
+                toy(out)
+            assert (out / JOB.run_name(2) / f"checkpoint-{step}.json").exists()
+        monkeypatch.setattr(loop, "Stack", ToyStack)
+        toy(out)
+        toy(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def crashing_at(step):
+    class Crashing(ToyStack):
+        def train_step(self):
+            if self.steps_done == step:
+                raise Crash
+            super().train_step()
+
+    return Crashing
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
+def test_a_run_whose_checkpoints_are_whole_and_whose_rows_or_settings_are_lost_is_refused_with_a_remedy(
+    half, toy, uninterrupted, name
+):
+    out = half(27)
+    kept = (out / JOB.run_name(2) / name).read_bytes()
+    (out / JOB.run_name(2) / name).unlink()
+    before = contents(out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunWarning)
+        with pytest.raises(
+            RunError, match=r"put (them|it) back .* move the folder away to train the seed anew"
+        ):
+            toy(out)
+    assert {key: data for key, data in contents(out).items() if not key.endswith("/lock")} == before
+    (out / JOB.run_name(2) / name).write_bytes(kept)
+    toy(out)
+    assert contents(out) == uninterrupted
+
+
+@pytest.mark.parametrize("lost", ["json", "safetensors"])
+def test_a_complete_run_that_lost_a_file_of_its_last_checkpoint_keeps_the_other(toy, tmp_path, lost):
+    toy(tmp_path)
+    checkpoint(tmp_path, 1, 45, lost).unlink()
+    before = contents(tmp_path)
+    toy(tmp_path)
+    assert contents(tmp_path) == before
+    assert f"{JOB.run_name(1)}/DONE" in before
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"steps": null}'])
+def test_a_mark_of_completion_that_cannot_be_read_is_named_with_a_remedy(toy, tmp_path, data):
+    toy(tmp_path)
+    (tmp_path / JOB.run_name(1) / "DONE").write_bytes(data)
+    before = contents(tmp_path)
+    with pytest.raises(
+        RunError, match=r"seed1/DONE does not say when and why .* remove it, and the run goes on"
+    ):
+        toy(tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.filterwarnings("ignore::fastent.train.errors.RunWarning")
+def test_on_a_cpu_a_seed_that_lost_its_folder_is_trained_alone_to_the_bits_it_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "Stack", Real)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    train(REAL, tmp_path / "whole", checkpoint_every=20)
+    whole = contents(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "lost")
+    lose_folder(tmp_path / "lost" / REAL.run_name(4))
+    train(REAL, tmp_path / "lost", checkpoint_every=20)
+    assert contents(tmp_path / "lost") == whole

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import pickle
+import shutil
 import subprocess
+import warnings
 
 import pytest
 import torch
@@ -168,3 +170,38 @@ def test_the_environment_names_versions_processor_and_threads():
     assert found["threads"] == torch.get_num_threads()
     assert found["device"] == "cpu"
     assert found["cpu"]
+
+
+def test_a_folder_without_a_row_or_a_checkpoint_counts_as_new(toy, tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    for seed in JOB.seeds:
+        (out / JOB.run_name(seed)).mkdir(parents=True)
+        config = uninterrupted[f"{JOB.run_name(seed)}/config.json"].replace(b'"width": 4', b'"width": 12')
+        assert b'"width": 12' in config
+        (out / JOB.run_name(seed) / "config.json").write_bytes(config)
+        (out / JOB.run_name(seed) / "environment.json").write_text('{"threads": 64}')
+        (out / JOB.run_name(seed) / "metrics.jsonl").write_bytes(b'{"step": 0, "train_')
+    assert [stack.seeds for stack in plan_stacks(JOB, out, 3)] == [(0,), (2,), (1,)]
+    with pytest.warns(RunWarning, match="line 1 is torn"):
+        toy(out)
+    assert contents(out) == uninterrupted
+    recorded = json.loads((out / JOB.run_name(0) / "environment.json").read_text())
+    assert recorded["threads"] == torch.get_num_threads()
+
+
+def test_a_seed_of_a_stack_that_was_trained_anew_alone_stays_by_itself(toy, half, tmp_path, uninterrupted):
+    out = half(27)
+    shutil.rmtree(out / JOB.run_name(2))
+    toy(out, dataclasses.replace(JOB, seeds=(2,)))
+    alone = {name: data for name, data in contents(out).items() if "seed2/" in name}
+    assert json.loads(alone[f"{JOB.run_name(2)}/config.json"])["stack"] == [2]
+    stacks = plan_stacks(JOB, out)
+    assert [stack.seeds for stack in stacks] == [(0, 1), (2,)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for stack in stacks:
+            toy(out, stack)
+    now = contents(out)
+    assert alone.items() <= now.items()
+    config = f"{JOB.run_name(1)}/config.json"
+    assert now[config] == uninterrupted[config]  # it says with whom it began
