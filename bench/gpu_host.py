@@ -17,7 +17,7 @@ from bench.gpu_device import NO_GPU, Session, activations
 from bench.gpu_providers import direct_entropy
 from fastent.covariance import centered_matrix
 from fastent.deferred import DeferredEntropy
-from fastent.kernels.evaluator import Evaluator
+from fastent.kernels.resident import ResidentCovariance
 
 # Runtime and driver calls that wait for the device.
 WAITING = ("Synchronize", "cudaMemcpy", "cuMemcpy")
@@ -32,7 +32,7 @@ def run(session: Session) -> None:
             session.skip(op, NO_GPU)
         return
     h = activations(512, 128, torch.bfloat16, session.device)
-    evaluator = Evaluator(512, 128, device=session.device)
+    evaluator = ResidentCovariance(512, 128, device=session.device)
     deferred = DeferredEntropy(capacity=64)
     calls: dict[str, Callable[[], object]] = {
         "matrix and participation ratio": functools.partial(evaluator, h, evaluator.output()),
@@ -92,7 +92,7 @@ def blocked(call: Callable[[], object]) -> float:
 def memory(session: Session, n: int, d: int) -> None:
     """Bytes above the input at the peak, of the matrix by each way."""
     h = activations(n, d, torch.bfloat16, session.device)
-    evaluator = Evaluator(n, d, device=session.device)
+    evaluator = ResidentCovariance(n, d, device=session.device)
     held = evaluator.workspace.nbytes() + evaluator.output().nbytes()
     ways: dict[str, Callable[[], object]] = {
         "fastent": functools.partial(centered_matrix, h),

@@ -12,8 +12,8 @@ import torch
 
 from bench.gpu_device import NO_GPU, PEAK_BYTES, PEAK_FLOPS, Session, activations, device_times
 from bench.harness import quantiles
-from fastent.kernels.evaluator import Evaluator
 from fastent.kernels.launch import plan
+from fastent.kernels.resident import ResidentCovariance
 
 SHAPES = (
     *((512, d) for d in (64, 128, 256, 512, 1024, 2048, 4096, 8192)),
@@ -24,7 +24,7 @@ SHAPES = (
 BATCHED = ((32, 512, 128), (8, 512, 1024))
 
 
-def work(evaluator: Evaluator, h: torch.Tensor) -> tuple[int, int]:
+def work(evaluator: ResidentCovariance, h: torch.Tensor) -> tuple[int, int]:
     """Bytes that must move, and float64 operations that are executed, in one evaluation."""
     m, length = (h.shape[-1], h.shape[-2]) if evaluator.side == "covariance" else h.shape[-2:]
     cut = plan(evaluator.side, m, length)
@@ -53,7 +53,7 @@ def run(session: Session) -> None:
             session.skip("kernel", "the time of the run was used up", n=n, d=d)
             continue
         h = activations(n, d, dtype, session.device, batch=batch)
-        evaluator = Evaluator(n, d, batch=batch, device=session.device)
+        evaluator = ResidentCovariance(n, d, batch=batch, device=session.device)
         out = evaluator.output()
         size, flops = work(evaluator, h)
         floor = max(size / PEAK_BYTES, flops / PEAK_FLOPS)

@@ -17,7 +17,7 @@ import fastent
 from bench.gpu_device import Session, activations, device_times, host_times
 from bench.harness import quantiles
 from fastent.covariance import centered_matrix
-from fastent.kernels.evaluator import Evaluator
+from fastent.kernels.resident import ResidentCovariance
 
 SHAPES = (
     (512, 64),
@@ -76,7 +76,7 @@ def covariances(session: Session, h: Tensor) -> dict[str, Callable[[], object]]:
         "float32": functools.partial(float32_covariance, h),
     }
     if session.cuda:
-        evaluator = Evaluator(n, d, device=session.device, side="covariance")
+        evaluator = ResidentCovariance(n, d, device=session.device, side="covariance")
         calls["fastent, memory at hand"] = functools.partial(evaluator, h, evaluator.output())
     if not session.quick and (n, d) in COMPILED:
         calls["direct, torch.compile"] = functools.partial(torch.compile(direct_covariance, dynamic=False), h)

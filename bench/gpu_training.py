@@ -20,7 +20,7 @@ import fastent
 from bench.gpu_device import NO_GPU, Session, captured, device_times, host_times
 from bench.harness import quantiles, ratio
 from fastent.deferred import DeferredEntropy
-from fastent.kernels.evaluator import Evaluator
+from fastent.kernels.resident import ResidentCovariance
 
 N, WIDTH, BATCHED = 512, 128, 32
 STEP = 1.5e-4  # seconds
@@ -80,7 +80,7 @@ def probes(session: Session, hidden: Tensor, deferred: DeferredEntropy) -> dict[
         "synchronous": lambda step: fastent.spectral_entropy(hidden),
     }
     if session.cuda:
-        evaluator = Evaluator(*hidden.shape, device=session.device)
+        evaluator = ResidentCovariance(*hidden.shape, device=session.device)
         out = evaluator.output()
         evaluator(hidden, out)
         graph = captured(functools.partial(evaluator, hidden, out))
@@ -111,7 +111,7 @@ def run(session: Session) -> None:
     if session.cuda:
         for batch in (1, BATCHED):
             h = hidden.bfloat16().expand(batch, N, WIDTH).contiguous()
-            evaluator = Evaluator(N, WIDTH, batch=batch, device=session.device)
+            evaluator = ResidentCovariance(N, WIDTH, batch=batch, device=session.device)
             call = functools.partial(evaluator, h, evaluator.output())
             seconds = device_times(session, call, graph=True)
             session.add(

@@ -30,8 +30,8 @@ from bench.gpu_device import Session, activations, device_times
 from bench.harness import Row, quantiles
 from fastent.kernels import launch
 from fastent.kernels.compile import DTYPES, LAYOUTS, Resources, _launches_of, measure
-from fastent.kernels.evaluator import Evaluator
 from fastent.kernels.launch import TABLE, Entry, Side, Tile
+from fastent.kernels.resident import ResidentCovariance
 
 REGISTERS, WARPS, SHARED = 65536, 64, 233472  # of a multiprocessor
 # m and length of each range of the table, to time.
@@ -150,7 +150,7 @@ def time_of(
     n, d = (length, m) if side == "covariance" else (m, length)
     try:
         h = activations(n, d, torch.bfloat16, session.device)
-        evaluator = Evaluator(n, d, device=session.device, side=side)
+        evaluator = ResidentCovariance(n, d, device=session.device, side=side)
         seconds = device_times(session, functools.partial(evaluator, h, evaluator.output()), graph=True)
     except Exception as error:  # out of resources: a candidate that is none
         session.skip(

@@ -175,7 +175,7 @@ def centered_matrix(
     resolution = torch.finfo(x.dtype).eps
     if _use_triton(x, backend):
         if side == "gram":
-            from fastent.kernels.gram import gram
+            from fastent.kernels.covariance import gram
 
             matrix, shift = gram(x, scale=scale)
             delta = torch.zeros_like(shift)

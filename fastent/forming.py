@@ -15,7 +15,7 @@ from torch import Tensor
 from fastent.covariance import centered_matrix
 
 if TYPE_CHECKING:
-    from fastent.kernels.evaluator import Evaluator
+    from fastent.kernels.resident import ResidentCovariance
 
 # Evaluators kept; with more than that, shapes no longer come back.
 _MOST_EVALUATORS = 64
@@ -52,18 +52,18 @@ class KernelFormer:
     """By the kernels."""
 
     def __init__(self) -> None:
-        self._evaluators: dict[tuple[int, int, Hashable], Evaluator] = {}
+        self._evaluators: dict[tuple[int, int, Hashable], ResidentCovariance] = {}
 
     def memory(self, x: Tensor) -> Any:
         """Take the kernels' output tensors."""
-        from fastent.kernels.memory import output
+        from fastent.kernels.launch import output
 
         n, d = x.shape
         return output("gram" if n < d else "covariance", 1, n, d, x.device, spread=True)
 
     def form(self, x: Tensor, memory: Any, stream: Hashable) -> Formed:
         """Launch the kernels."""
-        from fastent.kernels.evaluator import Evaluator
+        from fastent.kernels.resident import ResidentCovariance
 
         n, d = x.shape
         key = (n, d, stream)  # the scratch memory serves one evaluation at a time, so one stream
@@ -71,7 +71,7 @@ class KernelFormer:
         if evaluator is None:
             if len(self._evaluators) >= _MOST_EVALUATORS:
                 self._evaluators.clear()
-            evaluator = self._evaluators[key] = Evaluator(n, d, device=x.device)
+            evaluator = self._evaluators[key] = ResidentCovariance(n, d, device=x.device)
         evaluator(x, memory)
         return Formed(memory.lower[0], memory.centre[0], memory.spread[0], memory.block)
 

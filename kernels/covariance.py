@@ -1,17 +1,30 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
-"""Centred covariance in float64, lower triangle, in one pass over fp16, bf16, fp32 or fp64 activations.
+"""Centred covariance and Gram matrix in float64, lower triangle, of fp16, bf16, fp32 or fp64 activations.
 
-With the shifted rows ``y_n = h_n - shift`` it accumulates ``S = sum y y^T`` and ``s = sum y`` together and writes
-``C = (S - s s^T / N) * scale``. Each tile is cast on its way in: there is no float64 copy of the input.
-
-The shift of a column is the median of its first, middle and last entry. The error of one pass grows as
-``(shift - mean)^2 / variance``: at most N - 1 for any entry (Samuelson's inequality), and that much where the
+**Covariance**, in one pass. With the shifted rows ``y_n = h_n - shift`` it accumulates ``S = sum y y^T`` and
+``s = sum y`` together and writes ``C = (S - s s^T / N) * scale``. Each tile is cast on its way in: there is no float64
+copy of the input. The shift of a column is the median of its first, middle and last entry. The error of one pass grows
+as ``(shift - mean)^2 / variance``: at most N - 1 for any entry (Samuelson's inequality), and that much where the
 entry is a lone outlier, as row 0 can be (the first token of a language model). The median of three is not one,
-and it is an entry of the column all the same: constant columns give exactly 0.
+and it is an entry of the column all the same: constant columns give exactly 0. Where the table says so
+(`Tile.means_first`), ``s`` comes from a launch of its own and the loop sums products alone: the same formula, in a loop
+with fewer registers and so fewer warps to a tile.
 
-Where the table says so (`Tile.means_first`), ``s`` comes from a launch of its own and the loop sums products alone:
-the same formula, in a loop with fewer registers and so fewer warps to a tile.
+**Gram matrix**, the smaller side when N < d: ``G = Z Z^T * scale`` with ``z_n = (h_n - shift) - mean(h - shift)``.
+Centring needs every row before the first product, and correcting afterwards would need the row sums of all of G;
+so the means come from a launch of their own: small beside the product, and the result has the accuracy of two passes.
+
+**Spread**: trace, sum of squares and participation ratio by the same launch. ``(sum l)^2 / sum l^2`` of the eigenvalues
+l is ``tr(C)^2 / |C|_F^2``: exact, without an eigensolve, and small enough to log at every step. Where the squares leave
+float64's range (entries near 1e154 or 1e-162) the ratio is not finite or 0; constant rows give 0 / 0, NaN. The entropy
+path says which (`fastent.Status`).
+
+Every sum has a fixed order. The products go through `tl.dot` step by step. Column sums are kept one for each
+row of a step and folded by halves at the end: `tl.sum` would add in an order that follows the register
+layout, and that follows the strides of the input. Where the summed axis is split, each part leaves its sums in
+memory and the last one of its tile to come adds them all, in the order of the parts; so does the last tile with the
+shares of the spread. The only atomics are the counts of those that have come, integers.
 
 Only the lower triangle is meaningful: tiles above the diagonal are never written. NaN and Inf come through to
 the diagonal. Nothing is checked here: see `fastent.activations`.
@@ -19,30 +32,213 @@ the diagonal. Nothing is checked here: see `fastent.activations`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gram import gram
-from .launch import Launch, plan
-from .means import means_launch
-from .memory import Output, Workspace
-from .spread import add_spread, tile_shares
-from .tiles import (
+from .launch import (
     GROUP,
-    add_parts,
-    column_shift,
-    fold,
-    leave_part,
+    OPTIONS,
+    Launch,
+    Output,
+    Side,
+    Workspace,
     memory_arguments,
+    output,
+    plan,
     product_launch,
-    run,
     strides,
-    tile_index,
-    widen,
+    workspace,
 )
 
-__all__ = ["covariance", "covariance_launches", "gram", "shifted_covariance"]
+__all__ = ["LAUNCHES", "covariance", "gram", "shifted_covariance"]
+
+
+@triton.jit
+def tile_index(tile):
+    """Row and column of a tile from its number, counted along the rows of a lower triangle."""
+    i = 0
+    j = tile
+    while j > i:  # exact for any number, where a float square root is not
+        j -= i + 1
+        i += 1
+    return i, j
+
+
+@triton.jit
+def fold(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum over the rows of x (ROWS, COLUMNS), halves onto each other: the same order in every layout."""
+    LEVELS: tl.constexpr = ROWS.bit_length() - 2
+    for level in tl.static_range(LEVELS):
+        halves = tl.permute(tl.reshape(x, (2, ROWS >> (level + 1), COLUMNS)), (1, 2, 0))
+        first, second = tl.split(halves)
+        x = first + second
+    return tl.sum(x, axis=0)  # two rows are left, and two terms have one order
+
+
+@triton.jit
+def widen(x):
+    """16-bit values as float32, exactly: triton 3.6 and 3.7 cannot trace a float64 dot to a 16-bit value."""
+    if x.dtype.primitive_bitwidth < 32:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def column_shift(h_ptr, n, cols, h_row, h_col, mask):
+    """Median of the first, middle and last entry of the columns."""
+    first = h_ptr + cols.to(tl.int64) * h_col
+    a = tl.load(first, mask=mask, other=0.0).to(tl.float64)
+    b = tl.load(first + (n // 2).to(tl.int64) * h_row, mask=mask, other=0.0).to(tl.float64)
+    c = tl.load(first + (n - 1).to(tl.int64) * h_row, mask=mask, other=0.0).to(tl.float64)
+    median = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+    # A maximum over one row changes nothing, but stops triton 3.6 and 3.7 at it (see widen).
+    return tl.max(median[None, :], axis=0)
+
+
+@triton.jit
+def leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_ptr, EDGE: tl.constexpr):
+    """Store the product of one part and count it; whether it was the last of its tile to come.
+
+    What the program stored before goes with it: release and acquire at the scope of the device, so whoever sees all
+    others counted sees their stores. The count is set back to 0 for the next evaluation.
+    """
+    r = tl.arange(0, EDGE)
+    at = partial_ptr + ((batch * parts + part) * tiles + tile) * EDGE * EDGE
+    tl.store(at + r[:, None] * EDGE + r[None, :], product)
+    tl.debug_barrier()
+    counter = counted_ptr + batch * tiles + tile
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def add_parts(tile, tiles, batch, parts, partial_ptr, EDGE: tl.constexpr):
+    """Sum of the products of all parts of a tile, in the order of the parts, not of their arrival."""
+    # Parts that are under way at once; more spill under triton 3.6 and 3.7 for sm_80 (bench/NOTES.md).
+    AHEAD: tl.constexpr = 128 // EDGE
+    r = tl.arange(0, EDGE)
+    at = partial_ptr + (batch * parts * tiles + tile) * EDGE * EDGE + r[:, None] * EDGE + r[None, :]
+    total = tl.zeros((EDGE, EDGE), tl.float64)
+    stride = tl.full((), EDGE * EDGE, tl.int64) * tiles
+    part = tl.zeros((1, 1), tl.int32)
+    for _ in range(0, parts, AHEAD):
+        # Unrolled, so that the loads need not wait for the additions; these stay in order.
+        for _ in tl.static_range(AHEAD):
+            # Not through the first-level cache, which may hold what another evaluation left here.
+            total += tl.load(at, mask=part < parts, other=0.0, cache_modifier=".cg")
+            at += stride
+            part += 1
+    return total
+
+
+@triton.jit
+def add_spread(
+    trace,
+    squares,
+    program,
+    programs,
+    batch,
+    spread_ptr,  # (batch, 3) fp64 out
+    shares_ptr,  # (batch, >= programs, 2) fp64
+    shares_batch,  # elements from one matrix to the next
+    arrived_ptr,  # (batch,) int32
+    BLOCK: tl.constexpr,
+):
+    """Leave the share of `program`; the last of `programs` to do so writes the spread."""
+    shares_ptr += batch * shares_batch
+    tl.store(shares_ptr + 2 * program, trace)
+    tl.store(shares_ptr + 2 * program + 1, squares)
+    # Release and acquire at the scope of the device: whoever sees all others counted in sees their shares.
+    tl.debug_barrier()
+    before = tl.atomic_add(arrived_ptr + batch, 1, sem="acq_rel", scope="gpu")
+    if before == programs - 1:
+        tl.debug_barrier()
+        lane = tl.arange(0, BLOCK)
+        traces = tl.zeros((BLOCK,), tl.float64)
+        sums = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, programs, BLOCK):
+            at = shares_ptr + 2 * (first + lane)
+            mask = first + lane < programs
+            # Not through the first-level cache, which may hold what another evaluation left here.
+            traces += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+            sums += tl.load(at + 1, mask=mask, other=0.0, cache_modifier=".cg")
+        total = tl.sum(traces, axis=0)
+        square = tl.sum(sums, axis=0)
+        spread_ptr += 3 * batch
+        tl.store(spread_ptr, total)
+        tl.store(spread_ptr + 1, square)
+        tl.store(spread_ptr + 2, total * total / square)
+        tl.store(arrived_ptr + batch, 0)
+
+
+@triton.jit
+def tile_shares(values, i, j, rows, cols):
+    """Contribution of a tile of the lower triangle, 0 outside the matrix, to trace and sum of squares.
+
+    `tl.sum` is in order here: the layout of a product follows from the tile, not from the strides of the input.
+    """
+    trace = tl.sum(tl.sum(tl.where(rows[:, None] == cols[None, :], values, 0.0), axis=0), axis=0)
+    squares = tl.sum(tl.sum(values * values, axis=0), axis=0)
+    # A tile below the diagonal stands for its mirror image too; those on it are whole.
+    return trace, tl.where(i == j, squares, 2.0 * squares)
+
+
+# Rows and columns that one program of the column means holds at once.
+_ROWS, _COLUMNS, _WARPS = 128, 32, 8
+
+
+@triton.jit(do_not_specialize=["n", "blocks"])
+def _mean_kernel(
+    h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
+    centre_ptr,  # (batch, 3, d) fp64 out: shift, mean - shift, mean
+    n,
+    d,
+    h_batch,
+    h_row,
+    h_col,
+    blocks,  # blocks of columns
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = cols < d
+    h_ptr += batch * h_batch
+    shift = column_shift(h_ptr, n, cols, h_row, h_col, inside)
+    rows = tl.arange(0, ROWS)
+    at = h_ptr + rows.to(tl.int64)[:, None] * h_row + cols.to(tl.int64)[None, :] * h_col
+    stride = tl.full((), ROWS, tl.int64) * h_row
+    total = tl.zeros((ROWS, COLUMNS), tl.float64)
+    for _ in range(0, n, ROWS):
+        live = (rows < n)[:, None]
+        x = tl.load(at, mask=live & inside[None, :], other=0.0).to(tl.float64)
+        total += tl.where(live, x - shift[None, :], 0.0)
+        rows += ROWS
+        at += stride
+    delta = fold(total, ROWS, COLUMNS) / n.to(tl.float64)
+    at_centre = centre_ptr + 3 * batch * d + cols
+    tl.store(at_centre, shift, mask=inside)
+    tl.store(at_centre + d, delta, mask=inside)
+    tl.store(at_centre + 2 * d, shift + delta, mask=inside)
+
+
+def means_launch(h: Tensor, centre: Tensor) -> Launch:
+    """Return the launch that fills `centre` (batch, 3, d) from `h` (n, d) or (batch, n, d)."""
+    n, d = h.shape[-2:]
+    blocks = -(-d // _COLUMNS)
+    return Launch(
+        _mean_kernel,
+        (blocks * centre.shape[0], 1),
+        (h, centre, n, d, *strides(h), blocks, _ROWS, _COLUMNS),
+        {"num_warps": _WARPS, "num_stages": 1, **OPTIONS},
+    )
 
 
 @triton.jit
@@ -182,6 +378,117 @@ def covariance_launches(h: Tensor, out: Output, work: Workspace, scale: float) -
     return [means_launch(h, out.centre), product] if tile.means_first else [product]
 
 
+@triton.jit(do_not_specialize=["n", "tiles", "chunk", "shares_batch"])
+def _gram_kernel(
+    h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
+    centre_ptr,  # (batch, 3, d) fp64: shift, mean - shift, mean
+    lower_ptr,  # (batch, n, n) fp64 out
+    partial_ptr,  # see Workspace; None where there is one part
+    counted_ptr,
+    spread_ptr,  # (batch, 3) fp64 out; None: not wanted
+    shares_ptr,  # see add_spread
+    arrived_ptr,
+    shares_batch,
+    n,
+    d,
+    h_batch,
+    h_row,
+    h_col,
+    tiles,
+    chunk,  # columns of a part
+    scale: tl.float64,
+    EDGE: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tile = tl.program_id(0) % tiles
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    i, j = tile_index(tile)
+    rows_i = i * EDGE + tl.arange(0, EDGE)
+    rows_j = j * EDGE + tl.arange(0, EDGE)
+    in_i = rows_i < n
+    in_j = rows_j < n
+
+    start = part * chunk
+    stop = tl.minimum(start + chunk, d)
+    cols = start + tl.arange(0, STEP)
+    at_cols = h_ptr + batch * h_batch + cols.to(tl.int64)[None, :] * h_col
+    at_i = at_cols + rows_i.to(tl.int64)[:, None] * h_row
+    at_j = at_cols + rows_j.to(tl.int64)[:, None] * h_row
+    at_centre = centre_ptr + 3 * batch * d + cols
+    stride = tl.full((), STEP, tl.int64) * h_col
+    live = cols < stop
+    x_i = widen(tl.load(at_i, mask=in_i[:, None] & live[None, :], other=0.0))
+    x_j = widen(tl.load(at_j, mask=in_j[:, None] & live[None, :], other=0.0))
+    shift = tl.load(at_centre, mask=live, other=0.0)
+    delta = tl.load(at_centre + d, mask=live, other=0.0)
+    product = tl.zeros((EDGE, EDGE), tl.float64)
+    for _ in range(start, stop, STEP):
+        # Two subtractions: their sum is the mean rounded at the size of the offset, and that rounding would
+        # enter every entry to first order. Columns past the end are 0 - 0 - 0; rows past it are not stored.
+        z_i = (x_i.to(tl.float64) - shift[None, :]) - delta[None, :]
+        z_j = (x_j.to(tl.float64) - shift[None, :]) - delta[None, :]
+        cols += STEP
+        at_i += stride
+        at_j += stride
+        at_centre += STEP
+        live = cols < stop
+        next_i = tl.load(at_i, mask=in_i[:, None] & live[None, :], other=0.0)
+        next_j = tl.load(at_j, mask=in_j[:, None] & live[None, :], other=0.0)
+        shift = tl.load(at_centre, mask=live, other=0.0)
+        delta = tl.load(at_centre + d, mask=live, other=0.0)
+        product = tl.dot(z_i, tl.trans(z_j), product, out_dtype=tl.float64)
+        x_i = widen(next_i)
+        x_j = widen(next_j)
+
+    last = True
+    if partial_ptr is not None:
+        last = leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_ptr, EDGE)
+    if last:
+        if partial_ptr is not None:
+            product = add_parts(tile, tiles, batch, parts, partial_ptr, EDGE)
+        at = lower_ptr + (batch * n + rows_i[:, None]) * n + rows_j[None, :]
+        inside = in_i[:, None] & in_j[None, :]
+        result = product * scale
+        tl.store(at, result, mask=inside)
+        if spread_ptr is not None:
+            trace, squares = tile_shares(tl.where(inside, result, 0.0), i, j, rows_i, rows_j)
+            add_spread(
+                trace, squares, tile, tiles, batch, spread_ptr, shares_ptr, shares_batch, arrived_ptr, BLOCK
+            )
+
+
+def gram_launches(h: Tensor, out: Output, work: Workspace, scale: float) -> list[Launch]:
+    """Return the launches that fill `out` from `h` (n, d) or (batch, n, d)."""
+    n, d = h.shape[-2:]
+    cut = plan("gram", n, d)
+    memory = (h, out.centre, out.lower, *memory_arguments(out, work))
+    shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale)
+    product = product_launch(_gram_kernel, out, cut, (*memory, *shape, cut.tile.edge, cut.tile.step, GROUP))
+    return [means_launch(h, out.centre), product]
+
+
+LAUNCHES: dict[Side, Callable[[Tensor, Output, Workspace, float], list[Launch]]] = {
+    "covariance": covariance_launches,
+    "gram": gram_launches,
+}
+"""What fills an `Output` from activations (n, d) or (batch, n, d), with scratch memory and a scale, by side."""
+
+
+def _run(side: Side, h: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Take memory for the matrices of `h` (without a spread), run the launches; return triangles and centres."""
+    n, d = h.shape[-2:]
+    batch = h.shape[0] if h.ndim == 3 else 1
+    out = output(side, batch, n, d, h.device, spread=False)
+    work = workspace(side, batch, n, d, h.device, spread=False)
+    with torch.cuda.device_of(h):  # Triton launches on the current device
+        for launch in LAUNCHES[side](h, out, work, 1.0 / n if scale is None else scale):
+            launch.run()
+    return (out.lower, out.centre) if h.ndim == 3 else (out.lower[0], out.centre[0])
+
+
 def covariance(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Centred covariance of activations: ``sum (h_n - mean) (h_n - mean)^T * scale``.
 
@@ -200,7 +507,7 @@ def covariance(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor
     mean : Tensor, shape (d,) or (batch, d), float64
         Column means.
     """
-    lower, centre = run("covariance", covariance_launches, h, scale)
+    lower, centre = _run("covariance", h, scale)
     return lower, centre[..., 2, :]
 
 
@@ -224,5 +531,28 @@ def shifted_covariance(h: Tensor, *, scale: float | None = None) -> tuple[Tensor
         Column means minus `shift`, to the last bits of their own size. Merging the moments of parts needs
         them: where the offset is large, a mean in one float64 has lost more than the merge may lose.
     """
-    lower, centre = run("covariance", covariance_launches, h, scale)
+    lower, centre = _run("covariance", h, scale)
     return lower, centre[..., 0, :], centre[..., 1, :]
+
+
+def gram(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Gram matrix of the column-centred rows: entry (n, m) is ``(h_n - mean) . (h_m - mean) * scale``.
+
+    It has the non-zero eigenvalues of `covariance` and is the smaller of the two when n < d.
+
+    Parameters
+    ----------
+    h : Tensor, shape (n, d) or (batch, n, d)
+        As in `covariance`.
+    scale : float, optional
+        Factor of the sum; 1 / n when left out.
+
+    Returns
+    -------
+    lower : Tensor, shape (n, n) or (batch, n, n), float64
+        The lower triangle in units of `h` squared. What stands above the diagonal has no meaning.
+    mean : Tensor, shape (d,) or (batch, d), float64
+        Column means.
+    """
+    lower, centre = _run("gram", h, scale)
+    return lower, centre[..., 2, :]

@@ -18,9 +18,18 @@ from typing import Any
 import pytest
 import triton
 
-from fastent.kernels.compile import ARCHS, DTYPES, LAYOUTS, SHARED_LIMIT, Resources, differences
+from fastent.kernels.compile import (
+    ARCHS,
+    DTYPES,
+    LAYOUTS,
+    SHARED_LIMIT,
+    Loop,
+    Resources,
+    count_loop,
+    differences,
+    inner_loop,
+)
 from fastent.kernels.launch import TABLE
-from fastent.kernels.sass import Loop, count_loop, inner_loop
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MISSING = [name for name in ("nvdisasm", "cuobjdump") if not (TOOLS / name).exists()]

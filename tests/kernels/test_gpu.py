@@ -16,8 +16,8 @@ from torch import Tensor
 
 import fastent
 from fastent.covariance import centered_matrix, triton_obstacle
-from fastent.kernels.evaluator import Evaluator
-from fastent.kernels.memory import Output
+from fastent.kernels.launch import Output
+from fastent.kernels.resident import ResidentCovariance
 
 pytestmark = pytest.mark.gpu
 
@@ -53,7 +53,7 @@ def assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize(("n", "d"), SHAPES)
 def test_matrix_and_spread_are_those_of_the_cpu(n: int, d: int, dtype: torch.dtype) -> None:
     x = activations(n, d, dtype)
-    evaluator = Evaluator(n, d, device=x.device)
+    evaluator = ResidentCovariance(n, d, device=x.device)
     out = evaluator.output()
     evaluator(x, out)
     y = x[0].double().cpu()
@@ -90,7 +90,7 @@ def test_entropy_is_that_of_the_cpu_to_1e_12(
 @pytest.mark.parametrize(("n", "d"), [(512, 128), (65536, 64), (64, 2048), (2000, 1600)])
 def test_many_runs_beside_other_work_have_the_same_bits(n: int, d: int) -> None:
     x = activations(n, d, batch=2)
-    evaluator = Evaluator(n, d, batch=2, device=x.device)
+    evaluator = ResidentCovariance(n, d, batch=2, device=x.device)
     out = evaluator.output()
     evaluator(x, out)
     want = bits(out)
@@ -110,7 +110,7 @@ def test_many_runs_beside_other_work_have_the_same_bits(n: int, d: int) -> None:
 def test_a_captured_evaluation_replays_with_the_bits_of_a_plain_one(n: int, d: int) -> None:
     first, second = activations(n, d), activations(n, d).flip(1).contiguous()
     x = first.clone()
-    evaluator = Evaluator(n, d, device=x.device)
+    evaluator = ResidentCovariance(n, d, device=x.device)
     out, plain = evaluator.output(), evaluator.output()
     evaluator(x, out)  # compiles
     torch.cuda.synchronize()
@@ -128,7 +128,9 @@ def test_a_captured_evaluation_replays_with_the_bits_of_a_plain_one(n: int, d: i
 def test_evaluations_on_two_streams_do_not_disturb_each_other() -> None:
     shapes = ((4096, 128), (300, 1000))
     inputs = [activations(*shape) for shape in shapes]
-    evaluators = [Evaluator(*shape, device=x.device) for shape, x in zip(shapes, inputs, strict=True)]
+    evaluators = [
+        ResidentCovariance(*shape, device=x.device) for shape, x in zip(shapes, inputs, strict=True)
+    ]
     want = []
     for evaluator, x in zip(evaluators, inputs, strict=True):
         out = evaluator.output()
@@ -150,7 +152,7 @@ def test_evaluations_on_two_streams_do_not_disturb_each_other() -> None:
 
 def test_an_evaluation_takes_no_memory_and_does_not_wait_for_the_device() -> None:
     x = activations(512, 128)
-    evaluator = Evaluator(512, 128, device=x.device)
+    evaluator = ResidentCovariance(512, 128, device=x.device)
     out = evaluator.output()
     evaluator(x, out)
     torch.cuda._sleep(1)

@@ -11,8 +11,7 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
 from fastent.kernels.covariance import covariance, covariance_launches, gram, shifted_covariance
-from fastent.kernels.launch import Launch
-from fastent.kernels.memory import output, workspace
+from fastent.kernels.launch import Launch, output, workspace
 from fastent.reference.covariance import EXTENDED_EPS, centered
 
 EPS = float(np.finfo(np.float64).eps)

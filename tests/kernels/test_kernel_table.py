@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastent.kernels.evaluator import Evaluator
 from fastent.kernels.launch import TABLE, Entry, Side, Tile, plan
+from fastent.kernels.resident import ResidentCovariance
 from fastent.reference.covariance import centered
 
 EPS = float(np.finfo(np.float64).eps)
@@ -54,7 +54,7 @@ def test_entry_is_inside_the_gate_and_its_spread_is_that_of_its_matrix(
     assert plan(side, m, length).tile == tile
     x = matrix(side, m, length, dtype).to(device)
     n, d = x.shape
-    evaluator = Evaluator(n, d, device=device, side=side)
+    evaluator = ResidentCovariance(n, d, device=device, side=side)
     out = evaluator.output()
     evaluator(x, out)
     want, largest = truth(x, side)
@@ -94,7 +94,7 @@ def test_bits_stay_when_padding_neighbours_and_strides_change(
 
 
 def evaluate(x: Tensor, side: Side) -> tuple[Tensor, Tensor, Tensor]:
-    evaluator = Evaluator(*x.shape[1:], batch=len(x), device=x.device, side=side)
+    evaluator = ResidentCovariance(*x.shape[1:], batch=len(x), device=x.device, side=side)
     out = evaluator.output()
     evaluator(x, out)
     assert out.spread is not None

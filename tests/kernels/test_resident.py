@@ -12,10 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
-from fastent.kernels.covariance import covariance
-from fastent.kernels.evaluator import Evaluator
-from fastent.kernels.gram import gram
+from fastent.kernels.covariance import covariance, gram
 from fastent.kernels.launch import Launch, Side, plan
+from fastent.kernels.resident import ResidentCovariance
 
 
 class Allocations(TorchDispatchMode):
@@ -59,7 +58,7 @@ def test_an_evaluation_allocates_nothing_and_takes_these_launches(
     launched = []
     run = Launch.run
     h = activations(n, d, batch=3).to(device)
-    evaluator = Evaluator(n, d, batch=3, device=device, side=side)
+    evaluator = ResidentCovariance(n, d, batch=3, device=device, side=side)
     ring = [evaluator.output() for _ in range(2)]
     evaluator(h, ring[0])  # compiles, where there is a compiler
     monkeypatch.setattr(Launch, "run", lambda self: launched.append(self))
@@ -92,7 +91,7 @@ def test_the_counter_of_allocations_sees_one() -> None:
 def test_from_1537_columns_on_the_means_take_a_launch_and_there_is_no_split() -> None:
     for d, count in ((1536, 1), (1537, 2), (8192, 2)):
         h = torch.empty((65536, d), dtype=torch.bfloat16, device="meta")
-        evaluator = Evaluator(*h.shape, device=h.device)
+        evaluator = ResidentCovariance(*h.shape, device=h.device)
         assert len(evaluator.launches(h, evaluator.output())) == count
 
 
@@ -101,7 +100,7 @@ def test_an_evaluation_has_the_bits_of_the_plain_functions(
     side: Side | None, n: int, d: int, count: int, device: torch.device
 ) -> None:
     h = activations(n, d, batch=2).to(device)
-    evaluator = Evaluator(n, d, batch=2, device=device, side=side)
+    evaluator = ResidentCovariance(n, d, batch=2, device=device, side=side)
     out = evaluator.output()
     evaluator(h, out)
     lower, mean = (gram if side == "gram" else covariance)(h)
@@ -114,7 +113,7 @@ def test_an_evaluation_has_the_bits_of_the_plain_functions(
 def test_parts_may_come_in_any_order(side: Side, n: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter runs programs in order, so the last part would always be the last to come.
     h = activations(n, d, batch=2)
-    evaluator = Evaluator(n, d, batch=2, device=h.device, side=side)
+    evaluator = ResidentCovariance(n, d, batch=2, device=h.device, side=side)
     parts = plan(side, 40, 700).parts
     assert parts > 5
     want, got = evaluator.output(), evaluator.output()
@@ -147,7 +146,7 @@ def test_parts_may_come_in_any_order(side: Side, n: int, d: int, monkeypatch: py
 
 @pytest.mark.parametrize(("n", "d", "side"), [(40, 8, "covariance"), (160, 8, "covariance"), (8, 40, "gram")])
 def test_participation_ratio_of_known_spectra(n: int, d: int, side: Side, device: torch.device) -> None:
-    evaluator = Evaluator(n, d, device=device, side=side)
+    evaluator = ResidentCovariance(n, d, device=device, side=side)
     out = evaluator.output()
     assert out.spread is not None
     x = torch.zeros(n, d, dtype=torch.float64, device=device)
@@ -165,7 +164,7 @@ def test_participation_ratio_of_known_spectra(n: int, d: int, side: Side, device
 
 def test_one_bad_matrix_spoils_its_own_spread_alone(device: torch.device) -> None:
     h = activations(140, 20, batch=3).to(device)
-    evaluator = Evaluator(140, 20, batch=3, device=device)
+    evaluator = ResidentCovariance(140, 20, batch=3, device=device)
     good, out = evaluator.output(), evaluator.output()
     evaluator(h, good)
     h[1, 70, 3] = float("inf")

@@ -1,4 +1,4 @@
-"""The same evaluation again and again, into memory taken once.
+"""Resident evaluation: the same one again and again, into memory taken once.
 
 What a training loop runs: it allocates nothing, touches no tensor on the host, asks the device for nothing, and so can
 be captured in a CUDA graph after one call outside (which compiles). Launches of an evaluation, participation ratio
@@ -10,15 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .covariance import covariance_launches
-from .gram import gram_launches
-from .launch import Launch, Side
-from .memory import Output, output, workspace
-
-_BUILDERS = {"covariance": covariance_launches, "gram": gram_launches}
+from .covariance import LAUNCHES
+from .launch import Launch, Output, Side, output, workspace
 
 
-class Evaluator:
+class ResidentCovariance:
     """Centred covariance (or Gram matrix), mean and participation ratio of matrices of one shape.
 
     Parameters
@@ -61,7 +57,7 @@ class Evaluator:
 
     def launches(self, h: Tensor, out: Output) -> list[Launch]:
         """Return what `__call__` runs, in order."""
-        return _BUILDERS[self.side](h, out, self.workspace, self.scale)
+        return LAUNCHES[self.side](h, out, self.workspace, self.scale)
 
     def __call__(self, h: Tensor, out: Output) -> None:
         """Queue the evaluation of `h` into `out` on the current stream and return.
@@ -69,7 +65,7 @@ class Evaluator:
         Parameters
         ----------
         h : Tensor, shape (batch, n, d), or (n, d) for a batch of one
-            float16, bfloat16, float32 or float64, any strides, on the device of the evaluator.
+            float16, bfloat16, float32 or float64, any strides, on the device given here.
         out : Output
             From `output`; `lower`, `centre` and `spread` are overwritten.
         """
