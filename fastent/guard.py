@@ -1,46 +1,195 @@
 """A forward pass that leaves no trace in training.
 
 Inside `undisturbed` a model evaluates: no dropout, no gradients, nothing compiled. Afterwards, and after an
-exception too, all that a training step could notice is as before, bit for bit: the mode of each submodule,
-its buffers, and the random states of torch (CPU and CUDA), NumPy and Python. Parameters and gradients are not
-touched.
+exception too, all that a training step could notice is as before, bit for bit: of each submodule its mode, its
+buffers, its attributes, the lists, dicts, sets and deques in them with the tensors and generators that they
+hold, and the cache of its parametrisations; and the global random states of torch (CPU and CUDA), NumPy and
+Python. Parameters and gradients are not touched. Tensors are copied where the pass writes to them and nowhere
+else, small ones always.
 
-Not covered, since nobody can list it: plain attributes that a forward pass sets, generators that a module
-keeps to itself, the buffers of TorchScript modules.
+Not covered, since nobody can list it: objects of other kinds that an attribute holds (their own attributes,
+iterators), what a forward pass changes outside the model (closures, globals, class attributes; NumPy arrays),
+the buffers of TorchScript modules. Of a model sharded by FSDP the hooks, submodules and parameters that a pass
+adds stay. A buffer of 64 KiB or more must not grow in place (`resize_`) in the pass: torch fails then.
+
+Threads. Passes through one model, or a part of it, wait for each other. Two switches hold for the whole process
+while a pass runs: compiled code runs eagerly and nn.TransformerEncoder's inference kernels are off, in other
+threads too. While another thread lives, the pass draws torch's random numbers from generators of its own, and
+what such a thread draws meanwhile is kept; Python's and NumPy's global generators cannot be told apart by
+thread and are then left where they are. Training the very model in another thread meanwhile is not covered.
+
+Ctrl-C during a pass is raised when the pass is over and all is put back; a second one, while the model runs,
+at once.
 """
 
 from __future__ import annotations
 
+import functools
 import random
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastent.worker import THREAD_NAME
+
+# Bytes from which a tensor's storage is copied when it is first written to: a copy below costs as little.
+LARGE = 1 << 16
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[Interrupts]:
     """Evaluate `model` inside; leave it, and every global state that training reads, as they were.
 
     Parameters
     ----------
     model : nn.Module
         The plain module, not its compiled or DDP wrapper.
+
+    Yields
+    ------
+    Interrupts
+        Its `second_at_once` is for the time in which the model runs.
     """
     modules = list(model.modules())
     with ExitStack() as stack:
+        interrupts = stack.enter_context(_interrupts_held())
+        stack.enter_context(_alone(modules))
         if "torch._dynamo" in sys.modules:  # else nothing can be compiled, and the import takes a second
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for guard in (_eval_mode, _scratch_buffers, _resharded):
+            stack.enter_context(_EAGER)
+        # Resharded first: what is put back are attributes of the sharded model.
+        for guard in (_attributes, _eval_mode, _parametrisations, _resharded):
             stack.enter_context(guard(modules))
         stack.enter_context(_random_states())
-        stack.enter_context(_plain_layers())
+        stack.enter_context(_SLOW_ATTENTION)
+        stack.enter_context(_no_cached_casts())
         # Not inference_mode: a tensor that the model keeps for later must be one that training can use.
         stack.enter_context(torch.no_grad())
+        yield interrupts
+
+
+class Interrupts:
+    """Ctrl-C while a pass is prepared, run and undone: kept for later.
+
+    It could come between any two instructions and leave half of what was changed. Only the main thread gets it.
+    """
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self._handler = handler
+        self._waiting = self._at_once = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        if not (self._waiting and self._at_once):
+            self._waiting = True
+            return
+        self._waiting = self._at_once = False  # if it raises, what is undone from here on is not interrupted
+        self._handler(number, frame)
+        self._at_once = True
+
+    @contextmanager
+    def second_at_once(self) -> Iterator[None]:
+        """Hand on a second one without waiting, for a pass that takes too long."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def release(self) -> None:
+        """Put the handler back, and hand on what waited."""
+        if signal.getsignal(signal.SIGINT) is self:
+            signal.signal(signal.SIGINT, self._handler)
+        if self._waiting:
+            self._waiting = False
+            self._handler(signal.SIGINT, sys._getframe())
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[Interrupts]:
+    handler = signal.getsignal(signal.SIGINT)
+    held = Interrupts(handler if callable(handler) else _nothing)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield held
+        return
+    try:
+        signal.signal(signal.SIGINT, held)
+        yield held
+    finally:
+        held.release()
+
+
+def _nothing(number: int, frame: FrameType | None) -> None: ...
+
+
+_owners: dict[int, int] = {}  # from a module's id to the thread whose pass runs it
+_owners_changed = threading.Condition()
+
+
+@contextmanager
+def _alone(modules: list[nn.Module]) -> Iterator[None]:
+    """Wait until no other thread's pass runs one of `modules`: it would see this one's copies and hooks."""
+    me = threading.get_ident()
+    ids = {id(module) for module in modules}
+    with _owners_changed:
+        _owners_changed.wait_for(lambda: all(_owners.get(key, me) == me for key in ids))
+        ids -= _owners.keys()  # those of a pass around this one stay its own
+        _owners.update(dict.fromkeys(ids, me))
+    try:
         yield
+    finally:
+        with _owners_changed:
+            for key in ids:
+                del _owners[key]
+            _owners_changed.notify_all()
+
+
+class _Switch:
+    """A setting of the whole process: the first pass throws it, the last one puts it back."""
+
+    def __init__(self, throw: Callable[[], Callable[[], object]]) -> None:
+        self._throw = throw
+        self._lock = threading.Lock()
+        self._users = 0
+        self._put_back: Callable[[], object] = _nothing  # type: ignore[assignment]
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._put_back = self._throw()
+            self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._put_back()
+
+
+def _force_eager() -> Callable[[], object]:
+    stance = torch.compiler.set_stance("force_eager")
+    return functools.partial(stance.__exit__, None, None, None)
+
+
+def _disable_fast_attention() -> Callable[[], object]:
+    # nn.TransformerEncoder's inference kernels call no submodule and turn padded batches into nested tensors.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    return functools.partial(torch.backends.mha.set_fastpath_enabled, fast)
+
+
+_EAGER = _Switch(_force_eager)
+_SLOW_ATTENTION = _Switch(_disable_fast_attention)
 
 
 @contextmanager
@@ -56,26 +205,217 @@ def _eval_mode(modules: list[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
+Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
+
+# These very types: a subclass may refuse what putting back does, or do more.
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_FIELDS = frozenset(nn.Module().__dict__)  # hooks, parameters, submodules and such
+_NONE: frozenset[str] = frozenset()
+_MISSING = object()
+
+
 @contextmanager
-def _scratch_buffers(modules: list[nn.Module]) -> Iterator[None]:
-    # The pass works on copies and the originals come back untouched: even their version counters, so that a
-    # backward pass which is under way still runs, and even where the pass resizes, replaces or adds a buffer.
-    originals = [
-        (module._buffers, dict(module._buffers)) for module in modules if isinstance(module._buffers, dict)
-    ]
-    copies: dict[int, torch.Tensor] = {}  # a buffer shared by two modules stays shared
+def _attributes(modules: list[nn.Module]) -> Iterator[None]:
+    """Put back attributes, buffers, what containers among them hold, and the states of generators.
+
+    The pass works on copies of the tensors and the originals come back untouched: even their version counters, so
+    that a backward pass which is under way still runs, and even where the pass resizes or replaces them.
+    """
+    skipped = _not_put_back(modules)
+    containers = _containers(modules, skipped)
+    saved = [(live, live.copy()) for live in containers]
+    generators = list(_generator_states(containers))
+    copies = _Copies()
     try:
-        with torch.no_grad():
-            for live, saved in originals:
-                for name, buffer in saved.items():
-                    if buffer is not None:
-                        live[name] = copies.setdefault(id(buffer), buffer.clone())
+        for live in containers:
+            copies.put_into(live, skipped.get(id(live), _NONE))
         yield
     finally:
-        for live, saved in originals:
-            if live or saved:
-                live.clear()
-                live.update(saved)
+        for live, old in saved:
+            _put_back(live, old, skipped.get(id(live), _NONE))
+        for put_back in generators:
+            put_back()
+        copies.drop()
+
+
+def _not_put_back(modules: list[nn.Module]) -> dict[int, frozenset[str]]:
+    """Names that stay as the pass leaves them, by the id of a module's ``__dict__``.
+
+    FSDP changes its modules' own fields in the first pass, for good. FSDP1 keeps its state in attributes too, and
+    sets parameters as plain tensors.
+    """
+    first = fsdp1_modules(modules)
+    if not (first or fsdp_modules(modules)):
+        return {}
+    fields = _FIELDS - {"_buffers"}
+    wrappers = {id(module) for module in first}
+    return {
+        id(module.__dict__): frozenset(module.__dict__)
+        if id(module) in wrappers
+        else fields.union(
+            name for name, value in module.__dict__.items() if first and isinstance(value, Tensor)
+        )
+        for module in modules
+    }
+
+
+def _containers(modules: list[nn.Module], skipped: dict[int, frozenset[str]]) -> list[Container]:
+    """Collect each module's attributes and the containers in them, at any depth, each once."""
+    found: dict[int, Container] = {}
+    todo: list[Any] = [module.__dict__ for module in modules]
+    while todo:
+        value = todo.pop()
+        if type(value) is tuple:
+            todo.extend(value)
+        elif type(value) in _CONTAINERS and id(value) not in found:
+            found[id(value)] = value
+            names = skipped.get(id(value), _NONE)
+            if isinstance(value, dict):
+                todo.extend(item for key, item in value.items() if key not in names)
+            elif not isinstance(value, set):  # what a set holds is hashable
+                todo.extend(value)
+    return list(found.values())
+
+
+def _put_back(live: Container, old: Container, skipped: frozenset[str]) -> None:
+    """Make `live` what `old` is, and the object that it was; written to only where they differ."""
+    if isinstance(live, dict) and isinstance(old, dict):
+        for key in live.keys() - old.keys() - skipped:
+            del live[key]
+        for key, value in old.items():
+            if key not in skipped and live.get(key, _MISSING) is not value:
+                live[key] = value
+        if not skipped and not _same(live, old):  # another order
+            live.clear()
+            live.update(old)
+    elif isinstance(live, list):
+        if not _same(live, old):
+            live[:] = old
+    elif not (_same(live, old) if isinstance(live, deque) else live == old):
+        live.clear()
+        (live.extend if isinstance(live, deque) else live.update)(old)
+
+
+def _same(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    a, b = list(a), list(b)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+class _Copies:
+    """Copies of tensors for the pass to work on; those that share memory go on sharing it.
+
+    From `LARGE` on a copy takes memory when it, or the original, is first written to (torch calls that a lazy
+    clone). Where torch cannot do that, such as memory that NumPy made or that is mapped from a file, it is a copy.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, Tensor] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._lazy: list[tuple[Tensor, torch.UntypedStorage]] = []
+
+    def put_into(self, container: Container, skipped: frozenset[str]) -> None:
+        """Replace the tensors in `container`, in tuples there too."""
+        if isinstance(container, set):
+            return
+        items = list(container.items() if isinstance(container, dict) else enumerate(container))
+        for key, value in items:
+            copied = value if key in skipped else self._replaced(value)
+            if copied is not value:
+                container[key] = copied
+
+    def drop(self) -> None:
+        """Give up the copies; the originals have their memory to themselves again, where it was."""
+        self._tensors = {}
+        self._storages = {}
+        while self._lazy:
+            original, storage = self._lazy.pop()
+            kept = torch._C._storage_Use_Count(storage._cdata) > 1
+            if kept and torch._C._is_cow_tensor(torch.empty(0, device=original.device).set_(storage)):
+                storage.data_ptr()  # asked for by a writer: it is the copy that moves
+            del storage
+            original.data_ptr()
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            known = self._tensors.get(id(value))
+            if known is None:
+                known = self._tensors[id(value)] = self._copy(value.detach())
+            return known
+        if type(value) is tuple:
+            items = tuple(map(self._replaced, value))
+            return value if _same(items, value) else items
+        return value
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
+        if not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+            return tensor.clone()
+        storage = tensor.untyped_storage()
+        copied = self._storages.get(storage._cdata)
+        if copied is None:
+            if storage.nbytes() < LARGE:
+                copied = storage.clone()
+            else:
+                try:
+                    copied = tensor._lazy_clone().untyped_storage()
+                except RuntimeError:
+                    return tensor.clone()
+                self._lazy.append((tensor, copied))
+            self._storages[storage._cdata] = copied
+        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return copy.set_(copied, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _generator_states(containers: list[Container]) -> Iterator[Callable[[], None]]:
+    """For each generator in `containers`, a function that puts its state back."""
+    seen: set[int] = set()
+    for container in containers:
+        for value in list(container.values() if isinstance(container, dict) else container):
+            if id(value) not in seen and isinstance(value, _GENERATORS):
+                seen.add(id(value))
+                if not isinstance(value, random.SystemRandom):  # has no state
+                    yield _state_of(value)
+
+
+_GENERATORS = (
+    torch.Generator,
+    random.Random,
+    np.random.Generator,
+    np.random.BitGenerator,
+    np.random.RandomState,
+)
+
+
+def _state_of(generator: Any) -> Callable[[], None]:
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state(legacy=False))
+    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+    return functools.partial(setattr, bits, "state", bits.state)
+
+
+@contextmanager
+def _parametrisations(modules: list[nn.Module]) -> Iterator[None]:
+    """Neither read nor fill what `torch.nn.utils.parametrize.cached` keeps of these modules' weights.
+
+    In the pass they are made without gradients and in eval mode, and training could not use them.
+    """
+    ids = {id(module) for module in modules}
+
+    def take_out() -> dict[tuple[int, str], Tensor | None]:
+        keys = [key for key in list(parametrize._cache) if key[0] in ids]
+        return {key: parametrize._cache.pop(key) for key in keys}
+
+    kept: dict[tuple[int, str], Tensor | None] = {}
+    try:
+        kept = take_out()
+        yield
+    finally:
+        take_out()
+        parametrize._cache.update(kept)
 
 
 @contextmanager
@@ -94,30 +434,93 @@ def fsdp_modules(modules: list[nn.Module]) -> list[nn.Module]:
     return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
+def fsdp1_modules(modules: list[nn.Module]) -> list[nn.Module]:
+    """Those of `modules` that FSDP1 (`torch.distributed.fsdp.FullyShardedDataParallel`) wraps."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [m for m in modules if isinstance(m, fsdp.FullyShardedDataParallel)]
+
+
 @contextmanager
 def _random_states() -> Iterator[None]:
-    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if on_cuda else ()
+    """Leave the global generators of torch, NumPy and Python as a run without the pass would find them."""
+    torch_states = _TorchStates.now()
     python, legacy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002  the old global state is meant
-    with torch.random.fork_rng(devices, device_type="cuda"):
-        try:
+    alone = not _other_threads()
+    try:
+        if alone:
             yield
-        finally:
+        else:
+            with _OwnDraws(torch_states):
+                yield
+    finally:
+        if alone:
+            torch_states.put_back()
             random.setstate(python)
             np.random.set_state(legacy)  # noqa: NPY002
 
 
+def _other_threads() -> bool:
+    """Whether another thread might draw: any that runs Python, but for the one that takes eigenvalues."""
+    harmless = {thread.ident for thread in threading.enumerate() if thread.name == THREAD_NAME}
+    return bool(sys._current_frames().keys() - harmless - {threading.get_ident()})
+
+
+class _TorchStates:
+    """States of torch's global generators, on the CPU and on CUDA devices in use."""
+
+    def __init__(self, cpu: Tensor, cuda: list[Tensor]) -> None:
+        self._cpu, self._cuda = cpu, cuda
+
+    @classmethod
+    def now(cls) -> _TorchStates:
+        """Take them as they are."""
+        on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else [])
+
+    def put_back(self) -> None:
+        """Make the generators' states these."""
+        torch.set_rng_state(self._cpu)
+        for device, state in enumerate(self._cuda):
+            torch.cuda.set_rng_state(state, device)
+
+
+class _OwnDraws(TorchDispatchMode):
+    """Random operations of this thread draw from states of their own.
+
+    The global ones change hands for the operation alone: what other threads draw before and after stays drawn,
+    and is drawn once.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, states: _TorchStates) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._states = states
+        self._random: dict[Any, bool] = {}  # asked for once for each operation: tags are slow
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        draws = self._random.get(func)
+        if draws is None:
+            tags = getattr(func, "tags", ())
+            draws = self._random[func] = torch.Tag.nondeterministic_seeded in tags
+        if not draws:
+            return func(*args, **(kwargs or {}))
+        theirs = _TorchStates.now()
+        self._states.put_back()
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._states = _TorchStates.now()
+            theirs.put_back()
+
+
 @contextmanager
-def _plain_layers() -> Iterator[None]:
+def _no_cached_casts() -> Iterator[None]:
     # The caller's autocast stays on, but its cache of cast weights is neither read (a weight may have been
-    # updated since) nor filled (training would find casts made without gradients).
+    # updated since) nor filled (training would find casts made without gradients). The switch is the thread's own.
     cached = torch.is_autocast_cache_enabled()
-    # nn.TransformerEncoder's inference kernels call no submodule and turn padded batches into nested tensors.
-    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.set_autocast_cache_enabled(False)
-        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-        torch.backends.mha.set_fastpath_enabled(fast)

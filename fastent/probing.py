@@ -198,9 +198,10 @@ def reduce_activations(
     TypeError
         If a layer's output holds no tensor.
     """
-    with undisturbed(model):
+    with undisturbed(model) as interrupts:
         if callable(layers):
-            given = layers(model, probe.inputs)
+            with interrupts.second_at_once():
+                given = layers(model, probe.inputs)
             named = given if isinstance(given, Mapping) else {name_of(layers): given}
             return {name: reduce(name, _whole(h)) for name, h in named.items()}
         results: dict[str, R] = {}
@@ -218,7 +219,8 @@ def reduce_activations(
         try:
             for name, path in layers.items():
                 handles.append(model.get_submodule(path).register_forward_hook(hook_for(name)))
-            model(*probe.args, **probe.kwargs)
+            with interrupts.second_at_once():
+                model(*probe.args, **probe.kwargs)
         finally:
             for handle in handles:
                 handle.remove()

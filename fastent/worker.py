@@ -37,6 +37,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 5e-5, 1e-3
 # Seconds that a thread which was told to end has to hear of it.
 _LAST_SECONDS = 0.1
 
+THREAD_NAME = "fastent-eigenvalues"
+
 _log = logging.getLogger(__name__)
 
 Spectrum = tuple[Tensor, str]
@@ -85,9 +87,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._state = _State()
-        self._thread = threading.Thread(
-            target=_work, args=(self._state,), name="fastent-eigenvalues", daemon=True
-        )
+        self._thread = threading.Thread(target=_work, args=(self._state,), name=THREAD_NAME, daemon=True)
         self._thread.start()
         at_exit(self)
 

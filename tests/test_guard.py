@@ -164,7 +164,7 @@ def test_training_is_the_same_when_every_probe_fails_in_a_hook() -> None:
     assert train(sgd, watch, Tokens()) == train(sgd, None, Tokens())
 
 
-@pytest.mark.parametrize("name", ["_scratch_buffers", "_random_states"])
+@pytest.mark.parametrize("name", ["_attributes", "_random_states"])
 def test_training_differs_without_this_guard(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def nothing(*args: Any) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from collections import UserDict, namedtuple
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -441,7 +442,7 @@ def test_an_fsdp2_model_trains_to_the_same_bits_with_a_probe_before_and_after_ea
     assert len(monitor.history) == 12
 
     # Not sharded again, the root's weights stay gathered, and the update of the shards would pass them by.
-    monkeypatch.setattr(guard, "fsdp_modules", lambda modules: [])
+    monkeypatch.setattr(guard, "_resharded", lambda modules: nullcontext())
     Monitor(net, inputs(), "norm").step(0)
     assert not hasattr(net.first.weight, "full_tensor")
 
