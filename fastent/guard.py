@@ -33,15 +33,18 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastent.worker import THREAD_NAME
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Bytes from which a tensor's storage is copied when it is first written to: a copy below costs as little.
 LARGE = 1 << 16
@@ -59,7 +62,7 @@ def undisturbed(model: nn.Module) -> Iterator[Interrupts]:
     Yields
     ------
     Interrupts
-        Its `second_at_once` is for the time in which the model runs.
+        Its `second_at_once` is for the time in which the model runs, its `apart` for what is not the model's in it.
     """
     modules = list(model.modules())
     with ExitStack() as stack:
@@ -70,7 +73,7 @@ def undisturbed(model: nn.Module) -> Iterator[Interrupts]:
         # Resharded first: what is put back are attributes of the sharded model.
         for guard in (_attributes, _eval_mode, _parametrisations, _resharded):
             stack.enter_context(guard(modules))
-        stack.enter_context(_random_states())
+        stack.enter_context(_random_states(interrupts))
         stack.enter_context(_SLOW_ATTENTION)
         stack.enter_context(_no_cached_casts())
         # Not inference_mode: a tensor that the model keeps for later must be one that training can use.
@@ -105,6 +108,28 @@ class Interrupts:
             yield
         finally:
             self._at_once = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep a second one too, for work in the pass that is not the model's."""
+        before, self._at_once = self._at_once, False
+        try:
+            yield
+        finally:
+            self._at_once = before
+
+    def apart(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Let `function` run in the middle of a pass as it would outside: no mode sees its operations.
+
+        A few of torch's operations take another way, with other roundings, under a dispatch mode.
+        """
+
+        @functools.wraps(function)
+        def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self.held(), _disable_current_modes():  # type: ignore[no-untyped-call]
+                return function(*args, **kwargs)
+
+        return alone
 
     def release(self) -> None:
         """Put the handler back, and hand on what waited."""
@@ -441,7 +466,7 @@ def fsdp1_modules(modules: list[nn.Module]) -> list[nn.Module]:
 
 
 @contextmanager
-def _random_states() -> Iterator[None]:
+def _random_states(interrupts: Interrupts) -> Iterator[None]:
     """Leave the global generators of torch, NumPy and Python as a run without the pass would find them."""
     torch_states = _TorchStates.now()
     python, legacy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002  the old global state is meant
@@ -450,7 +475,7 @@ def _random_states() -> Iterator[None]:
         if alone:
             yield
         else:
-            with _OwnDraws(torch_states):
+            with _OwnDraws(torch_states, interrupts):
                 yield
     finally:
         if alone:
@@ -493,9 +518,9 @@ class _OwnDraws(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, states: _TorchStates) -> None:
+    def __init__(self, states: _TorchStates, interrupts: Interrupts) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._states = states
+        self._states, self._interrupts = states, interrupts
         self._random: dict[Any, bool] = {}  # asked for once for each operation: tags are slow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -505,13 +530,14 @@ class _OwnDraws(TorchDispatchMode):
             draws = self._random[func] = torch.Tag.nondeterministic_seeded in tags
         if not draws:
             return func(*args, **(kwargs or {}))
-        theirs = _TorchStates.now()
-        self._states.put_back()
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self._states = _TorchStates.now()
-            theirs.put_back()
+        with self._interrupts.held():
+            theirs = _TorchStates.now()
+            self._states.put_back()
+            try:
+                return func(*args, **(kwargs or {}))
+            finally:
+                self._states = _TorchStates.now()
+                theirs.put_back()
 
 
 @contextmanager

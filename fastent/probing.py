@@ -199,6 +199,7 @@ def reduce_activations(
         If a layer's output holds no tensor.
     """
     with undisturbed(model) as interrupts:
+        reduce = interrupts.apart(reduce)
         if callable(layers):
             with interrupts.second_at_once():
                 given = layers(model, probe.inputs)

@@ -30,7 +30,7 @@ class Rotary(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("inv_freq", torch.ones(D), persistent=False)
-        self.max_seq_len_cached = 32
+        self.max_seq_len_cached = 4
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > self.max_seq_len_cached:
