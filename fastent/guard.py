@@ -9,7 +9,8 @@ else, small ones always.
 
 Not covered, since nobody can list it: objects of other kinds that an attribute holds (their own attributes,
 iterators), what a forward pass changes outside the model (closures, globals, class attributes; NumPy arrays),
-the buffers of TorchScript modules. Of a model sharded by FSDP the hooks, submodules and parameters that a pass
+the buffers of TorchScript modules. Hooks that the user registered fire: those of weight normalisation or sharding
+must, and no hook says which kind it is. Of a model sharded by FSDP the hooks, submodules and parameters that a pass
 adds stay. A buffer of 64 KiB or more must not grow in place (`resize_`) in the pass: torch fails then.
 
 Threads. Passes through one model, or a part of it, wait for each other. Two switches hold for the whole process
