@@ -116,12 +116,10 @@ def _parts(runs: Sequence[Run], points: Points, *, shared: bool) -> list[list[Ru
 
 def _warn_of_lost_runs(runs: Sequence[Run], points: Points) -> None:
     others = any(run.done is not None or points[run.seed] is not None for run in runs)
-    empty = [
-        run.name for run in runs if run.seed in points and points[run.seed] is None and not run.metrics.rows
-    ]
-    if others and empty:
+    lost = [run.name for run in runs if run.seed in points and points[run.seed] is None]
+    if others and lost:
         warnings.warn(
-            f"{', '.join(empty)}: nothing is there of what began together with others, so it starts at step 0; the "
+            f"{', '.join(lost)}: no checkpoint, though others of the stack have one, so it starts from step 0; the "
             "files of the others stay as they are",
             RunWarning,
             stacklevel=3,

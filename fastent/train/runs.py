@@ -302,7 +302,7 @@ class Run:
                 f"{self.path}: checkpoint {whole} is whole and rows before it are lost from {self.metrics.path.name}: "
                 "put them back from a copy, or move the folder away to train the seed anew"
             )
-        if steps or self.metrics.rows:
+        if steps:
             warnings.warn(
                 f"{self.path}: no checkpoint that can serve, so the seed starts again from step 0",
                 RunWarning,

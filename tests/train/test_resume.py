@@ -199,8 +199,9 @@ def test_with_every_checkpoint_damaged_a_seed_starts_again(half, toy, uninterrup
         damage_bit(checkpoint(out, 2, step))
     toy(out)
     assert contents(out) == uninterrupted
-    assert len(warned()) == 3
+    assert len(warned()) == 4
     assert "seed2: no checkpoint that can serve, so the seed starts again from step 0" in warned()[2]
+    assert warned()[3].startswith(f"{JOB.run_name(2)}: no checkpoint, though others of the stack have one")
 
 
 def test_falling_back_to_before_a_seed_ended_rebuilds_the_stack_with_it_and_leaves_its_folder_alone(
