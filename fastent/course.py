@@ -109,10 +109,21 @@ class Course:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace everything by what `state_dict` gave, for the same threshold and patience."""
-        recent = [(step, math.nan if h is None else h) for step, h in state["recent"]]
-        usable, peaks = list(state["usable"]), [(step, level) for step, level in state["peaks"]]
-        self.first, self.peak, self.below_since = state["first"], state["peak"], state["below_since"]
+        """Replace everything by what `state_dict` gave, for the same threshold and patience.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            For anything else. Nothing is replaced then.
+        """
+        single = {name: checked_number(name, state[name]) for name in ("first", "peak", "below_since")}
+        recent = [
+            (_number("a step", step), math.nan if h is None else _number("H", h))
+            for step, h in state["recent"]
+        ]
+        usable = [_number("H", h) for h in state["usable"]]
+        peaks = [(_number("a step", step), _number("a peak", level)) for step, level in state["peaks"]]
+        self.first, self.peak, self.below_since = single["first"], single["peak"], single["below_since"]
         self._recent, self._usable = deque(recent, WINDOW), deque(usable, MEDIAN)
         self._peaks = deque(peaks)
 
@@ -133,3 +144,17 @@ class Course:
     def _forget(self, now: float) -> None:
         while len(self._peaks) > 1 and self._peaks[0][0] < now - self.patience:
             self._peaks.popleft()
+
+
+def checked_number(name: str, value: Any) -> float | None:
+    """Give a saved number or None, or raise ValueError."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise ValueError(f"{name} must be a number or null; got {value!r}")
+
+
+def _number(name: str, value: Any) -> float:
+    number = checked_number(name, value)
+    if number is None:
+        raise ValueError(f"{name} must be a number; got null")
+    return number

@@ -28,7 +28,7 @@ from fastent.evaluator import Evaluator
 from fastent.power_law import PowerLaw
 from fastent.probing import Inputs, Layers
 from fastent.readings import Readings
-from fastent.records import EntropyRecord, Recording
+from fastent.records import EntropyRecord, Recording, checked_count
 from fastent.spectrum import SpectralEntropy
 from fastent.stopping import StopAfterCrossing
 from fastent.watching import Watched
@@ -280,30 +280,35 @@ class SpectralEntropyMonitor(Readings):
         Raises
         ------
         ValueError
-            If the state is of another version or probe, or the probe changed. Nothing is loaded then.
+            If the state is damaged, or of another version or probe, or the probe changed. Nothing is loaded then.
         """
-        if state["version"] not in READ_VERSIONS:
-            readable = " and ".join(map(str, READ_VERSIONS))
-            raise ValueError(f"the state has version {state['version']}; this release reads {readable}")
         if self._watched is not None:
             self._watched.probe.check(content=True)
-        digest = self._watched.probe.digest if self._watched else None
-        if state["probe"] != digest:
-            old, new = (f"probe {d[:12]}" if d else "no probe" for d in (state["probe"], digest))
-            raise ValueError(f"the state was recorded with {old}, this monitor has {new}")
-        last_step = state["last_step"]
-        if state["version"] == 1:  # it knew only the last multiple that was evaluated
-            missed = (
-                last_step is not None and last_step % self._every == 0 and last_step != state["last_probed"]
-            )
-            called, unfinished = last_step, last_step if missed else None
-        else:
-            called, unfinished = state["last_called"], state["unfinished"]
+        try:
+            if state["version"] not in READ_VERSIONS:
+                readable = " and ".join(map(str, READ_VERSIONS))
+                raise ValueError(f"the state has version {state['version']}; this release reads {readable}")
+            digest = self._watched.probe.digest if self._watched else None
+            if state["probe"] != digest:
+                old, new = (f"probe {d[:12]}" if d else "no probe" for d in (state["probe"], digest))
+                raise ValueError(f"the state was recorded with {old}, this monitor has {new}")
+            last_step = _step("last_step", state)
+            if state["version"] == 1:  # it knew only the last multiple that was evaluated
+                probed = _step("last_probed", state)
+                missed = last_step is not None and last_step % self._every == 0 and last_step != probed
+                called, unfinished = last_step, last_step if missed else None
+            else:
+                called, unfinished = _step("last_called", state), _step("unfinished", state)
+            dropped = checked_count("dropped", state.get("dropped", 0))
+            recording = self._recording.empty()
+            recording.load_state_dict(state)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"nothing is loaded: {_reason(error)}") from error
         self._arrivals.forget()
-        self._recording.load_state_dict(state)
+        self._recording.become(recording)
         self._last_step, self._last_called, self._unfinished = last_step, called, unfinished
         self._evaluator.forget_devices()
-        self._evaluations.dropped = state.get("dropped", 0)
+        self._evaluations.dropped = dropped
 
     def flush(self) -> list[EntropyRecord]:
         """Wait for all that was asked for, and return the records that arrived; raises as `step` does."""
@@ -369,6 +374,14 @@ class SpectralEntropyMonitor(Readings):
             )
         self._last_step = step
         return step
+
+
+def _step(name: str, state: Mapping[str, Any]) -> int | None:
+    return None if state[name] is None else checked_count(name, state[name])
+
+
+def _reason(error: Exception) -> str:
+    return f"the state has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastent.course import Course
+from fastent.course import Course, checked_number
 from fastent.sampling import SamplingError
 from fastent.spectrum import SpectralEntropy, Status
 
@@ -102,8 +102,8 @@ class EntropyRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EntropyRecord:
-        """Record from what `as_dict` gave."""
-        return cls(
+        """Record from what `as_dict` gave; ValueError or TypeError for anything else."""
+        record = cls(
             **{
                 **values,
                 **{name: _number(values[name]) for name in _FLOATS},
@@ -111,6 +111,14 @@ class EntropyRecord:
                 "flags": tuple(Status(flag) for flag in values["flags"]),
             }
         )
+        for name in ("step", "n", "d"):
+            checked_count(name, getattr(record, name))
+        for name in ("layer", "message"):
+            if not isinstance(getattr(record, name), str):
+                raise TypeError(f"{name} must be a string; got {getattr(record, name)!r}")
+        for name in ("bias", "standard_error"):
+            checked_number(name, getattr(record, name))
+        return record
 
 
 @dataclass
@@ -216,7 +224,7 @@ class Recording:
         gets them from its records.
         """
         records = [EntropyRecord.from_dict(values) for values in state["history"]]
-        same_threshold = state["threshold"] == self.threshold
+        same_threshold = checked_number("threshold", state["threshold"]) == self.threshold
         kept: dict[str, list[tuple[int, EntropyRecord]]] = {name: [] for name in state["layers"]}
         for number, record in enumerate(records):
             kept[record.layer].append((number, record))
@@ -225,7 +233,11 @@ class Recording:
             own = kept[name]
             course = Course(self.threshold)
             layer = _Layer(
-                values["d"], values["newest"], course, values["crossed_at"], deque(own, self._size)
+                checked_count("d", values["d"]),
+                checked_count("newest", values["newest"]),
+                course,
+                None if values["crossed_at"] is None else checked_count("crossed_at", values["crossed_at"]),
+                deque(own, self._size),
             )
             if "course" in values:
                 course.load_state_dict(values["course"])
@@ -240,6 +252,14 @@ class Recording:
                     self._note_crossing(layer, record)
             layers[name] = layer
         self._layers, self._expected, self._count = layers, {}, len(records)
+
+    def become(self, other: Recording) -> None:
+        """Keep what `other` keeps, and nothing else."""
+        self._layers, self._expected, self._count = other._layers, other._expected, other._count
+
+    def empty(self) -> Recording:
+        """Make one of the same size and threshold."""
+        return Recording(self._size, self.threshold)
 
     def _known(self, layer: str) -> tuple[int, int] | None:
         recorded = self._layers.get(layer)
@@ -268,3 +288,10 @@ def _plain(value: Any) -> Any:
 
 def _number(value: float | str | None) -> float:
     return math.nan if value is None else float(value)
+
+
+def checked_count(name: str, value: Any) -> int:
+    """Give a saved count or step, or raise ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an integer, 0 or more; got {value!r}")
+    return value

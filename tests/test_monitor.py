@@ -532,6 +532,54 @@ def test_state_of_another_probe_or_version_is_refused_and_nothing_is_loaded(mode
     assert len(monitor.history) == 1
 
 
+def places(value: Any) -> list[tuple[Any, ...]]:
+    """The path of everything in a nested state."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path for key, item in items for path in [(key,), *((key, *rest) for rest in places(item))]]
+
+
+def test_a_damaged_state_is_loaded_whole_or_not_at_all() -> None:
+    def line(step: int) -> Tensor:
+        return torch.outer(torch.arange(20.0), torch.ones(3)) if step > 4 else inputs(20, 3, seed=step)
+
+    saved, monitor = Monitor(threshold=0.5), Monitor(threshold=0.5)
+    for step in range(8):
+        saved.observe(step, line(step), layer="a")
+    monitor.observe(3, inputs(9, 4), layer="b")
+    good, own = json.dumps(saved.state_dict()), json.dumps(monitor.state_dict())
+    loaded = refused = 0
+    damages: list[Any] = [None, "x", [], {}, -1, 1.5, True, math.nan, KeyError]
+    for path in places(json.loads(good)):
+        for damage in damages:
+            state = json.loads(good)
+            parent = state
+            for key in path[:-1]:
+                parent = parent[key]
+            if damage is KeyError:
+                del parent[path[-1]]
+            else:
+                parent[path[-1]] = damage
+            reason = ""
+            try:
+                monitor.load_state_dict(state)
+            except ValueError as error:
+                reason = str(error)
+            if reason.startswith("nothing is loaded: "):
+                refused += 1
+                assert json.dumps(monitor.state_dict()) == own, (path, damage)
+            else:  # it may mean something: then all of it is in use
+                assert not reason, (path, damage)
+                loaded += 1
+                json.dumps(monitor.state_dict())
+                assert monitor.crossed in (True, False)
+                monitor.observe(max(monitor.last_step or 0, 9), inputs(20, 5), layer="c")
+                for layer in {record.layer for record in monitor.history}:
+                    monitor.diagnose(layer=layer)
+                monitor.load_state_dict(json.loads(own))
+    assert refused > 800
+    assert loaded > 100
+
+
 def test_load_state_dict_hashes_the_probe_again(model: nn.Module) -> None:
     x = inputs()
     monitor = Monitor(model, x, "2")
