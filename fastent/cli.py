@@ -66,8 +66,8 @@ def run(
     force : bool
         Go on with runs of another configuration or of a newer fastent, saying what is ignored.
     """
-    from fastent.experiments.jobs import JOBS
-    from fastent.experiments.run_summary import print_summary
+    from fastent.grokking.experiments.jobs import JOBS
+    from fastent.grokking.experiments.report import print_summary
     from fastent.train.progress import ProgressBar
     from fastent.train.runs import plan_stacks
     from fastent.train.signals import StopRequest
@@ -140,8 +140,8 @@ def report(
     fill : paths, optional
         Write the parts of the report into these documents, the same ones if none is named.
     """
-    from fastent.experiments.committed import documents
-    from fastent.experiments.report import check_documents, fill_documents, write_report
+    from fastent.grokking.experiments.document import documents
+    from fastent.grokking.experiments.report import check_documents, fill_documents, write_report
 
     if check is not None and fill is not None:
         raise ValueError("give --check or --fill, not both")
@@ -195,8 +195,8 @@ def entropy(activations: Path, *, tokens: Tokens | None = None, convention: Conv
 
 def list_() -> int:
     """Print the experiments and the presets."""
-    from fastent.experiments.jobs import JOBS
-    from fastent.experiments.report import EXPERIMENTS
+    from fastent.grokking.experiments.jobs import JOBS
+    from fastent.grokking.experiments.report import EXPERIMENTS
     from fastent.train.presets import PRESETS
 
     print("experiments")

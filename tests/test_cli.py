@@ -17,7 +17,7 @@ import torch
 
 from fastent import doctor, openblas, spectral_entropy
 from fastent.cli import main, parse_seeds
-from fastent.experiments.jobs import JOBS
+from fastent.grokking.experiments.jobs import JOBS
 from fastent.train import sweep
 from fastent.train.errors import RunWarning
 from fastent.train.presets import preset

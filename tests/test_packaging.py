@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 # An editable install of the tree would step in for what the wheel lacks.
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
-import torch, fastent, fastent.kernels, fastent.reference.entropy, fastent.train, fastent.experiments
+import torch, fastent, fastent.kernels, fastent.reference.entropy, fastent.train, fastent.grokking.experiments
 here = Path(sys.argv[1])
 for module in (fastent, fastent.kernels, fastent.reference.entropy, fastent.train):
     assert Path(module.__file__).is_relative_to(here), module.__file__

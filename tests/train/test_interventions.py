@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from fastent.experiments.jobs import JOBS
+from fastent.grokking.experiments.jobs import JOBS
 from fastent.train.errors import RunError
 from fastent.train.interventions import HeldNorm, InTurn, Mixing, followed, make_condition, source_job
 from fastent.train.loop import train

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from fastent.experiments.statistics import LEVEL, Estimate
+from fastent.grokking.experiments.statistics import LEVEL, Estimate
 from fastent.grokking.mathematics.runs import FollowedRun
 from fastent.reference import forecast
 

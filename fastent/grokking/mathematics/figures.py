@@ -15,8 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fastent.experiments.figures import WIDTH, save_png
-from fastent.experiments.style import LIGHT
+from fastent.grokking.experiments.figures import LIGHT, WIDTH, save_png
 from fastent.grokking.mathematics.checks import entropy_of
 from fastent.grokking.mathematics.collapse import Phase, collapse_span, steps_by_phase
 from fastent.grokking.mathematics.runs import PROBE_SIZES, FollowedRun, read_followed

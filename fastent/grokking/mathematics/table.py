@@ -246,7 +246,7 @@ def spread_of_thresholds(h_star: Mapping[str, Sequence[float]], origin: str) -> 
 
 def stored_thresholds(folder: Path) -> Evidence:
     """Heuristic 2 from runs without intervention that exist, by task."""
-    from fastent.experiments.stored import read_runs
+    from fastent.grokking.experiments.data import read_runs
 
     h_star: dict[str, list[float]] = {}
     for run in read_runs(folder):

@@ -1,1 +1,0 @@
-"""The paper's experiments: plain functions over runs, their statistics, figures and report."""

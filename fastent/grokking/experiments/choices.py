@@ -1,0 +1,148 @@
+"""Which claims depend on what the paper leaves open: E1's analysis of settings one choice apart.
+
+The paper does not say where LayerNorm stands, which position is read, how embeddings start, whether the input ends in
+"=", or which nonlinearity it has. `fastent.train.presets.CHOICES` names one other answer to each. Here every claim of
+E1 is judged under each of them, the paper's numbers included, as each could be its setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastent.grokking.experiments import e1_lead
+from fastent.grokking.experiments.claims import NOT_RUN, Claim, decimal, steps
+from fastent.grokking.experiments.data import StoredRun
+from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
+from fastent.grokking.experiments.e1_lead import PAPER_H_STAR, Baseline
+from fastent.grokking.experiments.jobs import OTHER_CHOICES
+from fastent.grokking.experiments.leads import Leads
+
+TITLE = "Which claims depend on what the paper leaves open?"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """E1's analysis of the complete runs of one setting, the preset's own first."""
+
+    label: str
+    result: Baseline
+
+    @property
+    def claims(self) -> dict[tuple[str, str], Claim]:
+        """E1's claims by where and what the paper says."""
+        return {(claim.where, claim.says): claim for claim in e1_lead.claims(self.result)}
+
+
+def analyse(runs: Sequence[StoredRun]) -> tuple[Setting, ...] | None:
+    """Analyse each setting; None without a complete run of another choice or of the preset's own."""
+    groups = [("as the preset", [run for run in runs if run.experiment == "e1"])]
+    groups += [
+        (choice.label, [r for r in runs if r.experiment == "choices" and r.condition == choice.condition])
+        for choice in OTHER_CHOICES
+    ]
+    settings = tuple(
+        Setting(label, e1_lead.analyse([run.measure() for run in group], comparable=True))
+        for label, group in groups
+        if group
+    )
+    return settings if len(settings) > 1 and groups[0][1] else None
+
+
+def agreed(settings: Sequence[Setting]) -> dict[tuple[str, str], bool]:
+    """Whether each claim has one verdict under all settings; those that some setting cannot judge are left out."""
+    verdicts = {
+        key: [s.claims[key].verdict for s in settings if key in s.claims] for key in settings[0].claims
+    }
+    return {key: len(set(found)) == 1 for key, found in verdicts.items() if NOT_RUN not in found}
+
+
+def headline(settings: Sequence[Setting]) -> str:
+    """Say in a few sentences what the runs show."""
+    same = agreed(settings)
+    known = [s.result.h_star.value for s in settings if s.result.h_star is not None]
+    said = (
+        f"Choices: under {len(settings)} settings that the paper's text allows, {sum(same.values())} of {len(same)} "
+        "claims of E1 have one and the same verdict."
+    )
+    if known:
+        said += f" The mean H* of a setting lies between {decimal(min(known))} and {decimal(max(known))}."
+    return said
+
+
+def section(settings: Sequence[Setting]) -> Section:
+    """Write the part of the report."""
+    blocks: list[Block] = [
+        Text(
+            "The paper's text leaves choices open that a reader must make to run its model. Each setting below makes "
+            "one of them differently from the preset and is otherwise the same. A verdict that changes along a row "
+            "says more of that choice than of grokking."
+        ),
+        _figures_table(settings),
+        _verdicts_table(settings),
+    ]
+    return Section("choices", TITLE, tuple(blocks))
+
+
+def _figures_table(settings: Sequence[Setting]) -> Table:
+    rows = []
+    for setting in settings:
+        summaries = [run.summary for run in setting.result.runs]
+        norms = [
+            None if s.norm_start is None or s.norm_at_mem is None else s.norm_at_mem / s.norm_start
+            for s in summaries
+        ]
+        rises = [
+            None if s.entropy_max is None or s.entropy_start is None else s.entropy_max - s.entropy_start
+            for s in summaries
+        ]
+        rows.append(
+            (
+                setting.label,
+                f"{sum(s.t_grok is not None for s in summaries)} of {len(summaries)}",
+                _span([s.t_mem for s in summaries], 0),
+                _span([s.t_grok for s in summaries], 0),
+                _span([s.h_star for s in summaries]),
+                _span(rises),
+                _span(norms, 2),
+                _led(setting.result.left_out),
+                _led(setting.result.signal),
+            )
+        )
+    columns = (
+        *("setting", "grokked", "T_mem", "T_grok", "H*", "H max − start", "norm at T_mem / start"),
+        *("lead, H below H* of other seeds", "lead, fall of H"),
+    )
+    caption = (
+        f"Mean (smallest to largest) over the runs of each setting; the paper's H* is {PAPER_H_STAR}. Leads: runs "
+        "preceded; mean lead in steps."
+    )
+    return Table(caption, columns, tuple(rows), tuple(range(1, 9)))
+
+
+def _verdicts_table(settings: Sequence[Setting]) -> Table:
+    same = agreed(settings)
+    rows: list[tuple[str | Verdict, ...]] = []
+    for key, claim in settings[0].claims.items():
+        verdicts: list[Verdict] = [s.claims[key].verdict if key in s.claims else NOT_RUN for s in settings]
+        depends = "–" if key not in same else "no" if same[key] else "yes"
+        rows.append((claim.where, claim.says, *verdicts, depends))
+    columns = ("Paper", "It says", *(setting.label for setting in settings), "depends on the choice")
+    return Table("E1's claims under each setting, judged as in the summary.", columns, tuple(rows))
+
+
+def _span(values: Sequence[float | None], digits: int = 3) -> str:
+    def worded(value: float) -> str:
+        return steps(value) if digits == 0 else decimal(value, digits)
+
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = worded(sum(known) / len(known))
+    return mean if min(known) == max(known) else f"{mean} ({worded(min(known))} to {worded(max(known))})"
+
+
+def _led(rule: Leads) -> str:
+    if rule.preceding is None or rule.mean is None:
+        return "–"
+    return f"{round(rule.preceding.value * rule.preceding.n)} of {rule.preceding.n}; {steps(rule.mean.value)}"

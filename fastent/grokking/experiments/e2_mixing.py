@@ -1,0 +1,347 @@
+"""E2, the question whether mixing the representations delays grokking, and whether by way of the entropy.
+
+Runs of `fastent.grokking.experiments.jobs.e2` against E1's (paper, section 6, Appendix C, Figure 3, Table 1). The paper
+mixes "at every training step" to "prevent the covariance from collapsing" and concludes from the delay that the
+collapse causes grokking. Its text has two readings of the loss, so both were run, and its alpha is lost, so there is a
+dose-response. A delay shows an effect of mixing; that it acts through the entropy needs H to stay up, which is measured
+(`fastent.grokking.experiments.delays`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from fastent.grokking.experiments.claims import (
+    IN_PART,
+    NONE,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    Claim,
+    counted,
+    decimal,
+    judge_share,
+    judge_value,
+    span,
+    steps,
+    worded,
+)
+from fastent.grokking.experiments.data import StoredRun
+from fastent.grokking.experiments.delays import (
+    AtLoss,
+    Collapse,
+    Delay,
+    Group,
+    at_equal_loss,
+    collapse,
+    delays,
+    delays_table,
+    equal_loss,
+    equal_step,
+    grokking_times,
+    groups_of,
+    judge_later,
+    judge_test,
+    notes,
+    tested,
+    trajectories,
+    words,
+)
+from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
+from fastent.grokking.experiments.figures import drawn
+from fastent.grokking.experiments.jobs import ALPHA
+from fastent.grokking.experiments.statistics import Estimate, bootstrap
+
+TITLE = "E2: does mixing the representations delay grokking?"
+
+PAPER_MEAN = 19_420
+PAPER_DELAY = 5_060
+"""From its Table 1's means, 19,420 - 14,360; the paper prints 5,020."""
+PAPER_EFFECT = 0.70
+PAPER_P = 0.044
+
+LOSSES, LOGITS = f"losses-{ALPHA:g}", f"logits-{ALPHA:g}"
+"""The two readings of the paper's loss, at the alpha that stands for the lost one."""
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One condition of E2: its delay and what became of the entropy."""
+
+    delay: Delay
+    equal_step: Estimate | None
+    equal_loss: tuple[AtLoss, ...]
+    collapse: Collapse
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Analysis of E2: the baseline, every condition by name, and the dose-response.
+
+    `dose` is the mean over seeds of Kendall's tau between alpha (0 included) and T_grok, losses averaged; a run
+    that did not grok is as late as the limit.
+    """
+
+    baseline: Group
+    conditions: dict[str, Mixed]
+    dose: Estimate | None
+    comparable: bool
+
+
+def analyse(runs: Sequence[StoredRun], *, comparable: bool) -> Mixing | None:
+    """Compare E2's conditions with E1's baseline; None if either has no run.
+
+    Parameters
+    ----------
+    runs : sequence of StoredRun
+        Complete runs of E1 and E2.
+    comparable : bool
+        Whether they were made with the paper's setting.
+    """
+    baseline = groups_of(runs, "e1").get("baseline")
+    treated = groups_of(runs, "e2")
+    if baseline is None or not treated:
+        return None
+    conditions = {
+        delay.condition: Mixed(
+            delay=delay,
+            equal_step=equal_step(baseline, delay.group),
+            equal_loss=tuple(equal_loss(baseline, delay.group)),
+            collapse=collapse(baseline, delay.group),
+        )
+        for delay in delays(baseline, list(treated.values()))
+    }
+    return Mixing(baseline, conditions, _dose(baseline, treated), comparable)
+
+
+def alpha_of(condition: str) -> float:
+    """Weight of the other row under a condition; 0 for the baseline."""
+    return 0.0 if condition == "baseline" else float(condition.rpartition("-")[2])
+
+
+def _dose(baseline: Group, treated: dict[str, Group]) -> Estimate | None:
+    doses = [baseline, *(group for name, group in treated.items() if name.startswith("losses-"))]
+    shared = set.intersection(*(set(group.seeds) for group in doses))
+    if len(doses) < 3 or not shared:
+        return None
+    alphas = [alpha_of(group.condition) for group in doses]
+    times = zip(*(group.only(sorted(shared)).times.values for group in doses), strict=True)
+    taus = [float(stats.kendalltau(alphas, seed).statistic) for seed in times]
+    known = [tau for tau in taus if tau == tau]  # NaN where all times of a seed tie
+    return bootstrap(known) if known else None
+
+
+def claims(result: Mixing) -> list[Claim]:
+    """Each claim of the paper that E2's runs speak to, beside what they say."""
+    losses, logits = result.conditions.get(LOSSES), result.conditions.get(LOGITS)
+    delay = None if losses is None else losses.delay
+    return [
+        Claim(
+            "§6, abstract (iii)",
+            f"mixing delays grokking by 5,020 steps (Table 1's means differ by {steps(PAPER_DELAY)})",
+            _delayed(delay),
+            judge_later(delay),
+            "the interval of the mean delay lies above 0; in part: the delay does. Losses averaged",
+        ),
+        Claim(
+            "Appendix C",
+            "the same with the other reading of its loss, logits averaged",
+            _delayed(None if logits is None else logits.delay),
+            judge_later(None if logits is None else logits.delay),
+            "as above",
+        ),
+        Claim(
+            "Table 1",
+            f"T_grok under mixing is {steps(PAPER_MEAN)} steps",
+            NONE if delay is None else worded(delay.mean),
+            judge_value(PAPER_MEAN, None if delay is None else delay.mean, comparable=result.comparable),
+            "the paper's number lies in our interval; in part: within 25 %",
+        ),
+        Claim(
+            "§6",
+            f"Mann-Whitney p = {PAPER_P}, Cohen's d = {decimal(PAPER_EFFECT, 2)}",
+            tested(delay),
+            judge_test(delay, PAPER_EFFECT, comparable=result.comparable),
+            "p (Holm over E2's conditions) below 0.05 and the paper's d in our interval; in part: one of them",
+        ),
+        Claim(
+            "Table 1",
+            "10 of 10 runs grok under mixing",
+            NONE if delay is None else counted(delay.grokked),
+            judge_share(None if delay is None else delay.grokked),
+            "every run groks; in part: at least half",
+        ),
+        Claim(
+            "§6",
+            "mixing prevents the covariance from collapsing",
+            _kept_up(result.baseline, losses),
+            judge_kept_up(losses),
+            "H is higher than in the baseline run of the same seed at equal step and at grokking, both intervals above "
+            "0; in part: one of them",
+        ),
+    ]
+
+
+def _delayed(delay: Delay | None) -> str:
+    return NONE if delay is None else worded(delay.delay)
+
+
+def _kept_up(baseline: Group, mixed: Mixed | None) -> str:
+    if mixed is None:
+        return NONE
+    said = f"H is higher at equal step by {worded(mixed.equal_step, '')}"
+    said += f", at grokking by {worded(mixed.collapse.shift, '')}"
+    if mixed.equal_loss:
+        # The lowest loss that the most seeds reach under both.
+        most = max(level.difference.n for level in mixed.equal_loss)
+        last = [level for level in mixed.equal_loss if level.difference.n == most][-1]
+        said += f", at equal training loss ({last.loss:g}) by {worded(last.difference, '')}"
+    own = collapse(baseline, baseline).below
+    return f"{said}; below the baseline's H* by T_grok: {counted(mixed.collapse.below)}, of the baseline {counted(own)}"
+
+
+def judge_kept_up(mixed: Mixed | None) -> Verdict:
+    """Judge whether mixing keeps H up, by H at equal step and at grokking."""
+    if mixed is None or mixed.equal_step is None or mixed.collapse.shift is None:
+        return NOT_RUN
+    higher = [e.low is not None and e.low > 0 for e in (mixed.equal_step, mixed.collapse.shift)]
+    return REPRODUCED if all(higher) else IN_PART if any(higher) else NOT_REPRODUCED
+
+
+def headline(result: Mixing) -> str:
+    """Say in a few sentences what the runs show."""
+    mixed = result.conditions.get(LOSSES)
+    if mixed is None:
+        return f"E2: {len(result.conditions)} conditions of mixing have complete runs, but not the paper's."
+    delay, higher = mixed.delay, mixed.equal_step
+    said = (
+        f"E2: mixing with the losses averaged moves T_grok by {worded(delay.delay)}; "
+        f"{round(delay.grokked.value * delay.grokked.n)} of {delay.grokked.n} runs grok."
+    )
+    if higher is not None:
+        said += f" At equal step H differs from the baseline's by {worded(higher, '')}."
+    return said
+
+
+def section(result: Mixing) -> Section:
+    """E2's part of the report."""
+    mixed = list(result.conditions.values())
+    all_delays = [each.delay for each in mixed]
+    main = [result.conditions[name] for name in (LOSSES, LOGITS) if name in result.conditions]
+    shown = [result.baseline, *(each.delay.group for each in main or mixed[:1])]
+    blocks: list[Block] = [
+        Text(
+            "The paper mixes each representation of a batch with the next one, h̃ᵢ = (1 − α) hᵢ + α hᵢ₊₁, at every "
+            "training step. Its formula averages the two losses, its text the two logits; both were run. As the head "
+            "is affine, the average of the logits is its answer to the average representation: mixing alone, with α/2 "
+            "in the place of α. Section 6 can also be read as mixing alone with α itself, which is to average the "
+            "logits with 2α. The batches' order is random, so the next one is any other pair. The α of the paper is "
+            "lost; 0.1 is ours, and the other values are a dose-response. Evaluation and H see the representations "
+            "unmixed."
+        ),
+        delays_table(
+            "When each condition groks, in steps, against E1's baseline.", result.baseline, all_delays
+        ),
+        Text(notes(all_delays), "note"),
+        drawn(
+            "e2-times",
+            functools.partial(grokking_times, result.baseline, all_delays),
+            "T_grok of every run. Triangles: runs that did not grok, at their end; diamonds and bars: restricted means "
+            "with 95 % intervals; dashed: the baseline's mean.",
+            "Dots of T_grok of each run by condition.",
+        ),
+    ]
+    if result.dose is not None:
+        blocks.append(
+            Text(
+                f"Dose-response, losses averaged: Kendall's τ between α (0 included) and T_grok, seed by seed, is "
+                f"{worded(result.dose, '')}. 1 would be: later with every higher α, in every seed."
+            )
+        )
+    blocks += [
+        drawn(
+            "e2-trajectories",
+            functools.partial(trajectories, shown),
+            "In the manner of the paper's Figure 3: baseline and mixing. Thin lines: runs; thick lines: their mean "
+            "over the steps that all of them reached.",
+            "Test accuracy, entropy and norm against the step, by condition.",
+        ),
+        *_entropy_blocks(result, mixed),
+    ]
+    return Section("e2", TITLE, tuple(blocks))
+
+
+def _entropy_blocks(result: Mixing, mixed: list[Mixed]) -> list[Block]:
+    blocks: list[Block] = [
+        Text(
+            "Does the intervention keep H up, as it is meant to? At equal step, a run that is slower in everything has "
+            "a higher H without any action on H; so H is compared at equal training loss too (the loss of the unmixed "
+            "representations on the training set, in both)."
+        ),
+        Table(
+            "What becomes of the entropy. H* of the baseline is the mean over its runs.",
+            (
+                "condition",
+                "H, difference at equal step",
+                "H at own T_grok",
+                "that, minus the baseline's",
+                "below the baseline's H* before grokking",
+            ),
+            tuple(
+                (
+                    words(each.delay.condition),
+                    span(each.equal_step, decimal),
+                    span(each.collapse.h_star, decimal),
+                    span(each.collapse.shift, decimal),
+                    counted(each.collapse.below),
+                )
+                for each in mixed
+            ),
+            (1, 2, 3),
+        ),
+    ]
+    rows = [
+        (
+            words(each.delay.condition),
+            f"{level.loss:g}",
+            span(level.control, decimal),
+            span(level.treated, decimal),
+            span(level.difference, decimal),
+            f"{steps(level.control_step)}; {steps(level.treated_step)}",
+            str(level.difference.n),
+        )
+        for each in mixed
+        for level in each.equal_loss
+    ]
+    if rows:
+        blocks += [
+            Table(
+                "H where the training loss first falls to a level, in baseline and treated runs of the same seeds.",
+                (
+                    "condition",
+                    "loss (nats)",
+                    "H, baseline",
+                    "H",
+                    "difference",
+                    "steps, baseline; treated",
+                    "pairs",
+                ),
+                tuple(rows),
+                (1, 2, 3, 4, 5, 6),
+            ),
+            drawn(
+                "e2-equal-loss",
+                functools.partial(
+                    at_equal_loss,
+                    {each.delay.condition: each.equal_loss for each in mixed[:4] if each.equal_loss},
+                ),
+                "H of the treated minus H of the baseline runs at equal training loss, with 95 % intervals over seeds. "
+                "Above 0 the intervention kept H up.",
+                "Difference of entropy against the training loss, one line a condition.",
+            ),
+        ]
+    return blocks

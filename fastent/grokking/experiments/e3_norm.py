@@ -1,0 +1,375 @@
+"""E3, the question whether it is the norm: mixing with the norm held, and the norm held without mixing.
+
+Runs of `fastent.grokking.experiments.jobs.e3` against E1's and E2's (paper, section 6, Table 1). The paper's text does
+not say whether its "norm-matched control" mixes, nor whether the norm is held constant or to the baseline's trajectory.
+Here it mixes and follows the baseline: only then does a delay, "since norm is held constant", speak for the mixing. If
+the control does not mix, the delay speaks for the norm, against the paper's conclusion; so the norm was held without
+mixing as well.
+
+With the baseline and E2 that makes a two by two design: mixed or not, with the baseline's norm or with that of the
+mixed runs. More pairs of conditions hold the norm constant: from where the baseline has memorised, and at its start,
+all parameters together and tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastent.grokking.experiments.claims import (
+    IN_PART,
+    NO_CASE,
+    NONE,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    Claim,
+    counted,
+    decimal,
+    judge_value,
+    span,
+    steps,
+    worded,
+)
+from fastent.grokking.experiments.data import StoredRun
+from fastent.grokking.experiments.delays import (
+    Collapse,
+    Delay,
+    Group,
+    collapse,
+    delays,
+    delays_table,
+    equal_step,
+    grokking_times,
+    groups_of,
+    judge_later,
+    judge_test,
+    notes,
+    tested,
+    trajectories,
+    words,
+)
+from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
+from fastent.grokking.experiments.e2_mixing import LOSSES
+from fastent.grokking.experiments.figures import drawn
+from fastent.grokking.experiments.statistics import Estimate, bootstrap
+from fastent.train.interventions import followed
+
+TITLE = "E3: is it the norm?"
+
+PAPER_MEAN = 22_664
+PAPER_DELAY = 8_304
+PAPER_SHARE = 28 / 30
+PAPER_EFFECT = 1.55
+PAPER_P = 5e-5
+
+CONTROL = f"{LOSSES}+norm-as-baseline"
+"""Our reading of the paper's control."""
+
+HELD = f"norm-as-{LOSSES}"
+"""The fourth cell of the design: the mixed runs' norm without their mixing."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """One condition of E3. `deviation`: the largest relative distance of its norm from what it was held to."""
+
+    delay: Delay
+    equal_step: Estimate | None
+    collapse: Collapse
+    deviation: float | None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it mixes besides holding the norm."""
+        return self.delay.condition.startswith(("losses-", "logits-"))
+
+
+@dataclass(frozen=True)
+class Factorial:
+    """Effects in the two by two design, in steps of T_grok restricted to the limit, over the `n` common seeds.
+
+    `mixing`: mixed minus unmixed, averaged over both norms; `norm`: the mixed runs' norm minus the baseline's,
+    averaged over mixed and unmixed; `interaction`: by how much mixing delays more with the mixed runs' norm.
+    """
+
+    mixing: Estimate
+    norm: Estimate
+    interaction: Estimate
+    n: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Analysis of E3: the baseline, E2's mixed runs where there are any, and every condition by name."""
+
+    baseline: Group
+    mixed: Group | None
+    conditions: dict[str, Held]
+    factorial: Factorial | None
+    comparable: bool
+
+
+def analyse(runs: Sequence[StoredRun], *, comparable: bool) -> Norm | None:
+    """Compare E3's conditions with E1's baseline; None if either has no run.
+
+    Parameters
+    ----------
+    runs : sequence of StoredRun
+        Complete runs of E1, E2 and E3.
+    comparable : bool
+        Whether they were made with the paper's setting.
+    """
+    baseline, mixed = groups_of(runs, "e1").get("baseline"), groups_of(runs, "e2").get(LOSSES)
+    treated = groups_of(runs, "e3")
+    if baseline is None or not treated:
+        return None
+    sources = {"baseline": baseline, LOSSES: mixed}
+    conditions = {
+        delay.condition: Held(
+            delay=delay,
+            equal_step=equal_step(baseline, delay.group),
+            collapse=collapse(baseline, delay.group),
+            deviation=_deviation(delay.group, sources),
+        )
+        for delay in delays(baseline, list(treated.values()))
+    }
+    cells = (baseline, mixed, treated.get(CONTROL), treated.get(HELD))
+    return Norm(baseline, mixed, conditions, _factorial(*cells), comparable)
+
+
+def _deviation(group: Group, sources: dict[str, Group | None]) -> float | None:
+    """Compare the norm of each run with that of the run it follows, or with its own start, at each evaluation."""
+    follows = followed(group.condition)
+    worst: float | None = None
+    for seed, run in zip(group.seeds, group.measured, strict=True):
+        own = run.trajectory
+        if follows is None:
+            wanted = np.full(own.step.size, own.parameter_norm[0])
+        else:
+            source = sources.get(follows)
+            if source is None or seed not in source.seeds:
+                continue
+            other = source.measured[source.seeds.index(seed)]
+            at = own.step
+            if "norm-mem" in group.condition and other.summary.t_mem is not None:
+                at = np.minimum(at, other.summary.t_mem)
+            path = other.trajectory
+            wanted = np.exp(np.interp(at, path.step, np.log(path.parameter_norm)))
+        # The start itself is not held: the first step is.
+        gap = float(np.nanmax(np.abs(own.parameter_norm / wanted - 1)[1:], initial=0.0))
+        worst = gap if worst is None else max(worst, gap)
+    return worst
+
+
+def _factorial(
+    baseline: Group, mixed: Group | None, control: Group | None, held: Group | None
+) -> Factorial | None:
+    if mixed is None or control is None or held is None:
+        return None
+    cells = (baseline, mixed, control, held)
+    shared = sorted(set.intersection(*(set(group.seeds) for group in cells)))
+    if not shared:
+        return None
+    limit = min(run.config["max_steps"] for group in cells for run in group.stored)
+    bb, mm, mb, bm = (np.minimum(group.only(shared).times.values, limit) for group in cells)
+
+    def over_seeds(effect: np.ndarray) -> Estimate:
+        return bootstrap([float(x) for x in effect])
+
+    return Factorial(
+        mixing=over_seeds((mb - bb + mm - bm) / 2),
+        norm=over_seeds((bm - bb + mm - mb) / 2),
+        interaction=over_seeds(mm - mb - bm + bb),
+        n=len(shared),
+    )
+
+
+def claims(result: Norm) -> list[Claim]:
+    """Each claim of the paper that E3's runs speak to, beside what they say."""
+    control = result.conditions.get(CONTROL)
+    delay = None if control is None else control.delay
+    grokked = None if delay is None else delay.grokked
+    return [
+        Claim(
+            "§6, Table 1",
+            f"the norm-matched control delays grokking, by {steps(PAPER_DELAY)} steps",
+            NONE if delay is None else worded(delay.delay),
+            judge_later(delay),
+            "the interval of the mean delay lies above 0; in part: the delay does. Mixing, with the norm of the "
+            "baseline run of the same seed",
+        ),
+        Claim(
+            "Table 1",
+            f"T_grok in the norm-matched control is {steps(PAPER_MEAN)} steps",
+            NONE if delay is None else worded(delay.mean),
+            judge_value(PAPER_MEAN, None if delay is None else delay.mean, comparable=result.comparable),
+            "the paper's number lies in our interval; in part: within 25 %. The paper's is a mean of the 28 runs that "
+            "grokked; ours is restricted to the limit and drops none",
+        ),
+        Claim(
+            "Table 1",
+            "28 of 30 runs grok in the control",
+            NONE if grokked is None else counted(grokked),
+            judge_value(PAPER_SHARE, grokked, comparable=result.comparable),
+            "28/30 lies in our interval; in part: within 25 %",
+        ),
+        Claim(
+            "§6",
+            f"p = {PAPER_P:g}, Cohen's d = {PAPER_EFFECT}",
+            tested(delay),
+            judge_test(delay, PAPER_EFFECT, comparable=result.comparable),
+            "p (Holm over E3's conditions) below 0.05 and the paper's d in our interval; in part: one of them",
+        ),
+        Claim(
+            "§3.3, §6, abstract (iii)",
+            "entropy collapse, not the parameter norm, is the proximate driver",
+            _alone(result),
+            _judge_driver(result),
+            "holding the norm without mixing leaves T_grok alone (interval with 0), mixing with the norm held delays; "
+            "not: the norm alone moves T_grok",
+        ),
+    ]
+
+
+def _without_mixing(result: Norm) -> list[Held]:
+    return [held for held in result.conditions.values() if not held.mixes]
+
+
+def _alone(result: Norm) -> str:
+    return (
+        "; ".join(
+            f"{words(held.delay.condition)}: later by {worded(held.delay.delay)}"
+            for held in _without_mixing(result)
+        )
+        or NONE
+    )
+
+
+def _judge_driver(result: Norm) -> Verdict:
+    alone, control = _without_mixing(result), result.conditions.get(CONTROL)
+    if not alone or control is None:
+        return NOT_RUN
+    if not control.delay.known:
+        return NO_CASE
+    moved = [_excludes_zero(held.delay.delay) for held in alone]
+    if any(moved):
+        return NOT_REPRODUCED
+    return REPRODUCED if judge_later(control.delay) == REPRODUCED else IN_PART
+
+
+def _excludes_zero(estimate: Estimate) -> bool:
+    return estimate.low is not None and estimate.high is not None and not estimate.low <= 0 <= estimate.high
+
+
+def headline(result: Norm) -> str:
+    """Say in a few sentences what the runs show."""
+    said = []
+    for name, held in result.conditions.items():
+        if name == CONTROL:
+            said.append(f"E3: mixing with the baseline's norm moves T_grok by {worded(held.delay.delay)}.")
+    alone = [held for held in result.conditions.values() if not held.mixes]
+    for held in alone:
+        said.append(f"Without mixing, {words(held.delay.condition)}: {worded(held.delay.delay)}.")
+    return (
+        " ".join(said) or f"E3: {len(result.conditions)} conditions have complete runs, but not the controls."
+    )
+
+
+def section(result: Norm) -> Section:
+    """E3's part of the report."""
+    held = list(result.conditions.values())
+    all_delays = [each.delay for each in held]
+    mixed = () if result.mixed is None else (result.mixed,)
+    main = [result.conditions[name].delay.group for name in (CONTROL, HELD) if name in result.conditions]
+    shown = [result.baseline, *mixed, *(main or [held[0].delay.group])]
+    blocks: list[Block] = [
+        Text(
+            "The paper's control leaves two things open: whether it mixes, and whether the norm is held constant or to "
+            "the baseline's trajectory. All readings were run. After each step the parameters are scaled by one "
+            "factor, so that their common Euclidean norm is the one wanted (tensor by tensor: each by its own, tensors "
+            "that start at zero left free). AdamW's moments are left as they are. A norm that follows another run is "
+            "that of the same seed, log-linear between its evaluations and constant after its end."
+        ),
+        Text(
+            "The control that the paper lacks is the norm held without mixing. If that delays grokking as well, a "
+            "control that changes both says nothing about the entropy."
+        ),
+        delays_table(
+            "When each condition groks, in steps, against E1's baseline.", result.baseline, all_delays
+        ),
+        Text(notes(all_delays), "note"),
+        *_factorial_blocks(result),
+        drawn(
+            "e3-times",
+            functools.partial(grokking_times, result.baseline, all_delays),
+            "T_grok of every run. Triangles: runs that did not grok, at their end; diamonds and bars: restricted means "
+            "with 95 % intervals; dashed: the baseline's mean.",
+            "Dots of T_grok of each run by condition.",
+        ),
+        drawn(
+            "e3-trajectories",
+            functools.partial(trajectories, shown),
+            "The cells of the design: baseline, mixing, mixing with the baseline's norm, and the norm of mixing "
+            "without it, as far as they were run. Thin lines: runs; thick lines: their mean over the steps that all "
+            "reached.",
+            "Test accuracy, entropy and norm against the step, by condition.",
+        ),
+        Table(
+            "How well the norm was held (largest relative distance at an evaluation), and what becomes of the entropy.",
+            (
+                "condition",
+                "norm off by",
+                "H, difference at equal step",
+                "H at own T_grok",
+                "below the baseline's H* before grokking",
+            ),
+            tuple(
+                (
+                    words(each.delay.condition),
+                    NONE if each.deviation is None else f"{each.deviation:.1e}",
+                    span(each.equal_step, decimal),
+                    span(each.collapse.h_star, decimal),
+                    counted(each.collapse.below),
+                )
+                for each in held
+            ),
+            (1, 2, 3),
+        ),
+    ]
+    return Section("e3", TITLE, tuple(blocks))
+
+
+def _factorial_blocks(result: Norm) -> list[Block]:
+    effects = result.factorial
+    if effects is None:
+        return [
+            Text(
+                "The two by two design (mixed or not, the baseline's norm or the mixed runs') is not complete: none of "
+                "its effects can be given.",
+                "note",
+            )
+        ]
+    rows = (
+        ("mixing, averaged over both norms", span(effects.mixing, steps)),
+        (
+            "the mixed runs' norm in place of the baseline's, averaged over mixed and unmixed",
+            span(effects.norm, steps),
+        ),
+        (
+            "interaction: how much more mixing delays with the mixed runs' norm",
+            span(effects.interaction, steps),
+        ),
+    )
+    return [
+        Table(
+            f"The two by two design: effects on T_grok in steps, over the {effects.n} seeds of all four cells, with "
+            "BCa intervals over seeds.",
+            ("effect of", "steps"),
+            rows,
+            (1,),
+        )
+    ]

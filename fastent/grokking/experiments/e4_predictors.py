@@ -1,0 +1,661 @@
+"""E4, norm against entropy: whether they are the same thing, and which predicts the steps that remain.
+
+Analysis of E1's runs (paper, section 7, Figure 4a, Table 2). The paper gives a weak negative correlation of norm and H,
+finds "pairs of checkpoints with nearly identical norms but very different entropies", and ranks predictors by the R2 of
+a power law for the remaining time.
+
+A correlation over all evaluations of all runs mixes the common course of training with what ties the two together; so
+it is also taken within each run, within the plateau, and between changes from one evaluation to the next.
+
+Every predictor is fitted at the same evaluations, those before grokking with H above the mean H*, by least squares of
+`remaining = a x^gamma + b`, gamma within `fastent.triples.GAMMA_BOUNDS`, a and b of either sign: a norm may rise or
+fall towards grokking. R2 is given in sample, as the paper's, and for runs left out of the fit and of the constants (H*,
+the norm at grokking). In every run the remaining steps fall by one a step, so the clock, which needs no measurement of
+the network, explains much of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from fastent.grokking.experiments.claims import (
+    IN_PART,
+    NONE,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    Claim,
+    decimal,
+    judge_value,
+    percent,
+    span,
+    steps,
+    worded,
+)
+from fastent.grokking.experiments.delays import THOUSANDS
+from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
+from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn
+from fastent.grokking.experiments.statistics import CORRELATION, EXPLAINED, Estimate, bootstrap, jackknife
+from fastent.train.quantities import MeasuredRun
+from fastent.triples import GAMMA_BOUNDS, fit_line
+
+TITLE = "E4: norm against entropy"
+
+PAPER_R2 = 0.543
+
+
+@dataclass(frozen=True)
+class Predictors:
+    """Analysis of E4.
+
+    `table` is empty with fewer than three runs that grokked; `points` counts the evaluations in its fits.
+    """
+
+    runs: tuple[MeasuredRun, ...]
+    correlations: Correlations
+    pairs: Pairs
+    table: tuple[Predictor, ...]
+    points: int
+    comparable: bool
+
+
+def analyse(runs: Sequence[MeasuredRun], *, comparable: bool) -> Predictors:
+    """Correlations, pairs of checkpoints and predictors of E1's complete `runs`.
+
+    Raises
+    ------
+    ValueError
+        If there is no run.
+    """
+    if not runs:
+        raise ValueError("no run of E1 is complete")
+    data = Evaluations.of(runs)
+    return Predictors(
+        runs=tuple(runs),
+        correlations=correlations(runs),
+        pairs=pairs(runs),
+        table=table(data),
+        points=data.remaining.size,
+        comparable=comparable,
+    )
+
+
+def claims(result: Predictors) -> list[Claim]:
+    """Each claim of the paper that E4 speaks to, beside what E1's runs say."""
+    r = result.correlations
+    rows = {row.name: row for row in result.table}
+    gap = rows.get(ENTROPY_GAP)
+    return [
+        Claim(
+            "§3.3, §7, Fig. 4a",
+            "norm and H are weakly negatively correlated (its value is lost from the text)",
+            f"r = {worded(r.overall, '')}; within runs {worded(r.within, '')}; of changes {worded(r.changes, '')}",
+            _judge_weak(r.overall),
+            "r of all evaluations lies in (−0.5, 0); in part: it is negative, or weak",
+        ),
+        Claim(
+            "§7",
+            "there are pairs of checkpoints with nearly identical norms and very different H and test accuracy",
+            f"of {result.pairs.count:,} pairs within 1 % in norm {percent(result.pairs.far_entropy)} are more than 0.1 "
+            f"apart in H and {percent(result.pairs.far_accuracy)} more than 0.5 in test accuracy",
+            _judge_pairs(result.pairs),
+            "there is such a pair",
+        ),
+        Claim(
+            "Table 2, abstract (iv)",
+            f"the gap of H predicts the remaining steps with R² = {PAPER_R2}",
+            NONE if gap is None else worded(gap.in_sample, ""),
+            judge_value(PAPER_R2, None if gap is None else gap.in_sample, comparable=result.comparable),
+            "the paper's number lies in our interval; in part: within 25 %. In sample, all evaluations with H > H*",
+        ),
+        Claim(
+            "Table 2",
+            "the gap of H outperforms both norm-based predictors",
+            "; ".join(
+                f"{row.name}: {decimal(row.in_sample.value)}" for row in result.table if row.name != CLOCK
+            )
+            or NONE,
+            _judge_best(rows),
+            "its R² exceeds both; in part: one of them",
+        ),
+        Claim(
+            "Table 2",
+            "and the clock, which it does not compare with",
+            "; ".join(
+                f"{row.name}, runs left out: {decimal(row.left_out)}"
+                for row in result.table
+                if row.name in _LAST
+            )
+            or NONE,
+            _judge_clock(rows),
+            "R² on runs left out exceeds the clock's",
+        ),
+    ]
+
+
+def _judge_weak(r: Estimate) -> Verdict:
+    if np.isnan(r.value):
+        return NOT_RUN
+    if -0.5 < r.value < 0:
+        return REPRODUCED
+    return IN_PART if r.value < 0.5 else NOT_REPRODUCED
+
+
+def _judge_pairs(pairs: Pairs) -> Verdict:
+    if not pairs.count:
+        return NOT_RUN
+    return REPRODUCED if pairs.far_entropy > 0 and pairs.far_accuracy > 0 else NOT_REPRODUCED
+
+
+def _judge_best(rows: dict[str, Predictor]) -> Verdict:
+    if not rows:
+        return NOT_RUN
+    ours, *others = (rows[name].in_sample.value for name in (ENTROPY_GAP, NORM, NORM_GAP))
+    return (NOT_REPRODUCED, IN_PART, REPRODUCED)[sum(ours > other for other in others)]
+
+
+def _judge_clock(rows: dict[str, Predictor]) -> Verdict:
+    if not rows:
+        return NOT_RUN
+    ours, clock = (rows[name].left_out for name in _LAST)
+    return REPRODUCED if ours > clock else NOT_REPRODUCED
+
+
+Array = NDArray[np.float64]
+
+NEARLY_NORM = 0.01
+"""Relative difference below which two norms count as nearly identical. Ours: the paper gives none."""
+
+NEARLY_ENTROPY = 0.005
+"""Difference below which two entropies count as nearly identical. Ours."""
+
+
+@dataclass(frozen=True)
+class Correlations:
+    """Pearson's r of norm and H.
+
+    `overall`: all evaluations of all runs; `within`: mean over runs of each run's own; `plateau`: the same between
+    T_mem and T_grok; `changes`: mean over runs of the r of their changes from one evaluation to the next;
+    `changes_plateau`: the same on the plateau; `ranks`: Spearman's rho of all evaluations. None without runs.
+    """
+
+    overall: Estimate
+    within: Estimate | None
+    plateau: Estimate | None
+    changes: Estimate | None
+    changes_plateau: Estimate | None
+    ranks: Estimate
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One evaluation of one run."""
+
+    seed: int
+    step: int
+    norm: float
+    entropy: float
+    test_accuracy: float
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of evaluations, of any runs, that are alike in the norm or in H.
+
+    Of the `count` pairs whose norms differ by less than 1 %: `far_entropy`, the share whose H differ by more than
+    0.1; `far_accuracy`, that more than one half apart in test accuracy; `widest`, the pairs furthest apart in H, one
+    for each pair of seeds at most. `same_entropy` is the mirror image: of the pairs whose H differ by less than
+    0.005, the share more than one half apart in test accuracy. NaN where there is no pair.
+    """
+
+    count: int
+    far_entropy: float
+    far_accuracy: float
+    widest: tuple[tuple[Checkpoint, Checkpoint], ...]
+    same_entropy: float
+
+
+def _pearson(a: Array, b: Array) -> float:
+    if a.size < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _usable(run: MeasuredRun, *, plateau: bool = False) -> tuple[Array, Array]:
+    """Norm and H of the run's usable evaluations, those between T_mem and T_grok alone if `plateau`."""
+    t, s = run.trajectory, run.summary
+    kept = np.isfinite(t.entropy) & np.isfinite(t.parameter_norm)
+    if plateau:
+        end = s.last_step if s.t_grok is None else s.t_grok
+        kept &= (t.step >= (s.last_step if s.t_mem is None else s.t_mem)) & (t.step <= end)
+    return t.parameter_norm[kept], t.entropy[kept]
+
+
+def correlations(runs: Sequence[MeasuredRun]) -> Correlations:
+    """Correlate norm and H of `runs`, at least one; intervals leave out runs, or are over them."""
+    whole = [_usable(run) for run in runs]
+    plateau = [_usable(run, plateau=True) for run in runs]
+
+    def pooled(correlate: Callable[[Array, Array], float]) -> Estimate:
+        def of(parts: Sequence[tuple[Array, Array]]) -> float:
+            return correlate(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+        left_out = [of(whole[:i] + whole[i + 1 :]) for i in range(len(whole))] if len(whole) > 1 else []
+        return jackknife(of(whole), left_out, CORRELATION)
+
+    return Correlations(
+        overall=pooled(_pearson),
+        within=_mean([_pearson(*part) for part in whole]),
+        plateau=_mean([_pearson(*part) for part in plateau]),
+        changes=_mean([_pearson(*map(np.diff, part)) for part in whole]),
+        changes_plateau=_mean([_pearson(*map(np.diff, part)) for part in plateau]),
+        ranks=pooled(lambda a, b: _pearson(stats.rankdata(a), stats.rankdata(b))),
+    )
+
+
+def _mean(values: Sequence[float]) -> Estimate | None:
+    known = [v for v in values if np.isfinite(v)]
+    return bootstrap(known) if known else None
+
+
+def pairs(runs: Sequence[MeasuredRun], widest: int = 5) -> Pairs:
+    """Look at all pairs of evaluations of `runs`; name the `widest`."""
+    tables = [
+        (np.full(t.step.size, run.seed), t.step, t.parameter_norm, t.entropy, t.test_accuracy)
+        for run in runs
+        for t in [run.trajectory]
+    ]
+    rows = np.concatenate([np.array(table, dtype=np.float64) for table in tables], axis=1)
+    rows = rows[:, np.isfinite(rows).all(axis=0)]
+    seed, step, norm, entropy, accuracy = rows
+    i, j = np.triu_indices(norm.size, 1)
+    mirrored = np.abs(entropy[i] - entropy[j]) < NEARLY_ENTROPY
+    same = _share(np.abs(accuracy[i] - accuracy[j])[mirrored] > 0.5)
+    close = np.abs(np.log(norm[i]) - np.log(norm[j])) < NEARLY_NORM
+    i, j = i[close], j[close]
+    apart = np.abs(entropy[i] - entropy[j])
+    chosen: dict[frozenset[float], tuple[Checkpoint, Checkpoint]] = {}
+    for k in np.argsort(-apart, kind="stable"):
+        if len(chosen) == widest:
+            break
+        first, second = sorted((int(i[k]), int(j[k])), key=lambda at: float(step[at]))
+        chosen.setdefault(
+            frozenset((seed[first], seed[second])),
+            (_checkpoint(rows[:, first]), _checkpoint(rows[:, second])),
+        )
+    return Pairs(
+        count=int(i.size),
+        far_entropy=_share(apart > 0.1),
+        far_accuracy=_share(np.abs(accuracy[i] - accuracy[j]) > 0.5),
+        widest=tuple(chosen.values()),
+        same_entropy=same,
+    )
+
+
+def _checkpoint(row: Array) -> Checkpoint:
+    seed, step, norm, entropy, accuracy = (float(x) for x in row)
+    return Checkpoint(int(seed), int(step), norm, entropy, accuracy)
+
+
+def _share(answers: NDArray[np.bool_]) -> float:
+    return float(answers.mean()) if answers.size else float("nan")
+
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+NORM, NORM_GAP, ENTROPY, ENTROPY_GAP = "norm", "norm gap, |norm − norm at T_grok|", "H", "H gap, H − H*"
+CLOCK = "clock: mean T_grok of the runs, minus the step"
+
+_LAST = (ENTROPY_GAP, CLOCK)
+
+
+_GAMMAS = np.geomspace(*GAMMA_BOUNDS, 241)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """One row of Table 2. `in_sample` is R2 with an interval from leaving out runs; `left_out`, R2 on runs left out."""
+
+    name: str
+    gamma: float | None
+    in_sample: Estimate
+    left_out: float
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Evaluations before grokking with H above H*, of the runs that grokked, flat; `run` numbers these runs.
+
+    `h_star`, `norm_star` and `t_grok` hold each run's values at its grokking, shape (n_runs,).
+    """
+
+    run: NDArray[np.int64]
+    step: Array
+    remaining: Array
+    entropy: Array
+    norm: Array
+    h_star: Array
+    norm_star: Array
+    t_grok: Array
+
+    @classmethod
+    def of(cls, runs: Sequence[MeasuredRun]) -> Evaluations:
+        """Collect them; a run without a usable entropy at its grokking takes no part."""
+        ends = [
+            (run, s.t_grok, s.h_star, s.norm_at_grok)
+            for run in runs
+            for s in [run.summary]
+            if s.t_grok is not None and s.h_star is not None and s.norm_at_grok is not None
+        ]
+        h_star = _floats([h for *_, h, _ in ends])
+        parts = [np.empty((5, 0))]
+        for k, (run, t_grok, _, _) in enumerate(ends):
+            t = run.trajectory
+            kept = (t.step < t_grok) & (t.entropy > h_star.mean()) & np.isfinite(t.parameter_norm)
+            step = t.step[kept]
+            parts.append(
+                np.stack(
+                    [np.full(step.size, k), step, t_grok - step, t.entropy[kept], t.parameter_norm[kept]]
+                )
+            )
+        run_number, step, remaining, entropy, norm = np.concatenate(parts, axis=1)
+        return cls(
+            run=run_number.astype(np.int64),
+            step=step,
+            remaining=remaining,
+            entropy=entropy,
+            norm=norm,
+            h_star=h_star,
+            norm_star=_floats([norm for *_, norm in ends]),
+            t_grok=_floats([t for _, t, *_ in ends]),
+        )
+
+
+def _floats(values: ArrayLike) -> Array:
+    return np.asarray(values, dtype=np.float64)
+
+
+Constants = Callable[[Evaluations, Mask], Array]
+
+PREDICTORS: dict[str, Constants] = {
+    NORM: lambda data, used: data.norm,
+    NORM_GAP: lambda data, used: np.abs(data.norm - data.norm_star[used].mean()),
+    ENTROPY: lambda data, used: data.entropy,
+    ENTROPY_GAP: lambda data, used: np.maximum(data.entropy - data.h_star[used].mean(), 0.0),
+}
+"""By name, a predictor at every evaluation, its constants calibrated on the runs of a mask."""
+
+
+def table(data: Evaluations) -> tuple[Predictor, ...]:
+    """Fit every predictor and the clock; empty with fewer than three runs."""
+    n = data.t_grok.size
+    if n < 3 or data.remaining.size == 0:
+        return ()
+    rows = [
+        _row(name, data, functools.partial(_fit, data, predictor)) for name, predictor in PREDICTORS.items()
+    ]
+    return (*rows, _row(CLOCK, data, lambda used: (None, _clock(data, used))))
+
+
+Fitted = tuple[float | None, Array]
+"""Gamma, and the forecast at every evaluation of every run."""
+
+
+def _row(name: str, data: Evaluations, fit: Callable[[Mask], Fitted]) -> Predictor:
+    n = data.t_grok.size
+    everyone, others = np.ones(n, dtype=bool), ~np.eye(n, dtype=bool)
+    gamma, whole = fit(everyone)
+    folds = [fit(used)[1] for used in others]
+    held_out = np.empty_like(data.remaining)
+    for i, fold in enumerate(folds):
+        held_out[data.run == i] = fold[data.run == i]
+    left_out = [_r_squared(fold, data, used) for fold, used in zip(folds, others, strict=True)]
+    in_sample = jackknife(_r_squared(whole, data, everyone), left_out, EXPLAINED)
+    return Predictor(name, gamma, in_sample, _r_squared(held_out, data, everyone))
+
+
+def _clock(data: Evaluations, used: Mask) -> Array:
+    """Forecast by the mean T_grok of the runs `used`; no forecast lies in the past."""
+    forecast: Array = np.maximum(data.t_grok[used].mean() - data.step, 0)
+    return forecast
+
+
+def _fit(data: Evaluations, predictor: Constants, used: Mask) -> Fitted:
+    """Least squares on the runs `used`."""
+    x = predictor(data, used)
+    kept = used[data.run]
+    top = float(x[kept].max()) or 1.0
+    y = data.remaining[kept]
+    powers = (x[kept] / top) ** _GAMMAS[:, None]
+    found = []
+    for sign in (1.0, -1.0):
+        # fit_line wants a slope of at least 0: of the mirror image, for predictors that rise towards grokking.
+        slope, intercept, error = fit_line(powers, sign * y, c2="free")
+        k = int(np.argmin(error))
+        found.append((float(error[k]), float(_GAMMAS[k]), sign * float(slope[k]), sign * float(intercept[k])))
+    _, gamma, slope_at, intercept_at = min(found)
+    forecast: Array = slope_at * (x / top) ** gamma + intercept_at
+    return gamma, forecast
+
+
+def _r_squared(forecast: Array, data: Evaluations, used: Mask) -> float:
+    """Of the evaluations of the runs `used`."""
+    kept = used[data.run]
+    truth = data.remaining[kept]
+    total = float(((truth - truth.mean()) ** 2).sum())
+    return 1 - float(((forecast[kept] - truth) ** 2).sum()) / total if total > 0 else float("nan")
+
+
+def norm_against_entropy(runs: Sequence[MeasuredRun]) -> Figure:
+    """Every run's way through the plane of norm and H; filled once it has grokked, open before."""
+    figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for run in runs:
+        t = run.trajectory
+        axes.plot(t.parameter_norm, t.entropy, color=LIGHT.faint, linewidth=0.8, zorder=1)
+        grokked = t.test_accuracy >= run.levels.criterion
+        rising = ~grokked & (t.test_accuracy >= 0.5)
+        early = ~grokked & ~rising
+        axes.plot(
+            t.parameter_norm[early], t.entropy[early], "o", color=LIGHT.train, markersize=3, fillstyle="none"
+        )
+        axes.plot(
+            t.parameter_norm[rising], t.entropy[rising], "v", color=LIGHT.signal, markersize=5, zorder=3
+        )
+        axes.plot(
+            t.parameter_norm[grokked], t.entropy[grokked], "o", color=LIGHT.test, markersize=3.5, zorder=2
+        )
+    for marker, colour, style, label in (
+        ("o", LIGHT.train, "none", "test accuracy below 0.5"),
+        ("v", LIGHT.signal, "full", "0.5 up to the criterion"),
+        ("o", LIGHT.test, "full", "grokked"),
+    ):
+        axes.plot([], [], marker, color=colour, fillstyle=style, label=label)
+    axes.set(xlabel="Euclidean norm of all parameters (no unit)", ylabel="H (normalised, no unit)")
+    axes.legend(loc="best")
+    return figure
+
+
+def explained(table: Sequence[Predictor]) -> Figure:
+    """R2 of every predictor, in sample with its interval, and on runs left out."""
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.55 * len(table)), layout="constrained")
+    axes = figure.subplots()
+    for row, predictor in enumerate(table):
+        value = predictor.in_sample
+        axes.plot(value.value, row - 0.12, "D", color=LIGHT.entropy, markersize=6)
+        if value.low is not None and value.high is not None:
+            axes.plot([value.low, value.high], [row - 0.12, row - 0.12], color=LIGHT.entropy, linewidth=1.5)
+        axes.plot(
+            max(predictor.left_out, -1.0), row + 0.16, "o", color=LIGHT.test, markersize=6, fillstyle="none"
+        )
+    axes.plot([], [], "D", color=LIGHT.entropy, label="in sample, as in the paper")
+    axes.plot([], [], "o", color=LIGHT.test, fillstyle="none", label="runs left out (at −1: worse)")
+    axes.axvline(0, color=LIGHT.ink, linewidth=1)
+    axes.set_yticks(range(len(table)), [predictor.name for predictor in table])
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    axes.set_xlim(-1.05, 1.02)
+    axes.set_xlabel("R² of the steps that remain")
+    figure.legend(handles=axes.get_legend_handles_labels()[0], loc="outside upper right", ncols=2)
+    return figure
+
+
+def remaining_against_gap(
+    gap: Sequence[np.ndarray], remaining: Sequence[np.ndarray], curve: tuple[np.ndarray, np.ndarray]
+) -> Figure:
+    """Draw the steps that remain against H − H*, one line a run, with the fitted law."""
+    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
+    axes = figure.subplots()
+    for x, y in zip(gap, remaining, strict=True):
+        axes.plot(x, y, "o-", color=LIGHT.entropy, markersize=3, linewidth=0.6, alpha=0.6)
+    axes.plot([], [], "o-", color=LIGHT.entropy, markersize=3, linewidth=0.6, label="runs")
+    axes.plot(*curve, color=LIGHT.ink, linewidth=2.2, label="fitted law")
+    axes.set(xlabel="H − H* (no unit)", ylabel="steps until T_grok", ylim=(0, None), xlim=(0, None))
+    axes.yaxis.set_major_formatter(THOUSANDS)
+    axes.legend(loc="best")
+    return figure
+
+
+def headline(result: Predictors) -> str:
+    """Say in a few sentences what the runs show."""
+    rows = {row.name: row for row in result.table}
+    said = (
+        f"E4: norm and H correlate with r = {decimal(result.correlations.overall.value)} over all "
+        f"evaluations of {len(result.runs)} runs."
+    )
+    if rows:
+        ours, clock = rows[ENTROPY_GAP], rows[CLOCK]
+        said += (
+            f" The gap of H explains R² = {decimal(ours.in_sample.value)} of the steps that remain, and "
+            f"{decimal(ours.left_out)} on runs left out; the clock alone {decimal(clock.left_out)}."
+        )
+    return said
+
+
+def section(result: Predictors) -> Section:
+    """E4's part of the report."""
+    r = result.correlations
+    blocks: list[Block] = [
+        Text(
+            "The paper finds norm and H weakly anti-correlated and concludes that they carry independent "
+            "information. A correlation over all evaluations mostly says how both move on the common "
+            "course of training, so here it is also within runs, on the plateau between T_mem and T_grok, "
+            "and between changes from one evaluation to the next."
+        ),
+        Table(
+            "Correlation of parameter norm and H. Overall: jackknife over runs, Fisher's z; else the mean "
+            "over runs with a BCa interval.",
+            ("over", "r", "runs"),
+            tuple(
+                (name, span(value, decimal), NONE if value is None else str(value.n))
+                for name, value in (
+                    ("all evaluations of all runs", r.overall),
+                    ("the same, of ranks (Spearman)", r.ranks),
+                    ("each run's evaluations", r.within),
+                    ("those between T_mem and T_grok", r.plateau),
+                    ("changes between evaluations", r.changes),
+                    ("those between T_mem and T_grok", r.changes_plateau),
+                )
+            ),
+            (1, 2),
+        ),
+        *_without_interval({"all evaluations of all runs": r.overall, "the same, of ranks": r.ranks}),
+        drawn(
+            "e4-norm-entropy",
+            functools.partial(norm_against_entropy, result.runs),
+            "In the manner of the paper's Figure 4(a): every evaluation of every run.",
+            "Entropy against the parameter norm, coloured by test accuracy.",
+        ),
+        *_pair_blocks(result),
+        *_predictor_blocks(result),
+    ]
+    return Section("e4", TITLE, tuple(blocks))
+
+
+def _without_interval(estimates: dict[str, Estimate]) -> list[Block]:
+    """Say which of a table's jackknife estimates have no interval, and why; nothing where all have one."""
+    reasons = [f"{name}: {e.method}" for name, e in estimates.items() if e.low is None]
+    return [Text("; ".join(reasons) + ".", "note")] if reasons else []
+
+
+def _pair_blocks(result: Predictors) -> list[Block]:
+    pairs = result.pairs
+    if not pairs.count:
+        return [Text("No two evaluations have nearly identical norms.", "note")]
+    rows = tuple(
+        (
+            _at(a),
+            _at(b),
+            decimal(a.norm, 2),
+            decimal(b.norm, 2),
+            decimal(a.entropy),
+            decimal(b.entropy),
+            *_accuracies(a, b),
+        )
+        for a, b in pairs.widest
+    )
+    return [
+        Table(
+            "Checkpoints with nearly identical norms (within 1 %) that are furthest apart in H, one pair "
+            "for each pair of seeds.",
+            ("first", "second", "norm", "norm", "H", "H", "test accuracy", "test accuracy"),
+            rows,
+            tuple(range(2, 8)),
+        ),
+        Text(
+            f"So the norm alone does not tell how far a run has come: of {pairs.count:,} pairs alike in "
+            f"norm, {percent(pairs.far_accuracy)} are more than one half apart in test accuracy. The same "
+            f"test put to H: of the pairs within 0.005 in H, {percent(pairs.same_entropy)} are."
+        ),
+    ]
+
+
+def _at(point: Checkpoint) -> str:
+    return f"seed {point.seed}, step {steps(point.step)}"
+
+
+def _accuracies(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
+    return percent(a.test_accuracy), percent(b.test_accuracy)
+
+
+def _predictor_blocks(result: Predictors) -> list[Block]:
+    if not result.table:
+        return [Text("Fewer than three runs grokked: no predictor can be fitted with runs left out.", "note")]
+    rows = tuple(
+        (
+            row.name,
+            span(row.in_sample, decimal),
+            decimal(row.left_out),
+            NONE if row.gamma is None else decimal(row.gamma, 2),
+        )
+        for row in result.table
+    )
+    clock = next(row for row in result.table if row.name == CLOCK)
+    return [
+        Table(
+            f"The paper's Table 2: R² of the steps that remain, at the same {result.points:,} evaluations "
+            "before grokking with H above H*, by a power law a x^γ + b of each predictor. The mean as a "
+            "forecast has R² 0.",
+            ("predictor", "R², in sample", "R², runs left out", "γ"),
+            rows,
+            (1, 2, 3),
+        ),
+        *_without_interval({row.name: row.in_sample for row in result.table}),
+        drawn(
+            "e4-predictors",
+            functools.partial(explained, result.table),
+            "R² of each predictor with 95 % jackknife intervals over runs.",
+            "R squared of five predictors, in sample and on runs left out.",
+        ),
+        Text(
+            f"The clock is what every predictor has to beat: {worded(clock.in_sample, '')} in sample. R² of "
+            "the remaining steps rewards whatever falls with time, and time itself most of all."
+        ),
+    ]

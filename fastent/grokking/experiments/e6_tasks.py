@@ -1,0 +1,630 @@
+"""E6, the question whether other tasks and another group show what addition shows.
+
+Multiplication with 0, subtraction and composition in S5 beside E1's addition (paper, section 9, Table 3 and Figures 5
+to 8), and controls that the paper lacks. Its rows for multiplication and subtraction are identical to the last digit.
+Two of the tasks are addition under other names: without 0, multiplication modulo p is addition modulo p - 1, and
+with a table of tokens for each operand subtraction is addition. Training knows no names, so those two must agree with
+their addition but for the seeds: what differs between them says how much a difference between tasks means.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fastent.grokking.experiments import leads
+from fastent.grokking.experiments.claims import (
+    IN_PART,
+    NONE,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    Claim,
+    counted,
+    decimal,
+    judge_share,
+    judge_value,
+    percent,
+    span,
+    steps,
+    worded,
+)
+from fastent.grokking.experiments.data import StoredRun, column, over, values_at
+from fastent.grokking.experiments.delays import Group
+from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
+from fastent.grokking.experiments.e1_lead import paper_window
+from fastent.grokking.experiments.figures import CROSS, FALL, GROK, LIGHT, WIDTH, drawn
+from fastent.grokking.experiments.leads import Leads
+from fastent.grokking.experiments.statistics import Estimate, log_rank, proportion, restricted_mean, welch
+from fastent.train.presets import TrainConfig
+from fastent.train.quantities import WINDOW
+from fastent.train.tasks import make_task
+
+TITLE = "E6: do other tasks and groups show the same?"
+
+PAPER = {
+    "add": (5, 14_040, 0.605),
+    "mul": (5, 21_560, 0.589),
+    "sub": (5, 21_560, 0.589),
+    "s5": (10, 4_380, 0.655),
+}
+"""Its Table 3: runs, all of which grok, T_grok and H*."""
+
+SPREAD = 0.02
+"""H* over the modular tasks: its text lost by how little it varies; its table by 0.016."""
+
+AS_EXPECTED = Verdict("yes", "as it must be")
+NOT_AS_EXPECTED = Verdict("no", "not as it must be")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Analysis of the complete runs of E6 beside E1's addition.
+
+    `tasks` holds addition and the paper's other tasks by name; `controls` the differences of tasks that are one under
+    other names, `contrast` that of subtraction and addition with shared tokens, which are not.
+    """
+
+    tasks: dict[str, Task]
+    controls: tuple[Difference, ...]
+    contrast: Difference | None
+
+
+def analyse(runs: Sequence[StoredRun]) -> Tasks | None:
+    """Set the tasks side by side; None if no run is E6's.
+
+    Parameters
+    ----------
+    runs : sequence of StoredRun
+        Complete runs of E1 and E6.
+    """
+    if not any(run.experiment == "e6" for run in runs):
+        return None
+
+    def task(name: str, experiment: str = "e6", condition: str = "baseline", of: str = "") -> Task | None:
+        kept = [
+            run
+            for run in runs
+            if (run.experiment, run.config["task"]) == (experiment, of or name)
+            and (
+                run.condition == condition
+                or (condition.endswith("-") and run.condition.startswith(condition))
+            )
+        ]
+        return task_of(name, kept) if kept else None
+
+    found = {"add": task("add", "e1"), **{name: task(name) for name in ("mul", "sub", "s5")}}
+    own = "with-own-tokens"
+    pairs = (
+        (
+            task("addition modulo p - 1", condition="with-modulus-", of="add"),
+            task("mul_nonzero"),
+        ),
+        (
+            task("addition, own tokens", condition=own, of="add"),
+            task("subtraction, own tokens", condition=own, of="sub"),
+        ),
+    )
+    add, sub = found["add"], found["sub"]
+    return Tasks(
+        tasks={name: each for name, each in found.items() if each is not None},
+        controls=tuple(difference(a, b) for a, b in pairs if a is not None and b is not None),
+        contrast=None if add is None or sub is None else difference(add, sub),
+    )
+
+
+def not_commuting(config: TrainConfig) -> float:
+    """Share of all pairs (a, b) of a task with a b other than b a."""
+    task = make_task(config)
+    table = task.labels.view(task.operands, task.operands)
+    return float((table != table.T).double().mean())
+
+
+def claims(result: Tasks) -> list[Claim]:
+    """Each claim of the paper that E6's runs speak to, beside what they say."""
+    found = [claim for name, task in result.tasks.items() for claim in _row_claims(name, task)]
+    others = [task for name, task in result.tasks.items() if name != "add"]
+    ahead = _pooled(others)
+    found += [
+        Claim(
+            "§9",
+            "the pattern is the same across tasks and groups: H falls below H* before grokking",
+            "; ".join(f"{NAMES[task.name]} {counted(task.left_out.preceding)}" for task in others) or NONE,
+            judge_share(ahead),
+            "in every run of the other tasks that groks, H* from the task's other seeds; in part: at least half",
+        ),
+        Claim(
+            "§9, App. E.6",
+            f"within modular arithmetic H* is the same (its table: within {0.605 - 0.589:.3f})",
+            _modular(result),
+            _judge_modular(result),
+            f"largest mean less smallest below {SPREAD:g}, over three tasks; in part: below twice that",
+        ),
+        Claim(
+            "Table 3",
+            "multiplication and subtraction have one T_grok and one H* (identical rows: a slip?)",
+            _rows_alike(result),
+            _judge_rows(result),
+            "ours agree to the printed digits; in part: the intervals of T_grok and of H* overlap",
+        ),
+        Claim(
+            "§9",
+            "94 % of the pairs of S5 do not commute",
+            f"{percent(not_commuting(TrainConfig(task='s5')))} (exactly 1 − 7/120, by the seven classes)",
+            REPRODUCED,
+            "counted",
+        ),
+    ]
+    s5, add = result.tasks.get("s5"), result.tasks.get("add")
+    if s5 is not None:
+        found.append(
+            Claim(
+                "§9",
+                "in 5 of 10 seeds of S5 the rolling window detects the collapse before grokking",
+                counted(s5.fall.preceding),
+                judge_value(0.5, s5.fall.preceding, comparable=s5.comparable),
+                "one half lies in our interval; in part: within 25 %",
+            )
+        )
+    if s5 is not None and add is not None:
+        gap = difference(add, s5)
+        found.append(
+            Claim(
+                "§9",
+                "S5 has a threshold of its own, above that of addition",
+                f"H* of S5 less H* of addition {worded(gap.h_star, '')}",
+                _judge_above(gap.h_star),
+                "the interval of the difference lies above 0; in part: the difference does",
+            )
+        )
+    if result.controls:
+        found.append(
+            Claim(
+                "not in the paper",
+                "tasks that are one under other names have one T_grok and one H*",
+                "; ".join(_worded_difference(each) for each in result.controls),
+                _judge_controls(result.controls),
+                "0 lies in the interval of each difference",
+            )
+        )
+    return found
+
+
+def _row_claims(name: str, task: Task) -> list[Claim]:
+    n, t_grok, h_star = PAPER[name]
+    rule = "the paper's number lies in our interval; in part: within 25 %"
+    return [
+        Claim(
+            "Table 3",
+            f"{NAMES[name]}: {n} of {n} runs grok, at {steps(t_grok)} steps, with H* {h_star}",
+            f"{counted(task.grokked)}; T_grok {worded(task.t_grok)}; H* {worded(task.h_star, '')}",
+            _worst(
+                judge_share(task.grokked),
+                judge_value(t_grok, task.t_grok, comparable=task.comparable),
+                judge_value(h_star, task.h_star, comparable=task.comparable),
+            ),
+            f"every run groks; {rule}. The least of the three verdicts",
+        )
+    ]
+
+
+def _worst(*verdicts: Verdict) -> Verdict:
+    """Take the least favourable; one that judges nothing comes before all but "not reproduced"."""
+    order = (NOT_REPRODUCED, IN_PART, REPRODUCED)
+    judged = [verdict for verdict in verdicts if verdict in order]
+    silent = [verdict for verdict in verdicts if verdict not in order]
+    if silent and NOT_REPRODUCED not in judged:
+        return silent[0]
+    return min(judged, key=order.index)
+
+
+def _pooled(tasks: Sequence[Task]) -> Estimate | None:
+    shares = [task.left_out.preceding for task in tasks if task.left_out.preceding is not None]
+    n = sum(share.n for share in shares)
+    return proportion(round(sum(share.value * share.n for share in shares)), n) if n else None
+
+
+def _means(result: Tasks) -> dict[str, Estimate]:
+    found = {name: result.tasks[name].h_star for name in ("add", "mul", "sub") if name in result.tasks}
+    return {name: h for name, h in found.items() if h is not None}
+
+
+def _modular(result: Tasks) -> str:
+    means = _means(result)
+    if len(means) < 2:
+        return NONE
+    values = [h.value for h in means.values()]
+    said = ", ".join(f"{NAMES[name]} {decimal(h.value)}" for name, h in means.items())
+    return f"{said}: within {decimal(max(values) - min(values))}"
+
+
+def _judge_modular(result: Tasks) -> Verdict:
+    values = [h.value for h in _means(result).values()]
+    if len(values) < 3:
+        return NOT_RUN
+    spread = max(values) - min(values)
+    if spread < SPREAD:
+        return REPRODUCED
+    return IN_PART if spread < 2 * SPREAD else NOT_REPRODUCED
+
+
+def _rows_alike(result: Tasks) -> str:
+    rows = [result.tasks.get(name) for name in ("mul", "sub")]
+    return "; ".join(
+        f"{NAMES[task.name]} {worded(task.t_grok)}, H* {worded(task.h_star, '')}"
+        for task in rows
+        if task is not None
+    )
+
+
+def _judge_rows(result: Tasks) -> Verdict:
+    mul, sub = result.tasks.get("mul"), result.tasks.get("sub")
+    if mul is None or sub is None:
+        return NOT_RUN
+    pairs = ((mul.t_grok, sub.t_grok, 0), (mul.h_star, sub.h_star, 3))
+    if any(a is None or b is None for a, b, _ in pairs):
+        return NOT_RUN
+    if all(a and b and round(a.value, digits) == round(b.value, digits) for a, b, digits in pairs):
+        return REPRODUCED
+    return IN_PART if all(a and b and _overlap(a, b) for a, b, _ in pairs) else NOT_REPRODUCED
+
+
+def _overlap(a: Estimate, b: Estimate) -> bool:
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return False
+    return a.low <= b.high and b.low <= a.high
+
+
+def _judge_above(difference: Estimate | None) -> Verdict:
+    if difference is None:
+        return NOT_RUN
+    if difference.low is not None and difference.low > 0:
+        return REPRODUCED
+    return IN_PART if difference.value > 0 else NOT_REPRODUCED
+
+
+def _judge_controls(controls: Sequence[Difference]) -> Verdict:
+    answers = [agrees(each) for each in controls]
+    if False in answers:
+        return NOT_AS_EXPECTED
+    return NOT_RUN if None in answers else AS_EXPECTED
+
+
+def _worded_difference(each: Difference) -> str:
+    names = f"{title(each.second)} less {title(each.first)}"
+    return f"{names}: T_grok {worded(each.t_grok)}, H* {worded(each.h_star, '')}"
+
+
+def headline(result: Tasks) -> str:
+    """Say in a few sentences what the tasks show."""
+    parts = []
+    for task in result.tasks.values():
+        runs = len(task.group.stored)
+        grokked = round(task.grokked.value * runs)
+        said = f"{title(task)} {grokked} of {runs}"
+        if task.t_grok is not None and task.h_star is not None:
+            said += f" at {steps(task.t_grok.value)} steps with H* {decimal(task.h_star.value)}"
+        parts.append(said)
+    text = f"E6: runs that grok: {'; '.join(parts)}."
+    judged = [answer for each in result.controls if (answer := agrees(each)) is not None]
+    if judged:
+        alike = sum(judged)
+        text += f" {alike} of {len(judged)} pairs of tasks that are one under other names agree within their intervals."
+    return text
+
+
+NAMES = {
+    "add": "addition",
+    "mul": "multiplication",
+    "sub": "subtraction",
+    "s5": "S5",
+    "mul_nonzero": "multiplication without 0",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """The runs of one task.
+
+    `t_grok` is the mean over the runs, restricted to the limit of steps if some did not grok; `fall` are the leads of
+    T_collapse over the paper's span of steps, `left_out` those at the H* of the task's other runs.
+    """
+
+    name: str
+    group: Group
+    comparable: bool
+    grokked: Estimate
+    t_grok: Estimate | None
+    h_star: Estimate | None
+    left_out: Leads
+    fall: Leads
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One task against another: T_grok in steps and H*, the second's less the first's; None where no run groks."""
+
+    first: Task
+    second: Task
+    t_grok: Estimate | None
+    h_star: Estimate | None
+
+
+def task_of(name: str, runs: Sequence[StoredRun]) -> Task:
+    """Measure the complete runs of a task."""
+    group = Group.of(name, runs)
+    times = group.times
+    t_grok = None
+    if times.censored == 0:
+        t_grok = over(times.values)
+    elif times.censored < times.n:
+        t_grok = restricted_mean(times, _limit(group))
+    return Task(
+        name=name,
+        group=group,
+        comparable=all(run.preset == ("paper", {}) for run in runs),
+        grokked=proportion(times.n - times.censored, times.n),
+        t_grok=t_grok,
+        h_star=over([run.summary.h_star for run in group.measured]),
+        left_out=leads.left_out_threshold(group.measured),
+        fall=leads.collapse(group.measured, window=paper_window(group.measured) or WINDOW),
+    )
+
+
+def _limit(*groups: Group) -> float:
+    return float(min(run.config["max_steps"] for group in groups for run in group.stored))
+
+
+def difference(first: Task, second: Task) -> Difference:
+    """Compare two tasks; their runs share nothing."""
+    a, b = ([r.summary.h_star for r in task.group.measured if r.summary.h_star] for task in (first, second))
+    t_grok = None
+    if first.grokked.value == second.grokked.value == 1:
+        # Greenwood's interval of a few runs is far too narrow; Welch's is right for normal times.
+        t_grok = welch(first.group.times.values, second.group.times.values)
+    elif first.grokked.value + second.grokked.value > 0:
+        limit = _limit(first.group, second.group)
+        t_grok = log_rank(first.group.times, second.group.times, limit).effect
+    return Difference(first, second, t_grok, welch(a, b) if a and b else None)
+
+
+def agrees(difference: Difference) -> bool | None:
+    """Whether 0 lies in the interval of each of its differences; None if one has no interval."""
+    parts = (difference.t_grok, difference.h_star)
+    if any(part is None or part.low is None or part.high is None for part in parts):
+        return None
+    return all(part is not None and (part.low or 0) <= 0 <= (part.high or 0) for part in parts)
+
+
+def title(task: Task) -> str:
+    """Write the name of a task for people."""
+    return NAMES.get(task.name, task.name)
+
+
+def shares_at(task: Task, name: str) -> tuple[Estimate | None, ...]:
+    """Mean of a column at T_mem, at T_grok and at the end of the task's runs."""
+    group = task.group
+    moments = (
+        [run.summary.t_mem for run in group.measured],
+        [run.summary.t_grok for run in group.measured],
+        [run.summary.last_step for run in group.measured],
+    )
+    return tuple(over(values_at(group.stored, group.measured, name, at)) for at in moments)
+
+
+def chance_shares() -> dict[str, float]:
+    """Share of each non-trivial representation of S5 in a function without structure: its squared dimension's."""
+    dimensions = {"41": 4, "32": 5, "311": 6, "221": 5, "2111": 4, "11111": 1}
+    total = float(np.sum(np.square(list(dimensions.values()))))
+    return {name: d * d / total for name, d in dimensions.items()}
+
+
+DASHED: Any = (0, (5, 2))
+DOTTED: Any = (0, (1, 2))
+
+
+def trajectories(result: Tasks) -> Figure:
+    """Test accuracy and H of every run, one column a task."""
+    tasks = list(result.tasks.values())
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    grid = figure.subplots(2, len(tasks), sharex="col", sharey="row", squeeze=False)
+    for place, task in enumerate(tasks):
+        a, b = grid[:, place]
+        signals = zip(task.group.measured, task.left_out.times, task.fall.times, strict=True)
+        for run, crossed, fell in signals:
+            step = run.trajectory.step
+            a.plot(step, run.trajectory.train_accuracy, color=LIGHT.train, linestyle=DASHED, linewidth=0.9)
+            a.plot(step, run.trajectory.test_accuracy, color=LIGHT.test, linewidth=1.1)
+            b.plot(step, run.trajectory.entropy, color=LIGHT.entropy, linewidth=1.1)
+            marks = (
+                (fell, FALL, LIGHT.signal),
+                (crossed, CROSS, LIGHT.signal),
+                (run.summary.t_grok, GROK, LIGHT.ink),
+            )
+            for at, marker, colour in marks:
+                here = step == at
+                b.plot(step[here], run.trajectory.entropy[here], color=colour, **marker)
+        if task.h_star is not None:
+            b.axhline(task.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
+        a.set(title=title(task).capitalize() if task.name != "s5" else "S5", ylim=(-0.03, 1.05))
+        b.set_xlabel("training step")
+        b.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        b.xaxis.set_major_locator(MaxNLocator(3))
+    first, second = grid[0, 0], grid[1, 0]
+    first.set_ylabel("accuracy (share)")
+    second.set_ylabel("H (normalised, no unit)")
+    handles = [
+        first.plot([], [], color=LIGHT.train, linestyle=DASHED, label="train accuracy")[0],
+        first.plot([], [], color=LIGHT.test, label="test accuracy")[0],
+        second.plot([], [], color=LIGHT.entropy, label="H")[0],
+        second.plot([], [], color=LIGHT.signal, linestyle=DOTTED, label="H*, mean")[0],
+        second.plot([], [], color=LIGHT.signal, label="T_collapse", **FALL)[0],
+        second.plot([], [], color=LIGHT.signal, label="T_cross", **CROSS)[0],
+        second.plot([], [], color=LIGHT.ink, label="T_grok", **GROK)[0],
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=7, fontsize=9)
+    return figure
+
+
+def isotypic(task: Task) -> Figure:
+    """Share of each irreducible representation in the label means along the runs of S5, one panel each."""
+    chance = chance_shares()
+    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True)
+    for axes, (name, share) in zip(panels.ravel(), chance.items(), strict=True):
+        for stored, run in zip(task.group.stored, task.group.measured, strict=True):
+            values = column(stored, f"isotypic_{name}")
+            if values is None:
+                continue
+            axes.plot(run.trajectory.step, values, color=LIGHT.norm, linewidth=1.1)
+            here = run.trajectory.step == run.summary.t_grok
+            axes.plot(run.trajectory.step[here], values[here], color=LIGHT.ink, **GROK)
+        axes.axhline(share, color=LIGHT.train, linestyle=DOTTED, linewidth=1.2)
+        axes.set(title=f"({', '.join(name)}), dimension {round(np.sqrt(119 * share))}", ylim=(-0.03, 1.03))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    for axes in panels[:, 0]:
+        axes.set_ylabel("share of variance")
+    for axes in panels[-1]:
+        axes.set_xlabel("training step")
+    return figure
+
+
+def section(result: Tasks) -> Section:
+    """E6's part of the report."""
+    controls = [task for each in result.controls for task in (each.first, each.second)]
+    blocks: list[Block] = [
+        Text(
+            "The paper's Table 3 beside ours. Its rows for multiplication and subtraction are identical in all "
+            "columns, 21,560 steps and 0.589, which two tasks of five runs each hardly give by chance."
+        ),
+        _tasks_table([*result.tasks.values(), *controls]),
+        drawn(
+            "e6-tasks",
+            functools.partial(trajectories, result),
+            "In the manner of the paper's Figures 5 to 8. One line a run; T_cross is of the H* of the task's "
+            "other seeds.",
+            "Accuracy and spectral entropy against the training step, one column a task.",
+        ),
+    ]
+    pairs = [*result.controls, *([] if result.contrast is None else [result.contrast])]
+    if pairs:
+        blocks += [
+            Text(
+                "Multiplication modulo a prime p without 0 is addition modulo p - 1 under other names, by discrete "
+                "logarithms; subtraction is addition with the second operand's tokens renamed, if it has a table "
+                "of its own. Nothing in training knows names, so the two of a pair differ as two sets of seeds "
+                "do. With shared tokens subtraction is no such copy: sums are symmetric and differences are not."
+            ),
+            _pairs_table(pairs, result.contrast),
+        ]
+    cyclic = [task for task in (*result.tasks.values(), *controls) if task.name != "s5"]
+    if any(estimate is not None for task in cyclic for estimate in shares_at(task, "top_share")):
+        blocks.append(_frequencies_table(cyclic))
+    s5 = result.tasks.get("s5")
+    if s5 is not None and any(e is not None for e in shares_at(s5, "isotypic_41")):
+        blocks += [
+            Text(
+                "Functions on S5 fall apart into seven parts, one for each irreducible representation ρ, by "
+                "P_ρ = (d_ρ/120) Σ χ_ρ(s⁻¹) L_s. Without the trivial one, the mean, label means without structure "
+                "would divide their variance as the squared dimensions do."
+            ),
+            drawn(
+                "e6-isotypic",
+                functools.partial(isotypic, s5),
+                "Share of the variance between the label means of test representations in each irreducible "
+                "representation of S5, by its partition. Dotted: without structure. Circles: T_grok.",
+                "Shares of six irreducible representations against the training step.",
+            ),
+            _isotypic_table(s5),
+        ]
+    return Section("e6", TITLE, tuple(blocks))
+
+
+def _tasks_table(tasks: Sequence[Task]) -> Table:
+    rows = []
+    for task in tasks:
+        printed = PAPER.get(task.name)
+        rows.append(
+            (
+                title(task),
+                "S5, not abelian" if task.name == "s5" else "cyclic",
+                counted(task.grokked),
+                NONE if printed is None else steps(printed[1]),
+                worded(task.t_grok),
+                NONE if printed is None else decimal(printed[2]),
+                worded(task.h_star, ""),
+                counted(task.left_out.preceding),
+                worded(task.left_out.mean),
+                counted(task.fall.preceding),
+                worded(task.fall.mean),
+            )
+        )
+    columns = (
+        *("task", "group", "grokked", "T_grok, paper", "T_grok", "H*, paper", "H*"),
+        *("T_cross before T_grok", "lead", "T_collapse before T_grok", "lead"),
+    )
+    caption = (
+        "Table 3 with ours, and the controls. T_cross is of the H* of the task's other seeds, T_collapse a fall of "
+        "H by more than 0.05 within 800 steps."
+    )
+    return Table(caption, columns, tuple(rows))
+
+
+def _pairs_table(pairs: Sequence[Difference], contrast: Difference | None) -> Table:
+    rows = [
+        (
+            f"{title(pair.second)} less {title(pair.first)}",
+            "no" if pair is contrast else "yes",
+            worded(pair.t_grok),
+            worded(pair.h_star, "", 4),
+            {True: "yes", False: "no", None: NONE}[agrees(pair)],
+        )
+        for pair in pairs
+    ]
+    caption = (
+        "Pairs of tasks: differences of mean T_grok and of mean H*, with Welch's intervals (T_grok restricted to the "
+        "limit of steps, with Greenwood's, where a run does not grok)."
+    )
+    columns = ("pair", "one task under other names", "T_grok", "H*", "0 in both intervals")
+    return Table(caption, columns, tuple(rows))
+
+
+def _frequencies_table(tasks: Sequence[Task]) -> Table:
+    rows = []
+    for task in tasks:
+        top, frequencies = shares_at(task, "top_share"), shares_at(task, "frequencies")
+        label, aligned = shares_at(task, "label_share"), shares_at(task, "alignment")
+        rows.append((title(task), _arrows(label), _arrows(top), _arrows(frequencies, 1), _arrows(aligned)))
+    caption = (
+        "Spectra over the group, means over the runs at T_mem → T_grok → the end: share of the variance of test "
+        "representations between labels; of that the five strongest frequencies, and how many take part; the "
+        "paper's alignment on the training probe. For products the frequencies are of discrete logarithms."
+    )
+    columns = ("task", "between labels", "five frequencies", "frequencies that take part", "alignment")
+    return Table(caption, columns, tuple(rows))
+
+
+def _isotypic_table(task: Task) -> Table:
+    moments = {name: shares_at(task, f"isotypic_{name}") for name in chance_shares()}
+    rows = [
+        (
+            f"({', '.join(name)})",
+            decimal(chance),
+            *(span(estimate, decimal) for estimate in moments[name]),
+        )
+        for name, chance in chance_shares().items()
+    ]
+    columns = ("representation", "without structure", "at T_mem", "at T_grok", "at the end")
+    caption = "Shares of the irreducible representations of S5, means over the runs with their intervals."
+    return Table(caption, columns, tuple(rows), (1,))
+
+
+def _arrows(estimates: Sequence[Estimate | None], digits: int = 2) -> str:
+    return " → ".join(decimal(None if e is None else e.value, digits) for e in estimates)

@@ -1,0 +1,154 @@
+"""The look of the figures: palette, marks, drawing for light and dark screens, and saving.
+
+Series colours are those of Okabe and Ito, which readers with colour-blindness tell apart, lightened for dark screens;
+no figure tells series apart by colour alone. Thin lines are runs, thick lines their mean over the evaluations that all
+runs share; every axis has its unit. A figure comes as SVG text with its letters as outlines, so it needs no font, and
+the same data give the same bytes. Nothing is smoothed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fastent.grokking.experiments import document
+from fastent.train.quantities import MeasuredRun
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a figure, as hexadecimal RGB."""
+
+    paper: str
+    ink: str
+    faint: str
+    train: str
+    test: str
+    entropy: str
+    norm: str
+    signal: str
+
+
+LIGHT = Theme("#ffffff", "#1c2430", "#c9d0d9", "#7a8594", "#0072b2", "#d55e00", "#009e73", "#a3477f")
+DARK = Theme("#12161c", "#e3e8ef", "#3a4452", "#9aa5b4", "#56b4e9", "#f08a3c", "#2fc79a", "#e08fc0")
+
+
+Array = NDArray[np.float64]
+
+WIDTH = 10.0  # inches; the page shows it at up to 1,090 px
+
+CROSS: dict[str, Any] = {"marker": "v", "linestyle": "none", "markersize": 6.5, "zorder": 4}
+FALL: dict[str, Any] = {
+    **CROSS,
+    "marker": "D",
+    "markersize": 5.5,
+    "fillstyle": "none",
+    "markeredgewidth": 1.5,
+}
+GROK: dict[str, Any] = {**CROSS, "marker": "o", "markersize": 6}
+
+
+_left_out: ContextVar[bool] = ContextVar("figures left out", default=False)
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """Let `both` draw nothing and return empty pictures: for those who read the words alone."""
+    token = _left_out.set(True)
+    try:
+        yield
+    finally:
+        _left_out.reset(token)
+
+
+def both(draw: Callable[[], Figure]) -> tuple[str, str]:
+    """Return the figure that `draw` makes as SVG text for light and for dark screens; same data, same text."""
+    if _left_out.get():
+        return "", ""
+    with mpl.rc_context({"svg.fonttype": "path"}):
+        file = io.StringIO()
+        _drawn(draw).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    # What precedes the element names a document type on the network; no reader needs it.
+    light = _numbered(file.getvalue())
+    light = light[light.index("<svg") :]
+    dark = {getattr(LIGHT, f.name): getattr(DARK, f.name) for f in fields(Theme)}
+    return light, re.sub("#[0-9a-f]{6}", lambda match: dark.get(match[0], match[0]), light)
+
+
+def _numbered(svg: str) -> str:
+    """Name the elements of `svg` in the order they appear: matplotlib hashes their last bits, which can waver."""
+    names: dict[str, str] = {}
+    return re.sub(r"\b[mp][0-9a-f]{10}\b", lambda match: names.setdefault(match[0], f"e{len(names)}"), svg)
+
+
+def drawn(name: str, draw: Callable[[], Figure], caption: str, alt: str) -> document.Figure:
+    """Draw a figure for light and for dark screens."""
+    light, dark = both(draw)
+    return document.Figure(name, caption, alt, light, dark)
+
+
+def save_png(draw: Callable[[], Figure], path: Path, *, dpi: int = 150) -> None:
+    """Write the figure that `draw` makes to `path`, in the colours for light screens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _drawn(draw).savefig(path, format="png", dpi=dpi, metadata={"Software": None})
+
+
+def _drawn(draw: Callable[[], Figure]) -> Figure:
+    look: dict[Any, Any] = {
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), LIGHT.ink
+        ),
+        **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), LIGHT.paper),
+        "grid.color": LIGHT.faint,
+        "grid.linewidth": 0.5,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+    }
+    with mpl.rc_context(look):
+        figure = draw()
+        FigureCanvasAgg(figure)
+        return figure
+
+
+def thousands(value: float, _: float) -> str:
+    """Write a number of steps as an axis shows it: "1,020"."""
+    return f"{value:,.0f}".replace("-", "−")
+
+
+def lines(axes: Axes, runs: Sequence[MeasuredRun], name: str, *, colour: str, dash: Any, label: str) -> None:
+    """Draw a column of each run as a thin line, and their mean as a thick one."""
+    for run in runs:
+        y = getattr(run.trajectory, name)
+        axes.plot(run.trajectory.step, y, color=colour, linewidth=0.8, alpha=0.55, linestyle=dash)
+    step, mean = mean_over_runs(runs, name)
+    axes.plot(step, mean, color=colour, linewidth=2.2, linestyle=dash, label=label)
+
+
+def mean_over_runs(runs: Sequence[MeasuredRun], name: str) -> tuple[NDArray[np.int64], Array]:
+    """Return the steps that every run evaluated, and the mean of `name` there; NaN where a run has none."""
+    shared = functools.reduce(np.intersect1d, [run.trajectory.step for run in runs])
+    values = [getattr(run.trajectory, name)[np.isin(run.trajectory.step, shared)] for run in runs]
+    return shared, np.mean(values, axis=0)

@@ -1,0 +1,218 @@
+"""What each experiment asks the trainer for: a function from settings and seeds to jobs.
+
+An experiment varies what it is about (a task, a condition) and takes everything else from the settings it is
+given, a preset with the command line's changes. What E6, E7 and the choices vary stands under the names of their
+conditions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastent.train.presets import CHOICES, TASK_SETTINGS, MeasureName, TrainConfig
+from fastent.train.runs import Job
+
+ALPHA = 0.1
+"""Weight of the other row in the mixing. Ours: the paper's text lost it."""
+
+DOSES = (0.05, 0.1, 0.2, 0.4)
+"""Weights of the dose-response."""
+
+FEWER, TO_THE_END = 5, 3
+"""Seeds, the first ones, of the runs that only support others, and of those that are long or many."""
+
+SPECTRA: tuple[MeasureName, ...] = ("fourier", "progress")
+"""What E6 and E7 record beside H, and E1, whose runs they are set beside."""
+
+PROBES: tuple[MeasureName, ...] = ("test_probe", "probe_sizes")
+"""What E1 records besides for E8."""
+
+LONGER = 1.6
+"""Steps of an MLP that does not grok, over the preset's limit: the paper's 80,000 over its 50,000."""
+
+Jobs = Callable[[TrainConfig, Sequence[int]], list[Job]]
+
+
+def e1(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
+    """E1, does the collapse of the entropy precede grokking: the settings as they are."""
+    return [_job("e1", "baseline", config, seeds, (*PROBES, *SPECTRA))]
+
+
+def e2(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
+    """E2, does mixing delay grokking: E1's runs, the readings of the loss, and a dose-response over alpha.
+
+    The third reading, training on the mixed representations alone, is to average the logits with twice the alpha.
+    """
+    chosen = [_job("e2", f"{average}-{ALPHA:g}", config, seeds) for average in ("losses", "logits")]
+    doses = [_job("e2", f"losses-{alpha:g}", config, seeds[:FEWER]) for alpha in DOSES if alpha != ALPHA]
+    alone = _job("e2", f"logits-{2 * ALPHA:g}", config, seeds[:FEWER])
+    return [*e1(config, seeds), *chosen, alone, *doses]
+
+
+def e3(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
+    """E3, is it the norm: controls with the norm held, with and without mixing, and the runs they follow.
+
+    The first is our reading of the paper's control. With E1 and E2 the norms that follow other runs make a two
+    by two design: mixed or not, with the baseline's norm or that of the mixed runs. The others hold the norm
+    where the baseline has memorised, and at its start.
+    """
+    mixed, fewer = f"losses-{ALPHA:g}", seeds[:FEWER]
+    return [
+        *e1(config, seeds),
+        _job("e3", f"{mixed}+norm-as-baseline", config, seeds),
+        _job("e2", mixed, config, seeds),
+        _job("e3", f"norm-as-{mixed}", config, seeds),
+        _job("e3", "norm-mem", config, fewer),
+        _job("e3", f"{mixed}+norm-mem", config, fewer),
+        _job("e3", "norm-start", config, fewer),
+        _job("e3", f"{mixed}+norm-start", config, fewer),
+        _job("e3", "norm-start-each", config, fewer),
+        _job("e3", f"{mixed}+norm-start-each", config, fewer),
+    ]
+
+
+def e5(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
+    """E5, does a power law forecast grokking, and what does stopping early save: E1's runs.
+
+    And a few of them trained to the limit of steps, to see what is lost by stopping and which alarms are false.
+    """
+    to_the_end = dataclasses.replace(config, run_past_steps=config.max_steps)
+    return [*e1(config, seeds), _job("e5", "to-the-end", to_the_end, seeds[:TO_THE_END])]
+
+
+def e6(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
+    """E6, do other tasks and groups show the same: E1's runs, the paper's other tasks, and relabelled ones."""
+    other = [
+        _variant("e6", task, config, seeds if task.changes["task"] == "s5" else seeds[:FEWER])
+        for task in TASKS
+    ]
+    relabelled = [_variant("e6", each, config, seeds[:FEWER]) for each in controls(config.modulus)]
+    return [*e1(config, seeds), *other, *relabelled]
+
+
+def e7(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
+    """E7, is the collapse sufficient: MLPs for longer than E1's Transformers, which they are set beside.
+
+    The first two are the plainest, and have more seeds than those that vary one thing.
+    """
+    longer = dataclasses.replace(config, max_steps=round(LONGER * config.max_steps))
+    mlps = [
+        _variant("e7", mlp, longer, seeds[: FEWER if place < 2 else TO_THE_END])
+        for place, mlp in enumerate(MLPS)
+    ]
+    return [*e1(config, seeds), *mlps]
+
+
+def choices(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
+    """Which claims of E1 depend on what the paper leaves open: E1's runs, and settings one choice apart."""
+    other = [
+        _job("choices", choice.condition, changed, seeds[:TO_THE_END])
+        for choice in OTHER_CHOICES
+        if (changed := dataclasses.replace(config, **choice.changes)) != config
+    ]
+    return [*e1(config, seeds), *other]
+
+
+def _variant(experiment: str, variant: Variant, config: TrainConfig, seeds: Sequence[int]) -> Job:
+    return _job(experiment, variant.condition, dataclasses.replace(config, **variant.changes), seeds, SPECTRA)
+
+
+def _job(
+    experiment: str,
+    condition: str,
+    config: TrainConfig,
+    seeds: Sequence[int],
+    measures: tuple[MeasureName, ...] = (),
+) -> Job:
+    asked = tuple(dict.fromkeys((*config.measures, *measures)))
+    return Job(experiment, condition, dataclasses.replace(config, measures=asked), tuple(seeds))
+
+
+JOBS: dict[str, Jobs] = {
+    "e1": e1,
+    "e2": e2,
+    "e3": e3,
+    "e4": e1,
+    "e5": e5,
+    "e6": e6,
+    "e7": e7,
+    "e8": e1,
+    "choices": choices,
+}
+"""By id, every experiment that can be run. E4 and E8 are analyses of E1's runs."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings that differ from the preset's in `changes`; `label` says how, in a few words.
+
+    `condition` is the one of its runs, together with the task if `changes` names one.
+    """
+
+    condition: str
+    changes: Mapping[str, Any]
+    label: str
+
+
+TASKS = (
+    Variant("baseline", {"task": "mul"}, "a b mod p, 0 included"),
+    Variant("baseline", {"task": "sub"}, "a - b mod p"),
+    Variant("baseline", {"task": "s5", **TASK_SETTINGS["s5"]}, "composition in S5"),
+)
+"""The paper's other tasks (section 9)."""
+
+
+def controls(modulus: int) -> tuple[Variant, ...]:
+    """Relabelling controls, in pairs: either of a pair is the other under new names of operands and results.
+
+    By discrete logarithms the non-zero residues under multiplication modulo a prime p are 0 .. p - 2 under
+    addition; and with a table of tokens for each operand, the second one's b can be called -b. Nothing in
+    training knows names, so what differs between the two of a pair differs as seeds do.
+    """
+    less = modulus - 1
+    own = {"separate_tokens": True}
+    return (
+        Variant("baseline", {"task": "mul_nonzero"}, "a b mod p, without 0"),
+        Variant(f"with-modulus-{less}", {"task": "add", "modulus": less}, "a + b mod p - 1"),
+        Variant("with-own-tokens", {"task": "sub", **own}, "a - b mod p, own tokens"),
+        Variant("with-own-tokens", {"task": "add", **own}, "a + b mod p, own tokens"),
+    )
+
+
+OTHER_CHOICES = tuple(
+    Variant(f"with-{name}", CHOICES[name], label)
+    for name, label in (
+        ("unit-scale", "embeddings start at 1"),
+        ("mean", "mean over positions"),
+        ("equals", 'input a, b, "="'),
+        ("gelu", "GELU"),
+        ("pre-norm", "LayerNorm before"),
+        ("no-norm", "no LayerNorm"),
+    )
+)
+"""Settings one choice apart from the preset's, where the paper leaves the choice open."""
+
+MLPS = (
+    Variant("with-mlp-concat", {"model": "mlp"}, "concatenated, 512-128"),
+    Variant("with-mlp-sum", {"model": "mlp", "combine": "sum"}, "summed, 512-128"),
+    Variant("with-mlp-concat-small", {"model": "mlp", "init_scale": 0.05}, "concatenated, small start"),
+    Variant(
+        "with-mlp-sum-small", {"model": "mlp", "combine": "sum", "init_scale": 0.05}, "summed, small start"
+    ),
+    Variant("with-mlp-one-layer", {"model": "mlp", "hidden": (256,)}, "one hidden layer, 256"),
+    Variant("with-mlp-narrow", {"model": "mlp", "hidden": (128, 128)}, "narrow, 128-128"),
+    Variant("with-mlp-wide", {"model": "mlp", "hidden": (2048, 128)}, "wide, 2048-128"),
+    Variant("with-mlp-weak-decay", {"model": "mlp", "weight_decay": 0.1}, "weight decay 0.1"),
+    Variant("with-mlp-no-decay", {"model": "mlp", "weight_decay": 0.0}, "weight decay 0"),
+    Variant(
+        "with-mlp-fast-no-decay",
+        {"model": "mlp", "weight_decay": 0.0, "learning_rate": 1e-2},
+        "learning rate 1e-2, weight decay 0",
+    ),
+    Variant("with-mlp-slow", {"model": "mlp", "learning_rate": 1e-4}, "learning rate 1e-4"),
+)
+"""MLPs of E7: the paper does not describe its own. The first two are the plainest; the others
+vary one thing, or two. The fast one without decay was found on seed 1000: its entropy falls and stays low."""

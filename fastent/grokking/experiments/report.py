@@ -1,0 +1,731 @@
+"""The report: one page of HTML and the same as Markdown, from a folder of runs alone.
+
+`write_report` reads the runs, lets each experiment make its part (a headline, claims for the summary, and a section)
+from the complete runs that it reads, and adds what belongs to all: the summary, the paper's figures and tables and
+where they are here, what the quantities mean, what is not so in the paper, what was not run, and where the runs came
+from. Nothing is trained, nothing is filled in: an experiment without complete runs is listed as not run, with the
+command that runs it; one whose runs were made with different settings judges nothing. The same folder gives the same
+bytes: no date of writing, no order of chance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastent.grokking.experiments import (
+    choices,
+    e1_lead,
+    e2_mixing,
+    e3_norm,
+    e4_predictors,
+    e5_forecast,
+    e6_tasks,
+    e7_mlp,
+    e8_probes,
+    figures,
+)
+from fastent.grokking.experiments.claims import (
+    CONTRIBUTIONS,
+    IN_PART,
+    MIXED,
+    NONE,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    SAID,
+    Claim,
+    arithmetic_section,
+    claims_table,
+    corrections_section,
+    covering,
+    decimal,
+    steps,
+)
+from fastent.grokking.experiments.data import PAPER, PRESETS_JSON, StoredRun, read_runs
+from fastent.grokking.experiments.document import (
+    Block,
+    Code,
+    Section,
+    Table,
+    Text,
+    Verdict,
+    as_html,
+    as_markdown,
+    check,
+    figures_of,
+    fill,
+)
+from fastent.grokking.experiments.jobs import JOBS
+from fastent.grokking.experiments.leads import left_out_threshold
+from fastent.train.presets import SOURCES, TrainConfig
+
+__all__ = ["EXPERIMENTS", "check_documents", "fill_documents", "write_report"]
+
+TITLE = "Spectral entropy and grokking"
+
+
+def write_report(runs: Path, out: Path) -> Path:
+    """Write the report on the runs in a folder.
+
+    Parameters
+    ----------
+    runs : Path
+        Folder of run folders, the ``--out`` of ``fastent run``. It is only read.
+    out : Path
+        Folder for ``index.html`` (self-contained), ``report.md`` and ``figures/``; made if it is not there.
+
+    Returns
+    -------
+    Path
+        ``out/index.html``.
+
+    Raises
+    ------
+    RunError
+        If `runs` is not a folder, holds no run, or holds one that cannot be read.
+    OSError
+        If `out` cannot be written.
+    """
+    sections = _sections(read_runs(runs), runs, out)
+    subtitle = (
+        "Runs of small Transformers that grok, under a live monitor of the spectral entropy of their "
+        "representation, set beside what arXiv 2604.13123 says of it."
+    )
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for figure in figures_of(sections):
+        _write(out / "figures" / f"{figure.name}.svg", figure.light)
+    _write(out / "report.md", as_markdown(TITLE, subtitle, sections))
+    page = out / "index.html"
+    _write(page, as_html(TITLE, subtitle, sections))
+    return page
+
+
+def check_documents(runs: Path, documents: Sequence[Path]) -> list[str]:
+    """Compare the parts of the report in committed documents with what the runs in a folder give.
+
+    Parameters
+    ----------
+    runs : Path
+        Folder of runs, packed ones as a rule. It is only read.
+    documents : sequence of Path
+        Markdown files with parts of the report; see `fastent.grokking.experiments.document`.
+
+    Returns
+    -------
+    list of str
+        The lines that differ, as a unified diff; empty if the documents follow from the runs.
+
+    Raises
+    ------
+    RunError
+        As `write_report`; and if a document has no part of the report, or one that the runs do not give.
+    """
+    return check(documents, _words_alone(runs))
+
+
+def fill_documents(runs: Path, documents: Sequence[Path]) -> None:
+    """Write what `check_documents` would compare with. Raises as that, and OSError."""
+    fill(documents, _words_alone(runs))
+
+
+def _words_alone(runs: Path) -> list[Section]:
+    with figures.left_out():
+        return _sections(read_runs(runs), runs, Path("report"))
+
+
+def _write(path: Path, text: str) -> None:
+    # A reader of the page never finds half of it: written beside, then renamed.
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(beside, path)
+
+
+def _sections(stored: Sequence[StoredRun], runs: Path, out: Path) -> list[Section]:
+    made = {experiment.id: experiment.make_part(stored) for experiment in EXPERIMENTS}
+    parts = {name: part for name, part in made.items() if part is not None}
+    analyses = [
+        _with_provenance(parts[experiment.id].section, experiment, stored, runs)
+        for experiment in EXPERIMENTS
+        if experiment.id in parts
+    ]
+    return [
+        summary_section(parts, stored, runs),
+        figures_section(analyses),
+        *analyses,
+        _meanings(),
+        arithmetic_section(),
+        corrections_section(),
+        coverage(parts, stored, runs),
+        origin_section(stored, runs, out),
+    ]
+
+
+def _with_provenance(
+    section: Section, experiment: Experiment, stored: Sequence[StoredRun], runs: Path
+) -> Section:
+    text = provenance(experiment.complete(stored), runs)
+    return dataclasses.replace(section, blocks=(*section.blocks, text))
+
+
+MEANINGS = (
+    (
+        "H",
+        "entropy of the spectrum of the representation's covariance over a fixed probe of training inputs, "
+        "divided by log d: 1 if the variance is spread evenly over all d directions, 0 if it lies along one",
+    ),
+    ("T_mem", "first evaluation at which the train accuracy reaches 0.99: the model fits its training set"),
+    (
+        "T_grok",
+        "first evaluation at which the test accuracy reaches the criterion, 0.99; sustained: the first of "
+        "three such in a row",
+    ),
+    ("H*", "H at T_grok. It needs test labels, and a run that is over"),
+    (
+        "T_cross",
+        "first evaluation with H below H*, which must come from somewhere: the run itself, all seeds, or the "
+        "other seeds",
+    ),
+    (
+        "T_collapse",
+        "first evaluation at which H lies more than tau = 0.05 below its largest value among the last five "
+        "evaluations. The paper's text lost its tau; 0.05 is ours",
+    ),
+    ("lead", "T_grok minus T_cross or T_collapse, in steps. Positive: the entropy came first"),
+    (
+        "false alarm",
+        "a crossing before grokking after which grokking does not come within 1,000 steps, the paper's "
+        'horizon for "imminent"',
+    ),
+    ("parameter norm", "the Euclidean norm of all parameters together"),
+)
+
+
+def _meanings() -> Section:
+    table = Table("Terms of this page, in the order of their use.", ("term", "meaning"), MEANINGS)
+    return Section("meanings", "What the quantities mean", (table,))
+
+
+SEEDS = range(10)
+"""The paper's seeds of its main experiments."""
+
+
+def summary_section(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path) -> Section:
+    """Write the summary of the parts, by experiment, from the runs in the folder `runs`."""
+    claims = all_claims(parts, run_folder(stored, runs))
+    complete = sum(run.done is not None for run in stored)
+    blocks: list[Block] = [Text(part.headline) for part in parts.values()]
+    if not parts:
+        blocks.append(Text("No experiment has a complete run yet: there is nothing to judge.", "note"))
+    blocks += [
+        contributions_table(claims),
+        claims_table(
+            f"Claims of the paper and what {complete} complete runs say of them. How a run goes is judged for the "
+            "setting of these runs alone; a number of the paper only in its own setting, else it reads "
+            '"other setting".',
+            claims,
+        ),
+        Text(
+            "Intervals over fewer than about ten runs are narrower than they should be: a bootstrap cannot see "
+            "values that no seed has shown. A share, such as 3 of 3 runs, has an exact interval.",
+            "note",
+        ),
+    ]
+    return Section("summary", "Summary", tuple(blocks))
+
+
+def all_claims(parts: Mapping[str, Part], runs: Path) -> list[Claim]:
+    """List the claims by experiment, and those not run with the command that runs them in the folder `runs`."""
+    made = [claim for part in parts.values() for claim in part.claims]
+    claims: list[Claim] = []
+    for experiment in EXPERIMENTS:
+        claims += parts[experiment.id].claims if experiment.id in parts else ()
+        claims += [
+            Claim(
+                said.where,
+                said.says,
+                f"`{command(said.experiment, 'paper', seeds=SEEDS, runs=runs)}`",
+                NOT_RUN,
+                NONE,
+            )
+            for said in SAID
+            if said.experiment == experiment.id and not covering(said.marker, made)
+        ]
+    return claims
+
+
+def contributions_table(claims: list[Claim]) -> Table:
+    """Lay out the paper's contributions, each with the verdict that those of its claims come to."""
+    rows = []
+    for number, says, markers in CONTRIBUTIONS:
+        resting = [claim for marker in markers for claim in covering(marker, claims)]
+        found = "; ".join(f"{claim.says}: {claim.verdict.label}" for claim in resting) or NONE
+        rows.append((number, says, found, together([claim.verdict for claim in resting])))
+    return Table(
+        "The paper's contributions. Reproduced if every claim it rests on is, not reproduced if none is even in part.",
+        ("", "The paper's contribution", "It rests on", "Verdict"),
+        tuple(rows),
+    )
+
+
+def together(verdicts: Sequence[Verdict]) -> Verdict:
+    """Sum up verdicts; those with nothing to judge take no part."""
+    judged = [verdict for verdict in verdicts if verdict.kind != "none"]
+    if not judged:
+        return MIXED if MIXED in verdicts else NOT_RUN
+    if all(verdict == REPRODUCED for verdict in judged):
+        return REPRODUCED
+    return NOT_REPRODUCED if all(verdict == NOT_REPRODUCED for verdict in judged) else IN_PART
+
+
+def coverage(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path) -> Section:
+    """Say which experiments are here, from how many runs, and how to get the others."""
+    rows, folder = [], run_folder(stored, runs)
+    for experiment in EXPERIMENTS:
+        mine = [run for run in stored if run.experiment == experiment.id]
+        complete = sum(run.done is not None for run in mine)
+        reads = ", ".join(name.upper() for name in experiment.reads if name != experiment.id)
+        if experiment.id not in parts:
+            state = "no complete run" if mine else "not run"
+            if complete and not of_one_setting(experiment.complete(stored)):
+                state = "not reported: its runs, or those it is compared with, differ in their settings"
+        elif complete < len(mine):
+            state = "reported from its complete runs"
+        else:
+            state = "reported" if mine else f"reported from the runs of {reads}"
+        how = (
+            "" if experiment.id in parts else f"`{command(experiment.id, 'paper', seeds=SEEDS, runs=folder)}`"
+        )
+        rows.append((experiment.id.upper(), experiment.question, f"{complete} of {len(mine)}", state, how))
+    unknown = sorted({run.experiment for run in stored} - {experiment.id for experiment in EXPERIMENTS})
+    rows += [(name, "unknown to this version", NONE, "not reported", "") for name in unknown]
+    table = Table(
+        "The paper's experiments, and what of them is here.",
+        ("experiment", "question", "runs complete", "state", "command that adds it"),
+        tuple(rows),
+        (2,),
+    )
+    return Section("coverage", "What was run, and what was not", (table,))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one experiment gives to the report: a few sentences, its claims and its section."""
+
+    headline: str
+    claims: tuple[Claim, ...]
+    section: Section
+
+    def unjudged(self) -> Part:
+        """Return it as it is said of runs that differ in their settings: no claim is judged, and a note says why."""
+        note = (
+            "These runs differ in their settings (see the last section): what is said of all mixes them, and no "
+            "claim is judged by it."
+        )
+        return Part(
+            f"{self.headline} {note}",
+            tuple(replace(claim, verdict=MIXED, why=NONE) for claim in self.claims),
+            replace(self.section, blocks=(Text(note, "note"), *self.section.blocks)),
+        )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment of the paper.
+
+    `part` makes its part from the complete runs of the experiments in `reads` (its own if that is empty); None
+    where this version has no analysis of it.
+    """
+
+    id: str
+    question: str
+    part: Callable[[Sequence[StoredRun]], Part | None] | None = None
+    reads: tuple[str, ...] = ()
+
+    def make_part(self, stored: Sequence[StoredRun]) -> Part | None:
+        """Make its part from those of `stored` that it reads and that are complete; None if it cannot be."""
+        complete = self.complete(stored)
+        part = self.part(complete) if complete and self.part is not None else None
+        return part if part is None or of_one_setting(complete) else part.unjudged()
+
+    def complete(self, stored: Sequence[StoredRun]) -> list[StoredRun]:
+        """Pick the runs that it reads and that are complete."""
+        reads = self.reads or (self.id,)
+        return [run for run in stored if run.experiment in reads and run.done is not None]
+
+
+def _baseline(runs: Sequence[StoredRun]) -> Part:
+    result = e1_lead.analyse([run.measure() for run in runs], comparable=in_papers_setting(runs))
+    return Part(e1_lead.headline(result), tuple(e1_lead.claims(result)), e1_lead.section(result))
+
+
+def _mixing(runs: Sequence[StoredRun]) -> Part | None:
+    result = e2_mixing.analyse(runs, comparable=in_papers_setting(runs))
+    if result is None:
+        return None
+    return Part(e2_mixing.headline(result), tuple(e2_mixing.claims(result)), e2_mixing.section(result))
+
+
+def _norm(runs: Sequence[StoredRun]) -> Part | None:
+    result = e3_norm.analyse(runs, comparable=in_papers_setting(runs))
+    if result is None:
+        return None
+    return Part(e3_norm.headline(result), tuple(e3_norm.claims(result)), e3_norm.section(result))
+
+
+def _predictors(runs: Sequence[StoredRun]) -> Part:
+    result = e4_predictors.analyse([run.measure() for run in runs], comparable=in_papers_setting(runs))
+    return Part(
+        e4_predictors.headline(result), tuple(e4_predictors.claims(result)), e4_predictors.section(result)
+    )
+
+
+def _forecast(runs: Sequence[StoredRun]) -> Part | None:
+    baseline = [run for run in runs if run.experiment == "e1"]
+    result = e5_forecast.analyse(runs, comparable=in_papers_setting(baseline))
+    if result is None:
+        return None
+    return Part(e5_forecast.headline(result), tuple(e5_forecast.claims(result)), e5_forecast.section(result))
+
+
+def _tasks(runs: Sequence[StoredRun]) -> Part | None:
+    result = e6_tasks.analyse(runs)
+    if result is None:
+        return None
+    return Part(e6_tasks.headline(result), tuple(e6_tasks.claims(result)), e6_tasks.section(result))
+
+
+def _mlps(runs: Sequence[StoredRun]) -> Part | None:
+    result = e7_mlp.analyse(runs)
+    if result is None:
+        return None
+    return Part(e7_mlp.headline(result), tuple(e7_mlp.claims(result)), e7_mlp.section(result))
+
+
+def _probes(runs: Sequence[StoredRun]) -> Part | None:
+    result = e8_probes.analyse(runs)
+    if result is None:
+        return None
+    return Part(e8_probes.headline(result), tuple(e8_probes.claims(result)), e8_probes.section(result))
+
+
+def _choices(runs: Sequence[StoredRun]) -> Part | None:
+    # It compares verdicts, and there are none on runs of different settings.
+    settings = choices.analyse(runs) if of_one_setting(runs) else None
+    return None if settings is None else Part(choices.headline(settings), (), choices.section(settings))
+
+
+def in_papers_setting(runs: Sequence[StoredRun]) -> bool:
+    """Whether all of `runs` were made with the preset `paper`, so that the paper's numbers can be judged."""
+    return all(run.preset == ("paper", {}) for run in runs)
+
+
+EXPERIMENTS = (
+    Experiment("e1", "Does the entropy collapse precede grokking?", _baseline),
+    Experiment("e2", "Does mixing the representations delay grokking?", _mixing, ("e1", "e2")),
+    Experiment("e3", "Is it the norm? Control with the norm held.", _norm, ("e1", "e2", "e3")),
+    Experiment("e4", "Norm against entropy as predictors.", _predictors, ("e1",)),
+    Experiment(
+        "e5", "Does a power law forecast the time of grokking?", _forecast, ("e1", "e2", "e3", "e5", "e7")
+    ),
+    Experiment("e6", "Do other tasks and groups show the same?", _tasks, ("e1", "e6")),
+    Experiment("e7", "Is the collapse sufficient? MLP against Transformer.", _mlps, ("e1", "e7")),
+    Experiment("e8", "Does the choice of the probe matter?", _probes, ("e1",)),
+    Experiment("choices", choices.TITLE, _choices, ("e1", "choices")),
+)
+
+
+OURS = "ours: its description is lost"
+AFTER = "after its description"
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """A figure or table of the paper, what it shows, and what of the report stands in its place.
+
+    `ours` names a figure of the report, or a section by the beginning of its title where `ours` has a table there.
+    """
+
+    paper: str
+    shows: str
+    ours: str
+    basis: str
+
+
+COUNTERPARTS = (
+    Counterpart("Figure 1", "accuracy, H and norm over training, 10 seeds", "e1-dynamics", AFTER),
+    Counterpart("Figure 2", "H around grokking, runs shifted to their T_grok", "e1-around", OURS),
+    Counterpart("Figure 3", "T_grok and H under mixing", "e2-trajectories", AFTER),
+    Counterpart("Figure 3", "T_grok and H with the norm held", "e3-trajectories", AFTER),
+    Counterpart("Figure 4(a)", "norm against entropy", "e4-norm-entropy", AFTER),
+    Counterpart("Figure 4(b)", "remaining steps against H − H*, with the law", "e5-law", AFTER),
+    Counterpart("Figure 5", "H of the tasks", "e6-tasks", AFTER),
+    Counterpart("Figure 6", "what of S5 its representations hold", "e6-isotypic", OURS),
+    Counterpart("Figure 7", "every threshold: runs preceded, lead, false alarms", "e1-sweep", OURS),
+    Counterpart("Figure 8", "lead of each run by each rule", "e1-leads", OURS),
+    Counterpart("Figure 9", "Transformer and MLPs: accuracy, H, Fourier alignment", "e7-models", AFTER),
+    Counterpart("Figure 10", "probes from the training and the test set", "e8-probes", AFTER),
+    Counterpart("Table 1", "T_grok under each condition", "E2:", AFTER),
+    Counterpart("Table 1", "the norm-matched control", "E3:", AFTER),
+    Counterpart("Table 2", "R² of each predictor", "E4:", AFTER),
+    Counterpart("Table 3", "T_grok and H* of each task", "E6:", AFTER),
+    Counterpart("Table 5", "its diagnosis, as a confusion matrix", "E5:", AFTER),
+)
+
+
+def figures_section(sections: Sequence[Section]) -> Section:
+    """Say where the figures and tables of the paper are in a report of these sections, or that they are not run."""
+    figures = {figure.name for figure in figures_of(sections)}
+    rows = []
+    for each in COUNTERPARTS:
+        if each.ours in figures:
+            place = f"figure `{each.ours}`"
+        else:
+            titles = [s.title for s in sections if each.ours.endswith(":") and s.title.startswith(each.ours)]
+            place = f'table in "{titles[0]}"' if titles else "not run"
+        rows.append((each.paper, each.shows, place, each.basis if place != "not run" else "–"))
+    return Section(
+        "figures",
+        "The paper's figures and tables, and ours",
+        (
+            Text(
+                "All are made from these runs. Table 6 of the paper is its mathematics: `fastent check maths`. "
+                "Its text does not mention a Table 4."
+            ),
+            Table(
+                "Where this page has the paper's figures and tables.",
+                ("Paper", "It shows", "Here", "Made"),
+                tuple(rows),
+            ),
+        ),
+    )
+
+
+def origin_section(stored: Sequence[StoredRun], runs: Path, out: Path) -> Section:
+    """Tell where the runs in the folder `runs` came from."""
+    last = [shlex.join(["fastent", "report", str(runs), "--out", str(out)])]
+    if any(not run.path.is_dir() for run in stored):
+        source = str(run_folder(stored, runs))
+        last.insert(0, shlex.join(["python", "-m", "fastent.grokking.experiments.data", source, str(runs)]))
+    blocks: list[Block] = [
+        Text(
+            "The commands that made the runs and this page. The first goes on with runs that are not "
+            "complete."
+        ),
+        Code("\n".join([*commands(stored, run_folder(stored, runs)), *last])),
+        _runs_table(stored),
+        _settings_table(stored),
+        _environment_table(stored),
+    ]
+    return Section("origin", "Where the runs came from", tuple(blocks))
+
+
+def provenance(stored: Sequence[StoredRun], runs: Path) -> Text:
+    """Name the complete runs that one experiment's section rests on, and the commands that make them."""
+    groups: dict[str, set[int]] = {}
+    for run in stored:
+        name = f"{run.experiment}-{run.condition}-{run.config['task']}"
+        groups.setdefault(name, set()).add(run.seed)
+    named = ", ".join(f"`{name}-seed{{{ranges(seeds)}}}`" for name, seeds in groups.items())
+    made = ", ".join(f"`{each}`" for each in commands(stored, run_folder(stored, runs)))
+    return Text(f"Runs of this section: {named}. Made by {made}.", "note")
+
+
+def run_folder(stored: Sequence[StoredRun], runs: Path) -> Path:
+    """Name the folder to train in: `runs`, but a folder of its own where those in it are packed."""
+    packed = any(not run.path.is_dir() for run in stored)
+    return Path("runs") / runs.name if packed else runs
+
+
+def commands(stored: Sequence[StoredRun], runs: Path) -> list[str]:
+    """Write the commands that make `stored`: as few as there are presets and changed settings behind the runs."""
+    found = []
+    # What explains one experiment's runs may not be read off them: some multiply a setting that was given.
+    first = {(run.experiment, run.condition, run.config["task"]): run for run in reversed(stored)}
+    ways = [(name, _changes(run, name)) for run in first.values() for name in PRESETS_JSON]
+    for experiment in dict.fromkeys(run.experiment for run in stored):
+        left = [run for run in stored if run.experiment == experiment]
+        while left:
+            own = [(name, _changes(left[0], name)) for name in PRESETS_JSON]
+            name, changes = min(
+                (way for way in [*ways, *own] if _explains(left[0], *way)),
+                key=lambda way: (-sum(_explains(run, *way) for run in left), len(way[1])),
+                default=(left[0].preset[0], {}),
+            )
+            made = [run for run in left if run is left[0] or _explains(run, name, changes)]
+            seeds = {run.seed for run in made}
+            found.append(command(experiment, name, _options(changes), seeds=seeds, runs=runs))
+            left = [run for run in left if run not in made]
+    return found
+
+
+def of_one_setting(stored: Sequence[StoredRun]) -> bool:
+    """Whether one preset with one set of changes is behind all of `stored`, whatever their experiments vary.
+
+    Measures change nothing of the training and are left aside. A run of a kind that no experiment asks for varies
+    nothing but its task.
+    """
+    groups = {(run.experiment, run.condition, json.dumps(run.config, sort_keys=True)): run for run in stored}
+    first = list(groups.values())
+    ways = [(name, _changes(run, name)) for run in first for name in PRESETS_JSON]
+    ways += [run.preset for run in first]
+    return any(all(_made_by(run, *way) for run in first) for way in ways)
+
+
+def _made_by(run: StoredRun, preset: str, changes: dict[str, Any]) -> bool:
+    if _asked(run, preset, changes) is not None:
+        return _explains(run, preset, changes)
+    return run.changes_from(preset) == changes
+
+
+def command(
+    experiment: str, preset: str, options: Sequence[str] = (), *, seeds: Iterable[int], runs: Path
+) -> str:
+    """Write the command that makes an experiment's runs."""
+    place = ["--seeds", ranges(set(seeds)), "--out", str(runs)]
+    return shlex.join(["fastent", "run", experiment, "--preset", preset, *options, *place])
+
+
+def _changes(run: StoredRun, preset: str) -> dict[str, Any]:
+    """Find the fewest settings that, changed in a preset, make the run's experiment ask for it as it is."""
+    asked = _asked(run, preset, {})
+    if asked is None:
+        return {}
+    changes = {key: run.config[key] for key, value in asked.items() if run.config.get(key, value) != value}
+    for key in list(changes):
+        # One setting may follow from another: a run to the end goes on for as long as the limit of steps.
+        fewer = {name: value for name, value in changes.items() if name != key}
+        if _explains(run, preset, fewer):
+            changes = fewer
+    return changes
+
+
+def _explains(run: StoredRun, preset: str, changes: dict[str, Any]) -> bool:
+    """Whether the run's experiment asks for it as it is, given a preset with `changes`; measures aside."""
+    asked = _asked(run, preset, changes)
+    # A setting that is younger than the run is not in its record.
+    return asked is not None and {**asked, "measures": None} == {**asked, **run.config, "measures": None}
+
+
+def _asked(run: StoredRun, preset: str, changes: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the settings that the run's experiment gives to a run of its kind; None if it asks for none."""
+    kinds = _settings(run.experiment, preset, json.dumps(changes, sort_keys=True))
+    return kinds.get((run.condition, run.config["task"]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _settings(experiment: str, preset: str, changes: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return what an experiment asks for, by condition and task, given a preset with changes (JSON)."""
+    make = JOBS.get(experiment)
+    try:
+        config = TrainConfig(**_frozen({**PRESETS_JSON[preset], **json.loads(changes)}))
+        jobs = [] if make is None else make(config, (0,))
+    except ValueError:  # changes that do not fit each other
+        return {}
+    return {(job.condition, job.config.task): job.settings() for job in jobs if job.experiment == experiment}
+
+
+def _options(changes: dict[str, Any]) -> list[str]:
+    words = []
+    for key, value in changes.items():
+        words.append(f"--{key.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return words
+
+
+def _frozen(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
+def ranges(numbers: set[int]) -> str:
+    """Write numbers as the command line reads them: "0-2,5"."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(str(end) for end in part) for part in parts)
+
+
+def _runs_table(stored: Sequence[StoredRun]) -> Table:
+    rows = []
+    for run in stored:
+        name, changes = run.preset
+        setting = name + "".join(f", {key} = {value}" for key, value in changes.items())
+        rows.append((f"`{run.name}`", setting, str(len(run.rows)), run.state))
+    return Table("Run folders.", ("folder", "setting", "evaluations", "state"), tuple(rows), (2,))
+
+
+def _settings_table(stored: Sequence[StoredRun]) -> Table:
+    rows = []
+    for key in sorted({key for run in stored for key in run.config}):
+        values = dict.fromkeys(str(run.config.get(key, "–")) for run in stored)
+        here, there = "; ".join(values), str(PAPER.get(key, "–"))
+        rows.append((f"`{key}`", here, "the same" if here == there else there, SOURCES.get(key, "–")))
+    columns = ("setting", "these runs", "preset `paper`", "where the preset's value comes from")
+    return Table("Every setting of the runs, and the source of the paper's.", columns, tuple(rows))
+
+
+def _environment_table(stored: Sequence[StoredRun]) -> Table:
+    rows = []
+    for key in sorted({key for run in stored for key in run.environment}):
+        values = dict.fromkeys(str(run.environment.get(key, "–")) for run in stored)
+        rows.append((key, "; ".join(values)))
+    if not rows:
+        rows.append(("not recorded", "–"))
+    return Table("Machine and software at the runs' first start.", ("what", "value"), tuple(rows))
+
+
+def print_summary(out: Path, names: set[str]) -> None:
+    """Print the times, entropies and leads of each run, leads from the H* of the other seeds of its job.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of runs.
+    names : set of str
+        Of the runs to print; those without a record are left out.
+    """
+    from rich import box, table
+    from rich.console import Console
+
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for stored in read_runs(out):
+        if stored.name in names and stored.rows:
+            groups.setdefault((stored.experiment, stored.condition, stored.config["task"]), []).append(stored)
+    console = Console()
+    for key, runs in groups.items():
+        printed = table.Table(
+            "seed",
+            title=" ".join(key),
+            caption="T_cross: first H under the mean H at T_grok of the other seeds",
+            box=box.SIMPLE,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        for column in ("T_mem", "T_grok", "H at T_grok", "T_cross", "lead", "test", "steps"):
+            printed.add_column(column, justify="right")
+        printed.add_column("ended")
+        measured = [run.measure() for run in runs]
+        leads = left_out_threshold(measured)
+        for i, (run, one) in enumerate(zip(runs, measured, strict=True)):
+            s = one.summary
+            numbers = (
+                steps(s.t_mem),
+                steps(s.t_grok),
+                decimal(s.h_star),
+                steps(leads.times[i]),
+                steps(leads.leads[i]),
+            )
+            ended = run.state if run.done is None else run.done["reason"]
+            printed.add_row(str(run.seed), *numbers, decimal(s.test_accuracy_end), steps(s.last_step), ended)
+        console.print(printed)

@@ -1,0 +1,78 @@
+"""Choices on planted runs: one setting agrees with the preset's, one does not, one never groks."""
+
+import dataclasses
+
+import pytest
+from planted_columns import planted, tables
+
+from fastent.grokking.experiments import choices
+from fastent.grokking.experiments.jobs import JOBS, TO_THE_END
+from fastent.grokking.experiments.report import EXPERIMENTS
+from fastent.train.presets import CHOICES, PRESETS, preset
+
+E1, *OTHERS = JOBS["choices"](preset("paper"), range(10))
+FALLS = [0.9, 0.9, 0.8, 0.7, 0.6, 0.5]
+STAYS = [0.9] * 6
+GROKS = [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
+STUCK = [0.0, 0.01, 0.01, 0.02, 0.02, 0.02]
+UNIT, MEAN, EQUALS = OTHERS[:3]
+
+
+def runs_of(job, entropy, test):
+    return [planted(job, seed, test=test, entropy=[h + 0.01 * seed for h in entropy]) for seed in range(3)]
+
+
+@pytest.fixture
+def settings():
+    stored = [*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS), *runs_of(MEAN, STAYS, GROKS)]
+    return choices.analyse(stored)
+
+
+def test_every_choice_is_trained_with_the_rest_as_it_is():
+    assert [job.condition for job in OTHERS] == [f"with-{name}" for name in CHOICES]
+    for job, changes in zip(OTHERS, CHOICES.values(), strict=True):
+        assert dataclasses.replace(job.config, measures=()) == dataclasses.replace(
+            PRESETS["paper"], **changes
+        )
+        assert job.seeds == tuple(range(TO_THE_END))
+
+
+def test_a_choice_that_is_the_settings_own_is_not_trained_twice():
+    conditions = [job.condition for job in JOBS["choices"](preset("quick"), (0,))]
+    assert "with-unit-scale" not in conditions
+    assert len(conditions) == len(CHOICES)
+
+
+def test_a_claim_depends_on_the_choice_where_its_verdict_does(settings):
+    found = {says: holds for (_, says), holds in choices.agreed(settings).items()}
+    (collapse,) = (says for says in found if says.startswith("T_collapse"))
+    assert not found[collapse]  # with the entropy that stays there is no fall
+    assert found["the model memorises early and generalises thousands of steps later, in every run"]
+
+
+def test_a_setting_that_differs_in_nothing_changes_no_verdict():
+    settings = choices.analyse([*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS)])
+    assert all(choices.agreed(settings).values())
+    assert f"{len(choices.agreed(settings))} of {len(choices.agreed(settings))} claims" in choices.headline(
+        settings
+    )
+
+
+def test_a_setting_that_never_groks_has_no_h_star_and_is_left_out_of_what_it_cannot_judge():
+    settings = choices.analyse([*runs_of(E1, FALLS, GROKS), *runs_of(EQUALS, FALLS, STUCK)])
+    figures, verdicts = tables(choices.section(settings)).values()
+    assert figures.rows[1][1:5] == ("0 of 3", figures.rows[0][2], "–", "–")
+    unjudged = [row for row in verdicts.rows if row[-1] == "–"]
+    assert any("H* is stable" in row[1] for row in unjudged)
+
+
+def test_without_runs_of_another_choice_or_of_the_preset_there_is_nothing_to_say():
+    assert choices.analyse(runs_of(E1, FALLS, GROKS)) is None
+    assert choices.analyse(runs_of(UNIT, FALLS, GROKS)) is None
+
+
+def test_the_report_takes_the_part():
+    (experiment,) = (each for each in EXPERIMENTS if each.id == "choices")
+    part = experiment.make_part([*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS)])
+    assert part is not None
+    assert part.section.title == choices.TITLE

@@ -1,0 +1,172 @@
+"""Verdicts and the wording of numbers.
+
+The paper's arithmetic, and that every claim a summary must name has a claim that covers it.
+
+What is not so in the paper, against the closed forms of the counterexamples.
+"""
+
+import ast
+import contextlib
+import inspect
+import itertools
+import math
+
+import pytest
+
+from fastent.grokking.experiments import (
+    claims,
+    e1_lead,
+    e2_mixing,
+    e3_norm,
+    e4_predictors,
+    e5_forecast,
+    e6_tasks,
+    e7_mlp,
+    e8_probes,
+)
+from fastent.grokking.experiments.claims import (
+    IN_PART,
+    MIXED,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    OTHER_SETTING,
+    REPRODUCED,
+    counted,
+    decimal,
+    judge_share,
+    judge_value,
+    percent,
+    steps,
+    worded,
+)
+from fastent.grokking.experiments.report import EXPERIMENTS, together
+from fastent.grokking.experiments.statistics import Estimate, bootstrap, proportion
+from fastent.reference.entropy import entropy_of_eigenvalues
+
+
+@pytest.mark.parametrize(
+    ("successes", "verdict"),
+    [(10, REPRODUCED), (9, IN_PART), (5, IN_PART), (4, NOT_REPRODUCED), (0, NOT_REPRODUCED)],
+)
+def test_a_share_is_reproduced_only_at_all_and_not_below_half(successes, verdict):
+    assert judge_share(proportion(successes, 10)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "verdict"),
+    [
+        (110, 90, 130, REPRODUCED),
+        (110, 105, 115, IN_PART),
+        (125, 120, 130, IN_PART),
+        (126, 120, 130, NOT_REPRODUCED),
+        (100, None, None, IN_PART),  # without an interval there is nothing to lie in
+    ],
+)
+def test_a_number_is_reproduced_inside_the_interval_and_in_part_within_a_quarter(value, low, high, verdict):
+    assert judge_value(100, Estimate(value, low, high, 5, "m"), comparable=True) == verdict
+
+
+def test_a_number_of_another_setting_is_not_judged_and_no_run_is_not_run():
+    assert judge_value(100, Estimate(1, 0, 2, 5, "m"), comparable=False) == OTHER_SETTING
+    assert judge_value(100, None, comparable=True) == NOT_RUN
+    assert judge_share(None) == NOT_RUN
+
+
+def test_numbers_are_worded_with_interval_n_and_unit():
+    assert worded(Estimate(1020.4, -90.0, 1150.0, 10, "m")) == "1,020 steps (95 % CI −90 to 1,150; n = 10)"
+    assert worded(Estimate(0.5, 0.25, 0.75, 4, "m"), "%") == "50 % (95 % CI 25 % to 75 %; n = 4)"
+    assert worded(Estimate(0.64, 0.6, 0.7, 3, "m"), "", 2) == "0.64 (95 % CI 0.60 to 0.70; n = 3)"
+    assert worded(bootstrap([5.0, 7.0])) == "6 steps (no interval: n = 2)"
+    assert worded(None) == "–"
+    assert counted(proportion(3, 3)) == "3 of 3 runs (95 % CI 29 % to 100 %)"
+    assert (steps(None), decimal(None), percent(None), counted(None)) == ("–",) * 4
+    assert (steps(-1500), decimal(-0.12345), percent(0.999)) == ("−1,500", "−0.123", "100 %")
+
+
+MODULES = (e1_lead, e2_mixing, e3_norm, e4_predictors, e5_forecast, e6_tasks, e7_mlp, e8_probes)
+
+
+def test_is_mean_agrees_with_trying_all_sums():
+    for n, grid in itertools.product((3, 7, 28), (20, 200)):
+        means = {round(k * grid / n) for k in range(1000)}
+        for value in range(300):
+            assert claims.is_mean(value, n, grid=grid) == (value in means)
+
+
+def test_the_checks_find_what_is_known_of_the_printed_numbers():
+    found = {check.prints.split(",")[0].split(":")[0]: check for check in claims.checks()}
+    assert not found["mixing delays by 5"].holds
+    assert found["mixing delays by 5"].gives == "19,420 − 14,360 = 5,060"
+    assert found["the norm control delays by 8"].holds
+    assert not found["mean T_grok of the norm control"].holds
+    assert "the mean is 24,487 and the delay 10,127" in found["mean T_grok of the norm control"].gives
+    assert not found["mean advance warning 12"].holds
+    assert not found["largest advance warning 16"].holds
+    assert found["addition"].holds
+    assert found["94 % of the pairs of S5 do not commute"].holds
+    stop = found["stopping within 1"]
+    assert not stop.holds
+    assert "a stop at 7,000, before the mean T_grok" in stop.gives
+    assert "14,340, 71 %" in stop.gives
+
+
+def wordings(module):
+    """All strings in a module's claims, with the module's own numbers filled in where they need nothing else."""
+    for node in ast.walk(ast.parse(inspect.getsource(module.claims))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            with contextlib.suppress(NameError):
+                yield eval(compile(ast.Expression(node), "claims", "eval"), vars(module))
+
+
+@pytest.mark.parametrize("said", claims.SAID, ids=lambda said: said.marker)
+def test_a_claim_that_must_be_named_is_covered_by_its_experiment(said):
+    (module,) = (
+        each for each in MODULES if each.__name__.rpartition(".")[2].startswith(f"{said.experiment}_")
+    )
+    assert any(said.marker in wording for wording in wordings(module))
+
+
+def test_every_experiment_has_a_claim_that_must_be_named():
+    # "choices" judges E1's claims again.
+    asked = {experiment.id for experiment in EXPERIMENTS} - {"choices"}
+    assert {said.experiment for said in claims.SAID} == asked
+
+
+def test_verdicts_come_together():
+    assert together([REPRODUCED, REPRODUCED, OTHER_SETTING]) == REPRODUCED
+    assert together([REPRODUCED, NOT_REPRODUCED]) == IN_PART
+    assert together([NOT_REPRODUCED, NOT_REPRODUCED]) == NOT_REPRODUCED
+    assert together([NOT_REPRODUCED, IN_PART]) == IN_PART
+    assert together([NOT_RUN, OTHER_SETTING]) == together([]) == NOT_RUN
+    assert together([MIXED, NOT_RUN]) == MIXED
+
+
+def exact_change(alpha):
+    """Both columns are waves, so a cyclic shift scales their variances (1 and 1/4) by |1 - a + a w|^2."""
+    slow = 1 - 2 * alpha * (1 - alpha) * (1 - math.cos(2 * math.pi / 64))
+    fast = (1 - 2 * alpha) ** 2
+    return entropy_of_eigenvalues([0.25 * fast, slow]) - entropy_of_eigenvalues([0.25, 1.0])
+
+
+def test_mixing_losses_match_the_closed_form_and_are_of_first_order():
+    losses = claims.mixing_losses()
+    for loss in losses:
+        assert loss.change == pytest.approx(exact_change(loss.alpha), abs=1e-12)
+    slopes = [loss.change / loss.alpha for loss in losses]
+    assert slopes == pytest.approx([-0.990, -0.939, -0.896, -0.886], abs=1e-3)
+
+
+def test_constant_rows_score_one_by_the_papers_convention_and_zero_by_ours():
+    import torch
+
+    assert claims.scores(torch.ones(512, 128)) == (1.0, 0.0)
+
+
+def test_the_papers_convention_depends_on_the_unit_and_ours_does_not():
+    matrix = claims.decaying()
+    paper, ours = zip(*(claims.scores(s * matrix) for s in claims.SCALES), strict=True)
+    assert max(ours) - min(ours) < 1e-12
+    assert paper[0] == pytest.approx(ours[0], abs=1e-6)
+    assert paper[-1] > 0.999

@@ -1,0 +1,180 @@
+"""Reading run folders: whole, torn, of other settings, and never writing.
+
+Packed runs: nothing lost, nothing incomplete, added to, and as good as folders to the report.
+"""
+
+import json
+import re
+
+import pyarrow.parquet as pq
+import pytest
+
+from fastent.grokking.experiments.data import main, pack, read_runs, unpack
+from fastent.grokking.experiments.report import write_report
+from fastent.train.errors import RunError, RunWarning
+
+
+def test_runs_are_read_in_the_order_of_their_seeds_with_all_that_they_hold(three_runs):
+    runs = read_runs(three_runs)
+    assert [run.seed for run in runs] == [0, 1, 2]
+    assert [len(run.rows) for run in runs] == [51, 51, 51]
+    assert runs[0].environment["torch"] == "2.0"
+    assert runs[0].state == "complete: grokked"
+    assert runs[0].name == "e1-baseline-add-seed0"
+
+
+def test_a_torn_last_line_is_left_out_with_a_warning_and_left_alone_on_disk(tmp_path, writer):
+    path = writer(tmp_path, 0, done=False) / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 2550, "train_lo')
+    with pytest.warns(RunWarning, match="line 52 is torn"):
+        (run,) = read_runs(tmp_path)
+    assert [len(run.rows), run.rows[-1]["step"]] == [51, 2500]
+    assert path.read_bytes() == whole + b'{"step": 2550, "train_lo'
+
+
+def test_a_run_that_has_only_begun_has_no_rows_and_cannot_be_measured(tmp_path, writer):
+    (writer(tmp_path, 0, done=False) / "metrics.jsonl").unlink()
+    (run,) = read_runs(tmp_path)
+    assert (run.rows, run.state) == ((), "not complete: no evaluation yet")
+    with pytest.raises(ValueError, match="no evaluation"):
+        run.measure()
+
+
+def test_preset_is_the_nearest_with_what_differs_from_it(tmp_path, writer):
+    folder = writer(tmp_path, 0)
+    assert read_runs(tmp_path)[0].preset == ("quick", {})
+    record = json.loads((folder / "config.json").read_text())
+    record["config"]["weight_decay"] = 0.1
+    record["config"]["task"] = "sub"
+    (folder / "config.json").write_text(json.dumps(record))
+    assert read_runs(tmp_path)[0].preset == ("quick", {"weight_decay": 0.1})
+
+
+@pytest.mark.parametrize(("name", "content"), [("config.json", "{"), ("config.json", "{}"), ("DONE", "[]")])
+def test_a_damaged_file_is_named(tmp_path, writer, name, content):
+    (writer(tmp_path, 0) / name).write_text(content)
+    with pytest.raises(RunError, match=name):
+        read_runs(tmp_path)
+
+
+def contents(run):
+    return run.name, run.record, run.environment, run.rows, run.timing, run.done, run.failed
+
+
+def add_timing(folder):
+    lines = [
+        {"event": "start", "step": 0, "time": 1.7e9, "seconds": 0.0},
+        {
+            "event": "evaluation",
+            "step": 0,
+            "time": 1.7e9,
+            "seconds": 0.1 + 2**-50,
+            "monitor_seconds": 0.01,
+            "seeds": 3,
+        },
+    ]
+    (folder / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def packed(three_runs, tmp_path):
+    """Three runs, of which one has values that JSON gives as null, and a run of another experiment."""
+    path = three_runs / "e1-baseline-add-seed1"
+    add_timing(path)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows[3] |= {"test_loss": None, "entropy": None, "entropy_status": "nonfinite"}
+    rows[4]["test_loss"] = 1 / 3
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pack(read_runs(three_runs), tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def test_unpacked_runs_hold_what_their_folders_held_to_the_last_bit(three_runs, packed):
+    assert [path.name for path in packed.iterdir()] == ["e1-baseline-add.parquet"]
+    folders, again = read_runs(three_runs), read_runs(packed)
+    assert [contents(run) for run in again] == [contents(run) for run in folders]
+    assert again[1].rows[4]["test_loss"] == 1 / 3
+    assert again[1].timing[1]["seconds"] == 0.1 + 2**-50
+
+
+def test_a_column_that_one_run_lacks_does_not_appear_in_it(three_runs, packed, writer):
+    other = writer(three_runs, 7)
+    rows = [
+        json.loads(line) | {"entropy_test": 0.5}
+        for line in (other / "metrics.jsonl").read_text().splitlines()
+    ]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pack(read_runs(three_runs), packed)
+    runs = read_runs(packed)
+    assert ["entropy_test" in run.rows[0] for run in runs] == [False, False, False, True]
+
+
+def test_packing_adds_to_what_is_there_replaces_the_same_run_and_leaves_out_incomplete_ones(
+    packed, tmp_path, writer
+):
+    later = tmp_path / "later"
+    for seed, done in ((2, True), (5, True), (6, False)):
+        writer(later, seed, t_grok=2000, done=done)
+    writer(later, 0, experiment="e5")
+    pack(read_runs(later), packed)
+    runs = read_runs(packed)
+    assert [(run.experiment, run.seed) for run in runs] == [
+        ("e1", 0),
+        ("e1", 1),
+        ("e1", 2),
+        ("e1", 5),
+        ("e5", 0),
+    ]
+    assert [run.measure().summary.t_grok for run in runs] == [1500, 1600, 2000, 2000, 1500]
+
+
+def test_packing_twice_gives_the_same_bytes(three_runs, packed):
+    path = packed / "e1-baseline-add.parquet"
+    before = path.read_bytes()
+    pack(read_runs(three_runs), packed)
+    assert path.read_bytes() == before
+
+
+def test_a_report_from_packed_runs_has_the_bytes_of_one_from_their_folders(three_runs, packed, tmp_path):
+    pages = []
+    for runs in (three_runs, packed):
+        write_report(runs, tmp_path / "report")
+        text = (tmp_path / "report" / "report.md").read_text()
+        lines = [line for line in text.splitlines() if "fastent.grokking.experiments.data" not in line]
+        pages.append(
+            re.sub(r"--out \S+?(?=[`\n ]|$)", "--out RUNS", "\n".join(lines)).replace(str(runs), "RUNS")
+        )
+    assert pages[0] == pages[1]
+    assert f"python -m fastent.grokking.experiments.data runs/packed {packed}" in text
+    assert "fastent run e1 --preset quick --seeds 0-2 --out runs/packed" in text
+
+
+def test_a_run_that_is_there_twice_is_refused(packed, writer):
+    writer(packed, 1)
+    with pytest.raises(RunError, match="holds e1-baseline-add-seed1 twice"):
+        read_runs(packed)
+
+
+def test_a_file_that_is_not_of_packed_runs_or_newer_is_refused_by_name(packed):
+    path = packed / "e1-baseline-add.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({}), packed / "other.parquet")
+    with pytest.raises(RunError, match=r"other\.parquet does not hold packed runs"):
+        read_runs(packed)
+    head = json.loads(table.schema.metadata[b"fastent"]) | {"schema_version": 9}
+    pq.write_table(table.replace_schema_metadata({b"fastent": json.dumps(head)}), path)
+    with pytest.raises(RunError, match="packed with schema 9, by a newer fastent"):
+        unpack(path)
+    path.write_bytes(b"PAR1, not really")
+    with pytest.raises(RunError, match=r"baseline-add\.parquet does not hold packed runs"):
+        unpack(path)
+
+
+def test_the_command_packs_and_names_what_it_passed_over(three_runs, tmp_path, writer, capsys, monkeypatch):
+    writer(three_runs, 9, done=False)
+    monkeypatch.setattr("sys.argv", ["records", str(three_runs), str(tmp_path / "out")])
+    main()
+    printed = capsys.readouterr().out
+    assert "e1-baseline-add.parquet  3 runs" in printed
+    assert "not complete, not packed: e1-baseline-add-seed9" in printed

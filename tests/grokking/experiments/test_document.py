@@ -1,0 +1,234 @@
+"""The report's two renderings: well formed, escaped, complete, and free of anything outside.
+
+Documents that take in parts of the report, and whether they still follow from the runs.
+"""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fastent.cli import main
+from fastent.grokking.experiments.document import (
+    Code,
+    Figure,
+    Items,
+    Section,
+    Table,
+    Text,
+    Verdict,
+    as_html,
+    as_markdown,
+    documents,
+    figures_of,
+)
+from fastent.grokking.experiments.report import check_documents, fill_documents
+from fastent.train.errors import RunError
+
+EVIL = '<script>alert("x")</script> & <b>'
+VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
+
+
+class Balanced(HTMLParser):
+    """Fails on an element that closes another's; collects tags, attributes and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parse(page):
+    parser = Balanced()
+    parser.feed(page)
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>'
+SECTION = Section(
+    "first",
+    "A `section`",
+    (
+        Text(EVIL),
+        Text("remark", "note"),
+        Items(("one", "two *not bold*")),
+        Code("fastent run <e1> & ```"),
+        Table("Caption", ("a", "b|c"), ((EVIL, Verdict("no", "not so")), ("1", "x | y")), numbers=(0,)),
+        Figure("picture", "what it shows", 'alt "quoted"', SVG, SVG.replace("M0 0", "M1 1")),
+    ),
+)
+
+
+def test_html_is_balanced_and_holds_every_text_with_its_tags_escaped():
+    page = as_html("Title", EVIL, [SECTION])
+    parsed = parse(page)
+    text = "".join(parsed.text)
+    assert "script" not in parsed.tags
+    assert "b" not in parsed.tags
+    assert text.count(EVIL) == 3
+    assert "fastent run <e1> & ```" in text
+    assert ("span", "class", "verdict no") in parsed.attributes
+    assert ("img", "alt", 'alt "quoted"') in parsed.attributes
+    assert "<code>section</code>" in page
+
+
+def test_figures_are_embedded_once_for_light_and_once_for_dark():
+    parsed = parse(as_html("Title", "", [SECTION]))
+    sources = {tag: value for tag, key, value in parsed.attributes if key in ("src", "srcset")}
+    for tag, mark in (("img", "M0 0"), ("source", "M1 1")):
+        head, _, data = sources[tag].partition(",")
+        assert head == "data:image/svg+xml;base64"
+        assert mark in base64.b64decode(data).decode()
+    assert ("source", "media", "screen and (prefers-color-scheme: dark)") in parsed.attributes
+
+
+def test_html_refers_to_nothing_outside_itself():
+    page = as_html("Title", "", [SECTION])
+    parsed = parse(page)
+    references = [v for _, key, v in parsed.attributes if key in ("src", "srcset", "href", "xlink:href")]
+    assert references
+    assert all(value.startswith(("data:", "#")) for value in references)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(parsed.tags)
+    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL).group(1)
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_links_of_the_page_lead_to_its_sections():
+    parsed = parse(as_html("Title", "", [SECTION]))
+    assert ("a", "href", "#first") in parsed.attributes
+    assert ("section", "id", "first") in parsed.attributes
+
+
+def test_markdown_tables_keep_their_columns_whatever_the_cells_hold():
+    text = as_markdown("Title", "", [SECTION])
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 4
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {3}
+    assert table[1] == "| ---: | --- |"
+
+
+def test_markdown_escapes_tags_and_marks_and_links_the_figure():
+    text = as_markdown("Title", "", [SECTION])
+    outside = re.sub(r"^(`{3,})\n.*?\n\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert "<script>" not in outside
+    assert "&lt;script&gt;" in outside
+    assert r"two \*not bold\*" in text
+    assert "](figures/picture.svg)" in text
+    assert "````\nfastent run <e1> & ```\n````" in text
+
+
+def test_a_row_of_another_length_than_the_columns_is_refused():
+    with pytest.raises(ValueError, match=r"needs 2 cells.*got 1"):
+        Table("c", ("a", "b"), (("only",),))
+
+
+def test_figures_of_gives_all_in_order():
+    assert [f.name for f in figures_of([SECTION, SECTION])] == ["picture", "picture"]
+
+
+def test_per_cent_signs_and_n_stay_with_their_numbers():
+    page = as_html("Title", "", [Section("s", "S", (Text("95 % CI 1 to 2; n = 3"),))])
+    assert "95&nbsp;% CI 1 to 2; n&nbsp;=&nbsp;3" in page
+
+
+PLACE = "# Results\n\nBefore.\n\n<!-- fastent report: {} -->\nold\n<!-- fastent report: end -->\n\nAfter.\n"
+
+
+@pytest.fixture
+def document(three_runs, tmp_path):
+    path = tmp_path / "docs" / "results.md"
+    path.parent.mkdir()
+    path.write_text(PLACE.format("e1") + PLACE.format("summary"))
+    fill_documents(three_runs, [path])
+    return path
+
+
+def test_a_filled_document_holds_the_sections_tables_without_figures_and_keeps_the_rest(document):
+    text = document.read_text()
+    assert text.startswith("# Results\n\nBefore.\n\n<!-- fastent report: e1 -->\n")
+    assert text.count("After.") == 2
+    assert "old" not in text.splitlines()
+    assert "| 0 | 300 | 1,500 | 1,500 | 0.635 | 1,600 | −100 |" in text
+    assert "*Claims of the paper and what 3 complete runs say of them." in text
+    assert "](figures/" not in text
+
+
+def test_a_document_that_follows_from_its_runs_has_no_difference(three_runs, document):
+    assert check_documents(three_runs, [document]) == []
+
+
+def test_an_edited_number_and_a_changed_run_are_found(three_runs, document):
+    text = document.read_text()
+    document.write_text(text.replace("| 0 | 300 | 1,500 |", "| 0 | 300 | 1,400 |"))
+    found = check_documents(three_runs, [document])
+    assert any(line.startswith("-| 0 | 300 | 1,400 |") for line in found)
+    assert any(line.startswith("+| 0 | 300 | 1,500 |") for line in found)
+    document.write_text(text)
+    metrics = three_runs / "e1-baseline-add-seed2" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows[20]["test_accuracy"] = 0.995
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert any(line.startswith("+| 2 | 300 | 1,000 |") for line in check_documents(three_runs, [document]))
+
+
+def test_a_section_that_the_runs_do_not_give_and_a_document_without_a_place_are_refused(three_runs, document):
+    document.write_text(PLACE.format("e2"))
+    with pytest.raises(
+        RunError, match=r"takes in the section 'e2', which these runs do not give; there are summary"
+    ):
+        check_documents(three_runs, [document])
+    document.write_text("# Nothing\n")
+    with pytest.raises(RunError, match="takes in no part of the report"):
+        fill_documents(three_runs, [document])
+
+
+def test_documents_are_the_readme_and_those_below_docs_that_have_a_place(tmp_path, document):
+    (tmp_path / "README.md").write_text("# No place\n")
+    (tmp_path / "docs" / "deep").mkdir()
+    (tmp_path / "docs" / "deep" / "more.md").write_text(PLACE.format("e1"))
+    (tmp_path / "docs" / "other.md").write_text("text\n")
+    assert documents(tmp_path) == [tmp_path / "docs" / "deep" / "more.md", document]
+
+
+def test_the_command_fails_exactly_when_a_document_differs(
+    three_runs, document, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(three_runs), "--check"]) == 0
+    assert capsys.readouterr().out == f"{Path('docs/results.md')}: as the runs say\n"
+    document.write_text(document.read_text().replace("1,500", "1,501"))
+    assert main(["report", str(three_runs), "--check", "docs/results.md"]) == 1
+    assert "1,501" in capsys.readouterr().out
+    assert main(["report", str(three_runs), "--fill"]) == 0
+    assert main(["report", str(three_runs), "--check"]) == 0
+    assert not (tmp_path / "report").exists()
+    document.unlink()
+    capsys.readouterr()
+    assert main(["report", str(three_runs), "--check"]) == 1
+    assert "hold no part of the report" in capsys.readouterr().err
+
+
+def test_the_committed_tables_of_this_project_follow_from_its_committed_runs():
+    root = Path(__file__).parents[3]
+    runs, committed = root / "bench" / "results" / "paper", documents(root)
+    if not committed:
+        pytest.skip("no document takes in a part of the report yet")
+    assert "\n".join(check_documents(runs, committed)) == ""

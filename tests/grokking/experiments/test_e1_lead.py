@@ -1,0 +1,153 @@
+"""E1 on closed-form runs: its analysis, its verdicts and its section."""
+
+import re
+
+import pytest
+
+from fastent.grokking.experiments import e1_lead, figures
+from fastent.grokking.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
+from fastent.grokking.experiments.data import read_runs
+from fastent.grokking.experiments.document import Table, Text
+
+
+@pytest.fixture
+def result(three_runs):
+    return e1_lead.analyse([run.measure() for run in read_runs(three_runs)], comparable=False)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Sections without the time that drawing takes; what is drawn is tested in test_figures."""
+    monkeypatch.setattr(figures, "both", lambda draw: ("<svg/>", "<svg/>"))
+
+
+def verdicts(result):
+    return {
+        re.sub(r"a fall of H .*? within (\d+) .*?steps\)", r"\1", claim.says).split(",")[0]: claim.verdict
+        for claim in e1_lead.claims(result)
+    }
+
+
+def test_analysis_has_the_closed_form_times_thresholds_and_leads(result):
+    assert [r.seed for r in result.runs] == [0, 1, 2]
+    assert [r.summary.t_mem for r in result.runs] == [300, 300, 300]
+    assert [r.summary.t_grok for r in result.runs] == [1500, 1600, 1700]
+    # H at grokking: 0.85 - 0.01 * 20, 0.86 - 0.01 * 22, 0.87 - 0.01 * 24.
+    assert result.h_star.value == pytest.approx((0.65 + 0.64 + 0.63) / 3)
+    assert result.left_out.thresholds == pytest.approx((0.635, 0.640, 0.645))
+    assert result.left_out.times == (1600, 1650, 1650)
+    assert result.left_out.leads == (-100, -50, 50)
+    assert result.pooled.leads == (-100, -50, 0)
+    assert result.own.leads == (-50, -50, -50)
+    # 0.01 an evaluation: 0.04 in a window of five, less than tau.
+    assert result.fall.times == (None, None, None)
+    assert result.wide.times[:2] == (800, 800)
+    assert result.signal == result.wide
+    assert result.t_grok.value == 1600
+
+
+def test_claims_judge_the_closed_form_runs(result):
+    got = verdicts(result)
+    assert got["the model memorises early and generalises thousands of steps later"] == REPRODUCED
+    assert got["T_grok is 14"] == OTHER_SETTING
+    assert got["H* is 0.61 (0.605 in Table 3)"] == OTHER_SETTING
+    assert got["H* is stable over seeds"] == REPRODUCED
+    assert got["H falls below H* before grokking in 100 % of runs"] == NOT_REPRODUCED
+    assert got["the same"] == NOT_REPRODUCED
+    # Straight down by 0.01 an evaluation: 0.04 in five evaluations, 0.05 in six of the paper's 800 steps.
+    assert got["T_collapse (5) comes before T_grok in 100 % of runs"] == NOT_REPRODUCED
+    assert got["T_collapse (17) comes before T_grok in 100 % of runs"] == REPRODUCED
+    assert got["the collapse (17) comes before generalisation"] == REPRODUCED
+    assert got["Phase I: H stays high and stable while the model memorises"] == REPRODUCED
+    assert got["Phase I: the parameter norm grows while the model memorises"] == NOT_REPRODUCED
+
+
+def test_numbers_of_the_paper_are_judged_only_in_its_setting(three_runs):
+    runs = [run.measure() for run in read_runs(three_runs)]
+    got = verdicts(e1_lead.analyse(runs, comparable=True))
+    assert got["T_grok is 14"] == NOT_REPRODUCED
+    assert got["H* is 0.61 (0.605 in Table 3)"] == IN_PART  # 0.64, within 25 %
+
+
+def test_incomplete_runs_take_no_part_and_none_at_all_is_an_error(tmp_path, writer):
+    writer(tmp_path, 0)
+    writer(tmp_path, 1, done=False)
+    runs = [run.measure() for run in read_runs(tmp_path)]
+    assert [r.seed for r in e1_lead.analyse(runs, comparable=False).runs] == [0]
+    with pytest.raises(ValueError, match="no run of E1 is complete"):
+        e1_lead.analyse(runs[1:], comparable=False)
+
+
+def test_a_run_that_does_not_grok_is_kept_to_its_end_in_the_mean_time(tmp_path, writer):
+    writer(tmp_path, 0, t_grok=1500)
+    writer(tmp_path, 1, t_grok=None, last_step=2500)
+    result = e1_lead.analyse([r.measure() for r in read_runs(tmp_path)], comparable=False)
+    assert result.t_grok.value == pytest.approx((1500 + 2500) / 2)
+    assert "restricted mean to step 2500" in result.t_grok.method
+    assert verdicts(result)["the model memorises early and generalises thousands of steps later"] == IN_PART
+
+
+def test_runs_that_never_grok_leave_nothing_to_lead(tmp_path, writer, undrawn):
+    for seed in range(2):
+        writer(tmp_path, seed, t_grok=None)
+    result = e1_lead.analyse([r.measure() for r in read_runs(tmp_path)], comparable=True)
+    got = verdicts(result)
+    assert got["T_grok is 14"] == NOT_RUN
+    assert got["H falls below H* before grokking in 100 % of runs"] == NOT_RUN
+    assert e1_lead.headline(result) == "E1: 0 of 2 runs grok; there is no lead to measure."
+    assert e1_lead.section(result).anchor == "e1"
+
+
+def test_section_tables_hold_the_closed_form_values(result, undrawn):
+    tables = [block for block in e1_lead.section(result).blocks if isinstance(block, Table)]
+    times, values = tables[:2]
+    assert times.rows[0] == (
+        *("0", "300", "1,500", "1,500", "0.635", "1,600", "−100", "–", "–", "100 %", "–", "2,500"),
+    )
+    assert values.rows[2][:6] == ("2", "0.870", "0.870", "0.870", "0.630", "0.570")
+    assert values.rows[2][6:10] == ("120.0", "117.0", "103.0", "95.0")
+    rules = tables[2]
+    assert [row[1] for row in rules.rows] == ["0.630 to 0.650", "0.640", "0.635 to 0.645", "–", "–"]
+    assert [row[4] for row in rules.rows] == [
+        "100 % to 100 %",
+        "100 % to 100 %",
+        "25 % to 100 %",
+        "–",
+        "25 % to 25 %",
+    ]
+    assert [row[5] for row in rules.rows] == ["0", "0", "0", "3", "0"]
+
+
+def test_headline_and_sweep_say_what_the_runs_show(result, undrawn):
+    assert "3 of 3 runs grok, at step 1,600 on average, where H is 0.640" in e1_lead.headline(result)
+    assert "came before T_grok in 3 of 3 runs" in e1_lead.headline(result)
+    assert "other seeds before T_grok in 1 of 3 runs" in e1_lead.headline(result)
+    said = " ".join(block.text for block in e1_lead.section(result).blocks if isinstance(block, Text))
+    assert "Every threshold from 0.665 to 0.840" in said
+
+
+def test_a_collapse_amid_the_rise_precedes_the_criterion_but_not_half_the_accuracy(measure):
+    # H falls by 0.1 at step 600, when the test accuracy is 0.6 already; it reaches the criterion at 1,000.
+    entropy, test = [0.9, 0.9, 0.9, 0.8, 0.7, 0.6], [0, 0, 0.5, 0.6, 0.9, 1.0]
+    runs = [measure(entropy, test, seed=s, every=200) for s in range(3)]
+    result = e1_lead.analyse(runs, comparable=False)
+    got = verdicts(result)
+    assert result.wide is None  # on the paper's own grid there is one window
+    assert got["T_collapse (5) comes before T_grok in 100 % of runs"] == REPRODUCED
+    assert got["the collapse (5) comes before generalisation"] == NOT_REPRODUCED
+
+
+def test_sensitivity_counts_signals_before_memorising_and_adds_the_papers_span(measure, undrawn):
+    # Every 50 steps: a dip by 0.03 at step 100, before T_mem at 200; then 0.006 an evaluation.
+    entropy = [0.9, 0.9, 0.87, 0.9, 0.9] + [0.9 - 0.006 * i for i in range(1, 31)]
+    test = [0.0] * 34 + [1.0]
+    runs = [measure(entropy, test, seed=s, every=50, t_mem=200) for s in range(3)]
+    section = e1_lead.section(e1_lead.analyse(runs, comparable=False))
+    table = next(b for b in section.blocks if isinstance(b, Table) and b.columns[0] == "signal")
+    rows = {row[0]: row[3] for row in table.rows}
+    assert rows["fall of H by more than 0.02 within 5 evaluations"] == "3 of 3; 1,600 (3 before T_mem)"
+    assert rows["fall of H by more than 0.05 within 5 evaluations"] == "–"
+    # 0.054 below the level of step 200 after nine evaluations, at step 650; T_grok is 1,700.
+    assert (
+        rows["fall of H by more than 0.05 within 17 evaluations (800 steps, as the paper)"] == "3 of 3; 1,050"
+    )

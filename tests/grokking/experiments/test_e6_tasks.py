@@ -1,0 +1,178 @@
+"""E6 on planted runs: the rows of Table 3, the relabelling controls, S5's representations."""
+
+import pytest
+from planted_columns import EVERY, by_words, planted, tables
+
+from fastent.grokking.experiments import e6_tasks, figures
+from fastent.grokking.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
+from fastent.grokking.experiments.e6_tasks import AS_EXPECTED, NOT_AS_EXPECTED
+from fastent.grokking.experiments.jobs import JOBS
+from fastent.train.presets import TrainConfig, preset
+
+ADD, MUL, SUB, S5, MUL_NONZERO, LESS, OWN_SUB, OWN_ADD = JOBS["e6"](preset("paper"), range(10))
+ROWS = 120
+
+
+def run(job, seed, t_grok, h_star, *, dip=None, **columns):
+    """Entropy falls on a line through `h_star` at `t_grok`, 0.002 an evaluation; a fall by 0.1 at step `dip`."""
+    at = t_grok // EVERY
+    entropy = [h_star + 0.002 * (at - k) for k in range(ROWS)]
+    if dip is not None:
+        entropy = [h if k < dip // EVERY else h - 0.1 for k, h in enumerate(entropy)]
+    return planted(job, seed, test=[float(k >= at) for k in range(ROWS)], entropy=entropy, **columns)
+
+
+def some(job, t_grok, h_star, *, n=5, **more):
+    """Seeds around the given means: T_grok 200 apart, H* 0.001 apart."""
+    middle = (n - 1) // 2
+    return [
+        run(job, s, t_grok + EVERY * (s - middle), h_star + 0.001 * (s - middle), **more) for s in range(n)
+    ]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(figures, "both", lambda draw: ("<svg/>", "<svg/>"))
+
+
+@pytest.fixture
+def runs():
+    shares = {"41": 0.6, "32": 0.1, "311": 0.1, "221": 0.1, "2111": 0.05, "11111": 0.05}
+    return [
+        *some(ADD, 14_000, 0.605),
+        *some(MUL, 21_600, 0.589),
+        *some(SUB, 16_000, 0.55),
+        *some(S5, 4_400, 0.655, n=10, **{f"isotypic_{k}": v for k, v in shares.items()}),
+    ]
+
+
+@pytest.fixture
+def controls():
+    return [
+        *some(MUL_NONZERO, 12_000, 0.6),
+        *some(LESS, 12_200, 0.6005),
+        *some(OWN_SUB, 18_000, 0.5),
+        *some(OWN_ADD, 12_000, 0.6),
+    ]
+
+
+def test_rows_hold_the_planted_times_and_thresholds(runs):
+    tasks = e6_tasks.analyse(runs).tasks
+    assert {name: (t.t_grok.value, round(t.h_star.value, 4)) for name, t in tasks.items()} == {
+        "add": (14_000, 0.605),
+        "mul": (21_600, 0.589),
+        "sub": (16_000, 0.55),
+        "s5": (4_500, 0.6555),
+    }
+    assert tasks["s5"].grokked.n == 10
+
+
+def test_claims_judge_the_rows_by_number_and_share(runs):
+    claims = e6_tasks.claims(e6_tasks.analyse(runs))
+    assert by_words(claims, "addition: 5 of 5").verdict == REPRODUCED
+    assert by_words(claims, "multiplication: 5 of 5").verdict == REPRODUCED
+    assert by_words(claims, "subtraction: 5 of 5").verdict == NOT_REPRODUCED  # 16,000 for 21,560
+    assert by_words(claims, "S5: 10 of 10").verdict == REPRODUCED
+    assert by_words(claims, "within modular arithmetic").verdict == NOT_REPRODUCED  # 0.055 apart
+    assert by_words(claims, "identical rows").verdict == NOT_REPRODUCED
+    assert by_words(claims, "threshold of its own").verdict == REPRODUCED
+    assert by_words(claims, "do not commute").ours.startswith("94 %")
+
+
+def test_equal_rows_are_called_so_and_overlapping_ones_in_part():
+    alike = [*some(MUL, 21_600, 0.589), *some(SUB, 21_600, 0.589)]
+    assert by_words(e6_tasks.claims(e6_tasks.analyse(alike)), "identical rows").verdict == REPRODUCED
+    near = [*some(MUL, 21_600, 0.589), *some(SUB, 21_800, 0.5895)]
+    assert by_words(e6_tasks.claims(e6_tasks.analyse(near)), "identical rows").verdict == IN_PART
+
+
+def test_a_run_that_does_not_grok_is_kept_to_the_limit_of_steps():
+    stuck = planted(MUL, 5, test=[0.0] * 251, entropy=[0.9] * 251)
+    task = e6_tasks.analyse([*some(MUL, 20_000, 0.6), stuck]).tasks["mul"]
+    assert task.grokked.value == pytest.approx(5 / 6)
+    assert task.t_grok.value == pytest.approx((5 * 20_000 + 50_000) / 6)
+
+
+def test_numbers_of_the_paper_are_judged_only_in_its_setting():
+    quick = {job.config.task: job for job in JOBS["e6"](preset("quick"), range(10))[:4]}
+    claims = e6_tasks.claims(e6_tasks.analyse(some(quick["mul"], 21_600, 0.589)))
+    assert by_words(claims, "multiplication: 5 of 5").verdict == OTHER_SETTING
+
+
+def test_windows_that_see_the_collapse_in_half_of_the_runs_of_s5_reproduce_the_five_of_ten():
+    dips = [2_000] * 5 + [None] * 5
+    s5 = [run(S5, s, 4_400, 0.655, dip=dip) for s, dip in enumerate(dips)]
+    claim = by_words(e6_tasks.claims(e6_tasks.analyse(s5)), "in 5 of 10 seeds")
+    assert claim.ours.startswith("5 of 10")
+    assert claim.verdict == REPRODUCED
+    none = [run(S5, s, 4_400, 0.655) for s in range(10)]
+    assert by_words(e6_tasks.claims(e6_tasks.analyse(none)), "in 5 of 10 seeds").verdict == NOT_REPRODUCED
+
+
+def test_controls_that_agree_and_that_do_not_are_told_apart(runs, controls):
+    result = e6_tasks.analyse([*runs, *controls])
+    assert [(d.first.name, d.second.name) for d in result.controls] == [
+        ("addition modulo p - 1", "mul_nonzero"),
+        ("addition, own tokens", "subtraction, own tokens"),
+    ]
+    assert [d.t_grok.value for d in result.controls] == [-200, 6_000]
+    assert [e6_tasks.agrees(d) for d in result.controls] == [True, False]
+    assert by_words(e6_tasks.claims(result), "one under other names").verdict == NOT_AS_EXPECTED
+    alike = e6_tasks.analyse([*runs, *controls[:10]])
+    assert by_words(e6_tasks.claims(alike), "one under other names").verdict == AS_EXPECTED
+    assert alike.contrast.t_grok.value == 2_000
+    assert "1 of 2 pairs of tasks that are one under other names agree" in e6_tasks.headline(result)
+
+
+def test_where_no_run_groks_nothing_is_compared(undrawn):
+    stuck = [
+        planted(job, seed, test=[0.0] * 251, entropy=[0.9] * 251)
+        for job in (MUL, SUB, MUL_NONZERO, LESS)
+        for seed in range(2)
+    ]
+    result = e6_tasks.analyse(stuck)
+    assert result.controls[0].t_grok is None
+    claims = e6_tasks.claims(result)
+    for words in ("one under other names", "identical rows", "within modular arithmetic"):
+        assert by_words(claims, words).verdict == NOT_RUN
+    assert by_words(claims, "multiplication: 5 of 5").verdict == NOT_REPRODUCED
+    assert e6_tasks.section(result).anchor == "e6"
+
+
+def test_without_a_run_of_e6_there_is_no_analysis(runs):
+    assert e6_tasks.analyse(some(ADD, 14_000, 0.6)) is None
+
+
+def test_share_of_pairs_that_do_not_commute_is_counted():
+    assert e6_tasks.not_commuting(TrainConfig(task="s5")) == pytest.approx(1 - 7 / 120, rel=1e-12)
+    assert e6_tasks.not_commuting(TrainConfig(task="sub", modulus=7)) == pytest.approx(6 / 7)
+    assert e6_tasks.not_commuting(TrainConfig(task="add")) == 0
+
+
+def test_shares_without_structure_are_the_squared_dimensions():
+    assert e6_tasks.chance_shares()["311"] == pytest.approx(36 / 119)
+    assert sum(e6_tasks.chance_shares().values()) == pytest.approx(1)
+
+
+def test_section_sets_the_rows_beside_the_papers(runs, controls, undrawn):
+    found = tables(e6_tasks.section(e6_tasks.analyse([*runs, *controls])))
+    rows = {row[0]: row for row in found["Table 3 with ours"].rows}
+    assert rows["multiplication"][3:5] == ("21,560", "21,600 steps (95 % CI 21,360 to 21,840; n = 5)")
+    assert rows["multiplication without 0"][3] == "–"
+    assert list(rows)[:4] == ["addition", "multiplication", "subtraction", "S5"]
+    pairs = found["Pairs of tasks: differences of mean T_grok and of mean H*"].rows
+    assert [row[1] for row in pairs] == ["yes", "yes", "no"]
+    isotypic = found["Shares of the irreducible representations of S5"].rows
+    assert isotypic[0][:2] == ("(4, 1)", "0.134")
+    assert isotypic[0][3].startswith("0.600")
+
+
+def test_figures_have_a_column_for_each_task_and_a_panel_for_each_representation(runs):
+    result = e6_tasks.analyse(runs)
+    drawn = e6_tasks.trajectories(result)
+    titles = [axes.get_title(loc="left") or axes.get_title() for axes in drawn.axes[:4]]
+    assert titles == ["Addition", "Multiplication", "Subtraction", "S5"]
+    panels = e6_tasks.isotypic(result.tasks["s5"]).axes
+    assert len(panels) == 6
+    heights = sorted({float(y) for line in panels[0].lines for y in line.get_ydata()})
+    assert heights == pytest.approx([16 / 119, 0.6])

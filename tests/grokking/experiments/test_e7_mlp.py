@@ -1,0 +1,187 @@
+"""E7 on planted runs, one of each outcome."""
+
+import dataclasses
+
+import pytest
+from planted_columns import by_words, planted, tables
+
+from fastent.grokking.experiments import e7_mlp, figures
+from fastent.grokking.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, REPRODUCED
+from fastent.grokking.experiments.e7_mlp import OUTCOMES
+from fastent.grokking.experiments.jobs import JOBS
+from fastent.train.presets import preset
+
+E1, *E7 = JOBS["e7"](preset("paper"), range(5))
+CONCAT, SUM = E7[:2]
+FALLS = [0.9, 0.9, 0.8, 0.7, 0.6, 0.5]
+LOW = [0.9, 0.9, 0.6, 0.6, 0.5, 0.5]
+DIPS = [0.9, 0.5, 0.9, 0.9, 0.9, 0.9]
+STAYS = [0.9] * 6
+GROKS = [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
+STUCK = [0.0, 0.01, 0.01, 0.02, 0.02, 0.02]
+SPECTRA = {
+    "alignment": [0.2, 0.2, 0.2, 0.3, 0.4, 0.5],
+    "alignment_null": 0.21,
+    "alignment_null_mean": 0.19,
+    "label_share": [0.01, 0.1, 0.2, 0.5, 0.8, 0.9],
+    "top_share": [0.12, 0.12, 0.2, 0.5, 0.9, 0.99],
+    "frequencies": 5.0,
+    "restricted_loss": [4.5, 4.0, 3.0, 1.0, 0.1, 0.01],
+    "excluded_loss": [4.5, 2.0, 1.0, 2.0, 4.0, 4.6],
+    "embedding_gini": 0.7,
+}
+FLAT = {**SPECTRA, "alignment": 0.2, "label_share": 0.02, "top_share": 0.15}
+
+
+def mlp(job, seed, test=STUCK, entropy=LOW, spectra=FLAT, **more):
+    return planted(job, seed, test=test, entropy=entropy, **spectra, **more)
+
+
+@pytest.fixture
+def transformers():
+    # H at grokking, step 800: 0.6, 0.61, 0.62.
+    return [
+        planted(E1, seed, test=GROKS, entropy=[h + 0.01 * seed for h in FALLS], **SPECTRA)
+        for seed in range(3)
+    ]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(figures, "both", lambda draw: ("<svg/>", "<svg/>"))
+
+
+def outcomes(result):
+    return {model.label: model.outcomes for model in result.mlps}
+
+
+def test_each_run_has_the_outcome_that_was_planted(transformers):
+    unlearned = [0.5] * 6
+    half = [0.0, 0.0, 0.2, 0.3, 0.3, 0.3]
+    result = e7_mlp.analyse(
+        [
+            *transformers,
+            mlp(CONCAT, 0),
+            mlp(CONCAT, 1, test=GROKS),
+            mlp(CONCAT, 2, test=half),
+            mlp(SUM, 0, entropy=STAYS),
+            mlp(SUM, 1, train=unlearned),
+            mlp(SUM, 2, entropy=DIPS),
+        ]
+    )
+    assert result.h_star.value == pytest.approx(0.61)
+    assert outcomes(result) == {
+        "concatenated, 512-128": (OUTCOMES[0], "groks", "half-way"),
+        "summed, 512-128": ("does not collapse", "does not memorise", "dips, does not generalise"),
+    }
+    assert result.mlps[0].below == (400, 400, 400)
+    assert result.mlps[1].below == (None, 400, 200)
+    assert result.mlps[0].holds.value == pytest.approx(1 / 3)
+
+
+def test_the_papers_mlp_reproduces_its_claims(transformers):
+    result = e7_mlp.analyse([*transformers, *(mlp(job, seed) for job in (CONCAT, SUM) for seed in range(3))])
+    claims = e7_mlp.claims(result)
+    assert by_words(claims, "stays near 0").verdict == REPRODUCED
+    assert by_words(claims, "not sufficient").verdict == REPRODUCED
+    assert by_words(claims, "within 500 steps").verdict == REPRODUCED
+    assert by_words(claims, "remains near 0").verdict == REPRODUCED
+    assert by_words(claims, "remains near 0").ours.startswith("at the end 0.20 to 0.20")
+    assert by_words(claims, "grows after").verdict == REPRODUCED
+    assert "concatenated, 512-128, summed, 512-128" in e7_mlp.headline(result)
+
+
+def test_mlps_that_grok_do_not(transformers):
+    runs = [mlp(job, seed, test=GROKS, spectra=SPECTRA) for job in (CONCAT, SUM) for seed in range(3)]
+    result = e7_mlp.analyse([*transformers, *runs])
+    claims = e7_mlp.claims(result)
+    assert by_words(claims, "stays near 0").verdict == NOT_REPRODUCED
+    assert by_words(claims, "not sufficient").verdict == NOT_REPRODUCED
+    assert by_words(claims, "is necessary").verdict == REPRODUCED
+    assert by_words(claims, "remains near 0").verdict == NOT_REPRODUCED
+    assert "T_grok 800 on average" in by_words(claims, "stays near 0").ours
+    assert "6 of 6 MLP runs grok" in e7_mlp.headline(result)
+
+
+def test_one_setting_in_which_some_runs_collapse_without_generalising_is_sufficiency_in_part(transformers):
+    result = e7_mlp.analyse([*transformers, mlp(CONCAT, 0), mlp(CONCAT, 1, test=GROKS)])
+    claims = e7_mlp.claims(result)
+    assert by_words(claims, "not sufficient").verdict == IN_PART
+    assert by_words(claims, "stays near 0").verdict == IN_PART
+
+
+def test_crossing_h_star_for_a_while_without_generalising_is_sufficiency_denied_in_part(transformers):
+    result = e7_mlp.analyse([*transformers, *(mlp(CONCAT, seed, entropy=DIPS) for seed in range(3))])
+    claim = by_words(e7_mlp.claims(result), "not sufficient")
+    assert claim.verdict == IN_PART
+    assert "no run generalises: concatenated, 512-128" in claim.ours
+
+
+def test_grokking_without_a_fall_of_entropy_denies_necessity(transformers):
+    result = e7_mlp.analyse([*transformers, mlp(CONCAT, 0, test=GROKS, entropy=STAYS)])
+    assert by_words(e7_mlp.claims(result), "is necessary").verdict == NOT_REPRODUCED
+
+
+def test_alignment_is_dated_after_memorising_by_two_evaluations_above_the_null(transformers):
+    once = {**SPECTRA, "alignment": [0.3, 0.3, 0.2, 0.3, 0.2, 0.2]}
+    result = e7_mlp.analyse([*transformers, mlp(CONCAT, 0, spectra=once), mlp(CONCAT, 1, spectra=SPECTRA)])
+    assert result.mlps[0].aligned() == [None, 600]
+
+
+def test_signals_are_dated_and_counted_before_grokking(transformers, undrawn):
+    result = e7_mlp.analyse([*transformers, mlp(CONCAT, 0), mlp(CONCAT, 1, test=GROKS, spectra=SPECTRA)])
+    signals = result.mlps[0].signals()
+    assert signals["alignment above its null"] == [None, 600]
+    # 0.5 is not above one half, 0.9 is; log 97 / 2 is 2.29.
+    assert signals["half of the variance between labels in five frequencies"] == [None, 800]
+    assert signals["restricted loss below half of chance"] == [600, 600]
+    assert signals["H below the Transformers' H*"] == [400, 400]
+    rows = {
+        row[1]: row[2:]
+        for row in tables(e7_mlp.section(result))["What moves first: steps from each signal to T_grok"].rows
+        if row[0] != "Transformer"
+    }
+    assert rows["restricted loss below half of chance"][1:] == ("200 steps (no interval: n = 1)", "1 of 1")
+    assert rows["alignment above its null"][2] == "0 of 1"
+    assert rows["half of the variance between labels in five frequencies"][0].startswith("0 of 1 runs")
+
+
+def test_without_mlps_there_is_no_analysis(transformers):
+    assert e7_mlp.analyse(transformers) is None
+
+
+@pytest.mark.parametrize("transformer", [[], [planted(E1, 0, test=STUCK, entropy=FALLS)]])
+def test_without_transformers_that_grok_nothing_is_said_of_a_collapse(transformer, undrawn):
+    result = e7_mlp.analyse([*transformer, mlp(CONCAT, 0), mlp(CONCAT, 1, test=GROKS)])
+    assert outcomes(result)["concatenated, 512-128"] == (OUTCOMES[-1], "groks")
+    claims = e7_mlp.claims(result)
+    assert by_words(claims, "stays near 0").verdict == NOT_RUN
+    assert by_words(claims, "not sufficient").verdict == NOT_RUN
+    assert "no H* to say" in e7_mlp.headline(result)
+    assert e7_mlp.section(result).anchor == "e7"
+    e7_mlp.side_by_side(result)
+    e7_mlp.settings(result)
+
+
+def test_runs_without_the_columns_are_reported_without_their_spectra(transformers, undrawn):
+    result = e7_mlp.analyse([*transformers, mlp(CONCAT, 0, spectra={})])
+    assert result.mlps[0].aligned() == [None]
+    rows = tables(e7_mlp.section(result))["Every run"].rows
+    assert rows[-1][7:12] == ("–",) * 5
+    assert rows[0][7] == "0.20 → 0.50"
+
+
+def test_figures_draw_every_run_in_the_column_of_its_model(transformers):
+    runs = [mlp(CONCAT, seed) for seed in range(2)] + [mlp(SUM, 0), mlp(dataclasses.replace(E7[4]), 0)]
+    result = e7_mlp.analyse([*transformers, *runs])
+    figure = e7_mlp.side_by_side(result)
+    top = figure.axes[:3]
+    assert [axes.get_title(loc="left") or axes.get_title() for axes in top] == [
+        "Transformer",
+        "concatenated, 512-128",
+        "summed, 512-128",
+    ]
+    drawn = [line.get_ydata() for line in top[1].lines if len(line.get_xdata()) == 6]
+    assert sum(list(y) == STUCK for y in drawn) == 2
+    assert len([axes for axes in e7_mlp.settings(result).axes if axes.get_visible()]) == 3
+    assert len(e7_mlp.spectra(result).axes) == 6

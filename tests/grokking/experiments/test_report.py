@@ -1,0 +1,364 @@
+"""The written report: complete, self-contained, repeatable, and honest about what is not there.
+
+Where the paper's figures are: each has a counterpart that some experiment draws, or is listed as not run.
+
+The commands of a report make the runs that it was made from.
+"""
+
+import dataclasses
+import html
+import json
+import re
+import shlex
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from closed_form import write_run as write_columns
+
+from fastent import cli
+from fastent.grokking.experiments import report
+from fastent.grokking.experiments.data import read_runs
+from fastent.grokking.experiments.document import Figure, Section
+from fastent.grokking.experiments.jobs import JOBS
+from fastent.grokking.experiments.report import EXPERIMENTS, write_report
+from fastent.train import sweep
+from fastent.train.errors import RunError
+from fastent.train.presets import preset
+
+
+class Cells(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.cells, self.references, self.tags, self.inside = [], [], set(), False
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.references += [value for key, value in attrs if key in ("src", "srcset", "href")]
+        if tag == "td":
+            self.inside = True
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "td"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.cells[-1] += data.replace("\xa0", " ")
+
+
+def parse(path):
+    parser = Cells()
+    parser.feed(path.read_text(encoding="utf-8"))
+    parser.close()
+    return parser
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, writer):
+    out = tmp_path_factory.mktemp("written")
+    for seed in range(3):
+        writer(out / "runs", seed, t_grok=1500 + 100 * seed)
+    return out / "runs", write_report(out / "runs", out / "report")
+
+
+def test_page_holds_the_numbers_of_its_runs_and_the_verdicts(written):
+    cells = parse(written[1]).cells
+    for value in (
+        "1,500",
+        "1,600",
+        "1,700",
+        "0.635",
+        "0.630 to 0.650",
+        "−100",
+        "not reproduced",
+        "other setting",
+    ):
+        assert value in cells
+    assert "0 of 3 runs (95 % CI 0 % to 71 %); lead −50 steps (95 % CI −100 to 0; n = 3)" in cells
+
+
+def test_page_is_self_contained(written):
+    page = parse(written[1])
+    drawn = list((written[1].parent / "figures").iterdir())
+    assert len(drawn) >= 7
+    # Each for light and for dark screens.
+    embedded = [r for r in page.references if r.startswith("data:image/svg+xml;base64,")]
+    assert len(embedded) == 2 * len(drawn)
+    assert all(r.startswith(("data:", "#")) for r in page.references)
+    assert "script" not in page.tags
+    assert re.findall(r"https?://", written[1].read_text()) == []
+
+
+def test_text_from_files_is_escaped(written):
+    page = written[1].read_text()
+    assert "an <b>old</b>" not in page
+    assert "an &lt;b&gt;old&lt;/b&gt; one &amp; slow" in page
+
+
+def test_the_same_runs_give_the_same_bytes_and_are_left_alone(written):
+    runs, page = written
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*")}
+    first = page.read_bytes(), (page.parent / "report.md").read_bytes()
+    write_report(runs, page.parent)
+    assert (page.read_bytes(), (page.parent / "report.md").read_bytes()) == first
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*")} == before
+    assert not list(page.parent.rglob("*.tmp"))
+
+
+def test_markdown_says_the_same_and_its_figures_lie_beside_it(written):
+    text = (written[1].parent / "report.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((figures/[^)]+)\)", text)
+    assert len(links) == len(list((written[1].parent / "figures").iterdir()))
+    for link in links:
+        assert (written[1].parent / link).read_text().startswith("<svg")
+    assert "| 0 | 300 | 1,500 | 1,500 | 0.635 | 1,600 | −100 | – | – | 100 % | – | 2,500 |" in text
+
+
+def test_what_was_not_run_is_shown_as_not_run_with_the_command_that_runs_it(written):
+    runs, page = written
+    cells = parse(page).cells
+    # E2, E3, E7 and E8 have no run that they can be made from; E4 and E5 are made from E1's.
+    for experiment in ("e2", "e3", "e7"):
+        command = f"fastent run {experiment} --preset paper --seeds 0-9 --out {runs}"
+        row = cells.index(f"{experiment.upper()}")
+        assert cells[row + 2 : row + 5] == ["0 of 0", "not run", command]
+        assert command in cells[:row]
+    row = cells.index("E4")
+    assert cells[row + 2 : row + 5] == ["0 of 0", "reported from the runs of E1", ""]
+    claim = cells.index("mixing delays grokking by 5,020 steps")
+    assert cells[claim + 2 : claim + 4] == ["not run", "–"]
+
+
+def test_summary_names_the_papers_contributions_and_its_arithmetic(written):
+    cells = parse(written[1]).cells
+    for number in ("(i)", "(ii)", "(iii)", "(iv)", "(v)"):
+        assert number in cells
+    row = cells.index("(iii)")
+    assert cells[row + 3] == "not run"
+    row = cells.index("(ii)")
+    assert cells[row + 3] == "in part"
+    assert "19,420 − 14,360 = 5,060" in cells
+    assert "contradicts" in cells
+
+
+def test_every_section_of_an_experiment_names_its_runs_and_their_command(written):
+    text = written[1].read_text()
+    section = text[text.index('<section id="e4">') : text.index('<section id="e5">')]
+    assert "e1-baseline-add-seed{0-2}" in section
+    assert f"fastent run e1 --preset quick --seeds 0-2 --out {written[0]}" in section
+
+
+def test_page_gives_the_commands_and_the_settings_with_their_source(written):
+    runs, page = written
+    text = page.read_text()
+    assert f"fastent run e1 --preset quick --seeds 0-2 --out {runs}" in text
+    assert f"fastent report {runs} --out {page.parent}" in text
+    cells = parse(page).cells
+    assert "paper, Appendix A" in cells
+    assert "quick" in cells
+
+
+def test_corrections_hold_the_first_order_loss_and_the_dead_score(written):
+    text = written[1].read_text()
+    for value in ("−0.990", "−0.939", "−0.896", "−0.886"):
+        assert value in parse(written[1]).cells
+    assert "constant rows score 1.000 by the paper" in text
+
+
+def test_incomplete_failed_and_unknown_runs_are_listed_and_not_counted(written, tmp_path, writer):
+    runs = tmp_path / "runs"
+    shutil.copytree(written[0], runs)
+    writer(runs, 3, done=False)
+    failed = writer(runs, 4, done=False)
+    (failed / "FAILED").write_text('{"attempts": 2, "reason": "killed by signal 9"}')
+    writer(runs, 0, experiment="e99")
+    cells = parse(write_report(runs, tmp_path / "report")).cells
+    assert "not complete: step 2,500" in cells
+    assert "failed at step 2,500: killed by signal 9" in cells
+    assert "reported from its complete runs" in cells
+    assert "unknown to this version" in cells
+    assert "0 of 3 runs (95 % CI 0 % to 71 %); lead −50 steps (95 % CI −100 to 0; n = 3)" in cells
+
+
+def test_without_a_complete_run_the_page_says_so(tmp_path, writer):
+    writer(tmp_path / "runs", 0, done=False)
+    page = write_report(tmp_path / "runs", tmp_path / "report").read_text()
+    assert "No experiment has a complete run yet" in page
+    assert "no complete run" in page
+
+
+def test_a_folder_without_runs_is_refused_by_name(tmp_path):
+    with pytest.raises(RunError, match="holds no run folder"):
+        write_report(tmp_path, tmp_path / "report")
+    with pytest.raises(RunError, match="is not a folder"):
+        write_report(tmp_path / "nowhere", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def verdicts(page):
+    """The verdict of each claim of the summary, by the words of the claim."""
+    summary = page.read_text().partition('<section id="summary">')[2].partition("</section>")[0]
+    rows = re.findall(r"<tr><td>.*?</td><td>(.*?)</td><td>.*?</td><td><span[^>]*>(.*?)</span></td>", summary)
+    return {html.unescape(says): verdict for says, verdict in rows}
+
+
+def test_runs_of_different_settings_are_not_passed_off_as_one(tmp_path, writer):
+    mixed = "differ in their settings"
+    writer(tmp_path / "runs", 0)
+    other = writer(tmp_path / "runs", 1) / "config.json"
+    assert mixed not in write_report(tmp_path / "runs", tmp_path / "report").read_text()
+    record = json.loads(other.read_text())
+    record["config"]["weight_decay"] = 0.5
+    other.write_text(json.dumps(record))
+    page = write_report(tmp_path / "runs", tmp_path / "report")
+    assert mixed in page.read_text()
+    assert set(verdicts(page).values()) == {"mixed settings", "not run"}
+
+
+def test_presets_mixed_over_two_experiments_give_no_verdict_that_mixes_them(tmp_path):
+    for seed in range(3):
+        write_columns(tmp_path / "runs", "e1", "baseline", seed, t_grok=1000)
+        write_columns(tmp_path / "runs", "e2", "losses-0.1", seed, t_grok=2000)
+    page = write_report(tmp_path / "runs", tmp_path / "report")
+    delayed = "mixing delays grokking by 5,020 steps (Table 1's means differ by 5,060)"
+    before = verdicts(page)
+    assert before[delayed] == "reproduced"
+    for path in (tmp_path / "runs").glob("e2-*/config.json"):
+        record = json.loads(path.read_text())
+        record["config"]["learning_rate"] *= 3
+        path.write_text(json.dumps(record))
+    after = verdicts(write_report(tmp_path / "runs", tmp_path / "report"))
+    assert after[delayed] == "mixed settings"
+    # E1 alone is of one setting, and judged as before; the delay that E2 and E1 would give together is not.
+    early = "the model memorises early and generalises thousands of steps later, in every run"
+    assert after[early] == before[early] == "reproduced"
+
+
+SOURCES = "\n".join(path.read_text() for path in Path(report.__file__).parent.glob("*.py"))
+
+
+def rows(sections):
+    return report.figures_section(sections).blocks[1].rows
+
+
+def test_the_papers_ten_figures_and_its_tables_of_results_are_listed():
+    papers = {each.paper.partition("(")[0] for each in report.COUNTERPARTS}
+    assert papers == {*(f"Figure {n}" for n in range(1, 11)), *(f"Table {n}" for n in (1, 2, 3, 5))}
+    lost = {each.paper for each in report.COUNTERPARTS if each.basis == report.OURS}
+    assert lost == {f"Figure {n}" for n in (2, 6, 7, 8)}
+
+
+@pytest.mark.parametrize("each", report.COUNTERPARTS, ids=lambda each: each.ours)
+def test_a_counterpart_is_a_figure_that_is_drawn_or_an_experiments_section(each):
+    if each.ours.endswith(":"):
+        assert each.ours[:-1].lower() in {experiment.id for experiment in EXPERIMENTS}
+    else:
+        drawn = re.findall(r'(?:drawn|Figure|_figure)\(\s*"([^"]+)"', SOURCES)
+        assert each.ours in drawn
+
+
+def test_what_is_there_is_named_and_the_rest_is_not_run():
+    figure = Figure("e4-norm-entropy", "", "", "", "")
+    found = rows([Section("e4", "E4: norm against entropy", (figure,))])
+    there = {row[0]: row[2] for row in found if row[2] != "not run"}
+    assert there == {
+        "Figure 4(a)": "figure `e4-norm-entropy`",
+        "Table 2": 'table in "E4: norm against entropy"',
+    }
+    assert {row[3] for row in found if row[2] == "not run"} == {"–"}
+
+
+def write(out, job):
+    for seed in job.seeds:
+        folder = out / job.run_name(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "schema_version": 1, "experiment": job.experiment, "condition": job.condition, "seed": seed,
+            "stack": list(job.seeds), "config": job.settings(),
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"learning_rate": 0.003, "max_steps": 8000},
+        {"hidden": (64, 32), "equals_token": True, "weight_decay": 0.5},
+    ],
+    ids=lambda given: ", ".join(given) or "the preset",
+)
+@pytest.mark.parametrize("name", ["quick", "paper"])
+def test_every_command_asks_for_the_runs_it_stands_for(tmp_path, monkeypatch, name, given):
+    made = {}
+    for experiment in JOBS:
+        for job in JOBS[experiment](preset(name, **given), (0, 1, 3, 4, 5, 8)):
+            write(tmp_path, job)
+            made |= {job.run_name(seed): job.settings() for seed in job.seeds}
+    asked = {}
+    monkeypatch.setattr(
+        sweep,
+        "run_jobs",
+        lambda jobs, *_, **__: (
+            asked.update({job.run_name(s): job.settings() for job in jobs for s in job.seeds}) or []
+        ),
+    )
+    monkeypatch.setattr(report, "print_summary", lambda *arguments: None)
+    commands = report.commands(read_runs(tmp_path), tmp_path / "elsewhere")
+    assert len(commands) == len(
+        {job.experiment for make in JOBS.values() for job in make(preset(name), (0,))}
+    )
+    for command in commands:
+        words = shlex.split(command)
+        assert words[:2] == ["fastent", "run"]
+        assert cli.main(words[1:]) == 0
+    assert asked == made
+
+
+def test_seeds_are_written_as_the_command_line_reads_them():
+    assert report.ranges({0, 1, 2, 5, 7, 8}) == "0-2,5,7-8"
+    assert cli.parse_seeds(report.ranges({4, 0, 2, 3})) == (0, 2, 3, 4)
+
+
+def test_a_run_of_an_unknown_experiment_gets_its_preset_alone(tmp_path):
+    from fastent.train.runs import Job
+
+    write(tmp_path, Job("e99", "baseline", dataclasses.replace(preset("paper"), weight_decay=0.5), (0,)))
+    assert report.commands(read_runs(tmp_path), tmp_path) == [
+        f"fastent run e99 --preset paper --seeds 0 --out {tmp_path}"
+    ]
+
+
+@pytest.mark.parametrize("name", ["quick", "paper"])
+def test_runs_of_all_experiments_of_one_preset_are_of_one_setting_and_one_run_of_another_is_not(
+    tmp_path, name
+):
+    for experiment in JOBS:
+        for job in JOBS[experiment](preset(name, max_steps=7000), (0, 1)):
+            write(tmp_path, job)
+    assert report.of_one_setting(read_runs(tmp_path))
+    (job,) = JOBS["e1"](preset({"quick": "paper", "paper": "quick"}[name], max_steps=7000), (2,))
+    write(tmp_path, job)
+    assert not report.of_one_setting(read_runs(tmp_path))
+
+
+def test_runs_of_a_kind_that_no_experiment_asks_for_are_compared_by_their_settings(tmp_path):
+    from fastent.train.runs import Job
+
+    config = dataclasses.replace(preset("paper"), weight_decay=0.5)
+    write(tmp_path, Job("e99", "baseline", config, (0, 1)))
+    assert report.of_one_setting(read_runs(tmp_path))
+    write(tmp_path, Job("e99", "baseline", preset("paper"), (2,)))
+    assert not report.of_one_setting(read_runs(tmp_path))
+
+
+def test_a_setting_younger_than_the_runs_does_not_set_them_apart(tmp_path):
+    (job,) = JOBS["e1"](preset("paper"), (0, 1))
+    write(tmp_path, job)
+    path = tmp_path / job.run_name(1) / "config.json"
+    record = json.loads(path.read_text())
+    del record["config"]["separate_tokens"]
+    path.write_text(json.dumps(record))
+    assert report.of_one_setting(read_runs(tmp_path))

@@ -1,0 +1,328 @@
+"""Estimates over seeds against closed forms and published values.
+
+Comparisons of two groups of times against published data sets, exact null distributions and simulation.
+
+Tests on pairs: exact p-values, censoring, ties, and intervals over seeds.
+
+Pearson's r and differences of means with their intervals.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fastent.grokking.experiments.statistics import (
+    Times,
+    bootstrap,
+    cohens_d,
+    holm,
+    log_rank,
+    mann_whitney,
+    mean_delay,
+    pearson,
+    proportion,
+    restricted_mean,
+    signed_rank,
+    stratified_log_rank,
+    welch,
+)
+
+
+def test_bootstrap_interval_of_a_large_normal_sample_matches_the_normal_interval():
+    x = np.random.default_rng(1).normal(10, 2, 400)
+    e = bootstrap(x.tolist())
+    half = 1.96 * x.std() / 20
+    assert e.value == pytest.approx(x.mean())
+    assert e.low == pytest.approx(x.mean() - half, abs=0.03)  # 0.2 is the half-width: 15 % of it
+    assert e.high == pytest.approx(x.mean() + half, abs=0.03)
+    assert (e.n, e.method, e.level) == (400, "BCa bootstrap", 0.95)
+
+
+def test_bca_corrects_for_skew_where_the_percentile_interval_does_not():
+    # The acceleration pushes both ends towards the long tail.
+    x = np.random.default_rng(0).exponential(1.0, 30)
+    draws = np.random.default_rng(2).choice(x, (20_000, 30)).mean(axis=1)
+    e = bootstrap(x.tolist())
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert e.low > low + 0.01
+    assert e.high > high + 0.01
+
+
+def test_bootstrap_is_reproducible_and_takes_another_statistic():
+    x = [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert bootstrap(x) == bootstrap(x)
+    assert bootstrap(x, np.median).value == 4.0
+
+
+@pytest.mark.parametrize("x", [[3.0], [3.0, 5.0]])
+def test_fewer_than_three_values_get_no_interval_and_the_result_says_so(x):
+    e = bootstrap(x)
+    assert (e.value, e.low, e.high) == (np.mean(x), None, None)
+    assert e.method == f"no interval: n = {len(x)}"
+
+
+def test_equal_values_and_an_undefined_bca_say_what_stood_in():
+    assert bootstrap([2.0, 2.0, 2.0]).method == "no spread: all values equal"
+    e = bootstrap([1.0, 1.0, 1.0, 1.0, 5.0], np.median)
+    assert e.method == "percentile bootstrap, BCa undefined"
+    assert (e.value, e.low, e.high) == (1.0, 1.0, 5.0)
+
+
+def test_bootstrap_refuses_what_is_not_finite():
+    with pytest.raises(ValueError, match="finite and at least one"):
+        bootstrap([1.0, float("nan"), 2.0])
+    with pytest.raises(ValueError, match="finite and at least one"):
+        bootstrap([])
+
+
+def test_all_of_n_has_the_closed_form_clopper_pearson_bound():
+    for n in (3, 10):
+        e = proportion(n, n)
+        assert (e.value, e.high) == (1.0, 1.0)
+        assert e.low == pytest.approx(0.025 ** (1 / n), rel=1e-9)
+    assert proportion(5, 10).low == pytest.approx(0.1871, abs=1e-4)
+
+
+def test_holm_matches_the_textbook_example_and_keeps_the_order():
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert list(adjusted) == ["a", "b", "c", "d"]
+    assert list(adjusted.values()) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm({"a": 0.7, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+# Freireich et al. (1963), weeks of remission: 6-MP (12 of 21 censored) and placebo.
+SIX_MP = Times(
+    (6, 6, 6, 6, 7, 9, 10, 10, 11, 13, 16, 17, 19, 20, 22, 23, 25, 32, 32, 34, 35),
+    tuple(c == "1" for c in "111010100110001100000"),
+)
+PLACEBO = Times.of([1, 1, 2, 2, 3, 4, 4, 5, 5, 8, 8, 8, 8, 11, 11, 12, 12, 15, 17, 22, 23], 23)
+
+
+def times(*values, limit=1000):
+    return Times.of(values, limit)
+
+
+def test_freireich_log_rank_chi_square_and_restricted_means_are_the_published_ones():
+    result = log_rank(PLACEBO, SIX_MP, 35)
+    assert result.statistic**2 == pytest.approx(16.79, abs=0.005)
+    assert result.p_value == pytest.approx(stats.chi2.sf(16.793, 1) / 2, rel=1e-3)
+    assert result.note == "12 runs censored"
+    drug, placebo = restricted_mean(SIX_MP, 35), restricted_mean(PLACEBO, 35)
+    assert drug.value == pytest.approx(23.287, abs=5e-4)
+    assert placebo.value == pytest.approx(8.667, abs=5e-4)
+    # Published standard error of the 6-MP restricted mean: 2.83.
+    assert (drug.high - drug.value) / 1.959964 == pytest.approx(2.83, abs=0.005)
+    assert result.effect.value == pytest.approx(23.287 - 8.667, abs=1e-3)
+
+
+def test_restricted_mean_without_censoring_is_the_mean_of_the_cut_times():
+    x = np.array([100.0, 300.0, 500.0, 900.0])
+    t = Times.of(x.tolist(), 1000)
+    e = restricted_mean(t, 600)
+    assert e.value == pytest.approx(np.minimum(x, 600).mean())
+    full = restricted_mean(t, 1000)
+    # Greenwood without censoring is the plain variance over n.
+    assert full.high - full.value == pytest.approx(1.959964 * x.std() / 2, rel=1e-6)
+
+
+def test_restricted_mean_refuses_an_area_beyond_the_last_censored_time():
+    with pytest.raises(ValueError, match="must not exceed the last censored time, 500"):
+        restricted_mean(Times.of([100, None], 500), 600)
+
+
+def test_dropping_a_censored_run_would_make_the_mean_smaller():
+    kept = restricted_mean(Times.of([100, 200, None], 1000), 1000)
+    assert kept.value == pytest.approx((100 + 200 + 1000) / 3)
+    assert kept.value > restricted_mean(Times.of([100, 200], 1000), 1000).value
+
+
+def test_mann_whitney_of_separated_groups_has_the_exact_p_value():
+    result = mann_whitney(times(1, 2, 3), times(4, 5, 6))
+    assert result.p_value == pytest.approx(1 / 20)  # one of C(6, 3) arrangements
+    assert result.effect.value == 1.0
+    assert 0.4 < result.effect.low < 0.6  # three of each say little
+    assert result.effect.high == 1.0
+    assert mann_whitney(times(4, 5, 6), times(1, 2, 3)).p_value == pytest.approx(1.0)
+
+
+def test_mann_whitney_ties_censored_runs_last():
+    # Treated run 2 was cut: it counts as later than every time seen, and as equal to control run 3.
+    result = mann_whitney(times(100, 200, None), times(300, None, 400))
+    assert result.statistic == 2 + 2.5 + 2
+    assert result.note == "2 runs not there by step 1000 are tied last"
+
+
+def test_mann_whitney_does_not_see_beyond_the_smallest_cut():
+    control, treated = Times.of([100, 900], 1000), Times.of([None, 200], [500, 1000])
+    # 900 lies beyond the cut at 500: as unknown as the censored run.
+    assert mann_whitney(control, treated).statistic == 1.5 + 1
+    assert mann_whitney(control, treated).note == "2 runs not there by step 500 are tied last"
+
+
+def test_score_interval_of_the_chance_to_be_later_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    truth = stats.norm.cdf(1 / 2**0.5)
+    covered = 0
+    for _ in range(400):
+        x, y = rng.normal(10, 1, 10), rng.normal(11, 1, 10)
+        effect = mann_whitney(Times.of(x.tolist(), 99), Times.of(y.tolist(), 99)).effect
+        covered += effect.low <= truth <= effect.high
+    assert 0.91 < covered / 400 < 0.99  # 0.95, and three standard errors of 400 draws
+
+
+def test_signed_rank_of_six_rising_pairs_has_the_exact_p_value_and_shift():
+    result = signed_rank(times(1, 2, 3, 4, 5, 6), times(2, 4, 6, 8, 10, 12))
+    assert result.p_value == pytest.approx(2**-6)
+    assert (result.effect.value, result.effect.low, result.effect.high) == (3.5, 1.0, 6.0)
+
+
+def test_signed_rank_exact_interval_is_the_tabulated_one_for_ten_pairs():
+    # n = 10: the two-sided 5 % critical value of the signed-rank statistic is 8, so the 9th Walsh average.
+    difference = np.array([3.0, 7, 12, 18, 25, 33, 42, 52, 63, 75])
+    result = signed_rank(Times.of([0.0] * 10, 99), Times.of(difference.tolist(), 99))
+    i, j = np.triu_indices(10)
+    walsh = np.sort((difference[i] + difference[j]) / 2)
+    assert (result.effect.low, result.effect.high) == (walsh[8], walsh[-9])
+
+
+def test_five_pairs_get_no_interval_and_equal_pairs_no_evidence():
+    result = signed_rank(times(1, 2, 3, 4, 5), times(2, 4, 6, 8, 10))
+    assert (result.effect.low, result.effect.method) == (None, "Hodges-Lehmann shift; no interval: n = 5")
+    assert signed_rank(times(1, 2), times(1, 2)).p_value == 1.0
+
+
+def test_signed_rank_cuts_censored_pairs_and_needs_pairs():
+    result = signed_rank(times(100, 200, 300), times(None, 500, 600))
+    assert result.effect.value == pytest.approx(450)  # Walsh averages of 900, 300, 300
+    assert result.note == "times are cut at step 1000"
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        signed_rank(times(1, 2), times(1))
+
+
+def test_cohens_d_of_a_shift_by_one_standard_deviation_is_one_with_a_covering_interval():
+    x = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    e = cohens_d(Times.of(x.tolist(), 99), Times.of((x + x.std(ddof=1)).tolist(), 99))
+    assert e is not None
+    assert e.value == pytest.approx(1.0)
+    # At each end the observed t has the tail's probability under the non-central t distribution.
+    t = (25 / 10) ** 0.5
+    assert stats.nct.sf(t, 8, e.low * t) == pytest.approx(0.025, abs=1e-6)
+    assert stats.nct.cdf(t, 8, e.high * t) == pytest.approx(0.025, abs=1e-6)
+
+
+def test_cohens_d_is_undefined_with_a_censored_run_a_single_run_or_no_spread():
+    assert cohens_d(times(1, 2), times(3, None)) is None
+    assert cohens_d(times(1), times(3, 4)) is None
+    assert cohens_d(times(1, 1), times(3, 3)) is None
+
+
+def test_times_refuse_an_event_after_the_end_and_unequal_lengths():
+    with pytest.raises(ValueError, match="got 12 > 10"):
+        Times.of([12], 10)
+    with pytest.raises(ValueError, match="got 2, 1"):
+        Times.of([1, 2], [5])
+
+
+def test_cohens_d_of_groups_far_apart_has_an_interval_where_scipys_t_is_not_a_number():
+    # Freedom 8 and t near 11: scipy's non-central t has NaN at non-centralities from -10 to -8.
+    control, treated = (
+        times(1000, 1100, 1200, 1300, 1400, 1500, limit=4000),
+        times(2200, 2300, 2400, 2500, limit=4000),
+    )
+    d = cohens_d(control, treated)
+    assert d.value == pytest.approx(1100 / (22.5e4 / 8) ** 0.5)
+    scale = (6 * 4 / 10) ** 0.5
+    for bound, share in ((d.low, 0.975), (d.high, 0.025)):
+        assert stats.nct.cdf(d.value * scale, 8, bound * scale) == pytest.approx(share, abs=1e-9)
+
+
+def test_runs_that_all_tie_say_nothing_in_the_log_rank_test():
+    for values in ((5,), (5, 5, 5), (None, None)):
+        result = log_rank(times(*values, limit=9), times(*values, limit=9), 9)
+        assert (result.statistic, result.p_value, result.effect.value) == (0.0, 1.0, 0.0)
+
+
+def test_five_of_five_later_pairs_have_p_of_one_in_32():
+    result = stratified_log_rank(Times.of([1, 2, 3, 4, 5], 99), Times.of([2, 3, 4, 5, 6], 99))
+    assert result.p_value == 1 / 32
+    assert result.statistic == pytest.approx(5**0.5)
+    assert (result.effect.value, result.effect.n) == (1.0, 5)
+    assert result.effect.low == pytest.approx(0.025 ** (1 / 5))
+    assert result.note == ""
+
+
+def test_statistic_is_the_stratified_log_rank_z_of_observed_minus_expected():
+    control, treated = Times.of([10, 20, 30, 40], 99), Times.of([15, 10, None, 90], 99)
+    # Each informative pair: one event among two at risk, expectation 1/2, variance 1/4.
+    expected = ((1 - 0.5) + (0 - 0.5) + (1 - 0.5) + (1 - 0.5)) / np.sqrt(4 / 4)
+    result = stratified_log_rank(control, treated)
+    assert result.statistic == pytest.approx(expected)
+    assert result.p_value == pytest.approx(5 / 16)  # 3 or 4 of 4 heads
+
+
+def test_censored_runs_count_only_where_the_order_is_known():
+    # Known later; cut at the very step of the event: later; cut before the event: unknown; both cut; tie.
+    control = Times.of([10, 50, 60, None, 30], [99, 99, 99, 99, 99])
+    treated = Times.of([None, None, None, None, 30], [99, 50, 40, 99, 99])
+    result = stratified_log_rank(control, treated)
+    assert result.effect.n == 2
+    assert result.p_value == 0.25
+    assert result.note == "3 of 5 pairs tie or are cut before either groks"
+
+
+def test_pairs_that_say_nothing_give_no_interval_and_p_of_one():
+    result = stratified_log_rank(Times.of([None, 5], 9), Times.of([None, 5], 9))
+    assert (result.p_value, result.effect.low, result.effect.n) == (1.0, None, 0)
+
+
+def test_treated_first_is_evidence_for_the_other_side():
+    result = stratified_log_rank(Times.of([9, 9, 9], 99), Times.of([1, 2, 3], 99))
+    assert (result.p_value, result.effect.value) == (1.0, 0.0)
+
+
+def test_mean_delay_is_restricted_and_refuses_times_cut_before_the_limit():
+    control, treated = Times.of([10, 20, 30], 100), Times.of([20, None, 40], 100)
+    assert mean_delay(control, treated, 100).value == pytest.approx((10 + 80 + 10) / 3)
+    assert mean_delay(control, treated, 25).value == pytest.approx((10 + 5 + 0) / 3)
+    assert mean_delay(control, Times.of([20, None, 40], [100, 90, 100]), 100) is None
+
+
+def test_pairs_must_be_pairs():
+    with pytest.raises(ValueError, match="as many control as treated"):
+        stratified_log_rank(Times.of([1], 9), Times.of([1, 2], 9))
+
+
+def test_r_and_its_interval_are_those_of_scipy():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(10)
+    y = x + rng.standard_normal(10)
+    expected = stats.pearsonr(x, y)
+    found = pearson(x, y)
+    assert found.value == pytest.approx(expected.statistic, rel=1e-12)
+    low, high = expected.confidence_interval(0.95)
+    assert (found.low, found.high, found.n) == (pytest.approx(low), pytest.approx(high), 10)
+
+
+def test_fewer_than_four_pairs_or_no_spread_have_no_interval():
+    assert pearson([1, 2, 4], [1, 3, 2]).low is None
+    assert pearson([1, 2, 3, 4], [2, 4, 6, 8]).method == "no interval: n = 4, r = 1"
+    assert math.isnan(pearson([1, 1, 1, 1], [1, 2, 3, 4]).value)
+    with pytest.raises(ValueError, match="two or more pairs"):
+        pearson([1], [1])
+
+
+def test_interval_of_a_difference_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = [
+        f.low < 1.0 < f.high for f in (welch(rng.normal(0, 1, 5), rng.normal(1, 3, 8)) for _ in range(1000))
+    ]
+    assert 0.93 < np.mean(covered) < 0.97
+
+
+def test_difference_is_the_second_less_the_first_and_has_no_interval_for_one_run():
+    assert welch([1.0, 2.0], [4.0]).value == 2.5
+    assert welch([1.0, 2.0], [4.0]).low is None
+    with pytest.raises(ValueError, match="each group needs a value"):
+        welch([], [1.0])
