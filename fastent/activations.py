@@ -131,6 +131,14 @@ class RealTokens:
         return kept.nonzero(as_tuple=True)  # type: ignore[return-value]
 
 
+class TooFewRows(ValueError):
+    """Activations of `n` rows, 0 or 1, and `d` features: no covariance, which for a batch of one is no mistake."""
+
+    def __init__(self, message: str, n: int, d: int) -> None:
+        super().__init__(message)
+        self.n, self.d = n, d
+
+
 def matrix_of(
     h: Tensor,
     *,
@@ -187,8 +195,10 @@ def matrix_of(
     n = x.shape[-2]
     if n < 2:
         padding = "" if mask is None else " with its mask"
-        raise ValueError(
-            f"a covariance needs at least 2 samples (rows); got N = {n} from shape {tuple(h.shape)}{padding}"
+        raise TooFewRows(
+            f"a covariance needs at least 2 samples (rows); got N = {n} from shape {tuple(h.shape)}{padding}",
+            n,
+            x.shape[-1],
         )
     return x
 

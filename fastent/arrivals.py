@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -12,6 +13,9 @@ from fastent.user_warning import warn_user
 from fastent.worker import Evaluated
 
 OnNonfinite = Literal["record", "raise"]
+
+# Records that wait for somebody to `take` them: those who only observe and read the history may never do so.
+MOST_WAITING = 10_000
 
 
 class Arrivals:
@@ -38,7 +42,8 @@ class Arrivals:
     ) -> None:
         self._evaluations, self._recording = evaluations, recording
         self._on_record, self._on_nonfinite = on_record, on_nonfinite
-        self._records: list[EntropyRecord] = []
+        self._waiting: deque[EntropyRecord] = deque(maxlen=MOST_WAITING)
+        self._ceiling_known: set[str] = set()
         self._to_raise: EntropyRecord | None = None
         self._logger_failed = False
 
@@ -67,29 +72,33 @@ class Arrivals:
             raise first
 
     def take(self) -> list[EntropyRecord]:
-        """Hand out the records that have arrived since the last time."""
-        records, self._records = self._records, []
+        """Hand out the records that have arrived since the last time, at most the newest `MOST_WAITING`."""
+        records = list(self._waiting)
+        self._waiting.clear()
         return records
 
     def forget(self) -> None:
         """Wait for what is under way, and forget it and all that was not handed out."""
         self._evaluations.discard()
-        self._records, self._to_raise = [], None
+        self._waiting.clear()
+        self._to_raise = None
 
     def _record(self, step: int, results: Mapping[str, Evaluated]) -> None:
         records = [EntropyRecord.of(step, layer, *evaluated) for layer, evaluated in results.items()]
-        new = [record for record in records if record.layer not in self._recording.layers]
         for record in records:
             self._recording.add(record)
-            self._records.append(record)
+            self._waiting.append(record)
             if record.status is Status.NONFINITE and self._on_nonfinite == "raise":
                 self._to_raise = self._to_raise or record
         for record in records:  # kept by now, in case a warning is made an error
             self._log(record)
-        for record in new:
+        for record in records:
             self._warn_of_ceiling(record)
 
     def _warn_of_ceiling(self, record: EntropyRecord) -> None:
+        if record.layer in self._ceiling_known or record.status in (Status.TOO_FEW_ROWS, Status.NOT_RUN):
+            return
+        self._ceiling_known.add(record.layer)
         threshold = self._recording.threshold
         if threshold is not None and threshold > record.ceiling:
             warn_user(

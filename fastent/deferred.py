@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -268,6 +268,11 @@ class Opened:
         """Give a layer's result where it is known already; it keeps its place in the order."""
         self._known[layer] = Evaluated(entropy, sampling)
         self.widths[layer] = entropy.d
+
+    def arrange(self, layers: Iterable[str]) -> None:
+        """Put the results in the order of `layers`, whichever arrived first; others come after them."""
+        order = [layer for layer in layers if layer in self.widths]
+        self.widths = {layer: self.widths[layer] for layer in (*order, *self.widths)}
 
     def __enter__(self) -> Opened:
         return self

@@ -31,6 +31,7 @@ from fastent.readings import Readings
 from fastent.records import EntropyRecord, Recording, checked_count
 from fastent.spectrum import SpectralEntropy
 from fastent.stopping import StopAfterCrossing
+from fastent.uncompiled import uncompiled
 from fastent.watching import Watched
 
 Mode = Literal["deferred", "sync"]
@@ -168,6 +169,7 @@ class SpectralEntropyMonitor(Readings):
         self._closed = False
         at_exit(self)
 
+    @uncompiled
     def step(self, step: int) -> list[EntropyRecord]:
         """Evaluate the probe if `step` is due; call it once in every training step.
 
@@ -208,6 +210,7 @@ class SpectralEntropyMonitor(Readings):
         self._last_called = step
         return self._arrivals.take()
 
+    @uncompiled
     def observe(self, step: int, h: Tensor | SpectralEntropy, *, layer: str) -> list[EntropyRecord]:
         """Record activations that are at hand, whether `step` is a multiple of `every` or not.
 

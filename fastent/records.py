@@ -185,6 +185,16 @@ class Recording:
                 "not compare; record it under another name"
             )
 
+    def newest(self, layer: str) -> int | None:
+        """Return the step of the newest record of `layer`, one on its way included."""
+        known = self._known(layer)
+        return None if known is None else known[1]
+
+    def width(self, layer: str) -> int | None:
+        """Return the features of `layer`, if it has been recorded or will be."""
+        known = self._known(layer)
+        return None if known is None else known[0]
+
     def expect(self, step: int, layer: str, d: int) -> None:
         """Let `check` count a record that is on its way."""
         self._expected[layer] = d, step

@@ -1,7 +1,7 @@
 """What the spectrum of one centred covariance says: the numbers, and what there is to distrust in them.
 
 ``H = -sum p log p`` with ``p = eig(C) / tr C``. Eigenvalues below ``d eps`` times the largest count as 0, so H does not
-depend on the scale. H is NaN only where the input was not finite.
+depend on the scale. H is NaN only where the input was not finite, or where there were no two rows.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Status(StrEnum):
     UNRESOLVED_OFFSET = "unresolved_offset"
     OUT_OF_RANGE = "out_of_range"
     ZERO_VARIANCE = "zero_variance"
+    TOO_FEW_ROWS = "too_few_rows"
+    NOT_RUN = "not_run"
     NONFINITE = "nonfinite"
 
     @property
@@ -263,6 +265,26 @@ def unsolved(
         flags=flags,
         message=message,
         ceiling=_ceiling(n, d),
+        n=n,
+        d=d,
+        solver="none",
+    )
+
+
+def unmeasured(status: Status, n: int, d: int, message: str) -> SpectralEntropy:
+    """Make the result of a layer that gave fewer rows than a covariance needs: NaN, and no ceiling."""
+    nan = math.nan
+    return SpectralEntropy(
+        normalized=nan,
+        entropy=nan,
+        effective_rank=nan,
+        participation_ratio=nan,
+        eigenvalues=torch.full((d,), nan, dtype=torch.float64, device="cpu"),
+        total_variance=nan,
+        status=status,
+        flags=(status,),
+        message=message,
+        ceiling=nan,
         n=n,
         d=d,
         solver="none",

@@ -12,7 +12,7 @@ def warn_user(message: str, category: type[Warning]) -> None:
     """Warn at the innermost frame outside of this package."""
     level = 1
     frame: FrameType | None = sys._getframe(0)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastent":
+    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 
@@ -25,3 +25,8 @@ def warn_of_detached(function: str) -> None:
         "cannot be part of a loss. Give it h.detach() if that is meant. Said once",
         UserWarning,
     )
+
+
+def _is_ours(module: str) -> bool:
+    # What `fastent.uncompiled` leaves out of a compiler is called by a frame of the compiler's.
+    return module.partition(".")[0] == "fastent" or module == "torch._dynamo.eval_frame"

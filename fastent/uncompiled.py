@@ -1,0 +1,32 @@
+"""Functions that a compiler leaves out: they run as plain Python where a compiled function calls them.
+
+`torch.compiler.disable` does that too, and imports the compiler, which takes a second; here it is asked only once somebody
+else has imported it, since nothing is compiled before.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Return `function` as one that is never traced, with all that it calls."""
+    disabled: list[Callable[P, R]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return call
