@@ -1,18 +1,28 @@
-"""From a probe or activations at hand to an evaluation: checked layer by layer, all of a step or nothing of it."""
+"""From a probe or activations at hand to an evaluation: checked layer by layer, all of a step or nothing of it.
+
+What is no mistake is a status: a layer that ran before and is idle now, as a mixture's expert without tokens
+(`not_run`), or gave fewer than two rows (`too_few_rows`); activations at hand may be a batch of one.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastent.activations import Tokens
+from fastent.activations import Tokens, TooFewRows, rows_of
 from fastent.deferred import DeferredEntropy, Opened
-from fastent.entropy import spectral_entropy
+from fastent.entropy import checked, spectral_entropy
+from fastent.moments import Moments
 from fastent.records import Recording
 from fastent.sampling import sampling_error
-from fastent.spectrum import SpectralEntropy
+from fastent.spectrum import SpectralEntropy, Status, unmeasured
+from fastent.user_warning import warn_user
 from fastent.watching import Watched
 
 
@@ -24,7 +34,7 @@ class Evaluator:
     evaluations : DeferredEntropy
         Where they are asked for.
     recording : Recording
-        Refuses a second record of a layer at a step, or one of another width.
+        Knows which layer has a record at a step, and refuses one of another width.
     tokens, standard_error
         As `fastent.SpectralEntropyMonitor` takes them.
     """
@@ -35,6 +45,17 @@ class Evaluator:
         self._evaluations, self._recording = evaluations, recording
         self._tokens, self._standard_error = tokens, standard_error
         self._devices: dict[str, torch.device] = {}
+        self._merged = _Merged()
+        self._seen_in_backward: dict[str, bool] = {}  # by layer, for its newest observed step
+        self._warned_of_repeats = False
+        self._probing = False
+
+    def check(self, watched: Watched) -> None:
+        """Pass the probe through the model and check what comes, without an evaluation; every rank may do so."""
+        with self._pass(
+            "the probe's pass failed at construction; check=False puts it off to the first evaluation"
+        ):
+            watched.run(functools.partial(self._examine, watched.may_have_few_rows))
 
     def run(self, step: int, watched: Watched) -> None:
         """Evaluate the layers of a model on its probe; a full ring may drop that, and then nothing is run."""
@@ -44,16 +65,44 @@ class Evaluator:
             # The jackknife needs the activations: it is done in line.
             evaluation = self._evaluations.open(step, needs_room=not self._standard_error)
         if evaluation is not None:
-            with evaluation:
-                watched.run(functools.partial(self._add, evaluation))
+            with evaluation, self._pass(f"in the pass of the monitor's probe at step {step}"):
+                add = functools.partial(self._add, evaluation, watched.may_have_few_rows)
+                for layer, d in watched.run(add).items():
+                    message = "the layer did not run in this pass of the probe: nothing called it"
+                    width = self._recording.width(layer) or d
+                    evaluation.put(layer, unmeasured(Status.NOT_RUN, 0, width, message))
+                evaluation.arrange(watched.order)
                 self._expect(step, evaluation)
         elif every_rank:  # its part of the forward pass: the other ranks wait for it
-            watched.run(lambda layer, h: None)
+            with self._pass(f"in the pass of the monitor's probe at step {step}"):
+                watched.run(lambda layer, h: None)
 
-    def observe(self, step: int, layer: str, h: Tensor | SpectralEntropy) -> None:
-        """Evaluate activations that are at hand, or take their entropy."""
+    def observe(self, step: int, layer: str, h: Tensor | SpectralEntropy, merge: bool) -> None:
+        """Evaluate activations that are at hand, or take their entropy, or keep rows until the step is over."""
         if isinstance(h, SpectralEntropy) and not isinstance(h.normalized, float):
             raise ValueError("observe takes one entropy at a time; got a batch: use its unbind()")
+        if merge and isinstance(h, SpectralEntropy):
+            raise ValueError(
+                "merge=True adds up activations, and entropies do not add up: pass the activations"
+            )
+        if merge and self._standard_error:
+            raise ValueError(
+                "merge=True keeps moments, and standard_error needs the activations: leave one of them out"
+            )
+        if self._probing:  # by a hook of the user's that fires in the probe's pass too
+            return
+        merging = layer in self._merged.moments
+        if merging or self._recording.newest(layer) == step:
+            if _in_backward() and not self._seen_in_backward.get(layer, True):
+                return  # the forward pass once more, by activation checkpointing: the same rows
+            if not (merge and merging):
+                self._ignore(step, layer)
+                return
+        else:
+            self._seen_in_backward[layer] = _in_backward()
+        if merge:
+            self._merge(step, layer, h)
+            return
         known = isinstance(h, SpectralEntropy) or self._standard_error
         evaluation = self._evaluations.open(step, needs_room=not known)
         if evaluation is not None:
@@ -61,14 +110,94 @@ class Evaluator:
                 if isinstance(h, SpectralEntropy):
                     evaluation.put(layer, h)
                 else:
-                    self._add(evaluation, layer, h)
+                    self._add(evaluation, _AnyLayer(), layer, h)
                 self._expect(step, evaluation)
 
-    def forget_devices(self) -> None:
-        """Let layers come from other devices than before."""
-        self._devices = {}
+    def end_merging(self, next_step: int | None = None) -> None:
+        """Evaluate what was merged, if that was at a step before `next_step` or there is none."""
+        merged = self._merged
+        if not merged.moments or next_step == merged.step:
+            return
+        self._merged = _Merged()
+        evaluation = self._evaluations.open(merged.step, needs_room=False)
+        if evaluation is not None:
+            with evaluation:
+                for layer, moments in merged.moments.items():
+                    few = moments.n < 2
+                    entropy = _too_few(moments.n, merged.widths[layer]) if few else moments.spectral_entropy()
+                    evaluation.put(layer, entropy)
+                self._expect(merged.step, evaluation)
 
-    def _add(self, evaluation: Opened, layer: str, h: Tensor) -> None:
+    def forget(self) -> None:
+        """Let layers come from other devices than before, and drop what was merged."""
+        self._devices = {}
+        self._merged = _Merged()
+
+    def _add(self, evaluation: Opened, few: Any, layer: str, h: Tensor) -> int:
+        """Put activations into `evaluation` and return their width; of the layers `few`, under two rows too."""
+        with self._checks_of(layer, h):
+            options = self._options(h)
+            try:
+                if self._standard_error:
+                    h = h.detach() if isinstance(h, Tensor) else h
+                    result = spectral_entropy(h, **options)
+                    evaluation.put(layer, result, sampling_error(h, **options) if result.n >= 3 else None)
+                else:
+                    evaluation.add(layer, h, **options)
+            except TooFewRows as error:
+                if layer not in few:
+                    raise
+                evaluation.put(layer, _too_few(error.n, error.d))
+        self._devices[layer] = h.device
+        return evaluation.widths[layer]
+
+    def _examine(self, few: Any, layer: str, h: Tensor) -> int:
+        with self._checks_of(layer, h):
+            try:
+                return checked(h, **self._options(h)).shape[-1]
+            except TooFewRows as error:
+                if layer not in few:
+                    raise
+                return error.d
+
+    def _merge(self, step: int, layer: str, h: Tensor) -> None:
+        with self._checks_of(layer, h):
+            rows = rows_of(h, **self._options(h))
+            d = rows.shape[-1]
+            if d < 2:
+                raise ValueError(
+                    "the normalised entropy divides by log d, so d must be at least 2; got d = 1"
+                )
+            self._recording.check(step, layer, d)
+            moments = self._merged.moments.get(layer, Moments())
+            moments.update(rows)
+        self._merged.step = step
+        self._merged.moments[layer] = moments
+        self._merged.widths[layer] = d
+        self._devices[layer] = h.device
+
+    def _options(self, h: Tensor) -> dict[str, Any]:
+        """Say what `fastent.spectral_entropy` has to know of these activations."""
+        return {"tokens": self._tokens if isinstance(h, Tensor) and h.ndim == 3 else None}
+
+    def _ignore(self, step: int, layer: str) -> None:
+        if not self._warned_of_repeats:
+            self._warned_of_repeats = True
+            warn_user(
+                f"layer {layer!r} was observed again at step {step}, and that is ignored: pass merge=True to take "
+                "all calls of a step together (gradient accumulation), or another step. Further ones are ignored "
+                "without a warning",
+                UserWarning,
+            )
+
+    def _expect(self, step: int, evaluation: Opened) -> None:
+        for layer, d in evaluation.widths.items():
+            self._recording.check(step, layer, d)
+        for layer, d in evaluation.widths.items():
+            self._recording.expect(step, layer, d)
+
+    @contextmanager
+    def _checks_of(self, layer: str, h: Tensor) -> Iterator[None]:
         try:
             if isinstance(h, Tensor):
                 old = self._devices.get(layer, h.device)
@@ -77,23 +206,44 @@ class Evaluator:
                         f"the activations moved from {old} to {h.device}: move the model back, or load the "
                         "state_dict() of this monitor into a new one"
                     )
-            tokens = self._tokens if isinstance(h, Tensor) and h.ndim == 3 else None
-            if self._standard_error:
-                h = h.detach() if isinstance(h, Tensor) else h
-                result = spectral_entropy(h, tokens=tokens)
-                evaluation.put(layer, result, sampling_error(h, tokens=tokens) if result.n >= 3 else None)
-            else:
-                evaluation.add(layer, h, tokens=tokens)
+            yield
         except Exception as error:
             error.add_note(f"in the activations of layer {layer!r}")
             raise
-        self._devices[layer] = h.device
 
-    def _expect(self, step: int, evaluation: Opened) -> None:
-        for layer, d in evaluation.widths.items():
-            self._recording.check(step, layer, d)
-        for layer, d in evaluation.widths.items():
-            self._recording.expect(step, layer, d)
+    @contextmanager
+    def _pass(self, note: str) -> Iterator[None]:
+        self._probing = True
+        try:
+            yield
+        except Exception as error:
+            error.add_note(note)
+            raise
+        finally:
+            self._probing = False
+
+
+@dataclass
+class _Merged:
+    """Rows of the step under way, by layer."""
+
+    step: int = -1
+    moments: dict[str, Moments] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+
+class _AnyLayer:
+    def __contains__(self, layer: object) -> bool:
+        return True
+
+
+def _too_few(n: int, d: int) -> SpectralEntropy:
+    message = f"a covariance needs at least 2 rows; there {'was' if n == 1 else 'were'} {n}"
+    return unmeasured(Status.TOO_FEW_ROWS, n, d, message)
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _rank() -> int:

@@ -52,10 +52,12 @@ class SpectralEntropyMonitor(Readings):
         The fixed input, with at least two samples along dimension 0, on the model's device. Kept by
         reference; changing it later is an error.
     layers : str, iterable of str, or callable, optional
-        A name of ``model.named_modules()``, several, or `fnmatch` patterns ("blocks.*.mlp"; ``*`` crosses
-        dots; "" is the model itself). A layer's activation is its module's output; of a tuple, list or dict
-        the first tensor. Or a function of (model, probe) that returns activations, or a dict of them by name,
-        for anything else, such as the input of a layer (example in `fastent.watching.Watched`).
+        A name of ``model.named_modules()`` ("" is the model itself), several, or patterns: ``*`` stays within
+        one level, ``**`` crosses dots ("blocks.*.mlp", "**.mlp"). A ModuleList means its children. A layer's
+        activation is its module's output as it leaves it; of a tuple, list or dict the first tensor. What is
+        named must run at the first evaluation; what only a pattern matched is left out until it runs, with one
+        warning. Or a function of (model, probe) that returns activations, or a dict of them by name, measured
+        at the moment it returns (example in `fastent.watching.Watched`). Records come in this order.
     every : int
         `step` evaluates at multiples of this; where the steps it is told of pass over one, at the next of them.
     threshold : float, optional
@@ -86,11 +88,18 @@ class SpectralEntropyMonitor(Readings):
     on_full : {"drop", "block"}
         What happens to an evaluation on CUDA while too many wait (`fastent.deferred`): dropped, counted and
         warned of once, or waited for.
+    check : bool
+        Pass the probe through the model now, so that a wrong width, dtype, shape or layer raises here and not at the
+        first step that is due. It records nothing and leaves no trace in training. False puts it off, for a model
+        that is not ready yet (on the meta device, not moved, weights not loaded). Of a sharded model every rank must
+        make the monitor.
 
     Raises
     ------
     TypeError, ValueError
         For an unusable probe, a layer that the model does not have (close names are given) or a bad argument.
+    Exception
+        What the model raises on its probe, with a note that it was the probe.
 
     Warns
     -----
@@ -123,7 +132,8 @@ class SpectralEntropyMonitor(Readings):
 
     >>> monitor = SpectralEntropyMonitor(threshold=0.6)
     >>> h = torch.outer(torch.arange(8.0), torch.ones(3))
-    >>> monitor.observe(0, h, layer="encoder")[0].normalized < 1e-9, monitor.crossed
+    >>> monitor.observe(0, h, layer="encoder")
+    >>> monitor.flush()[0].normalized < 1e-9, monitor.crossed
     (True, True)
     """
 
@@ -144,6 +154,7 @@ class SpectralEntropyMonitor(Readings):
         on_record: Callable[[EntropyRecord], object] | None = None,
         mode: Mode = "deferred",
         on_full: OnFull = "drop",
+        check: bool = True,
     ) -> None:
         if threshold is None and law is not None:
             threshold = law.h_star
@@ -167,6 +178,8 @@ class SpectralEntropyMonitor(Readings):
         self._last_called: int | None = None  # by `step`, not by `observe`
         self._unfinished: int | None = None  # the step whose evaluation failed: it may be repeated
         self._closed = False
+        if self._watched is not None and check:
+            self._evaluator.check(self._watched)
         at_exit(self)
 
     @uncompiled
@@ -211,8 +224,14 @@ class SpectralEntropyMonitor(Readings):
         return self._arrivals.take()
 
     @uncompiled
-    def observe(self, step: int, h: Tensor | SpectralEntropy, *, layer: str) -> list[EntropyRecord]:
+    def observe(self, step: int, h: Tensor | SpectralEntropy, *, layer: str, merge: bool = False) -> None:
         """Record activations that are at hand, whether `step` is a multiple of `every` or not.
+
+        Made for forward hooks: ``module.register_forward_hook(lambda m, args, out: monitor.observe(step, out,
+        layer="x"))``. It returns None, since torch takes what a hook returns for the layer's output: the record comes
+        out of the next `step` or `flush`, to `on_record` and into the `history`. Of less than two rows, as of a batch
+        of one, the status is `too_few_rows`. A forward pass that activation checkpointing repeats during the backward
+        pass counts once, and the pass of the monitor's own probe not at all.
 
         Parameters
         ----------
@@ -223,28 +242,25 @@ class SpectralEntropyMonitor(Readings):
             for many layers or seeds in one call (`SpectralEntropy.unbind`).
         layer : str
             The name to record.
-
-        Returns
-        -------
-        list of EntropyRecord
-            What has arrived since the last call; evaluated in line, the record of `h` is the last of it.
+        merge : bool
+            Take all calls of one step together, as if their rows had come in one (gradient accumulation): their moments
+            add up, and the entropy is taken when the step is over, that is at a call with a later step, `flush`,
+            `state_dict` or `close`. Without it a second call for `layer` and `step` is ignored, with one warning.
 
         Raises
         ------
         ValueError
-            If `step` goes back, `layer` has a record at `step`, its width changed or its device moved, or for
-            unusable activations (`fastent.spectral_entropy`).
+            If `step` goes back, the width of `layer` changed or its device moved, for unusable activations
+            (`fastent.spectral_entropy`), or to merge entropies or with `standard_error`.
         RuntimeError
             If the monitor is closed.
         FloatingPointError
             For NaN or Inf in `h` with ``on_nonfinite="raise"``.
         """
         step = self._advance(step)
-        self._recording.check(step, layer)
         self._arrivals.collect()
-        self._evaluator.observe(step, layer, h)
+        self._evaluator.observe(step, str(layer), h, merge)
         self._arrivals.collect()
-        return self._arrivals.take()
 
     @property
     def pending(self) -> int:
@@ -262,6 +278,7 @@ class SpectralEntropyMonitor(Readings):
         Waits for all that was asked for, so that it is in there; `step` or `flush` hands those records out as usual.
         Raises what they would raise.
         """
+        self._evaluator.end_merging()
         self._evaluations.flush()
         self._arrivals.collect_all()
         return {
@@ -270,6 +287,7 @@ class SpectralEntropyMonitor(Readings):
             "last_step": self._last_step,
             "last_called": self._last_called,
             "unfinished": self._unfinished,
+            "ran": dict(self._watched.ran) if self._watched else {},
             "dropped": self.dropped,
             **self._recording.state_dict(),
         }
@@ -300,8 +318,11 @@ class SpectralEntropyMonitor(Readings):
                 probed = _step("last_probed", state)
                 missed = last_step is not None and last_step % self._every == 0 and last_step != probed
                 called, unfinished = last_step, last_step if missed else None
+                order = self._watched.order if self._watched else ()
+                ran = {layer: values["d"] for layer, values in state["layers"].items() if layer in order}
             else:
                 called, unfinished = _step("last_called", state), _step("unfinished", state)
+                ran = {str(layer): checked_count("ran", d) for layer, d in state["ran"].items()}
             dropped = checked_count("dropped", state.get("dropped", 0))
             recording = self._recording.empty()
             recording.load_state_dict(state)
@@ -310,11 +331,14 @@ class SpectralEntropyMonitor(Readings):
         self._arrivals.forget()
         self._recording.become(recording)
         self._last_step, self._last_called, self._unfinished = last_step, called, unfinished
-        self._evaluator.forget_devices()
+        if self._watched is not None:
+            self._watched.restore(ran)
+        self._evaluator.forget()
         self._evaluations.dropped = dropped
 
     def flush(self) -> list[EntropyRecord]:
         """Wait for all that was asked for, and return the records that arrived; raises as `step` does."""
+        self._evaluator.end_merging()
         self._evaluations.flush()
         self._arrivals.collect_all()
         return self._arrivals.take()
@@ -322,6 +346,7 @@ class SpectralEntropyMonitor(Readings):
     def close(self) -> None:
         """Flush into the history, end the worker and take no more steps. May be called again."""
         self._closed = True
+        self._evaluator.end_merging()
         try:
             self._evaluations.close()
         finally:
@@ -329,6 +354,7 @@ class SpectralEntropyMonitor(Readings):
 
     def finish(self, deadline: float) -> None:
         """Record what is under way until `deadline`; called when the interpreter ends (`fastent.at_exit`)."""
+        self._evaluator.end_merging()
         if self.pending:
             self._evaluations.flush(max(0.0, deadline - time.monotonic()))
             self._arrivals.collect_all()
@@ -348,6 +374,7 @@ class SpectralEntropyMonitor(Readings):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy holds what was asked for so far, as a checkpoint does; threads stay behind.
+        self._evaluator.end_merging()
         self._evaluations.flush()
         self._arrivals.collect_all()
         return self.__dict__
@@ -375,6 +402,7 @@ class SpectralEntropyMonitor(Readings):
                 f"steps do not go back: got {step} after {self._last_step}; after a resume call "
                 "load_state_dict, for another run make a new monitor"
             )
+        self._evaluator.end_merging(step)
         self._last_step = step
         return step
 

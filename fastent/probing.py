@@ -3,17 +3,18 @@
 A probe is a fixed input: its content is hashed when it is taken on, and a probe that changed is an error. The
 pass runs the plain module (what a compiled or DDP wrapper holds) inside `fastent.guard.undisturbed`, with
 hooks that exist for its duration only. A layer's activation is its module's output, reduced at the moment it
-appears: an in-place operation later in the model cannot change it, and it is not kept.
+appears: an in-place operation later in the model cannot change it, and it is not kept. What a function returns in place
+of names is reduced when it returns: whatever the model did to it until then is in it.
 """
 
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import hashlib
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -120,47 +121,73 @@ def plain_module(model: nn.Module) -> nn.Module:
             return model
 
 
-def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, str]:
-    """Resolve names and globs to submodules.
+class FoundLayer(NamedTuple):
+    """Path of a layer for ``model.get_submodule``, and whether it was asked for by name or is one of several."""
+
+    path: str
+    named: bool
+
+
+def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, FoundLayer]:
+    """Resolve names and patterns to submodules.
 
     Parameters
     ----------
     model : nn.Module
         A plain module.
     layers : str or iterable of str
-        Names as in ``model.named_modules()``, or `fnmatch` patterns over them, in which ``*`` crosses dots.
-        The wrapper of a compiled submodule is not part of its name.
+        Names as in ``model.named_modules()``, or patterns over them: ``*``, ``?`` and ``[ab]`` stay within one level,
+        ``**`` crosses dots ("**.mlp" is "mlp" at any depth). A container that cannot run (ModuleList, ModuleDict) means
+        its children; a pattern passes over such containers unless it matches nothing else. The wrapper of a compiled
+        submodule is not part of its name.
 
     Returns
     -------
     dict
-        From the layer's name to the path for ``model.get_submodule``, in the order asked for.
+        From the layer's name to where it is, in the order asked for. Children of a container and what a pattern matched
+        are not `named`.
 
     Raises
     ------
+    TypeError
+        If a layer is named that lies in a TorchScript module, which calls no hooks.
     ValueError
-        If a name or pattern fits nothing; close names are given.
+        If a name or pattern fits nothing, or a container is empty; close names are given.
     """
     paths: dict[str, str] = {}
-    for path, _ in model.named_modules(remove_duplicate=False):
+    modules: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(_name(path), path)
+        modules.setdefault(_name(path), module)
     once = {
         _name(path): path for path, _ in model.named_modules() if path
     }  # a shared module by its first name
-    found: dict[str, str] = {}
+    found: dict[str, FoundLayer] = {}
     for wanted in [layers] if isinstance(layers, str) else layers:
         if not isinstance(wanted, str):
             raise TypeError(f"layers takes names; got {type(wanted).__name__} among them")
-        matches = (
-            [wanted] if wanted in paths else [name for name in once if fnmatch.fnmatchcase(name, wanted)]
-        )
+        named = wanted in paths
+        matches = [wanted] if named else [name for name in once if _matches(name, wanted)]
         if not matches:
             close = difflib.get_close_matches(wanted, list(paths), n=3)
             names = ", ".join(map(repr, close or list(once)[:10])) or "no submodules"
+            deeper = [name for name in once if _matches(name, wanted.replace("**", "*").replace("*", "**"))]
+            if deeper:
+                names += f"; * stays within one level, and ** would match {', '.join(map(repr, deeper[:3]))}"
             raise ValueError(
                 f"no layer matches {wanted!r}; {'close to it' if close else 'the model has'}: {names}"
             )
-        found.update((name, paths[name]) for name in matches)
+        if named:
+            _refuse_scripted(wanted, modules)
+        layers_of = [name for name in matches if not _is_container(modules[name])]
+        if not layers_of:
+            layers_of = list(dict.fromkeys(_within(matches, modules)))
+            named = False
+        if not layers_of:
+            raise ValueError(f"{wanted!r} is a container that holds no module: name a layer that runs")
+        for name in layers_of:
+            before = found.get(name)
+            found[name] = FoundLayer(paths[name], named or (before is not None and before.named))
     if not found:
         raise ValueError("layers is empty: name at least one")
     return found
@@ -169,8 +196,9 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, str]
 def reduce_activations(
     model: nn.Module,
     probe: Probe,
-    layers: Mapping[str, str] | LayerFunction,
+    layers: Mapping[str, FoundLayer] | LayerFunction,
     reduce: Callable[[str, Tensor], R],
+    may_be_idle: Container[str] = (),
 ) -> dict[str, R]:
     """Run the probe through the model and reduce the activations of the layers.
 
@@ -185,16 +213,18 @@ def reduce_activations(
         or a mapping of names to them.
     reduce : callable
         Gets the layer's name and its activation, as soon as there is one.
+    may_be_idle : container of str
+        Names of layers that may be left out because they did not run, as those that are not `named` may.
 
     Returns
     -------
     dict
-        What `reduce` returned, by layer. Nothing in part: if one layer fails, it raises.
+        What `reduce` returned, by layer. If one layer fails, it raises.
 
     Raises
     ------
     RuntimeError
-        If a layer ran not exactly once.
+        If a layer ran more than once, or not at all and may not be idle.
     TypeError
         If a layer's output holds no tensor.
     """
@@ -203,8 +233,13 @@ def reduce_activations(
         if callable(layers):
             with interrupts.second_at_once():
                 given = layers(model, probe.inputs)
-            named = given if isinstance(given, Mapping) else {name_of(layers): given}
-            return {name: reduce(name, _whole(h)) for name, h in named.items()}
+            named = given.items() if isinstance(given, Mapping) else [(name_of(layers), given)]
+            reduced: dict[str, R] = {}
+            for name, h in named:
+                if str(name) in reduced:
+                    raise ValueError(f"layers returned two activations named {str(name)!r}")
+                reduced[str(name)] = reduce(str(name), _whole(h))
+            return reduced
         results: dict[str, R] = {}
         fired = dict.fromkeys(layers, 0)
 
@@ -218,17 +253,27 @@ def reduce_activations(
 
         handles = []
         try:
-            for name, path in layers.items():
-                handles.append(model.get_submodule(path).register_forward_hook(hook_for(name)))
+            for name, layer in layers.items():
+                handles.append(model.get_submodule(layer.path).register_forward_hook(hook_for(name)))
             with interrupts.second_at_once():
                 model(*probe.args, **probe.kwargs)
         finally:
             for handle in handles:
                 handle.remove()
     for name, count in fired.items():
+        if count == 0 and (name in may_be_idle or not layers[name].named):
+            continue
         if count != 1:
+            children = [
+                f"{name}.{child}" for child, _ in model.get_submodule(layers[name].path).named_children()
+            ]
             reason = (
                 "its parent does not call it on this probe, or uses its weights without calling it"
+                + (
+                    f" (its children may run without it: {', '.join(map(repr, children[:3]))})"
+                    if children
+                    else ""
+                )
                 if count == 0
                 else "it is shared or runs in a loop, so which of its outputs is meant is open"
             )
@@ -236,7 +281,7 @@ def reduce_activations(
                 f"layer {name!r} fired {count} times in one forward pass: {reason}; "
                 "pass a callable as layers to choose the activations yourself"
             )
-    return {name: results[name] for name in layers}
+    return {name: results[name] for name in layers if name in results}
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -253,6 +298,50 @@ def name_of(layers: LayerFunction) -> str:
 
 def _name(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return re.fullmatch(_regex(pattern), name) is not None
+
+
+def _regex(pattern: str) -> str:
+    parts = re.findall(r"(?:^|(?<=\.))\*\*\.|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL)
+    signs = {"**.": r"(?:.*\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    return "".join(signs.get(part) or _class_or_text(part) for part in parts)
+
+
+def _class_or_text(part: str) -> str:
+    if len(part) < 3:  # a lone bracket too
+        return re.escape(part)
+    inside = part[1:-1].replace("\\", r"\\").replace("[", r"\[")
+    return f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]"
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module has no forward pass of its own."""
+    return getattr(module, "forward", None) == nn.Module.forward.__get__(module)
+
+
+def _within(containers: Iterable[str], modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Names of the modules in containers that can run, through containers in containers."""
+    for name in containers:
+        for child, module in modules[name].named_children():
+            path = _name(f"{name}.{child}" if name else child)
+            if _is_container(module):
+                yield from _within([path], modules)
+            else:
+                yield path
+
+
+def _refuse_scripted(name: str, modules: Mapping[str, nn.Module]) -> None:
+    parts = name.split(".")
+    above = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    for path in above & modules.keys():
+        if isinstance(modules[path], torch.jit.ScriptModule):
+            raise TypeError(
+                f"layer {name!r} is in a TorchScript module, which calls no hooks: keep the module that was scripted "
+                "or traced, or pass a function as layers"
+            )
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Functions that a compiler leaves out: they run as plain Python where a compiled function calls them.
 
-`torch.compiler.disable` does that too, and imports the compiler, which takes a second; here it is asked only once somebody
-else has imported it, since nothing is compiled before.
+`torch.compiler.disable` does that too, and imports the compiler, which takes a second; here it is asked only once
+somebody else has imported it, since nothing is compiled before.
 """
 
 from __future__ import annotations

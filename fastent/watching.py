@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from fastent.probing import (
+    FoundLayer,
     Inputs,
     LayerFunction,
     Layers,
@@ -16,10 +18,14 @@ from fastent.probing import (
     plain_module,
     reduce_activations,
 )
+from fastent.user_warning import warn_user
 
 
 class Watched:
     """A model with a fixed probe and the layers to watch.
+
+    A named layer must run in the first pass, and may be idle later. What a pattern matched, or a container holds, is
+    watched from the first pass on in which it runs.
 
     Parameters
     ----------
@@ -35,7 +41,8 @@ class Watched:
 
     Examples
     --------
-    The input of a layer, by a function:
+    The input of a layer, by a function, as it is when the function returns (``clone()`` what the model goes on to
+    change in place):
 
     >>> import torch
     >>> import fastent
@@ -57,15 +64,23 @@ class Watched:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+        if isinstance(plain_module(model), torch.jit.ScriptModule):
+            raise TypeError(
+                "model is a TorchScript module, which calls no hooks and whose buffers cannot be put back: pass the "
+                "module that was scripted or traced"
+            )
         if any(nn.parameter.is_lazy(p) for p in model.parameters()):
             raise ValueError("the model has lazy parameters: run one batch through it first")
         if isinstance(layers, nn.Module):
             raise TypeError(f"layers takes names of model.named_modules(); got a {type(layers).__name__}")
         self._model = model
         self.probe = Probe(probe, rows_from_tokens=rows_from_tokens)
-        self._layers: dict[str, str] | LayerFunction = (
+        self._layers: dict[str, FoundLayer] | LayerFunction = (
             layers if callable(layers) else find_layers(plain_module(model), layers)
         )
+        self.ran: dict[str, int] = {}
+        """Features of each layer that has run, in the order of the first time."""
+        self._warned_of_idle = False
 
     @classmethod
     def of(
@@ -85,16 +100,66 @@ class Watched:
             raise ValueError(f"model, probe and layers go together; missing: {', '.join(missing)}")
         return None
 
+    def restore(self, ran: Mapping[str, int]) -> None:
+        """Go back to the layers that had run, of those that are watched; a function may return any."""
+        found = self._layers
+        self.ran = {layer: d for layer, d in ran.items() if callable(found) or layer in found}
+
     @property
     def names(self) -> Iterable[str]:
-        """Names of the layers, as far as they are known before a pass."""
-        return () if callable(self._layers) else self._layers.keys()
+        """Names of the layers that are recorded, as far as they are known before a pass."""
+        if callable(self._layers):
+            return self.ran.keys()
+        return [name for name, layer in self._layers.items() if layer.named or name in self.ran]
+
+    @property
+    def order(self) -> Iterable[str]:
+        """Names of all layers in the order in which they were asked for, or a function first returned them."""
+        return self.ran.keys() if callable(self._layers) else self._layers.keys()
+
+    @property
+    def may_have_few_rows(self) -> Container[str]:
+        """Names of layers under two rows of which are no mistake: they ran before, or are some of many."""
+        found = {} if callable(self._layers) else self._layers
+        return self.ran.keys() | {name for name, layer in found.items() if not layer.named}
 
     @property
     def needs_every_rank(self) -> bool:
         """Whether a pass needs every rank: FSDP2 or tensor parallelism; rank 0 alone records then."""
         return is_sharded(plain_module(self._model))
 
-    def run(self, reduce: Callable[[str, Tensor], object]) -> None:
-        """Pass the probe through the model; `reduce` gets each layer's name and activation as it appears."""
-        reduce_activations(plain_module(self._model), self.probe, self._layers, reduce)
+    def run(self, reduce: Callable[[str, Tensor], int | None]) -> dict[str, int]:
+        """Pass the probe through the model.
+
+        Parameters
+        ----------
+        reduce : callable
+            Gets each layer's name and activation as it appears and returns its width; None where nothing is recorded.
+
+        Returns
+        -------
+        dict
+            Widths of layers that have run before and did not run now.
+
+        Warns
+        -----
+        UserWarning
+            Once, of the layers that were not named and did not run.
+        """
+        model = plain_module(self._model)
+        widths = reduce_activations(model, self.probe, self._layers, reduce, self.ran)
+        for layer, d in widths.items():
+            if d is not None:
+                self.ran.setdefault(layer, d)
+        idle = {layer: d for layer, d in self.ran.items() if layer not in widths}
+        self._warn_of_idle([layer for layer in self.order if layer not in widths and layer not in idle])
+        return idle
+
+    def _warn_of_idle(self, layers: list[str]) -> None:
+        if layers and not self._warned_of_idle:
+            self._warned_of_idle = True
+            more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
+            warn_user(
+                f"{', '.join(map(repr, layers[:5]))}{more} did not run in the probe's pass: left out until they do",
+                UserWarning,
+            )

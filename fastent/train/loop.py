@@ -204,7 +204,8 @@ class _Training:
         cost = {"monitor_seconds": time.perf_counter() - before, "seeds": len(entropies)}
         for run in due:
             at = self.stack.seeds.index(run.seed)
-            (record,) = self.monitors[run.seed].observe(step, entropies[at], layer=LAYER)
+            self.monitors[run.seed].observe(step, entropies[at], layer=LAYER)
+            (record,) = self.monitors[run.seed].flush()
             row: Row = {
                 "step": step,
                 **{name: column[at] for name, column in values.items()},
