@@ -336,6 +336,7 @@ class SpectralEntropyMonitor(Readings):
         self._evaluator.forget()
         self._evaluations.dropped = dropped
 
+    @uncompiled
     def flush(self) -> list[EntropyRecord]:
         """Wait for all that was asked for, and return the records that arrived; raises as `step` does."""
         self._evaluator.end_merging()

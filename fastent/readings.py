@@ -11,6 +11,7 @@ from fastent.forecast import Forecast, predict_grok_time
 from fastent.history import History
 from fastent.power_law import PowerLaw
 from fastent.records import EntropyRecord, Recording
+from fastent.uncompiled import uncompiled
 
 
 class Readings:
@@ -55,6 +56,7 @@ class Readings:
         watched = self._recording.layers.union(self._named_layers())
         return bool(watched) and watched <= self.crossings.keys()
 
+    @uncompiled
     def should_stop(self) -> bool:
         """Answer of the stopping policy, from the records that have arrived; False if none was given."""
         return self._stopping is not None and self._stopping(self)

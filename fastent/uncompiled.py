@@ -27,6 +27,7 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         if not disabled:
             disabled.append(torch.compiler.disable(function))
+            torch._dynamo.eval_frame.skip_code(call.__code__)  # type: ignore[attr-defined]  # nor this wrapper
         return disabled[0](*args, **kwargs)
 
     return call
