@@ -66,6 +66,17 @@ def undisturbed(model: nn.Module) -> Iterator[Interrupts]:
         Its `second_at_once` is for the time in which the model runs, its `apart` for what is not the model's in it.
     """
     modules = list(model.modules())
+    for module in fsdp1_modules(modules):  # parents first; what a first forward pass sets up is to stay
+        from torch.distributed.fsdp import _runtime_utils
+
+        _runtime_utils._lazy_init(module, module)
+        handle: Any = module._handle
+        if handle is not None and handle._skipped_use_sharded_views:
+            raise RuntimeError(
+                "FSDP1 with SHARD_GRAD_OP and use_orig_params=True is between a forward pass and its backward, where "
+                "another pass would change the gradients: call step after backward(), or shard by FSDP2 "
+                "(torch.distributed.fsdp.fully_shard)"
+            )
     with ExitStack() as stack:
         interrupts = stack.enter_context(_interrupts_held())
         stack.enter_context(_alone(modules))
@@ -446,12 +457,27 @@ def _parametrisations(modules: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _resharded(modules: list[nn.Module]) -> Iterator[None]:
-    """Shard FSDP2 parameters again: after a pass without a backward the root's stay gathered and go stale."""
+    """Shard FSDP parameters again: after a pass without a backward the root's stay gathered and go stale.
+
+    Between a forward pass and its backward FSDP1 keeps some gathered itself: those stay.
+    """
+    first = fsdp1_modules(modules)
+    whole = {id(module) for module in first if _is_gathered(module)}
     try:
         yield
     finally:
         for module in fsdp_modules(modules):
             module.reshard()  # type: ignore[operator]
+        for module in first:
+            if id(module) not in whole and _is_gathered(module):
+                from torch.distributed.fsdp import _runtime_utils
+
+                _runtime_utils._reshard(module, module._handle, free_unsharded_flat_param=True)
+
+
+def _is_gathered(module: nn.Module) -> bool:
+    handle: Any = module._handle
+    return handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard()
 
 
 def fsdp_modules(modules: list[nn.Module]) -> list[nn.Module]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastent.guard import fsdp_modules, undisturbed
+from fastent.guard import fsdp1_modules, fsdp_modules, undisturbed
 
 R = TypeVar("R")
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -138,8 +138,8 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
     layers : str or iterable of str
         Names as in ``model.named_modules()``, or patterns over them: ``*``, ``?`` and ``[ab]`` stay within one level,
         ``**`` crosses dots ("**.mlp" is "mlp" at any depth). A container that cannot run (ModuleList, ModuleDict) means
-        its children; a pattern passes over such containers unless it matches nothing else. The wrapper of a compiled
-        submodule is not part of its name.
+        its children; a pattern passes over such containers unless it matches nothing else. Wrappers of submodules
+        (compiled, FSDP1, checkpointed) are not part of a name.
 
     Returns
     -------
@@ -160,7 +160,7 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
         paths.setdefault(_name(path), path)
         modules.setdefault(_name(path), module)
     once = {
-        _name(path): path for path, _ in model.named_modules() if path
+        _name(path): path for path, _ in model.named_modules() if _name(path)
     }  # a shared module by its first name
     found: dict[str, FoundLayer] = {}
     for wanted in [layers] if isinstance(layers, str) else layers:
@@ -205,7 +205,7 @@ def reduce_activations(
     Parameters
     ----------
     model : nn.Module
-        A plain module; when it is sharded by FSDP2 or tensor parallelism, every rank must call this.
+        A plain module; when it is sharded by FSDP or tensor parallelism, every rank must call this.
     probe : Probe
         The input.
     layers : mapping or callable
@@ -285,9 +285,10 @@ def reduce_activations(
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward pass of `model` needs every rank: FSDP2 or tensor parallelism."""
+    """Whether a forward pass of `model` needs every rank: FSDP or tensor parallelism."""
+    modules = list(model.modules())
     return any(hasattr(p, "full_tensor") for p in model.parameters()) or bool(
-        fsdp_modules(list(model.modules()))
+        fsdp_modules(modules) or fsdp1_modules(modules)
     )
 
 
@@ -296,8 +297,18 @@ def name_of(layers: LayerFunction) -> str:
     return str(getattr(layers, "__name__", type(layers).__name__))
 
 
+# Submodules that torch.compile, FSDP1, activation checkpointing, and Lightning's Fabric put in a path.
+_WRAPPED = {
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "_original_module",
+}
+
+
 def _name(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
 
 
 def _matches(name: str, pattern: str) -> bool:
