@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastent.guard import fsdp1_modules, fsdp_modules, undisturbed
+from fastent.spread import Spread
 
 R = TypeVar("R")
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -227,9 +228,12 @@ def reduce_activations(
         If a layer ran more than once, or not at all and may not be idle.
     TypeError
         If a layer's output holds no tensor.
+    ValueError
+        If a layer of a model under tensor parallelism holds only a part (`fastent.spread`).
     """
     with undisturbed(model) as interrupts:
         reduce = interrupts.apart(reduce)
+        spread = Spread(model)
         if callable(layers):
             with interrupts.second_at_once():
                 given = layers(model, probe.inputs)
@@ -238,7 +242,7 @@ def reduce_activations(
             for name, h in named:
                 if str(name) in reduced:
                     raise ValueError(f"layers returned two activations named {str(name)!r}")
-                reduced[str(name)] = reduce(str(name), _whole(h))
+                reduced[str(name)] = reduce(str(name), spread.whole(str(name), h))
             return reduced
         results: dict[str, R] = {}
         fired = dict.fromkeys(layers, 0)
@@ -247,7 +251,7 @@ def reduce_activations(
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 fired[name] += 1
                 if fired[name] == 1:
-                    results[name] = reduce(name, _whole(_first_tensor(name, output)))
+                    results[name] = reduce(name, spread.whole(name, _first_tensor(name, output), module))
 
             return hook
 
@@ -374,11 +378,6 @@ def _first_tensor(name: str, output: Any) -> Tensor:
         f"layer {name!r} returned {type(output).__name__} without a tensor at its first level; "
         "pass a callable as layers to take the activations out of it"
     )
-
-
-def _whole(h: Tensor) -> Tensor:
-    """Gather a tensor that is spread over ranks; all of them are here."""
-    return h.full_tensor() if hasattr(h, "full_tensor") else h
 
 
 def _mark(t: Tensor) -> tuple[torch.device, int, int | None]:
