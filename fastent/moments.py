@@ -16,6 +16,7 @@ from torch import Tensor
 from fastent.activations import Positions, RealTokens, Tokens, rows_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
 from fastent.spectrum import SpectralEntropy, entropy_of_matrix
+from fastent.spread import device_of_group
 
 
 class Moments:
@@ -156,7 +157,7 @@ class Moments:
         ValueError
             On every rank, if d differs between ranks or no rank has a row.
         """
-        device = self._state[0].device if self._state is not None else _default_device(group)
+        device = self._state[0].device if self._state is not None else device_of_group(group)
         mine = torch.tensor(
             [float(self.n), 0.0 if self._state is None else float(len(self._state[0])), self._resolution],
             dtype=torch.float64,
@@ -257,8 +258,3 @@ class Moments:
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 rows; these moments have seen N = {self.n}")
         return self._filled()
-
-
-def _default_device(group: dist.ProcessGroup | None) -> torch.device:
-    nccl = dist.get_backend(group) == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -112,9 +112,11 @@ class SpectralEntropyMonitor(Readings):
     when a deferred run stops by `should_stop` depends on the clock, unless `flush` is called before it. A checkpoint
     (`state_dict`) waits for everything asked for so far. Only records with a `usable` status count for crossings.
 
-    Under FSDP2 or tensor parallelism every rank must call `step`, since the forward pass needs them all, and rank 0
-    alone records: send its answer of `should_stop` to the others. Under DDP each rank that calls `step` records for
-    itself.
+    Under FSDP or tensor parallelism every rank must call `step`, since the forward pass needs them all, and rank 0
+    alone records. Under DDP each rank that calls `step` records for itself. In both, ``should_stop(agree=True)`` on
+    every rank gives all of them one answer. A layer that holds only a part of its activations on each rank is gathered
+    where it says how, and refused where it does not (`fastent.spread`). Forward hooks that the model has fire in the
+    probe too.
 
     Examples
     --------

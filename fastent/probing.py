@@ -231,9 +231,8 @@ def reduce_activations(
     ValueError
         If a layer of a model under tensor parallelism holds only a part (`fastent.spread`).
     """
-    with undisturbed(model) as interrupts:
+    with undisturbed(model) as interrupts, Spread(model) as spread:
         reduce = interrupts.apart(reduce)
-        spread = Spread(model)
         if callable(layers):
             with interrupts.second_at_once():
                 given = layers(model, probe.inputs)

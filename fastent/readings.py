@@ -11,6 +11,7 @@ from fastent.forecast import Forecast, predict_grok_time
 from fastent.history import History
 from fastent.power_law import PowerLaw
 from fastent.records import EntropyRecord, Recording
+from fastent.spread import any_rank, world_size
 from fastent.uncompiled import uncompiled
 
 
@@ -57,9 +58,34 @@ class Readings:
         return bool(watched) and watched <= self.crossings.keys()
 
     @uncompiled
-    def should_stop(self) -> bool:
-        """Answer of the stopping policy, from the records that have arrived; False if none was given."""
-        return self._stopping is not None and self._stopping(self)
+    def should_stop(self, *, agree: bool | None = None) -> bool:
+        """Answer of the stopping policy, from the records that have arrived; False if none was given.
+
+        Parameters
+        ----------
+        agree : bool, optional
+            Needed where the default process group (`torch.distributed`) has several ranks and a policy was given:
+            records arrive on each rank at a time of its own, or on rank 0 alone, and a rank that stops by itself
+            leaves the others waiting. True: every rank calls this at the same step, and all stop if one of them
+            would. False: the answer of this rank, for a loop that shares it in its own way.
+
+        Raises
+        ------
+        RuntimeError
+            If `agree` is needed and was not given.
+        """
+        own = self._stopping is not None and self._stopping(self)
+        if world_size() == 1 or agree is False:
+            return own
+        if agree:
+            return any_rank(own)
+        if self._stopping is not None:
+            raise RuntimeError(
+                f"should_stop() answers for this rank alone, and there are {world_size()}: one that stops by itself "
+                "leaves the others waiting. Call should_stop(agree=True) at the same step on every rank, or "
+                "should_stop(agree=False) where you share the answer yourself"
+            )
+        return False
 
     def predict_grok_time(self, *, layer: str | None = None) -> Forecast:
         """Forecast when the run will grok, by the monitor's law.

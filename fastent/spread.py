@@ -1,4 +1,4 @@
-"""Activations of a model whose layers are spread over ranks (tensor parallelism).
+"""What several ranks hold together: activations under tensor parallelism, and decisions.
 
 Where torch says how the parts fit together (a DTensor) they are gathered; that of a column-parallel layer is taken
 before its output is cut to the rank's own part. A plain tensor is whole if every rank holds the same one; if not, it
@@ -28,14 +28,22 @@ class Spread:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.handles: list[RemovableHandle] = []
-        self._groups: dict[Any, Any] = {}  # by name
+        self._model = model
+        self._handles: list[RemovableHandle] = []
+        self._groups: dict[str, Any] = {}
         self._outputs: dict[int, Tensor] = {}
-        for module in model.modules():
+
+    def __enter__(self) -> Spread:
+        for module in self._model.modules():
             if any(hasattr(p, "full_tensor") for p in module.parameters(recurse=False)):
                 # First of its hooks: the layer's style has not cut the output yet. FSDP has gathered its own shards
                 # by then, so that only those of tensor parallelism are left.
-                self.handles.append(module.register_forward_hook(self._note, prepend=True))
+                self._handles.append(module.register_forward_hook(self._note, prepend=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def whole(self, name: str, h: Tensor, module: nn.Module | None = None) -> Tensor:
         """Give all of an activation.
@@ -95,3 +103,21 @@ def _is_the_same(h: Tensor, group: Any) -> bool:
     counts, samples = values[:, 0], values[:, 1:]
     apart = (samples - samples[0]).abs().max()
     return bool((counts == counts[0]).all() & (apart <= _TOLERANCE * samples.square().mean().sqrt()))
+
+
+def any_rank(answer: bool) -> bool:
+    """Whether any rank of the default process group answers yes, on every rank; a collective call."""
+    votes = torch.tensor(int(answer), device=device_of_group(None))
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def world_size() -> int:
+    """Ranks of the default process group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def device_of_group(group: dist.ProcessGroup | None) -> torch.device:
+    """Device that the tensors of a group's collective calls must be on."""
+    nccl = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ warnings.simplefilter("ignore")  # FSDP1 says that it is deprecated
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+out = {}
 x = torch.randn(48, 6, generator=torch.Generator().manual_seed(9))
 
 class Net(nn.Module):
@@ -38,22 +38,6 @@ def attempt(function):
     except (RuntimeError, ValueError) as error:
         return str(error)
 """
-
-
-def two_ranks(script: str, folder: Path) -> list[dict[str, Any]]:
-    """What each of two processes put into `out`."""
-    command = [
-        sys.executable,
-        "-c",
-        START + script + "\nprint(json.dumps(out))\ndist.destroy_process_group()",
-    ]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder / "store")], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    return [json.loads(output) for output in outputs]
 
 
 FSDP1 = """
@@ -85,7 +69,7 @@ def train(strategy, original, when):
     with FSDP.summon_full_params(net):
         return [p.tolist() for p in net.parameters()], monitor.history
 
-out = {}
+fsdp1 = {}
 for strategy in ("FULL_SHARD", "SHARD_GRAD_OP"):
     for original in (True, False):
         without, _ = train(strategy, original, "never")
@@ -93,24 +77,125 @@ for strategy in ("FULL_SHARD", "SHARD_GRAD_OP"):
             def run():
                 weights, history = train(strategy, original, when)
                 return [weights == without, len(history), entropies(history[:2]) if when == "around" else {}]
-            out[f"{strategy} {original} {when}"] = attempt(run)
+            fsdp1[f"{strategy} {original} {when}"] = attempt(run)
 net = wrapped("FULL_SHARD", True)
-out["named"] = entropies(fastent.SpectralEntropyMonitor(net, x, ["*", ""]).step(0))
+out["fsdp1"], out["named"] = fsdp1, entropies(fastent.SpectralEntropyMonitor(net, x, ["*", ""]).step(0))
 out["plain"] = entropies(fastent.SpectralEntropyMonitor(make(), x, ["first", "act", "head", ""]).step(0))
 """
 
 
-def test_an_fsdp1_model_trains_to_the_same_bits_with_a_probe_around_each_update(tmp_path: Path) -> None:
-    first, second = two_ranks(FSDP1, tmp_path)
-    refused = first.pop("SHARD_GRAD_OP True between"), second.pop("SHARD_GRAD_OP True between")
-    assert all("call step after backward(), or shard by FSDP2" in message for message in refused)
-    plain, named = first.pop("plain"), first.pop("named")
-    assert plain == second.pop("plain")
-    assert named == pytest.approx(plain)
-    assert list(named) == ["first", "act", "head", ""]  # no wrapper in a name
-    assert second.pop("named") == {}
-    assert len(first) == len(second) == 7
-    for case in first:
-        same, count, _ = first[case]
-        assert (same, count) == (True, 6 if "around" in case else 3 * 2), case
-        assert second[case][:2] == [True, 0], case
+TENSOR_PARALLEL = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+def parallel(net, mesh, local=True):
+    plan = {"first": ColwiseParallel(use_local_output=local), "head": RowwiseParallel()}
+    return parallelize_module(net, mesh, plan)
+
+def probed(net, layers):
+    return attempt(lambda: entropies(fastent.SpectralEntropyMonitor(net, x, layers).step(0)))
+
+mesh = init_device_mesh("cpu", (2,))
+net = parallel(make(), mesh)
+out["whole"] = probed(net, ["first", "head", ""])
+out["part"] = probed(net, "act")
+out["of a function"] = probed(net, lambda net, x: {"part": net.act(net.first(x))})
+out["kept as DTensor"] = probed(parallel(make(), mesh, local=False), ["first", "act", "head"])
+out["hooks"] = sum(len(module._forward_hooks) for module in net.modules())
+both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+net = parallel(make(), both["tp"])
+net = fully_shard(net, mesh=both["dp"])
+out["FSDP2 too"] = probed(net, ["first", "head"])
+out["FSDP2 too, part"] = probed(net, "act")
+out["FSDP2 alone"] = probed(fully_shard(make(), mesh=mesh), ["first", "act", "head"])
+"""
+
+STOP = """
+def stopping(above):
+    monitor = fastent.SpectralEntropyMonitor(threshold=0.5, stopping=fastent.StopAfterCrossing(0), mode="sync")
+    rows = torch.outer(torch.arange(20.0), torch.ones(3))
+    monitor.observe(0, torch.randn(20, 3) if above else rows, layer="a")
+    return monitor
+
+out["asked for"] = attempt(lambda: stopping(True).should_stop())
+out["no policy"] = fastent.SpectralEntropyMonitor().should_stop()
+out["own"] = stopping(rank == 0).should_stop(agree=False)
+out["one"] = [stopping(rank == stays).should_stop(agree=True) for stays in (0, 1)]
+out["none"] = stopping(True).should_stop(agree=True)
+out["sharded"] = stopping(False).should_stop(agree=True) if rank == 0 else (
+    fastent.SpectralEntropyMonitor(threshold=0.5, stopping=fastent.StopAfterCrossing(0)).should_stop(agree=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes put into `out`."""
+    store = str(tmp_path_factory.mktemp("group") / "store")
+    end = "\nprint(json.dumps(out))\ndist.destroy_process_group()"
+    script = START + FSDP1 + TENSOR_PARALLEL + STOP + end
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank), store], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    return [json.loads(output) for output in outputs]
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return all(
+        found[name] == [pytest.approx(expected[name][0], rel=1e-5), expected[name][1]] for name in found
+    )
+
+
+def test_an_fsdp1_model_trains_to_the_same_bits_with_a_probe_around_each_update(ranks: Any) -> None:
+    for rank, out in enumerate(ranks):
+        cases = out["fsdp1"]
+        assert len(cases) == 8
+        refused = cases["SHARD_GRAD_OP True between"]
+        assert "call step after backward(), or shard by FSDP2" in refused
+        for case, outcome in cases.items():
+            if outcome is not refused:
+                count = 0 if rank else 12 if "around" in case else 6
+                assert outcome[:2] == [True, count], (rank, case)
+                assert same(outcome[2], out["plain"])
+
+
+def test_no_wrapper_of_fsdp1_is_part_of_a_layers_name(ranks: Any) -> None:
+    assert list(ranks[0]["named"]) == ["first", "act", "head", ""]
+    assert same(ranks[0]["named"], ranks[0]["plain"])
+    assert ranks[1]["named"] == {}
+
+
+@pytest.mark.parametrize("case", ["whole", "kept as DTensor", "FSDP2 too", "FSDP2 alone"])
+def test_a_layer_under_tensor_parallelism_is_recorded_whole(ranks: Any, case: str) -> None:
+    found = ranks[0][case]
+    assert len(found) == (2 if case == "FSDP2 too" else 3)
+    assert same(found, ranks[0]["plain"])
+    assert ranks[1][case] == {}
+    assert ranks[0]["hooks"] == ranks[1]["hooks"] == 2  # those of the two parallel layers
+
+
+@pytest.mark.parametrize("case", ["part", "of a function", "FSDP2 too, part"])
+def test_a_part_of_a_layer_that_nobody_can_put_together_is_refused_on_every_rank(
+    ranks: Any, case: str
+) -> None:
+    name = "part" if case == "of a function" else "act"
+    message = (
+        f"layer '{name}' holds another part of its activations on each rank (tensor parallelism), here of "
+    )
+    for out in ranks:
+        assert out[case].startswith(message + "shape (48, 8)")
+        assert "row-parallel one behind it" in out[case]
+
+
+def test_a_decision_to_stop_is_agreed_over_the_ranks_or_asks_to_be(ranks: Any) -> None:
+    for rank, out in enumerate(ranks):
+        assert out["asked for"].startswith("should_stop() answers for this rank alone, and there are 2: ")
+        assert "should_stop(agree=True)" in out["asked for"]
+        assert out["no policy"] is False
+        assert out["own"] is (rank == 1)
+        assert out["one"] == [True, True]
+        assert out["none"] is False
+        assert out["sharded"] is True
