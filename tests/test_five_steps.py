@@ -86,7 +86,8 @@ def test_a_monitor_without_a_law_forecasts_nothing_and_says_so():
     monitor = fastent.SpectralEntropyMonitor(law=law)
     assert monitor.predict_grok_time().reason is Reason.NO_HISTORY
     h = torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    (record,) = monitor.observe(0, h, layer="a")
+    monitor.observe(0, h, layer="a")
+    (record,) = monitor.flush()
     assert math.isclose(monitor.predict_grok_time().step, 1000.0 * (record.normalized - 0.5))
 
 

@@ -225,13 +225,14 @@ def test_monitor_records_the_errors_on_request_and_keeps_them_through_its_state(
 
 def test_monitor_takes_two_samples_and_given_entropies_without_errors():
     monitor = fastent.SpectralEntropyMonitor(standard_error=True)
-    (few,) = monitor.observe(0, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), layer="few")
+    monitor.observe(0, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), layer="few")
     h = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    (given,) = monitor.observe(0, fastent.spectral_entropy(h), layer="given")
+    monitor.observe(0, fastent.spectral_entropy(h), layer="given")
+    few, given = monitor.flush()
     assert few.standard_error is given.standard_error is None
-    (tokens,) = fastent.SpectralEntropyMonitor(tokens="last", standard_error=True).observe(
-        0, h[:, None], layer="t"
-    )
+    of_tokens = fastent.SpectralEntropyMonitor(tokens="last", standard_error=True)
+    of_tokens.observe(0, h[:, None], layer="t")
+    (tokens,) = of_tokens.flush()
     assert tokens.standard_error == sampling_error(h).standard_error
 
 
