@@ -137,8 +137,8 @@ class Course:
         for step, entropy in evaluations:
             rest.add(step, entropy)
         self.below_since = rest.below_since
-        level = self.level
-        if None not in (self.threshold, level) and rest.level is None and level < self.threshold:
+        level, threshold = self.level, self.threshold
+        if rest.level is None and level is not None and threshold is not None and level < threshold:
             self.below_since = self.last
 
     def _forget(self, now: float) -> None:

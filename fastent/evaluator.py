@@ -7,7 +7,7 @@ What is no mistake is a status: a layer that ran before and is idle now, as a mi
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +100,7 @@ class Evaluator:
                 return
         else:
             self._seen_in_backward[layer] = _in_backward()
-        if merge:
+        if merge and not isinstance(h, SpectralEntropy):
             self._merge(step, layer, h)
             return
         known = isinstance(h, SpectralEntropy) or self._standard_error
@@ -229,7 +229,7 @@ class _Merged:
 
     step: int = -1
     moments: dict[str, Moments] = field(default_factory=dict)
-    widths: Mapping[str, int] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
 
 
 class _AnyLayer:

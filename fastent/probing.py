@@ -151,7 +151,7 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
     Raises
     ------
     TypeError
-        If a layer is named that lies in a TorchScript module, which calls no hooks.
+        If a layer is, or lies in, a TorchScript module, which calls no hooks.
     ValueError
         If a name or pattern fits nothing, or a container is empty; close names are given.
     """
@@ -178,8 +178,6 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
             raise ValueError(
                 f"no layer matches {wanted!r}; {'close to it' if close else 'the model has'}: {names}"
             )
-        if named:
-            _refuse_scripted(wanted, modules)
         layers_of = [name for name in matches if not _is_container(modules[name])]
         if not layers_of:
             layers_of = list(dict.fromkeys(_within(matches, modules)))
@@ -187,6 +185,7 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
         if not layers_of:
             raise ValueError(f"{wanted!r} is a container that holds no module: name a layer that runs")
         for name in layers_of:
+            _refuse_scripted(name, modules)
             before = found.get(name)
             found[name] = FoundLayer(paths[name], named or (before is not None and before.named))
     if not found:
@@ -333,7 +332,7 @@ def _class_or_text(part: str) -> str:
 
 def _is_container(module: nn.Module) -> bool:
     """Whether a module has no forward pass of its own."""
-    return getattr(module, "forward", None) == nn.Module.forward.__get__(module)
+    return "forward" not in vars(module) and type(module).forward is nn.Module.forward
 
 
 def _within(containers: Iterable[str], modules: Mapping[str, nn.Module]) -> Iterator[str]:

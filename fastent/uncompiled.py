@@ -26,7 +26,7 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function))
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
             torch._dynamo.eval_frame.skip_code(call.__code__)  # type: ignore[attr-defined]  # nor this wrapper
         return disabled[0](*args, **kwargs)
 

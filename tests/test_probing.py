@@ -70,6 +70,125 @@ def test_globs_match_in_the_order_of_the_model_and_never_twice() -> None:
     assert list(find_layers(model, "alias")) == ["alias"]
 
 
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 6)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"attn": nn.Linear(6, 6), "mlp": nn.Sequential(nn.Linear(6, 6), nn.ReLU())})
+            for _ in range(2)
+        )
+        self.mlp = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block["mlp"](x + block["attn"](x))  # type: ignore[index]
+        return self.mlp(x)
+
+
+ATTN, MLP = ["blocks.0.attn", "blocks.1.attn"], ["blocks.0.mlp", "blocks.1.mlp"]
+INSIDE = ["blocks.0.mlp.0", "blocks.0.mlp.1", "blocks.1.mlp.0", "blocks.1.mlp.1"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*", ["embed", "mlp"]),
+        ("**", ["embed", "mlp", *ATTN, *MLP, *INSIDE]),
+        ("blocks", [*ATTN, *MLP]),
+        ("blocks.*", [*ATTN, *MLP]),
+        ("b*s", [*ATTN, *MLP]),
+        ("blocks.1", ["blocks.1.attn", "blocks.1.mlp"]),
+        ("blocks.*.mlp", MLP),
+        ("blocks.*.m*", MLP),
+        ("blocks.**", [*ATTN, *MLP, *INSIDE]),
+        ("**.mlp", ["mlp", *MLP]),
+        ("blocks.**.mlp", MLP),
+        ("**.attn", ATTN),
+        ("**mlp.?", INSIDE),
+        ("blocks.[1-9].attn", ["blocks.1.attn"]),
+        ("blocks.[!1].attn", ["blocks.0.attn"]),
+        ("*.mlp.*", []),
+        ("*mlp*", ["mlp"]),
+        ("e?bed", ["embed"]),
+        (["mlp", "*", "blocks.1.attn"], ["mlp", "embed", "blocks.1.attn"]),
+    ],
+)
+def test_a_star_stays_within_a_level_two_cross_dots_and_a_container_means_its_children(
+    pattern: Any, names: list[str]
+) -> None:
+    if not names:
+        with pytest.raises(
+            ValueError, match=r"stays within one level, and \*\* would match 'blocks\.0\.mlp\.0'"
+        ):
+            find_layers(Deep(), pattern)
+        return
+    found = list(find_layers(Deep(), pattern))
+    assert sorted(found) == sorted(names)
+    records = Monitor(Deep(), inputs(), pattern).step(0)
+    assert [record.layer for record in records] == found
+    if isinstance(pattern, list):
+        assert found == names
+
+
+def test_only_what_has_its_own_name_given_is_named() -> None:
+    found = find_layers(Deep(), ["mlp", "*", "blocks"])
+    assert {name for name, layer in found.items() if layer.named} == {"mlp"}
+    assert find_layers(Deep(), ["*", "mlp"])["mlp"].named
+
+
+def test_a_container_without_modules_is_an_error() -> None:
+    model = Deep()
+    model.empty = nn.ModuleList()
+    with pytest.raises(ValueError, match="'empty' is a container that holds no module"):
+        find_layers(model, "empty")
+
+
+def test_a_sequential_that_is_only_iterated_over_names_its_children_in_the_error() -> None:
+    class Iterates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.body:
+                x = layer(x)
+            return x
+
+    with pytest.raises(RuntimeError, match=r"'body' fired 0 times.*children may run without it: 'body\.0'"):
+        Monitor(Iterates(), inputs(), "body")
+    assert [record.layer for record in Monitor(Iterates(), inputs(), "body.*").step(0)] == [
+        "body.0",
+        "body.1",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_modules_are_refused_at_construction() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    traced = torch.jit.trace(nn.Linear(6, 6), inputs())
+    for model in (scripted, traced):
+        with pytest.raises(TypeError, match="model is a TorchScript module"):
+            Monitor(model, inputs(), "", check=False)
+    model = nn.Sequential(nn.Linear(6, 6), scripted)
+    for name in ("1", "1.0", "*", "**"):
+        with pytest.raises(TypeError, match="is in a TorchScript module, which calls no hooks"):
+            Monitor(model, inputs(), name, check=False)
+    assert Monitor(model, inputs(), "0").step(0)[0].d == 6
+
+
+def test_what_a_function_returns_is_measured_when_it_returns() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True)), inputs()
+
+    def first(net: nn.Module, probe: Any) -> Tensor:
+        h = net[0](probe)  # type: ignore[index]
+        net[1](h)  # type: ignore[index]
+        return h
+
+    assert Monitor(model, x, first).step(0)[0].normalized == spectral_entropy(model(x).detach()).normalized
+
+
 def test_a_typo_is_an_error_with_close_names() -> None:
     with pytest.raises(ValueError, match=r"no layer matches 'block\.1'; close to it: 'blocks\.1'"):
         Monitor(Blocks(), inputs(), "block.1")
