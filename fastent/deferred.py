@@ -226,6 +226,7 @@ class Opened:
         self._owner = owner
         self._step = step
         self._staged: dict[str, Staged] = {}
+        self._masks: dict[str, str | None] = {}
         self._known: dict[str, Evaluated] = {}
         self.widths: dict[str, int] = {}
         """Features d of each layer, in the order of arrival."""
@@ -239,6 +240,7 @@ class Opened:
         positions: Positions | None = None,
         channel_axis: int | None = None,
         mask: Tensor | RealTokens | None = None,
+        mask_name: str | None = None,
     ) -> None:
         """Form the matrix of a layer's activations, in the current stream; they are not kept.
 
@@ -250,6 +252,8 @@ class Opened:
             Activations.
         tokens, positions, channel_axis, mask
             See `fastent.spectral_entropy`.
+        mask_name : str, optional
+            What the result says of its mask.
 
         Raises
         ------
@@ -259,14 +263,22 @@ class Opened:
         x = checked(h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask)
         staged = self._owner._stage(x)
         if staged is None:
-            self.put(layer, spectral_entropy(x))
+            self.put(layer, spectral_entropy(x), mask_name=mask_name)
         else:
             self._staged[layer] = staged
+            self._masks[layer] = mask_name
             self.widths[layer] = x.shape[-1]
 
-    def put(self, layer: str, entropy: SpectralEntropy, sampling: SamplingError | None = None) -> None:
+    def put(
+        self,
+        layer: str,
+        entropy: SpectralEntropy,
+        sampling: SamplingError | None = None,
+        *,
+        mask_name: str | None = None,
+    ) -> None:
         """Give a layer's result where it is known already; it keeps its place in the order."""
-        self._known[layer] = Evaluated(entropy, sampling)
+        self._known[layer] = Evaluated(entropy, sampling, mask_name)
         self.widths[layer] = entropy.d
 
     def arrange(self, layers: Iterable[str]) -> None:
@@ -281,7 +293,9 @@ class Opened:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._owner._commit(Evaluation(self._step, list(self.widths), self._staged, self._known))
+            self._owner._commit(
+                Evaluation(self._step, list(self.widths), self._staged, self._known, self._masks)
+            )
         else:
             for staged in self._staged.values():
                 staged.release()

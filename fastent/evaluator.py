@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastent.activations import Tokens, TooFewRows, rows_of
+from fastent.activations import TooFewRows, rows_of
+from fastent.axes import Axes, Reading
 from fastent.deferred import DeferredEntropy, Opened
 from fastent.entropy import checked, spectral_entropy
 from fastent.moments import Moments
@@ -35,15 +36,17 @@ class Evaluator:
         Where they are asked for.
     recording : Recording
         Knows which layer has a record at a step, and refuses one of another width.
-    tokens, standard_error
-        As `fastent.SpectralEntropyMonitor` takes them.
+    axes : Axes
+        How the activations are read.
+    standard_error : bool
+        As `fastent.SpectralEntropyMonitor` takes it.
     """
 
     def __init__(
-        self, evaluations: DeferredEntropy, recording: Recording, tokens: Tokens | None, standard_error: bool
+        self, evaluations: DeferredEntropy, recording: Recording, axes: Axes, standard_error: bool
     ) -> None:
         self._evaluations, self._recording = evaluations, recording
-        self._tokens, self._standard_error = tokens, standard_error
+        self._axes, self._standard_error = axes, standard_error
         self._devices: dict[str, torch.device] = {}
         self._merged = _Merged()
         self._seen_in_backward: dict[str, bool] = {}  # by layer, for its newest observed step
@@ -136,25 +139,26 @@ class Evaluator:
     def _add(self, evaluation: Opened, few: Any, layer: str, h: Tensor) -> int:
         """Put activations into `evaluation` and return their width; of the layers `few`, under two rows too."""
         with self._checks_of(layer, h):
-            options = self._options(h)
+            reading = self._read(layer, h)
             try:
                 if self._standard_error:
-                    h = h.detach() if isinstance(h, Tensor) else h
-                    result = spectral_entropy(h, **options)
-                    evaluation.put(layer, result, sampling_error(h, **options) if result.n >= 3 else None)
+                    result = spectral_entropy(reading.h, **reading.choice)
+                    sampling = sampling_error(reading.h, **reading.choice) if result.n >= 3 else None
+                    evaluation.put(layer, result, sampling, mask_name=reading.mask)
                 else:
-                    evaluation.add(layer, h, **options)
+                    evaluation.add(layer, reading.h, **reading.choice, mask_name=reading.mask)
             except TooFewRows as error:
                 if layer not in few:
                     raise
-                evaluation.put(layer, _too_few(error.n, error.d))
+                evaluation.put(layer, _too_few(error.n, error.d), mask_name=reading.mask)
         self._devices[layer] = h.device
         return evaluation.widths[layer]
 
     def _examine(self, few: Any, layer: str, h: Tensor) -> int:
         with self._checks_of(layer, h):
+            reading = self._read(layer, h)
             try:
-                return checked(h, **self._options(h)).shape[-1]
+                return checked(reading.h, **reading.choice).shape[-1]
             except TooFewRows as error:
                 if layer not in few:
                     raise
@@ -162,7 +166,8 @@ class Evaluator:
 
     def _merge(self, step: int, layer: str, h: Tensor) -> None:
         with self._checks_of(layer, h):
-            rows = rows_of(h, **self._options(h))
+            reading = self._read(layer, h)
+            rows = rows_of(reading.h, **reading.choice, batch_dims=None)
             d = rows.shape[-1]
             if d < 2:
                 raise ValueError(
@@ -176,9 +181,9 @@ class Evaluator:
         self._merged.widths[layer] = d
         self._devices[layer] = h.device
 
-    def _options(self, h: Tensor) -> dict[str, Any]:
-        """Say what `fastent.spectral_entropy` has to know of these activations."""
-        return {"tokens": self._tokens if isinstance(h, Tensor) and h.ndim == 3 else None}
+    def _read(self, layer: str, h: Tensor) -> Reading:
+        h = h.detach() if isinstance(h, Tensor) else h
+        return self._axes.on_probe(layer, h) if self._probing else self._axes.at_hand(h)
 
     def _ignore(self, step: int, layer: str) -> None:
         if not self._warned_of_repeats:
@@ -207,6 +212,9 @@ class Evaluator:
                         "state_dict() of this monitor into a new one"
                     )
             yield
+        except (TypeError, ValueError) as error:
+            error.args = (f"layer {layer!r}{' on the probe' if self._probing else ''}: {error}",)
+            raise
         except Exception as error:
             error.add_note(f"in the activations of layer {layer!r}")
             raise

@@ -19,9 +19,10 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from fastent.activations import Tokens
+from fastent.activations import Positions, Tokens
 from fastent.arrivals import Arrivals, OnNonfinite
 from fastent.at_exit import at_exit
+from fastent.axes import Axes, SamplesAxis
 from fastent.deferred import DeferredEntropy, OnFull
 from fastent.devices import in_line
 from fastent.evaluator import Evaluator
@@ -54,7 +55,8 @@ class SpectralEntropyMonitor(Readings):
     layers : str, iterable of str, or callable, optional
         A name of ``model.named_modules()`` ("" is the model itself), several, or patterns: ``*`` stays within
         one level, ``**`` crosses dots ("blocks.*.mlp", "**.mlp"). A ModuleList means its children. A layer's
-        activation is its module's output as it leaves it; of a tuple, list or dict the first tensor. What is
+        activation is its module's output as it leaves it; of a tuple, list or dict the first tensor. ":input" behind
+        a name or pattern ("fc:input", "blocks.*:input") is for the first tensor that the module is called with. What is
         named must run at the first evaluation; what only a pattern matched is left out until it runs, with one
         warning. Or a function of (model, probe) that returns activations, or a dict of them by name, measured
         at the moment it returns (example in `fastent.watching.Watched`). Records come in this order.
@@ -66,12 +68,28 @@ class SpectralEntropyMonitor(Readings):
         What `predict_grok_time` forecasts with. Its H* is the threshold where none is given.
     stopping : callable, optional
         Policy for `should_stop`: a function of the monitor, such as `fastent.StopAfterCrossing`.
-    tokens : {"flatten", "last", "mean", "skip_first"}, optional
-        What to make of (samples, tokens, d) activations; needed for those, ignored for (n, d).
+    tokens : {"flatten", "first", "last", "mean", "skip_first"}, optional
+        What to make of (samples, tokens, d) activations; needed for those, ignored for (n, d). With "flatten" a layer
+        may also give any number of rows (rows, d): tokens of all samples, or those sent to an expert.
+    positions : {"flatten", "mean"}, optional
+        What to make of maps, such as (n, channels, height, width); with `tokens` given, of those with more than three
+        axes. See `fastent.spectral_entropy`.
+    channel_axis : int, optional
+        The axis of such maps that holds the features; goes with `positions`.
+    samples_axis : {0, 1}, optional
+        Axis of three-dimensional activations that counts samples: 1 where layers, or the probe too, are
+        (tokens, samples, d). By default 0, and a torch module with ``batch_first=False`` is an error. An activation
+        with another number of samples than the probe is one always; where samples and tokens are equally many,
+        exchanged axes cannot be seen.
+    mask : str, optional
+        Entry of the probe, a key or the name of a parameter of the model's forward pass, that is (n, tokens) and 1 or
+        True for real tokens: others are left out where activations are (n, tokens, d) or (n * tokens, d). "~name" where
+        0 or False is a real token ("~src_key_padding_mask" of torch, additive masks). By default "attention_mask",
+        where the probe has one and the number of tokens fits; records say which mask was used.
     standard_error : bool
         Record the sampling errors of H too, `fastent.sampling_error` for infinitely many samples. An evaluation
-        then costs some 12 times as much. Tokens of one sample are not independent: with "flatten" or
-        "skip_first" the error comes out too small.
+        then costs some 12 times as much. Tokens of one sample, or positions of one map, are not independent: with
+        "flatten" or "skip_first" the error comes out too small.
     history_size : int
         Records kept of each layer (about 0.7 kB each); the oldest go first. `on_record` sees all, and crossings,
         diagnosis and forecast do not depend on it.
@@ -150,6 +168,10 @@ class SpectralEntropyMonitor(Readings):
         law: PowerLaw | None = None,
         stopping: Callable[[SpectralEntropyMonitor], bool] | None = None,
         tokens: Tokens | None = None,
+        positions: Positions | None = None,
+        channel_axis: int | None = None,
+        samples_axis: SamplesAxis | None = None,
+        mask: str | None = None,
         standard_error: bool = False,
         history_size: int = 10_000,
         on_nonfinite: OnNonfinite = "record",
@@ -167,16 +189,16 @@ class SpectralEntropyMonitor(Readings):
             raise ValueError(f"threshold is a normalised entropy, in (0, 1]; got {threshold}")
         if isinstance(stopping, StopAfterCrossing) and threshold is None:
             raise ValueError("StopAfterCrossing needs a threshold to cross")
-        _check_choice("tokens", tokens, (None, *get_args(Tokens)))
         _check_choice("on_nonfinite", on_nonfinite, get_args(OnNonfinite))
         _check_choice("mode", mode, get_args(Mode))
         super().__init__(Recording(operator.index(history_size), threshold), law, stopping)
         self._every = operator.index(every)
-        rows_from_tokens = tokens in ("flatten", "skip_first")
+        rows_from_tokens = tokens in ("flatten", "skip_first") or positions == "flatten"
         self._watched = Watched.of(model, probe, layers, rows_from_tokens=rows_from_tokens)
+        axes = Axes(tokens, positions, channel_axis, samples_axis, mask, self._watched)
         self._evaluations = DeferredEntropy(on_full=on_full, device_of=in_line if mode == "sync" else None)
         self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite)
-        self._evaluator = Evaluator(self._evaluations, self._recording, tokens, standard_error)
+        self._evaluator = Evaluator(self._evaluations, self._recording, axes, standard_error)
         self._last_called: int | None = None  # by `step`, not by `observe`
         self._unfinished: int | None = None  # the step whose evaluation failed: it may be repeated
         self._closed = False
@@ -239,9 +261,11 @@ class SpectralEntropyMonitor(Readings):
         ----------
         step : int
             0 or more, never going back.
-        h : Tensor, shape (n, d), or (n, tokens, d) if the monitor has `tokens`; or SpectralEntropy
+        h : Tensor, shape (n, d), (n, tokens, d) if the monitor has `tokens`, or a map if it has `positions`; or
+            SpectralEntropy
             Activations; they are detached and not kept. Or their entropy, unbatched, where it was computed
-            for many layers or seeds in one call (`SpectralEntropy.unbind`).
+            for many layers or seeds in one call (`SpectralEntropy.unbind`), or with a mask: the monitor's is for its
+            probe alone.
         layer : str
             The name to record.
         merge : bool

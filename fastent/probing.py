@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -26,6 +27,8 @@ R = TypeVar("R")
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 LayerFunction = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
 Layers = str | Iterable[str] | LayerFunction
+
+_INPUT = ":input"  # behind a layer's name
 
 
 class Probe:
@@ -64,11 +67,13 @@ class Probe:
                 f"got {type(inputs).__name__}"
             )
         tensors = self._tensors()
-        samples = [t.shape[0] for t in tensors if t.ndim]
-        if not samples:
+        shapes = [tuple(t.shape) for t in tensors if t.ndim]
+        if not shapes:
             raise ValueError("the probe holds no tensor with a sample axis")
-        if samples[0] < (1 if rows_from_tokens else 2):
-            raise ValueError(f"a covariance needs at least 2 samples; the probe has N = {samples[0]}")
+        self.shape = shapes[0]
+        """Shape of the first tensor with axes, whose first counts samples."""
+        if self.shape[0] < (1 if rows_from_tokens else 2):
+            raise ValueError(f"a covariance needs at least 2 samples; the probe has N = {self.shape[0]}")
         self._marks = [_mark(t) for t in tensors]
         self.digest = self._hash()
 
@@ -94,6 +99,24 @@ class Probe:
                     "entropies of different probes do not compare: keep a clone for the probe"
                 )
             self._marks = marks
+
+    def entries(self, model: nn.Module) -> dict[str, Any]:
+        """Name what the probe holds: by parameters of the model's forward pass, and keys of mappings at any depth."""
+        try:
+            bound = inspect.signature(model.forward).bind_partial(*self.args, **self.kwargs)
+            found = dict(bound.arguments)
+        except (TypeError, ValueError):  # called otherwise than it says: the names in the probe are left
+            found = {}
+        waiting: list[Any] = [self.kwargs, *self.args]
+        while waiting:
+            value = waiting.pop(0)
+            if isinstance(value, Mapping):
+                for key, item in value.items():
+                    found.setdefault(str(key), item)
+                waiting += value.values()
+            elif isinstance(value, tuple | list):
+                waiting += value
+        return found
 
     def _tensors(self) -> list[Tensor]:
         return [leaf for _, leaf in _leaves(self.args or self.kwargs) if isinstance(leaf, Tensor)]
@@ -123,10 +146,11 @@ def plain_module(model: nn.Module) -> nn.Module:
 
 
 class FoundLayer(NamedTuple):
-    """Path of a layer for ``model.get_submodule``, and whether it was asked for by name or is one of several."""
+    """Path of a layer for ``model.get_submodule``, whether it was named or is one of several, and input or output."""
 
     path: str
     named: bool
+    of_input: bool = False
 
 
 def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, FoundLayer]:
@@ -140,7 +164,8 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
         Names as in ``model.named_modules()``, or patterns over them: ``*``, ``?`` and ``[ab]`` stay within one level,
         ``**`` crosses dots ("**.mlp" is "mlp" at any depth). A container that cannot run (ModuleList, ModuleDict) means
         its children; a pattern passes over such containers unless it matches nothing else. Wrappers of submodules
-        (compiled, FSDP1, checkpointed) are not part of a name.
+        (compiled, FSDP1, checkpointed) are not part of a name. ":input" behind a name or pattern asks for what a module
+        is called with.
 
     Returns
     -------
@@ -167,6 +192,8 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
     for wanted in [layers] if isinstance(layers, str) else layers:
         if not isinstance(wanted, str):
             raise TypeError(f"layers takes names; got {type(wanted).__name__} among them")
+        asked, wanted = wanted, wanted.removesuffix(_INPUT)
+        end = asked[len(wanted) :]
         named = wanted in paths
         matches = [wanted] if named else [name for name in once if _matches(name, wanted)]
         if not matches:
@@ -176,7 +203,7 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
             if deeper:
                 names += f"; * stays within one level, and ** would match {', '.join(map(repr, deeper[:3]))}"
             raise ValueError(
-                f"no layer matches {wanted!r}; {'close to it' if close else 'the model has'}: {names}"
+                f"no layer matches {asked!r}; {'close to it' if close else 'the model has'}: {names}"
             )
         layers_of = [name for name in matches if not _is_container(modules[name])]
         if not layers_of:
@@ -186,8 +213,10 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
             raise ValueError(f"{wanted!r} is a container that holds no module: name a layer that runs")
         for name in layers_of:
             _refuse_scripted(name, modules)
-            before = found.get(name)
-            found[name] = FoundLayer(paths[name], named or (before is not None and before.named))
+            before = found.get(name + end)
+            found[name + end] = FoundLayer(
+                paths[name], named or (before is not None and before.named), of_input=bool(end)
+            )
     if not found:
         raise ValueError("layers is empty: name at least one")
     return found
@@ -253,10 +282,19 @@ def reduce_activations(
 
             return hook
 
+        def input_hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            hook = hook_for(name)
+            return lambda module, args, kwargs: hook(module, args, (*args, *kwargs.values()))
+
         handles = []
         try:
             for name, layer in layers.items():
-                handles.append(model.get_submodule(layer.path).register_forward_hook(hook_for(name)))
+                module = model.get_submodule(layer.path)
+                handles.append(
+                    module.register_forward_pre_hook(input_hook_for(name), with_kwargs=True)
+                    if layer.of_input
+                    else module.register_forward_hook(hook_for(name))
+                )
             with interrupts.second_at_once():
                 model(*probe.args, **probe.kwargs)
         finally:
@@ -292,6 +330,28 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "full_tensor") for p in model.parameters()) or bool(
         fsdp_modules(modules) or fsdp1_modules(modules)
     )
+
+
+def tokens_first(model: nn.Module, path: str) -> str | None:
+    """Type of the nearest torch module around `path` that says ``batch_first``, where it says False; else None."""
+    parts = path.split(".")
+    for count in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:count]))
+        batch_first = _batch_first(module)
+        if batch_first is not None:
+            return None if batch_first else type(module).__name__
+    return None
+
+
+def _batch_first(module: nn.Module) -> bool | None:
+    own = getattr(module, "batch_first", None)
+    if isinstance(own, bool):
+        return own
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        module = module.layers[0]
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return bool(module.self_attn.batch_first)
+    return None
 
 
 def name_of(layers: LayerFunction) -> str:
@@ -372,9 +432,13 @@ def _first_tensor(name: str, output: Any) -> Tensor:
     for part in parts:
         if isinstance(part, Tensor):
             return part
+    what = (
+        "was called without a tensor"
+        if name.endswith(_INPUT)
+        else f"returned {type(output).__name__} without a tensor"
+    )
     raise TypeError(
-        f"layer {name!r} returned {type(output).__name__} without a tensor at its first level; "
-        "pass a callable as layers to take the activations out of it"
+        f"layer {name!r} {what} at its first level; pass a callable as layers to take the activations out of it"
     )
 
 

@@ -41,6 +41,8 @@ class EntropyRecord:
         Samples and features.
     bias, standard_error : float or None
         Sampling errors of `normalized` as in `fastent.SamplingError`; None where they were not asked for.
+    mask : str or None
+        Entry of the probe whose padding was left out, as the monitor's `mask` names it; None where every token counted.
 
     Examples
     --------
@@ -69,12 +71,18 @@ class EntropyRecord:
     d: int
     bias: float | None = None
     standard_error: float | None = None
+    mask: str | None = None
 
     @classmethod
     def of(
-        cls, step: int, layer: str, result: SpectralEntropy, sampling: SamplingError | None = None
+        cls,
+        step: int,
+        layer: str,
+        result: SpectralEntropy,
+        sampling: SamplingError | None = None,
+        mask: str | None = None,
     ) -> EntropyRecord:
-        """Record of an unbatched result, with its sampling errors where they are known."""
+        """Record of an unbatched result, with its sampling errors and the name of its mask where there are."""
         return cls(
             step=step,
             layer=layer,
@@ -91,6 +99,7 @@ class EntropyRecord:
             d=result.d,
             bias=None if sampling is None else sampling.bias,
             standard_error=None if sampling is None else sampling.standard_error,
+            mask=mask,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fastent.probing import (
     is_sharded,
     plain_module,
     reduce_activations,
+    tokens_first,
 )
 from fastent.user_warning import warn_user
 
@@ -41,22 +42,16 @@ class Watched:
 
     Examples
     --------
-    The input of a layer, by a function, as it is when the function returns (``clone()`` what the model goes on to
-    change in place):
+    Rows of one's own, by a function, as they are when it returns (``clone()`` what the model goes on to change in
+    place): of what the first layer gives, every other sample.
 
     >>> import torch
     >>> import fastent
-    >>> def head_input(model, probe):
-    ...     taken = []
-    ...     handle = model[2].register_forward_pre_hook(lambda module, args: taken.append(args[0]))
-    ...     try:
-    ...         model(probe)
-    ...     finally:
-    ...         handle.remove()
-    ...     return taken[0]
+    >>> def half(model, probe):
+    ...     return model[0](probe)[::2]
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-    >>> fastent.SpectralEntropyMonitor(model, torch.randn(64, 4), head_input).step(0)[0].layer
-    'head_input'
+    >>> fastent.SpectralEntropyMonitor(model, torch.randn(64, 4), half).step(0)[0].n
+    32
     """
 
     def __init__(
@@ -122,6 +117,28 @@ class Watched:
         """Names of layers under two rows of which are no mistake: they ran before, or are some of many."""
         found = {} if callable(self._layers) else self._layers
         return self.ran.keys() | {name for name, layer in found.items() if not layer.named}
+
+    @property
+    def model(self) -> nn.Module:
+        """The plain module."""
+        return plain_module(self._model)
+
+    @property
+    def by_function(self) -> bool:
+        """Whether a function returns the activations, which are then taken at its word."""
+        return callable(self._layers)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the model has an encoder and a decoder, by its configuration or by names in the probe."""
+        config = getattr(self.model, "config", None)
+        return getattr(config, "is_encoder_decoder", False) is True or any(
+            name.startswith("decoder_") for name in self.probe.entries(self.model)
+        )
+
+    def tokens_first(self, layer: str) -> str | None:
+        """Type of the torch module with ``batch_first=False`` that the layer is or is part of, None if none is."""
+        return None if callable(self._layers) else tokens_first(self.model, self._layers[layer].path)
 
     @property
     def needs_every_rank(self) -> bool:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -46,22 +47,29 @@ Spectrum = tuple[Tensor, str]
 
 
 class Evaluated(NamedTuple):
-    """Entropy of one layer, with its sampling errors where they were put in with it."""
+    """Entropy of one layer, with its sampling errors where they were put in with it, and the name of its mask."""
 
     entropy: SpectralEntropy
     sampling: SamplingError | None = None
+    mask: str | None = None
 
 
 class Evaluation:
     """What was asked for at one step, and later its results or its error."""
 
     def __init__(
-        self, step: int, order: list[str], staged: Mapping[str, Staged], known: Mapping[str, Evaluated]
+        self,
+        step: int,
+        order: list[str],
+        staged: Mapping[str, Staged],
+        known: Mapping[str, Evaluated],
+        masks: Mapping[str, str | None] = MappingProxyType({}),
     ) -> None:
         self.step = step
         self._order = order
         self.staged = dict(staged)
         self._known = dict(known)
+        self._masks = dict(masks)
         self.error: BaseException | None = None
         self.done = not staged
 
@@ -73,7 +81,7 @@ class Evaluation:
     def solve(self, spectra: Mapping[Staged, Spectrum]) -> None:
         """Find what is missing, by LAPACK where `spectra` does not have the eigenvalues."""
         for layer, staged in self.staged.items():
-            self._known[layer] = Evaluated(_entropy(staged, spectra.get(staged)))
+            self._known[layer] = Evaluated(_entropy(staged, spectra.get(staged)), mask=self._masks.get(layer))
 
     def release(self) -> None:
         """Give all slots back."""

@@ -198,7 +198,7 @@ def test_observe_takes_tokens_as_the_monitor_was_told() -> None:
         ({"threshold": math.nan}, "got nan"),
         ({"threshold": 61}, "got 61"),
         ({"stopping": StopAfterCrossing()}, "StopAfterCrossing needs a threshold"),
-        ({"tokens": "middle"}, "tokens must be one of None, 'flatten'.*got 'middle'"),
+        ({"tokens": "middle"}, "tokens must be one of 'flatten'.*got 'middle'"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of 'record', 'raise'; got 'ignore'"),
         ({"probe": torch.zeros(4, 2), "layers": "a"}, "missing: model"),
         ({"model": nn.Linear(2, 2)}, "missing: probe, layers"),

@@ -257,6 +257,58 @@ def test_an_in_place_operation_after_the_layer_does_not_change_its_record() -> N
     assert record.normalized != spectral_entropy(model(x).detach()).normalized
 
 
+def test_the_input_of_a_module_is_taken_beside_its_output_by_name_and_by_glob() -> None:
+    model, x = Blocks().eval(), inputs()
+    with torch.no_grad():
+        embedded = model.embed(x)
+        first = embedded + model.blocks[0](embedded)
+        second = first + model.blocks[1](first)
+    inside = {"blocks.0": embedded, "blocks.1": first, "blocks.2": second}
+    records = Monitor(model, x, ["blocks.?:input", "blocks.1", "embed:input", ":input"]).step(0)
+    expected = {f"{name}:input": h for name, h in inside.items()}
+    expected |= {"blocks.1": model.blocks[1](first), "embed:input": x, ":input": x}
+    assert [record.layer for record in records] == list(expected)
+    for record, h in zip(records, expected.values(), strict=True):
+        assert record.normalized == spectral_entropy(h.detach()).normalized, record.layer
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_input_is_what_the_module_gets_by_place_or_by_keyword_before_it_runs() -> None:
+    class InPlace(nn.Module):
+        def forward(self, scale: float, *, h: Tensor, other: Tensor) -> Tensor:
+            return h.mul_(other * scale)
+
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.empty = InPlace(), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.empty("no tensor")
+            return self.inner(2.0, h=x.clone(), other=x)
+
+    x = inputs()
+    records = Monitor(Caller(), x, ["inner:input", "inner"]).step(0)
+    assert [r.normalized for r in records] == [spectral_entropy(h).normalized for h in (x, x * (x * 2.0))]
+    with pytest.raises(TypeError, match="layer 'empty:input' was called without a tensor at its first level"):
+        Monitor(Caller(), x, "empty:input").step(0)
+    model = Caller()  # a module's own hooks come first: what they put in is what it gets
+    model.inner.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "h": 3 * kwargs["other"].flip(1)}), with_kwargs=True
+    )
+    record = Monitor(model, x, "inner:input").step(0)[0]
+    assert record.total_variance == spectral_entropy(3 * x.flip(1)).total_variance
+
+
+def test_an_input_that_no_layer_has_is_an_error_with_the_name_as_it_was_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"no layer matches 'heed:input'; close to it: 'head'"):
+        Monitor(Blocks(), inputs(), "heed:input")
+    with pytest.raises(ValueError, match="no layer matches 'head:output'"):
+        Monitor(Blocks(), inputs(), "head:output")
+    with pytest.raises(RuntimeError, match="'unused:input' fired 0 times"):
+        Monitor(Blocks(), inputs(), "unused:input").step(0)
+
+
 def test_hooks_are_gone_afterwards_and_after_an_exception() -> None:
     model = Blocks()
     Monitor(model, inputs(), "*", check=False).step  # noqa: B018  built, not run
@@ -299,9 +351,9 @@ def test_a_recurrent_layer_gives_its_outputs_and_needs_tokens() -> None:
     out = model(x)[0]
     record = Monitor(model, x, "", tokens="last").step(0)[0]
     assert record.normalized == spectral_entropy(out[:, -1].detach()).normalized
-    with pytest.raises(ValueError, match=r'Say which: tokens="flatten"') as info:
+    with pytest.raises(ValueError, match=r"layer '' on the probe: .* Say which: tokens=\"flatten\"") as info:
         Monitor(model, x, "").step(0)
-    assert info.value.__notes__[0] == "in the activations of layer ''"
+    assert "batch_dims" not in str(info.value)  # which is no argument of a monitor
 
 
 def test_tokens_apply_to_3d_layers_only_so_a_glob_may_mix_them() -> None:
@@ -321,8 +373,9 @@ def test_transformer_layers_run_as_in_training_not_in_the_inference_kernel() -> 
     padding[:, 3:] = True
     probe = {"src": x, "src_key_padding_mask": padding}
     # The inference kernel would make "layers.0" a nested tensor and never call "layers.1.linear1".
-    records = Monitor(model, probe, ["layers.0", "layers.1.linear1", ""], tokens="flatten").step(0)
-    assert [record.n for record in records] == [60, 60, 60]
+    layers, mask = ["layers.0", "layers.1.linear1", ""], "~src_key_padding_mask"
+    records = Monitor(model, probe, layers, tokens="flatten", mask=mask).step(0)
+    assert [record.n for record in records] == [36, 36, 36]
     assert [record.d for record in records] == [8, 16, 8]
 
 
@@ -344,9 +397,8 @@ def test_a_callable_gets_the_plain_module_in_eval_mode_and_the_probe() -> None:
     assert [record.layer for record in by_name] == ["a", "b"]
     assert by_name[1].normalized == spectral_entropy(x).normalized
 
-    with pytest.raises(TypeError, match=r"must be a torch\.Tensor; got int") as info:
+    with pytest.raises(TypeError, match=r"layer '<lambda>' on the probe: h must be a torch\.Tensor; got int"):
         Monitor(model, x, lambda module, probe: 3).step(0)
-    assert info.value.__notes__[0] == "in the activations of layer '<lambda>'"
 
 
 # The probe
