@@ -146,11 +146,15 @@ class Axes:
 
     def _rows_of_tokens(self, h: Tensor) -> Tensor:
         """Activations (rows, d) that are not one row for each sample, as (samples, tokens, d) where that is known."""
-        rows, d = len(h), h.shape[1]
+        assert self._watched is not None
+        rows, d = h.shape
         real = next(iter(self._real.values()), None)
         if real is not None and rows == real.mask.numel():
             n, tokens = real.mask.shape
             return h.reshape((tokens, n, d) if self._samples_axis == 1 else (n, tokens, d))
+        samples = self._watched.probe.shape[0]
+        if self._tokens is None and rows < samples and d != samples:
+            return h  # a part of the samples, such as an expert's
         if (self._tokens == "flatten" or self._positions == "flatten") and (real is None or real.full):
             return h
         seen = f"gave {tuple(h.shape)} on {self._probe()}, not a row for each sample"
@@ -158,11 +162,7 @@ class Axes:
             raise ValueError(
                 f"it {seen}, and which of its rows are padding is open: take a probe without padding, or {_BY_HAND}"
             )
-        if (
-            self._watched is not None
-            and rows in self._watched.probe.shape[1:2]
-            and self._samples_axis is None
-        ):
+        if rows in self._watched.probe.shape[1:2] and self._samples_axis is None:
             raise ValueError(
                 f"it {seen}. If the probe counts samples along its second axis, give samples_axis=1; if each row is a "
                 'token or a sample sent to this layer, give tokens="flatten"'

@@ -70,7 +70,8 @@ class SpectralEntropyMonitor(Readings):
         Policy for `should_stop`: a function of the monitor, such as `fastent.StopAfterCrossing`.
     tokens : {"flatten", "first", "last", "mean", "skip_first"}, optional
         What to make of (samples, tokens, d) activations; needed for those, ignored for (n, d). With "flatten" a layer
-        may also give any number of rows (rows, d): tokens of all samples, or those sent to an expert.
+        may also give any number of rows (rows, d): tokens of all samples, or those sent to an expert. Without it, fewer
+        rows than samples are taken as a part of them.
     positions : {"flatten", "mean"}, optional
         What to make of maps, such as (n, channels, height, width); with `tokens` given, of those with more than three
         axes. See `fastent.spectral_entropy`.

@@ -221,6 +221,14 @@ def test_rows_of_an_expert_are_taken_unless_some_of_them_may_be_padding() -> Non
             record_of(expert, {"input_ids": h}, tokens=tokens)
 
 
+def test_fewer_rows_than_samples_are_a_part_of_them_where_no_tokens_are_meant() -> None:
+    h = draw(N, D)
+    record = record_of(Give(lambda h: h[2:7]), h, "")
+    assert (record.n, record.normalized) == (5, spectral_entropy(h[2:7]).normalized)
+    with pytest.raises(ValueError, match=r"gave \(4, 9\) on a probe of 9 samples"):
+        record_of(Give(lambda h: h.T), h, "")
+
+
 # Samples
 
 
