@@ -1,4 +1,4 @@
-"""Errors of every provider on easy and hard inputs: ``python -m bench.accuracy [--quick] [--out FILE]``.
+"""Errors of every provider on easy and hard inputs, a question of `bench.suite`.
 
 The truth is the entropy of the very values given, covariance and eigenvalues in long double (`fastent.reference`, held
 to 50 digits by the tests). The error of an entropy is ``|H - truth| / log d``; that of a covariance ``||C - truth||_F``
@@ -14,16 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import peers
-from bench.cases import INPUTS, Input
-from bench.harness import Row, command, environment, interleaved, quantiles
-from bench.providers import COVARIANCES, ENTROPY, Matrix, Provider, covariances, entropies
-from bench.tables import accuracy_table
+from bench.harness import Row, environment, interleaved, quantiles
+from bench.providers import (
+    COVARIANCES,
+    ENTROPY,
+    INPUTS,
+    Input,
+    Matrix,
+    Provider,
+    covariances,
+    entropies,
+    rankme_truth,
+)
 from fastent.reference.covariance import scaled_covariance
 from fastent.reference.entropy import spectral_entropy
 
 
-def measure(quick: bool) -> list[Row]:
+def accuracy(quick: bool) -> list[Row]:
     """Rows of all inputs: errors and times."""
     rows = []
     for case in INPUTS:
@@ -48,7 +55,7 @@ def _entropy_rows(case: Input, h: Tensor, quick: bool) -> list[Row]:
     )
     rows = []
     for provider, answer in answers.items():
-        right = truth if provider.quantity == ENTROPY else peers.rankme_truth(h)
+        right = truth if provider.quantity == ENTROPY else rankme_truth(h)
         row = {
             "op": "accuracy",
             "provider": provider.name,
@@ -102,7 +109,3 @@ def _covariance_error(call: Matrix, h: Tensor, truth: np.ndarray, norm: float) -
     if norm == 0:  # no variance: any is wrong, and there is nothing to divide by
         return {"error": None, "answer": "0" if distance == 0 else f"{distance:.1e}, not 0"}
     return {"error": distance / norm}
-
-
-if __name__ == "__main__":
-    command("bench.accuracy", __doc__, measure, accuracy_table, threads=(1,))

@@ -24,6 +24,7 @@ import torch
 
 from bench.harness import environment
 from fastent.reference.entropy import spectral_entropy
+from fastent.train.files import JsonLines
 from fastent.train.presets import TrainConfig
 from fastent.train.stack import Stack
 
@@ -159,7 +160,8 @@ def main() -> None:
     out = arguments.out or Path(f"bench/results/calibration-{arguments.grid}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    done = {_key(row) for row in map(json.loads, out.read_text().splitlines())} if out.exists() else set()
+    log = JsonLines(out)
+    done = {_key(row) for row in log.rows}
     runs = [
         (shared, *run) for shared, trials, seeds in GRIDS[arguments.grid] for run in product(seeds, trials)
     ]
@@ -170,8 +172,7 @@ def main() -> None:
         if _key(row) in done:
             continue
         row |= trial(config, seed) | environment()
-        with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        log.append(row)
         print(json.dumps({key: row[key] for key in ("seed", "changes", *_SHOWN)}), flush=True)
 
 

@@ -12,6 +12,18 @@ change fails until the table is updated on purpose. Without ``--update`` this pr
     Blocks of `LARGE` bytes or more that torch hands out, their sum, and the most of them at one time.
 
 Registers, spills and instructions of the kernels have a table of their own, bench/results/aot.txt.
+
+Two questions of `bench.suite` are counted too:
+
+`memory`
+    Peak memory of one call beside its input: the kernel's high-water mark of the process (``VmHWM``, reset before each
+    call through ``/proc/self/clear_refs``) above what was resident before, after a call on a small input. Blocks from
+    64 KiB on are mapped one by one (`bench.suite.MAPPED`), so what an earlier call has freed is not there to be used
+    again. Linux
+    alone has this. And how often the host reads what torch has computed (`host_reads`).
+`imports`
+    Time, resident memory and modules of ``import fastent`` beyond ``import torch``, each in a fresh interpreter. The
+    acceptance is `IMPORT_LIMIT`; which modules may not come with it is a test (tests/bench/test_counters.py).
 """
 
 from __future__ import annotations
@@ -26,12 +38,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastent
+from bench.harness import ROOT, Row, environment, pinned, quantiles
+from bench.providers import ENTROPIES, Shape, entropies
 from fastent import openblas
 
 TABLE = Path(__file__).parent / "results" / "counters.json"
@@ -44,6 +59,28 @@ before = set(sys.modules)
 import fastent
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(*sorted(new - set(sys.stdlib_module_names) - {"fastent", "torch", "numpy"}))
+"""
+
+
+READING = ("aten._local_scalar_dense", "aten._linalg_eigh", "aten._linalg_svd", "aten.nonzero", "aten.equal")
+
+MEMORY_SHAPES = (Shape(65536, 128, quick=True), Shape(512, 1024, quick=True), Shape(512, 4096))
+MEMORY_LIMIT = 16 * 2**20  # for fastent at 65,536 x 128
+
+IMPORT_LIMIT = 0.15  # seconds
+# What, beyond what; torch imports NumPy only when it is asked for an array.
+IMPORT_CASES = (("fastent", "torch"), ("fastent", "torch, numpy"))
+IMPORT_PROGRAM = """
+import importlib, json, resource, sys, time
+for name in sys.argv[1].split(", "):
+    importlib.import_module(name)
+modules = len(sys.modules)
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+for name in sys.argv[2].split(", "):
+    importlib.import_module(name)
+seconds = time.perf_counter() - start
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, (after - before) * 1024, len(sys.modules) - modules]))
 """
 
 
@@ -123,6 +160,87 @@ def _cases() -> dict[str, Callable[[], object]]:
         "Moments.update twice, 512 x 128 float32": lambda: fastent.Moments().update(short).update(short),
         "monitor step, one layer of 512 x 128": lambda: monitor.step(next(steps)),
     }
+
+
+class _Reads(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func).startswith(READING)
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(call: Callable[[], object]) -> int:
+    """Count the reads of one call."""
+    numpy = Tensor.numpy
+    reads = _Reads()
+
+    def counted(self: Tensor, **options: Any) -> Any:
+        reads.count += 1
+        return numpy(self, **options)
+
+    with reads, patch.object(Tensor, "numpy", counted):
+        call()
+    return reads.count
+
+
+def extra_bytes(call: Callable[[], object]) -> int | None:
+    """Bytes by which `call` raises what is resident, at its peak; None where the mark cannot be reset."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def memory(quick: bool) -> list[Row]:
+    """Rows of all shapes."""
+    rows = []
+    for shape in MEMORY_SHAPES:
+        if quick and not shape.quick:
+            continue
+        h = shape.tensor()
+        for provider, call in entropies().items():
+            call(h[:256, :32])
+            row = {"op": "memory", "provider": provider.name, "quantity": provider.quantity, **shape.columns}
+            row["extra_bytes"] = extra_bytes(lambda call=call, h=h: call(h))
+            row["host_reads"] = host_reads(lambda call=call, h=h: call(h))
+            row["input_bytes"] = h.numel() * h.element_size()
+            if provider is ENTROPIES[0] and shape.n == 65536:
+                row["limit"] = MEMORY_LIMIT
+            rows.append(row | environment(*([provider.package] if provider.package else [])))
+    return rows
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def imports(quick: bool) -> list[Row]:
+    """Rows of all cases; the files are in the page cache after one round that is not counted."""
+    found: dict[tuple[str, str], list[list[float]]] = {case: [] for case in IMPORT_CASES}
+    for counted in range(-1, 5 if quick else 15):
+        for case in IMPORT_CASES:
+            line = [sys.executable, "-c", IMPORT_PROGRAM, case[1], case[0]]
+            output = subprocess.run(
+                line, check=True, cwd=ROOT, env=pinned(1), stdout=subprocess.PIPE, text=True
+            ).stdout
+            if counted >= 0:
+                found[case].append(json.loads(output))
+    rows = []
+    for (name, beyond), values in found.items():
+        seconds, extra, modules = np.array(values).T
+        row = {"op": "import", "provider": name, "beyond": beyond, **quantiles(seconds)}
+        row |= {"rounds": len(seconds), "extra_bytes": int(np.median(extra)), "modules": int(modules[0])}
+        rows.append(row | {"limit_us": IMPORT_LIMIT * 1e6} | environment())
+    return rows
 
 
 def main() -> int:

@@ -1,19 +1,42 @@
-"""Time of the entropy, fastent against everyone: ``python -m bench.entropy [--quick] [--out FILE]``.
+"""Time of a call by itself: entropy, covariance, eigenvalues, forecast, and the cost model against them.
 
-All providers in one process, in turn, on the same input; ratios are fastent's time over the other's, round by round.
-`LIMITS` are shares of the direct way's time that fastent must not exceed.
+Each function gives the rows of one question at the thread count of its process (`bench.suite`). All providers are timed
+in one process, in turn, on the same input; ratios are fastent's time over the other's, round by round.
+
+`entropy`
+    fastent against everyone. `LIMITS` are shares of the direct way's time that fastent must not exceed.
+`covariance`
+    The same without the eigensolve: ``fastent.covariance`` (float64, symmetric bit for bit) against the ways it is
+    usually formed. Its error is in `bench.accuracy`.
+`eigensolve`
+    The floor under every way that forms a matrix; fastent takes torch's LAPACK on the transposed upper triangle, which
+    saves torch's own transposition, or for large matrices NumPy's (`fastent.openblas`). The singular values of the rows
+    (512, m) are the other way, which squares nothing.
+`forecast`
+    Fitting the power law to the histories of ten runs, once per experiment; a prediction, once per evaluation; and the
+    sampling error of H, which an evaluation with ``standard_error=True`` takes besides.
+`plan`
+    The cost model against measured points. Rates are measured in the same process, half before and half after the
+    points; the model must be within `PLAN_LIMIT` of every point of the role "check". Those of the role "extrapolated"
+    have a matrix larger than any that the rates saw: they show how far to trust the model there.
 """
 
 from __future__ import annotations
 
+import math
+from statistics import median
+
+import numpy as np
+import scipy.linalg
 import torch
 
-from bench.cases import SHAPES, Shape
-from bench.harness import Row, beside, command, environment, quantiles, ratio_columns
-from bench.providers import entropies
-from bench.tables import entropy_table
-from fastent.cost_model import Rates, floor, work
-from fastent.rates import measure_rates
+import fastent
+from bench.harness import Row, beside, environment, interleaved, quantiles, ratio_columns
+from bench.providers import COVARIANCES, SHAPES, Shape, covariances, entropies
+from fastent.cost_model import Rates, estimate, floor, work
+from fastent.covariance import centered_matrix
+from fastent.eigenvalues import eigenvalues
+from fastent.rates import EDGES, measure_rates
 
 LIMITS = {
     (512, 64): 1.05,
@@ -27,8 +50,29 @@ LIMITS = {
     (512, 4096): 1 / 40,
 }
 
+SIZES = (32, 64, 128, 256, 512, 1024)
+QUICK_SIZES = (64, 128, 512)
 
-def measure(quick: bool) -> list[Row]:
+RUNS = 10
+EVALUATIONS = 70
+
+PLAN_LIMIT = 0.25
+CHECKED = (
+    Shape(512, 64, quick=True),
+    Shape(512, 128, quick=True),
+    Shape(512, 256),
+    Shape(512, 512),
+    Shape(512, 768),
+    Shape(4096, 128, quick=True),
+    Shape(16384, 256),
+    Shape(64, 2048, quick=True),
+    Shape(256, 8192),
+    Shape(512, 8192, "bfloat16"),
+)
+EXTRAPOLATED = (Shape(2048, 1536), Shape(2048, 2048))
+
+
+def entropy(quick: bool) -> list[Row]:
     """Rows of all shapes at this process's thread count."""
     rows: list[Row] = []
     threads = torch.get_num_threads()
@@ -36,12 +80,12 @@ def measure(quick: bool) -> list[Row]:
     for shape in SHAPES:
         if quick and not shape.quick:
             continue
-        rows += measure_shape(shape, rates, rounds=9 if quick else 25, budget=4.0 if quick else 10.0)
+        rows += _entropy_rows(shape, rates, rounds=9 if quick else 25, budget=4.0 if quick else 10.0)
     assert torch.get_num_threads() == threads  # no import of a peer may change it
     return rows
 
 
-def measure_shape(shape: Shape, rates: Rates, *, rounds: int, budget: float) -> list[Row]:
+def _entropy_rows(shape: Shape, rates: Rates, *, rounds: int, budget: float) -> list[Row]:
     """Rows of one shape: each provider's time, and fastent's over it; the floor at `rates`."""
     h = shape.tensor()
     calls = {
@@ -74,5 +118,129 @@ def measure_shape(shape: Shape, rates: Rates, *, rounds: int, budget: float) -> 
     return rows
 
 
-if __name__ == "__main__":
-    command("bench.entropy", __doc__, measure, entropy_table)
+def covariance(quick: bool) -> list[Row]:
+    """Rows of all shapes at this process's thread count."""
+    rows: list[Row] = []
+    for shape in SHAPES:
+        if quick and not shape.quick:
+            continue
+        h = shape.tensor()
+        calls = {name: (lambda call=call, h=h: call(h)) for name, call in covariances().items()}
+        seconds = beside("fastent", calls, rounds=9 if quick else 25, budget=3.0 if quick else 8.0)
+        for name, (values, ours) in seconds.items():
+            package = COVARIANCES[name][1]
+            # bytes: read h + write C (8 d d); flops: all products, or for fastent the lower triangle's
+            flops = 2 * shape.n * shape.d**2
+            row = {"op": "covariance", "provider": name, **shape.columns, **quantiles(values)}
+            row |= {
+                "rounds": len(values),
+                "bytes": h.element_size() * h.numel() + 8 * shape.d**2,
+                "flops": flops // 2 if name == "fastent" else flops,
+            }
+            if name != "fastent":
+                row |= ratio_columns(ours, values)
+            rows.append(row | environment(*([package] if package else [])))
+    return rows
+
+
+def eigensolve(quick: bool) -> list[Row]:
+    """Rows of all sizes at this process's thread count."""
+    rows: list[Row] = []
+    for m in QUICK_SIZES if quick else SIZES:
+        h = torch.randn(512, m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        centered = centered_matrix(h, side="covariance")
+        matrix = fastent.covariance(h)
+        array, centred = matrix.numpy(), h - h.mean(0)
+        calls = {
+            "fastent": lambda a=centered: eigenvalues(a),
+            "torch eigvalsh": lambda a=matrix: torch.linalg.eigvalsh(a),
+            "numpy eigvalsh": lambda a=array: np.linalg.eigvalsh(a),
+            "scipy evr": lambda a=array: scipy.linalg.eigvalsh(a, driver="evr", check_finite=False),
+            "torch svdvals of the rows": lambda a=centred: torch.linalg.svdvals(a),
+        }
+        seconds = interleaved(calls, rounds=9 if quick else 25, budget=3.0 if quick else 15.0)
+        for name, values in seconds.items():
+            row = {"op": "eigensolve", "provider": name, "n": 512, "d": m, "dtype": "float64"}
+            row |= quantiles(values) | {"rounds": len(values)}
+            # flops: reduction to tridiagonal form, 4/3 m^3 (LAPACK's count); the svd's are another algorithm's
+            if "svd" not in name:
+                row["flops"] = 4 * m**3 // 3
+            if name != "fastent":
+                row |= ratio_columns(seconds["fastent"], values)
+            rows.append(row | environment("scipy"))
+    return rows
+
+
+def _histories() -> list[fastent.History]:
+    """Make runs whose entropy falls along a curve, each at its own pace, with a little noise."""
+    g = torch.Generator().manual_seed(0)
+    runs = []
+    for _ in range(RUNS):
+        t_grok = 12_000 + 200 * int(torch.randint(10, (), generator=g))
+        steps = list(range(0, t_grok + 1, 200))
+        noise = (0.003 * torch.randn(len(steps), generator=g)).tolist()
+        curve = [
+            0.61 + 0.3 * math.sqrt(max(0.0, 1 - t / t_grok)) + e for t, e in zip(steps, noise, strict=True)
+        ]
+        runs.append(fastent.History(steps, curve, t_grok=t_grok))
+    return runs
+
+
+def forecast(quick: bool) -> list[Row]:
+    """Rows at this process's thread count."""
+    runs = _histories()
+    law = fastent.PowerLaw.fit(runs)
+    h = torch.randn(512, 128, generator=torch.Generator().manual_seed(0))
+    calls = {
+        f"PowerLaw.fit, {RUNS} runs of about {EVALUATIONS} evaluations": lambda: fastent.PowerLaw.fit(runs),
+        "predict_grok_time": lambda: fastent.predict_grok_time(0.75, law, step=6000),
+        "sampling_error, 512 x 128": lambda: fastent.sampling_error(h),
+    }
+    seconds = interleaved(calls, rounds=9 if quick else 25, budget=10.0 if quick else 30.0)
+    return [
+        {
+            "op": "forecast",
+            "provider": name,
+            **quantiles(values),
+            "rounds": len(values),
+            **environment("scipy"),
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def _between(a: Rates, b: Rates) -> Rates:
+    """Middle of two measurements of the same processor."""
+    return Rates(
+        median((a.call, b.call)),
+        median((a.bandwidth, b.bandwidth)),
+        [(m, (x + y) / 2) for (m, x), (_, y) in zip(a.product, b.product, strict=True)],
+        [(m, (x + y) / 2) for (m, x), (_, y) in zip(a.solve, b.solve, strict=True)],
+    )
+
+
+def plan(quick: bool) -> list[Row]:
+    """Rows of all points at this process's thread count."""
+    edges = EDGES[:-1] if quick else EDGES
+    before = measure_rates(edges)
+    points = [(shape, "check") for shape in CHECKED if shape.quick or not quick]
+    points += [] if quick else [(shape, "extrapolated") for shape in EXTRAPOLATED]
+    timings = []
+    for shape, _ in points:
+        h = shape.tensor()
+        call = {"fastent": lambda h=h: fastent.spectral_entropy(h)}
+        timings.append(interleaved(call, rounds=9 if quick else 25, budget=2.0 if quick else 8.0)["fastent"])
+    rates = _between(before, measure_rates(edges))
+    rows = []
+    for (shape, role), seconds in zip(points, timings, strict=True):
+        one = work(shape.n, shape.d, itemsize=2 if shape.dtype == "bfloat16" else 4)
+        predicted = estimate(one, rates)
+        row = {"op": "cost model", "provider": "fastent", **shape.columns, **quantiles(seconds)}
+        row |= {"role": role, "m": one.m, "bytes": one.bytes, "flops": one.flops, "memory": one.memory}
+        row |= {
+            "predicted_us": round(predicted.seconds * 1e6, 1),
+            "floor_us": round(floor(one, rates) * 1e6, 1),
+            "limit": PLAN_LIMIT,
+        }
+        rows.append(row | environment())
+    return rows

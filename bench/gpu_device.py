@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from bench.harness import Row, environment, write_rows
+from fastent.train.graphs import capture_cuda_graph
 
 NO_GPU = "no CUDA device: this measures one"
 
@@ -119,7 +120,7 @@ def device_times(
         for _ in range(repeats):
             call()
 
-    queue: Callable[[], object] = captured(several).replay if graph else several
+    queue: Callable[[], object] = capture_cuda_graph(several)[0] if graph else several
     pairs = []
     for _ in range(rounds):
         if cold:
@@ -132,15 +133,6 @@ def device_times(
         pairs.append(events)
     torch.cuda.synchronize()
     return np.array([first.elapsed_time(last) * 1e-3 / repeats for first, last in pairs])
-
-
-def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Capture `call`, which must have run before, in a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        call()
-    return graph
 
 
 def host_times(call: Callable[[], object], *, rounds: int = 20) -> np.ndarray:

@@ -1,9 +1,13 @@
-"""(e) What a probe costs training: its time in the stream, and the slowdown of a training step.
+"""What a probe costs training on a GPU: its time, the slowdown of a step, what stops the host, memory at its peak.
 
-The step is an MLP under AdamW, captured in a CUDA graph and lengthened by an idle kernel to 0.15 ms; and the same step
-without a graph. The probe is the hidden activations of 512 fixed inputs, 128 wide. Slowdowns are ratios of
-neighbours: the same number of steps without a probe, then with one, again and again. The forward pass that makes
-the activations is a row of its own (`probe forward`) and is in none of the others.
+`training`
+    The step is an MLP under AdamW, captured in a CUDA graph and lengthened by an idle kernel to 0.15 ms; and the same
+    step without a graph. The probe is the hidden activations of 512 fixed inputs, 128 wide. Slowdowns are ratios of
+    neighbours: the same number of steps without a probe, then with one, again and again. The forward pass that makes
+    the activations is a row of its own (`probe forward`) and is in none of the others.
+`host`
+    Host synchronisations, counted twice: calls of the CUDA runtime by torch's profiler, and by a stream that is kept
+    busy: what waits for it comes back late. And the peak memory of the matrix by each way.
 """
 
 from __future__ import annotations
@@ -17,14 +21,21 @@ import torch
 from torch import Tensor, nn
 
 import fastent
-from bench.gpu_device import NO_GPU, Session, captured, device_times, host_times
+from bench.gpu_device import NO_GPU, Session, activations, device_times, host_times
 from bench.harness import quantiles, ratio
+from bench.providers import direct_covariance, direct_entropy
+from fastent.covariance import centered_matrix
 from fastent.deferred import DeferredEntropy
 from fastent.kernels.resident import ResidentCovariance
+from fastent.train.graphs import capture_cuda_graph
 
 N, WIDTH, BATCHED = 512, 128, 32
 STEP = 1.5e-4  # seconds
 STRIDES = (1, 10, 100)
+# Runtime and driver calls that wait for the device.
+WAITING = ("Synchronize", "cudaMemcpy", "cuMemcpy")
+PAUSE = 0.05  # seconds for which the stream is kept busy
+MEMORY_CASES = ((512, 128), (65536, 128), (8192, 4096))
 
 
 def training_step(device: torch.device) -> tuple[nn.Sequential, Callable[[], None]]:
@@ -45,13 +56,7 @@ def training_step(device: torch.device) -> tuple[nn.Sequential, Callable[[], Non
 def graph_step(session: Session) -> tuple[nn.Sequential, Callable[[], None], float]:
     """Capture the step in a CUDA graph, lengthened to `STEP`; the model, the replay and its seconds."""
     model, step = training_step(session.device)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # as capture asks for: warm-up beside the default stream
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    bare = float(np.median(device_times(session, captured(step).replay)))
+    bare = float(np.median(device_times(session, capture_cuda_graph(step)[0])))
     second = float(np.median(device_times(session, lambda: torch.cuda._sleep(1_000_000)))) / 1e6
     idle = max(0, int((STEP - bare) / second))
 
@@ -60,18 +65,15 @@ def graph_step(session: Session) -> tuple[nn.Sequential, Callable[[], None], flo
         if idle:
             torch.cuda._sleep(idle)
 
-    graph = captured(longer)
-    return model, graph.replay, float(np.median(device_times(session, graph.replay)))
+    replay, _ = capture_cuda_graph(longer)
+    return model, replay, float(np.median(device_times(session, replay)))
 
 
 def probes(session: Session, hidden: Tensor, deferred: DeferredEntropy) -> dict[str, Callable[[int], object]]:
     """Ways to follow `hidden` at a step, by name."""
 
     def defer(step: int) -> None:
-        evaluation = deferred.open(step)
-        if evaluation is not None:
-            with evaluation:
-                evaluation.add("hidden", hidden)
+        deferred_entropy(deferred, hidden, step)
         for _ in deferred.arrived():
             pass
 
@@ -82,17 +84,16 @@ def probes(session: Session, hidden: Tensor, deferred: DeferredEntropy) -> dict[
     if session.cuda:
         evaluator = ResidentCovariance(*hidden.shape, device=session.device)
         out = evaluator.output()
-        evaluator(hidden, out)
-        graph = captured(functools.partial(evaluator, hidden, out))
+        replay, _ = capture_cuda_graph(functools.partial(evaluator, hidden, out))
         found = {
             "matrix and participation ratio": lambda step: evaluator(hidden, out),
-            "the same, captured": lambda step: graph.replay(),
+            "the same, captured": lambda step: replay(),
             **found,
         }
     return found
 
 
-def run(session: Session) -> None:
+def training(session: Session) -> None:
     """Time of a probe in the stream and on the thread; slowdown of both kinds of step."""
     model, plain = training_step(session.device)
     inputs = torch.randn(N, WIDTH, device=session.device)
@@ -187,3 +188,98 @@ def seconds_for(
     if session.cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def host(session: Session) -> None:
+    """Count, block, and measure the memory."""
+    if not session.cuda:
+        for op in ("host synchronisations", "blocked stream", "peak memory"):
+            session.skip(op, NO_GPU)
+        return
+    h = activations(512, 128, torch.bfloat16, session.device)
+    evaluator = ResidentCovariance(512, 128, device=session.device)
+    deferred = DeferredEntropy(capacity=64)
+    calls: dict[str, Callable[[], object]] = {
+        "matrix and participation ratio": functools.partial(evaluator, h, evaluator.output()),
+        "deferred": functools.partial(deferred_entropy, deferred, h),
+        "synchronous": functools.partial(fastent.spectral_entropy, h),
+        "direct": lambda: float(direct_entropy(h)),
+    }
+    for name, call in calls.items():
+        call()
+        deferred.flush()
+        session.add("host synchronisations", provider=name, n=512, d=128, calls=waiting_calls(call))
+        deferred.flush()
+        seconds = blocked(call)
+        session.add("blocked stream", provider=name, n=512, d=128, pause_us=PAUSE * 1e6, us_p50=seconds * 1e6)
+        deferred.flush()
+    deferred.close()
+    for n, d in MEMORY_CASES[:1] if session.quick else MEMORY_CASES:
+        memory(session, n, d)
+
+
+def deferred_entropy(deferred: DeferredEntropy, h: Tensor, step: int = 0) -> None:
+    """One deferred evaluation, unless the ring is full."""
+    evaluation = deferred.open(step)
+    if evaluation is not None:
+        with evaluation:
+            evaluation.add("h", h)
+
+
+def waiting_calls(call: Callable[[], object]) -> int:
+    """CUDA calls that wait for the device in one `call` on this thread; the synchronisation at the end not counted."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    profiler = torch.profiler.profile(activities=activities, acc_events=True)
+    with profiler as profile, torch.profiler.record_function("probe"):
+        call()
+    spans = [event for event in profile.events() if event.name == "probe"]
+    start, end = spans[0].time_range.start, spans[0].time_range.end
+    return sum(
+        any(word in event.name and "Async" not in event.name for word in WAITING)
+        and event.thread == spans[0].thread
+        and start <= event.time_range.start <= end
+        for event in profile.events()
+    )
+
+
+def blocked(call: Callable[[], object]) -> float:
+    """Seconds after which `call` comes back while the stream is busy for `PAUSE`."""
+    cycles = int(PAUSE * 2e9)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(cycles)
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return seconds
+
+
+def memory(session: Session, n: int, d: int) -> None:
+    """Bytes above the input at the peak, of the matrix by each way."""
+    h = activations(n, d, torch.bfloat16, session.device)
+    evaluator = ResidentCovariance(n, d, device=session.device)
+    held = evaluator.workspace.nbytes() + evaluator.output().nbytes()
+    ways: dict[str, Callable[[], object]] = {
+        "fastent": functools.partial(centered_matrix, h),
+        "fastent, memory at hand": functools.partial(evaluator, h, evaluator.output()),
+        "direct": functools.partial(direct_covariance, h),
+    }
+    for name, call in ways.items():
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before
+        del result
+        session.add(
+            "peak memory",
+            provider=name,
+            n=n,
+            d=d,
+            dtype="bfloat16",
+            extra_bytes=extra,
+            held_bytes=held if name.endswith("hand") else 0,
+            input_bytes=h.nbytes,
+        )

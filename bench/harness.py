@@ -2,30 +2,28 @@
 
 Machines are noisy, so providers are timed in turn within one process (A B A B ...) and compared by the ratio of
 neighbours; absolute microseconds are for orientation only. A pool of threads keeps the size that it started with, so
-each thread count has a process of its own (`command`).
+each thread count has a process of its own (`pinned`, `bench.suite`).
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastent.train import files
+from fastent.train.environment import describe_environment, version
+from fastent.train.files import write_atomically
+
 Row = dict[str, Any]
-Measure = Callable[[bool], list[Row]]
 
 ROOT = Path(__file__).parent.parent
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -141,11 +139,19 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def bootstrap(
+    n: int, statistic: Callable[[np.ndarray], np.ndarray], *, resamples: int = 2000
+) -> tuple[float, float]:
+    """95 % interval of a statistic of n observations, which gets their places (resamples, n) and gives (resamples,)."""
+    drawn = np.random.default_rng(0).integers(n, size=(resamples, n))
+    low, high = np.quantile(statistic(drawn), [0.025, 0.975])
+    return float(low), float(high)
+
+
 def median_interval(values: np.ndarray, *, resamples: int = 2000) -> tuple[float, float, float]:
     """Median and its 95 % bootstrap interval."""
-    draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return float(np.median(values)), float(low), float(high)
+    spans = bootstrap(len(values), lambda drawn: np.median(values[drawn], axis=1), resamples=resamples)
+    return float(np.median(values)), *spans
 
 
 def ratio(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
@@ -167,104 +173,29 @@ def quantiles(seconds: np.ndarray) -> Row:
 
 def environment(*packages: str) -> Row:
     """Machine and versions, for every row; `packages` are distributions whose versions are recorded too."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
     cuda = torch.cuda.is_available()
+    known = describe_environment("cuda" if cuda else "cpu")
     return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if cuda
-        else None,
+        "device": known["device" if cuda else "cpu"],
+        "driver": _driver() if cuda else None,
         "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "triton": triton_version,
+        **{name: known[name] for name in ("python", "torch", "numpy", "triton")},
         **{package: version(package) for package in packages},
-        "threads": torch.get_num_threads(),
+        "threads": known["threads"],
         "load": round(os.getloadavg()[0], 2),  # above the threads of the benchmark: others were running
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": known["commit"] and known["commit"][:7],
     }
-
-
-def version(package: str) -> str | None:
-    """Version of an installed distribution, None if it is not there."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of a file, in order; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def command(
-    module: str,
-    description: str | None,
-    measure: Measure,
-    show: Callable[[list[Row]], str],
-    *,
-    threads: Sequence[int] = (1, 2),
-    quick_threads: Sequence[int] = (1,),
-    changes: Mapping[str, str] | None = None,
-) -> None:
-    """Command line of a benchmark: a process for each thread count, a table on the screen, rows in a file.
-
-    Parameters
-    ----------
-    module : str
-        Name for ``python -m``, such as "bench.covariance".
-    description : str
-        Its docstring.
-    measure : callable
-        Rows of one thread count, measured in this process; gets whether to be quick.
-    show : callable
-        Table, as text, of all rows.
-    threads, quick_threads : sequence of int
-        Thread counts measured by default.
-    changes : mapping, optional
-        Environment variables that a process needs besides.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
-    parser.add_argument("--threads", type=int, nargs="+")
-    parser.add_argument("--out", type=Path, help="file for the rows")
-    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.part:
-        torch.set_num_threads(arguments.part)
-        write_rows(arguments.out, measure(arguments.quick))
-        return
-    counts = arguments.threads or (quick_threads if arguments.quick else threads)
-    rows = []
-    for count in counts:
-        rows += part(module, count, *(["--quick"] if arguments.quick else []), changes=changes)
-    print(show(rows))
-    if arguments.out:
-        write_rows(arguments.out, rows)
-
-
-def part(module: str, threads: int, *options: str, changes: Mapping[str, str] | None = None) -> list[Row]:
-    """Rows of one thread count from a process of its own; `changes` are added to its environment."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.jsonl"
-        line = [sys.executable, "-m", module, "--part", str(threads), "--out", str(out), *options]
-        subprocess.run(line, check=True, cwd=ROOT, env=pinned(threads) | dict(changes or {}))
-        return read_rows(out)
+    return files.read_rows(path, 0)[0]
 
 
 def pinned(threads: int) -> dict[str, str]:
@@ -273,17 +204,8 @@ def pinned(threads: int) -> dict[str, str]:
     return kept | dict.fromkeys(POOLS, str(threads))
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
-
-
-def _output(*command: str) -> str | None:
+def _driver() -> str | None:
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

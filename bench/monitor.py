@@ -1,13 +1,28 @@
-"""What a monitor costs a training run: ``python -m bench.monitor [--quick] [--out FILE]``.
+"""What an evaluation costs a training run.
 
-Runs of the same model, one without a monitor and one for each stride, take turns in blocks of steps (A B C A B C ...)
-in one process, so that they share whatever else the machine does. The overhead of a stride is the time of its run
-over that of the run without, less 1, over whole periods of the stride, with a bootstrap interval. At long strides that
-interval is the noise of two training runs, so each row has `share` too: the median time of a probe over that of the
-steps of a period. Noise hardly touches it, but it leaves out what a probe does to the caches of the next step.
+Each question gives its rows at the thread count of its process (`bench.suite`).
 
-Modes: plain; ``torch.compile``, where a C++ compiler is there; DDP over two processes (gloo) of one thread each, whose
-rank 0 has the monitor.
+`monitor`
+    Runs of the same model, one without a monitor and one for each stride, take turns in blocks of steps
+    (A B C A B C ...) in one process, so that they share whatever else the machine does. The overhead of a stride is the
+    time of its run over that of the run without, less 1, over whole periods of the stride, with a bootstrap interval.
+    At long strides that interval is the noise of two training runs, so each row has `share` too: the median time of a
+    probe over that of the steps of a period. Noise hardly touches it, but it leaves out what a probe does to the caches
+    of the next step. Modes: plain; ``torch.compile``, where a C++ compiler is there; DDP over two processes (gloo) of
+    one thread each, whose rank 0 has the monitor.
+`in_training`
+    An evaluation between training steps, by provider. `bench.entropy` times a call by itself, when the pools of threads
+    of all libraries are at rest. A probe's activations come straight from a forward pass, so torch's pool still spins
+    on the cores that another library's pool wakes up on; and the ten training steps that follow share the cores with
+    whatever that pool leaves spinning. So here every call comes between steps of a training run, and the steps after it
+    are timed too: ``after_us`` is what they take more than the same steps after a probe that nothing was computed of,
+    in the same round.
+`deferred`
+    In line or by a worker: the CPU's choice between the two (`fastent.devices.WORKER_FROM`) comes from here, from a run
+    with a core to spare: the smallest width from which the loop with the worker takes less time at every width, by all
+    of the interval (`worker_from`). A stand-in for training multiplies matrices in one thread, several times as long as
+    an eigensolve takes, and asks for the entropy of (512, d) activations before each step; the cost of an evaluation is
+    what the loop, the flush at its end included, takes more than without.
 """
 
 from __future__ import annotations
@@ -20,22 +35,50 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 
 import fastent
-from bench.harness import Row, command, environment, median_interval, quantiles, read_rows, write_rows
-from bench.loops import LOOPS, Loop, Wrap
-from bench.tables import monitor_table
+from bench.harness import (
+    Row,
+    bootstrap,
+    environment,
+    interleaved,
+    median_interval,
+    quantiles,
+    ratio_columns,
+    read_rows,
+    settle,
+    write_rows,
+)
+from bench.providers import ENTROPIES, entropies
+from bench.training import LOOPS, Loop, Wrap
+from fastent.activations import matrix_of
+from fastent.covariance import centered_matrix
+from fastent.deferred import DeferredEntropy
+from fastent.devices import Host, in_line
+from fastent.eigenvalues import eigenvalues
+from fastent.ring import Device
+from fastent.watching import Watched
 
 STRIDES = (1, 10, 100, 200, 1000)
 LIMIT_STRIDE, LIMIT = 200, 0.01
 BLOCK = 10
 """Steps in a turn."""
+
+CALLED_IN = ("trainer's model", "vision", "language")
+BEFORE, AFTER = 2, 10
+"""Steps in a turn before the probe, and after it: together longer than a pool spins (0.1 s)."""
+
+N = 512
+WIDTHS = (64, 128, 256, 512)
+STEPS = 8
+WORK = 3.0  # a step's work over an eigensolve's time
 
 
 class Run:
@@ -127,7 +170,7 @@ def compare(
     return runs
 
 
-def rows_of(name: str, mode: str, runs: list[Run]) -> list[Row]:
+def _monitor_rows(name: str, mode: str, runs: list[Run]) -> list[Row]:
     """Rows of one loop in one mode."""
     plain = np.array(runs[0].blocks)
     rows = []
@@ -159,9 +202,8 @@ def overhead(blocks: np.ndarray, plain: np.ndarray, stride: int, resamples: int 
     theirs = plain[:used].reshape(-1, length).sum(1)
     if len(ours) < 5:
         ours, theirs = blocks[:used], plain[:used]
-        draws = np.random.default_rng(0).integers(used, size=(resamples, used))
-        low, high = np.quantile(ours[draws].sum(1) / theirs[draws].sum(1), [0.025, 0.975])
-        found = (float(ours.sum() / theirs.sum()), float(low), float(high))
+        spans = bootstrap(used, lambda drawn: ours[drawn].sum(1) / theirs[drawn].sum(1), resamples=resamples)
+        found = (float(ours.sum() / theirs.sum()), *spans)
     else:
         found = median_interval(ours / theirs, resamples=resamples)
     return tuple(round(value - 1, 5) for value in found)
@@ -178,18 +220,20 @@ def settings(quick: bool, mode: str) -> tuple[tuple[int, ...], float, int]:
     return (1, 10, LIMIT_STRIDE), 1.0, 1000
 
 
-def measure(quick: bool) -> list[Row]:
+def monitor(quick: bool) -> list[Row]:
     """Rows of all loops at this process's thread count."""
     rows = []
     for name, make in LOOPS.items():
-        rows += rows_of(name, "plain", compare(functools.partial(make, _as_it_is), *settings(quick, "plain")))
+        rows += _monitor_rows(
+            name, "plain", compare(functools.partial(make, _as_it_is), *settings(quick, "plain"))
+        )
         if name == "trainer, stacked":
             continue  # no module to compile or to wrap
         if quick or torch.get_num_threads() > 1:
             continue  # the other modes at one thread only, which each process of DDP has
         if has_compiler():
             wrapped = functools.partial(make, _compiled)
-            rows += rows_of(name, "compiled", compare(wrapped, *settings(quick, "compiled")))
+            rows += _monitor_rows(name, "compiled", compare(wrapped, *settings(quick, "compiled")))
         if dist.is_available() and dist.is_gloo_available():
             rows += distributed(name)
     return rows
@@ -225,7 +269,7 @@ def _rank(rank: int, name: str, port: int, out: str) -> None:
     strides, periods, steps = settings(False, "DDP")
     runs = compare(functools.partial(LOOPS[name], wrap), strides, periods, steps, watched=rank == 0)
     if rank == 0:
-        write_rows(Path(out), rows_of(name, "DDP, 2 processes", runs))
+        write_rows(Path(out), _monitor_rows(name, "DDP, 2 processes", runs))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -236,5 +280,146 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-if __name__ == "__main__":
-    command("bench.monitor", __doc__, measure, monitor_table)
+def probed(loop: Loop) -> Callable[[], Tensor]:
+    """Make a function that runs the probe as a monitor does, and returns the activations (n, d) of the layer."""
+    assert loop.model is not None
+    watched = Watched(loop.model, loop.probe, loop.layer)
+
+    def run() -> Tensor:
+        kept: list[Tensor] = []
+        watched.run(lambda name, h: kept.append(matrix_of(h, tokens=loop.tokens).contiguous()))
+        return kept[0]
+
+    return run
+
+
+def turns(
+    loop: Loop, calls: dict[str | None, Callable[[Tensor], Any]], rounds: int
+) -> dict[str | None, np.ndarray]:
+    """Seconds of each call and of the steps after it, shape (2, rounds); the order turns from round to round."""
+    probe = probed(loop)
+    names = list(calls)
+    seconds: dict[str | None, list[tuple[float, float]]] = {name: [] for name in names}
+    for turn in range(-1, rounds):  # the first one is warm-up
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            settle()  # of what the turn before has left
+            for _ in range(BEFORE):
+                loop.step()
+            h = probe()
+            began = time.perf_counter()
+            calls[name](h)
+            answered = time.perf_counter()
+            for _ in range(AFTER):
+                loop.step()
+            if turn >= 0:
+                seconds[name].append((answered - began, time.perf_counter() - answered))
+    return {name: np.array(values).T for name, values in seconds.items()}
+
+
+def _call_rows(name: str, loop: Loop, rounds: int) -> list[Row]:
+    """Rows of one loop."""
+    calls: dict[str | None, Callable[[Tensor], Any]] = {None: lambda h: None}
+    calls |= {provider.name: call for provider, call in entropies().items()}
+    seconds = turns(loop, calls, rounds)
+    n, d = probed(loop)().shape
+    rows = []
+    for provider in entropies():
+        values, after = seconds[provider.name]
+        row: Row = {"op": "in training", "provider": provider.name, "quantity": provider.quantity}
+        row |= {"loop": name, "n": n, "d": d, "rounds": rounds, **quantiles(values)}
+        row |= excess(after, seconds[None][1])
+        if provider is not ENTROPIES[0]:
+            row |= ratio_columns(seconds[ENTROPIES[0].name][0], values)
+        rows.append(row | environment(*([provider.package] if provider.package else [])))
+    return rows
+
+
+def excess(after: np.ndarray, plain: np.ndarray) -> Row:
+    """Median difference, in microseconds, of the steps after a call to those after none, and its 95 % interval."""
+    names = ("after_us", "after_low", "after_high")
+    values = median_interval(1e6 * (after - plain))
+    return {name: round(value, 1) for name, value in zip(names, values, strict=True)}
+
+
+def in_training(quick: bool) -> list[Row]:
+    """Rows of all loops at this process's thread count; `quick`: of the first."""
+    rows = []
+    for name in CALLED_IN[:1] if quick else CALLED_IN:
+        rows += _call_rows(name, LOOPS[name](_as_it_is, 0), 6 if quick else 14)
+    return rows
+
+
+def _steps(h: Tensor, work: int, evaluations: DeferredEntropy | None) -> Callable[[], None]:
+    """Make a loop of `STEPS` steps of `work` products each."""
+    a = torch.randn(128, 128)
+
+    def loop() -> None:
+        for step in range(STEPS):
+            if evaluations is not None:
+                opened = evaluations.open(step)
+                if opened is None:
+                    raise RuntimeError("an evaluation was dropped")
+                with opened:
+                    opened.add("layer", h)
+            for _ in range(work):
+                a @ a
+        if evaluations is not None:
+            evaluations.flush()
+            if len(list(evaluations.arrived())) != STEPS:
+                raise RuntimeError("results are missing")
+
+    return loop
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    """Median time of a call."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def _deferred_rows(d: int) -> list[Row]:
+    """Rows for one width: the cost of an evaluation on the training thread, in line and by the worker."""
+    host = Host()
+
+    def worker(x: Tensor) -> Device:
+        return host
+
+    h = torch.randn(N, d)
+    matrix = centered_matrix(h)
+    a = torch.randn(128, 128)
+    work = max(1, round(WORK * _seconds(lambda: eigenvalues(matrix), 5) / _seconds(lambda: a @ a, 200)))
+    providers = {
+        "none": _steps(h, work, None),
+        "in line": _steps(h, work, DeferredEntropy(device_of=in_line)),
+        "worker": _steps(h, work, DeferredEntropy(device_of=worker)),
+    }
+    timings = interleaved(providers, rounds=15 if d < 256 else 7)
+    costs = {name: (timings[name] - timings["none"]) / STEPS for name in ("in line", "worker")}
+    rows = []
+    for name, cost in costs.items():
+        row = {"op": "deferred", "provider": name, "n": N, "d": d, "dtype": "float32"} | quantiles(cost)
+        row["us_step"] = round(float(np.median(timings["none"])) / STEPS * 1e6, 1)
+        if name == "worker":
+            row |= ratio_columns(timings["worker"], timings["in line"])
+        rows.append(row | environment())
+    return rows
+
+
+def deferred(quick: bool) -> list[Row]:
+    """Rows of all widths; `quick`: of the first two."""
+    return [row for d in (WIDTHS[:2] if quick else WIDTHS) for row in _deferred_rows(d)]
+
+
+def worker_from(rows: list[Row]) -> int | None:
+    """Smallest width from which on the worker gains at every width, the whole interval; None where it does not."""
+    found = None
+    for row in sorted((row for row in rows if "ratio_high" in row), key=lambda row: row["d"], reverse=True):
+        if row["ratio_high"] >= 1.0:
+            break
+        found = row["d"]
+    return found

@@ -1,85 +1,144 @@
-"""A table and a figure from the rows of `bench.gpu`: ``python -m bench.report DIR``.
+"""Figures and tables from rows, of a CPU and of a GPU; and the README's: ``python -m bench.report DIR``.
 
-Reads ``DIR/gpu.jsonl``; writes ``DIR/report.md`` and ``DIR/report.png``. What was skipped is listed with its reason, so
-that a rehearsal on a CPU cannot be mistaken for a measurement of a GPU. Without matplotlib there is no figure. Rows of
-`bench.suite` in ``DIR/cpu`` get their report there (`bench.report_cpu`).
+``DIR/cpu/<question>.jsonl`` (`bench.suite`) gives ``DIR/cpu/report.md``, ``DIR/gpu.jsonl`` (`bench.gpu`)
+``DIR/report.md``, each with its pictures beside it. Rows decide everything: the same rows give the same files. What was
+skipped is listed with its reason, so that a rehearsal on a CPU cannot be mistaken for a measurement of a GPU. Without
+matplotlib there are no pictures.
+
+``--readme`` writes the README's tables from the committed rows; they stand between ``<!-- bench: NAME -->`` and
+``<!-- /bench -->``. With ``--check`` nothing is written, and the exit status is 1 where a table does not follow from
+the rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench import report_cpu
-from bench.harness import Row
+import numpy as np
 
-# op -> columns of its table, as (heading, key)
-TABLES: dict[str, Sequence[tuple[str, str]]] = {
-    "kernel": (
-        *(("batch", "batch"), ("n", "n"), ("d", "d"), ("dtype", "dtype"), ("side", "side"), ("L2", "cache")),
-        *(("launches", "launches"), ("us p20", "us_p20"), ("us p50", "us_p50"), ("us p80", "us_p80")),
-        *(("TFLOP/s", "tflops"), ("share of floor", "share_of_floor")),
-    ),
-    "covariance": (
-        *(("n", "n"), ("d", "d"), ("provider", "provider"), ("us p20", "us_p20"), ("us p50", "us_p50")),
-        *(("us p80", "us_p80"), ("host us", "host_us"), ("over fastent", "over_fastent")),
-    ),
-    "entropy": (
-        *(("n", "n"), ("d", "d"), ("provider", "provider"), ("us p20", "us_p20"), ("us p50", "us_p50")),
-        *(("us p80", "us_p80"), ("host us", "host_us"), ("over fastent", "over_fastent")),
-    ),
-    "eigensolve": (
-        *(("d", "d"), ("provider", "provider"), ("batch", "batch"), ("us p50", "us_p50")),
-        ("us per matrix", "us_per_matrix"),
-    ),
-    "probe forward": (
-        ("n", "n"),
-        ("d", "d"),
-        ("us p20", "us_p20"),
-        ("us p50", "us_p50"),
-        ("us p80", "us_p80"),
-    ),
-    "probe in the stream": (
-        *(("batch", "batch"), ("n", "n"), ("d", "d"), ("us p20", "us_p20"), ("us p50", "us_p50")),
-        ("us p80", "us_p80"),
-    ),
-    "probe on the thread": (
-        *(("provider", "provider"), ("us p20", "us_p20"), ("us p50", "us_p50"), ("us p80", "us_p80")),
-    ),
-    "slowdown": (
-        *(("step", "step"), ("step us", "step_us"), ("probe", "provider"), ("every", "stride")),
-        *(
-            ("slowdown", "slowdown"),
-            ("low", "slowdown_low"),
-            ("high", "slowdown_high"),
-            ("dropped", "dropped"),
-        ),
-    ),
-    "host synchronisations": (("provider", "provider"), ("n", "n"), ("d", "d"), ("calls that wait", "calls")),
-    "blocked stream": (("provider", "provider"), ("stream busy us", "pause_us"), ("back after us", "us_p50")),
-    "peak memory": (
-        *(("n", "n"), ("d", "d"), ("provider", "provider"), ("input bytes", "input_bytes")),
-        *(("above it", "extra_bytes"), ("held before", "held_bytes")),
-    ),
-}
-ENVIRONMENT = (
-    *("device", "capability", "multiprocessors", "sm_mhz", "memory_mhz", "driver", "cuda", "torch", "triton"),
-    *("python", "threads", "commit"),
-)
+from bench.harness import ROOT, Row, read_rows
+from bench.providers import ENTROPIES
+from fastent.experiments.style import LIGHT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Table = Callable[[list[Row]], str]
+Draw = Callable[[list[Row], Path], None]
 
 
-def read(folder: Path) -> list[Row]:
-    """Rows of a run."""
-    return [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: its title, the table of its rows, a note on how to read it, and a picture."""
+
+    title: str
+    table: Table
+    note: str = ""
+    draw: Draw | None = None
 
 
-def cell(value: Any) -> str:
-    """Write a value for a table: three or four digits, nothing for what a row has not got."""
+def write(
+    title: str, origin: str, sections: Mapping[str, Section], rows: Mapping[str, list[Row]], out: Path
+) -> list[Path]:
+    """Write ``report.md`` and, where matplotlib is there, the pictures; return the files.
+
+    Parameters
+    ----------
+    title, origin : str
+        What was measured, and what the page is made from.
+    sections : mapping
+        By name, in order; a section without rows is left out.
+    rows : mapping
+        By the name of their section. Skipped ones stand in none but are listed at the end.
+    out : Path
+        Folder to write into.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    everything = [row for group in rows.values() for row in group]
+    parts, files = [f"# {title}", origin, _machine(everything)], [out / "report.md"]
+    pictures = importlib.util.find_spec("matplotlib") is not None
+    for name, section in sections.items():
+        done = [row for row in rows.get(name, []) if "skipped" not in row]
+        if not done:
+            continue
+        parts += [f"## {section.title}", section.table(done), *([section.note] if section.note else [])]
+        if section.draw is not None and pictures:
+            files.append(out / f"{name.replace(' ', '-')}.png")
+            section.draw(done, files[-1])
+            parts.append(f"![{section.title}]({files[-1].name})")
+    skipped = [row for row in everything if "skipped" in row]
+    if skipped:
+        table = columns("op provider n d skipped", op="what", skipped="why")
+        parts += ["## Not measured", table(skipped)]
+    files[0].write_text("\n\n".join(parts) + "\n")
+    return files
+
+
+def write_cpu(folder: Path) -> list[Path]:
+    """Report on the rows of `bench.suite` in `folder`, written there."""
+    rows = {name: read_rows(folder / f"{name}.jsonl") for name in CPU}
+    return write(
+        "Benchmarks on a CPU", "Made by `fastent bench` from the rows beside this file.", CPU, rows, folder
+    )
+
+
+def write_gpu(folder: Path) -> list[Path]:
+    """Report on the rows of `bench.gpu` in `folder`, written there."""
+    rows: dict[str, list[Row]] = {}
+    for row in read_rows(folder / "gpu.jsonl"):
+        name = "correctness" if row["part"] == "correctness" else row["op"]
+        rows.setdefault(name, []).append(row)
+    return write(
+        "Benchmark of the entropy path",
+        "Made by `python -m bench.report` from gpu.jsonl beside this file.",
+        GPU,
+        rows,
+        folder,
+    )
+
+
+def _machine(rows: list[Row]) -> str:
+    def values(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
+
+    packages = ("torch", "numpy", "scipy", "scikit-learn", "ssrlib", "vendi-score", "torchmetrics")
+    packages = (*packages, "stable-pretraining")
+    versions = ", ".join(f"{name} {values(name)}" for name in packages if values(name))
+    loads = [row["load"] for row in rows if "load" in row]
+    span = f"load of the machine {min(loads)} to {max(loads)}" if loads else ""
+    text = (
+        f"{values('device')}, {values('cores')} cores; Python {values('python')}, {versions}; commit "
+        f"{values('commit')}; {span}."
+    )
+    if any("part" in row for row in rows):  # of `bench.gpu`
+        known = ("capability", "multiprocessors", "sm_mhz", "memory_mhz", "driver", "cuda", "triton")
+        text += " " + ", ".join(f"{name} {values(name)}" for name in known if values(name)) + "."
+    return text
+
+
+def listed(cells: Mapping[str, str | Callable[[Row], object]]) -> Table:
+    """Table of the rows as they are, one line each: what stands under each heading, a key or what makes it."""
+    return lambda rows: markdown(
+        list(cells),
+        [[cell(row) if callable(cell) else _cell(row.get(cell)) for cell in cells.values()] for row in rows],
+    )
+
+
+def columns(keys: str, **headings: str) -> Table:
+    """Table by `listed` of the `keys` of the rows, with the headings of those that have another name."""
+    return listed({headings.get(key, key.replace("_", " ")): key for key in keys.split()})
+
+
+def _cell(value: Any) -> str:
+    """Write a value: three or four digits, nothing for what a row has not got."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -87,157 +146,618 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def table(rows: Iterable[Row], columns: Sequence[tuple[str, str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = ["| " + " | ".join(heading for heading, _ in columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell(row.get(key)) for _, key in columns) + " |" for row in rows]
-    return lines
+def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """Make a Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def correctness(rows: list[Row]) -> list[str]:
-    """Lines on the gates: one for each provider and dtype, the worst case named."""
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+def ratio_table(rows: list[Row]) -> str:
+    """List fastent's time over each provider's, a row for each shape and thread count."""
+    names = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "fastent"))
+    groups = _group(rows, lambda row: (row["threads"], row["n"], row["d"], row["dtype"]))
+    lines = []
+    for (threads, n, d, dtype), group in groups.items():
+        by_name = {row["provider"]: row for row in group}
+        lines.append(
+            [
+                f"{n:,} x {d:,} {dtype}",
+                threads,
+                microseconds(by_name["fastent"]["us_p50"]),
+                *(interval(by_name[name]) if name in by_name else "-" for name in names),
+            ]
+        )
+    return markdown(["rows x columns", "threads", "fastent", *names], lines)
+
+
+def interval(row: Row) -> str:
+    """Write a ratio with its 95 % interval, marked where a limit was missed or the other was surely faster."""
+    text = f"{_short(row['ratio'])} [{_short(row['ratio_low'])}, {_short(row['ratio_high'])}]"
+    if row["ratio_low"] > 1:
+        text = f"**{text}**"
+    return text + (" (limit missed)" if row["ratio"] > row.get("limit", math.inf) else "")
+
+
+def accuracy_table(rows: list[Row]) -> str:
+    """Errors, a row for each provider and a column for each input."""
+    parts = []
+    for op, title in (("accuracy", "entropy: error / log d"), ("covariance accuracy", "covariance")):
+        chosen = [row for row in rows if row["op"] == op]
+        inputs = list(dict.fromkeys(row["input"] for row in chosen))
+        lines = []
+        for name, group in _group(chosen, lambda row: row["provider"]).items():
+            by_input = {row["input"]: row for row in group}
+            label = name
+            if group[0].get("quantity", "entropy") != "entropy":
+                label = f"{name} (its own quantity)"
+            lines.append([label, *(_error(by_input[i]) if i in by_input else "-" for i in inputs)])
+        parts.append(markdown([title, *inputs], lines))
+    return "\n\n".join(parts)
+
+
+def memory_table(rows: list[Row]) -> str:
+    """MiB beside the input, a row for each provider and a column for each shape; the host's reads of the first."""
+    shapes = list(dict.fromkeys((row["n"], row["d"]) for row in rows))
+    lines = []
+    for name, group in _group(rows, lambda row: row["provider"]).items():
+        by_shape = {(row["n"], row["d"]): row["extra_bytes"] for row in group}
+        sizes = ("?" if by_shape[s] is None else f"{by_shape[s] / 2**20:.1f}" for s in shapes)
+        lines.append([name, *sizes, group[0]["host_reads"]])
+    return markdown(
+        ["MiB beside the input", *(f"{n:,} x {d:,}" for n, d in shapes), "reads by the host"], lines
+    )
+
+
+def eigensolve_table(rows: list[Row]) -> str:
+    """Time of each solver, a row for each size and thread count."""
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    lines = []
+    for (threads, m), group in _group(rows, lambda row: (row["threads"], row["d"])).items():
+        by_name = {row["provider"]: row for row in group}
+        lines.append(
+            [
+                f"{m:,}",
+                threads,
+                *(microseconds(by_name[n]["us_p50"]) if n in by_name else "-" for n in names),
+            ]
+        )
+    return markdown(["m", "threads", *names], lines)
+
+
+def monitor_table(rows: list[Row]) -> str:
+    """Overhead in percent of a step, a row for each loop and a column for each stride."""
+    strides = sorted({row["stride"] for row in rows if row["stride"]})
+    lines = []
+    for (loop, mode, threads), group in _group(
+        rows, lambda row: (row["loop"], row["mode"], row["threads"])
+    ).items():
+        by_stride = {row["stride"]: row for row in group}
+        plain = by_stride[0]
+        one = next(row for row in group if row["stride"])
+        lines.append(
+            [
+                loop,
+                mode,
+                threads,
+                microseconds(plain["us_p50"]),
+                microseconds(one["probe_us"]),
+                *(_percent(by_stride[s]) if s in by_stride else "-" for s in strides),
+            ]
+        )
+    header = ["loop", "mode", "threads", "step", "one probe", *(f"every {s:,}" for s in strides)]
+    return markdown(header, lines)
+
+
+def _percent(row: Row) -> str:
+    span = ", ".join(f"{100 * row[name]:.2f}" for name in ("overhead_low", "overhead_high"))
+    return f"{100 * row['overhead']:.2f} % [{span}]"
+
+
+def in_training_table(rows: list[Row]) -> str:
+    """Time of a call between training steps and what it adds to those that follow, a row for each provider."""
+    columns = list(dict.fromkeys((row["loop"], row["threads"]) for row in rows))
+    lines = []
+    for name, group in _group(rows, lambda row: row["provider"]).items():
+        by_column = {(row["loop"], row["threads"]): row for row in group}
+        lines.append([name, *(_between(by_column[c]) if c in by_column else "-" for c in columns)])
+    return markdown(["call; the steps after it", *(f"{loop}, {_threads(t)}" for loop, t in columns)], lines)
+
+
+def _between(row: Row) -> str:
+    span = ", ".join(f"{row[name] / 1e3:+.2f}" for name in ("after_low", "after_high"))
+    return f"{microseconds(row['us_p50'])}; {row['after_us'] / 1e3:+.2f} ms [{span}]"
+
+
+def _threads(count: int) -> str:
+    """Write a number of threads."""
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def deferred_table(rows: list[Row]) -> str:
+    """Cost of an evaluation in line and by the worker, a row for each width."""
+    by_width = _group(rows, lambda row: row["d"])
+    lines = []
+    for d, group in by_width.items():
+        costs = {row["provider"]: row for row in group}
+        lines.append(
+            [
+                d,
+                microseconds(group[0]["us_step"]),
+                *(microseconds(costs[name]["us_p50"]) for name in ("in line", "worker")),
+                interval(costs["worker"]),
+            ]
+        )
+    return markdown(["d", "step", "in line", "worker", "loop with the worker over in line"], lines)
+
+
+def microseconds(us: float) -> str:
+    """Write a time with three digits and a unit."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if us >= size:
+            return f"{us / size:.3g} {unit}"
+    return f"{us:.3g} us"
+
+
+def _error(row: Row) -> str:
+    if row["error"] is not None:
+        return f"{row['error']:.1e}" if row["error"] else "0"
+    return str(row["answer"])
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def _group(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
-        groups[row["provider"], row["dtype"]].append(row)
-    summary = []
-    for (provider, dtype), found in groups.items():
-        checked = [row for row in found if row["op"] == "correctness"]
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def correctness_table(rows: list[Row]) -> str:
+    """List the gates: one line for each provider and dtype, the worst case named."""
+    lines = []
+    for (provider, dtype), found in _group(rows, lambda row: (row["provider"], row["dtype"])).items():
+        errors = [row["error_over_gate"] for row in found if row["op"] == "correctness"]
         entropies = [row["difference"] for row in found if row["op"] == "entropy"]
-        summary.append(
-            {
-                "provider": provider,
-                "dtype": dtype,
-                "cases": len(found),
-                "failed": sum(not row["passed"] for row in found),
-                "worst": max((row["error_over_gate"] for row in checked), default=None),
-                "entropy": max(entropies, default=None),
-            }
-        )
-    columns = (
-        *(("provider", "provider"), ("dtype", "dtype"), ("cases", "cases"), ("failed", "failed")),
-        *(("largest error over its gate", "worst"), ("largest difference of H", "entropy")),
+        values = (len(found), sum(not row["passed"] for row in found))
+        values = (*values, max(errors, default=None), max(entropies, default=None))
+        lines.append([provider, dtype, *map(_cell, values)])
+    header = (
+        "provider",
+        "dtype",
+        "cases",
+        "failed",
+        "largest error over its gate",
+        "largest difference of H",
     )
-    return table(summary, columns)
+    return markdown(header, lines)
 
 
-def markdown(rows: list[Row]) -> str:
-    """Write the whole report."""
-    lines = ["# Benchmark of the entropy path", "", "| | |", "|---|---|"]
-    lines += [
-        f"| {key} | {cell(rows[-1].get(key))} |" for key in ENVIRONMENT if rows[-1].get(key) is not None
-    ]
-    done = [row for row in rows if "skipped" not in row]
-    checked = [row for row in done if row["part"] == "correctness"]
-    if checked:
-        lines += ["", "## correctness", "", *correctness(checked)]
-    for op, columns in TABLES.items():
-        found = [row for row in done if row["op"] == op and row["part"] != "correctness"]
-        if found:
-            lines += ["", f"## {op}", "", *table(found, columns)]
-    skipped = [row for row in rows if "skipped" in row]
-    if skipped:
-        columns = (("what", "op"), ("provider", "provider"), ("n", "n"), ("d", "d"), ("why", "skipped"))
-        lines += ["", "## not measured", "", *table(skipped, columns)]
-    return "\n".join(lines) + "\n"
+STYLES = {
+    "fastent": (LIGHT.entropy, "o"),
+    "torch, direct": (LIGHT.test, "s"),
+    "numpy": (LIGHT.norm, "D"),
+    "scikit-learn PCA, full": (LIGHT.signal, "^"),
+    "scikit-learn PCA, covariance": (LIGHT.signal, "v"),
+    "scikit-learn PCA, no copy": (LIGHT.signal, "1"),
+    "ssrlib": ("#8a6d00", "<"),
+    "ssrlib, no copy": ("#8a6d00", "2"),
+    "vendi-score": ("#56b4e9", ">"),
+    "torchmetrics FID states": (LIGHT.train, "P"),
+    "stable-pretraining RankMe": (LIGHT.ink, "x"),
+}
+SMALLEST = 1e-17  # errors of 0 are drawn here
+WRONG = 3.0  # and answers that are no number here
 
 
-def figure(rows: list[Row], path: Path) -> None:
-    """Draw kernel times over their floor, providers over fastent, and slowdowns, whichever there are."""
-    import matplotlib
+def _accuracy(rows: list[Row], path: Path) -> None:
+    rows = [row for row in rows if row["op"] == "accuracy"]
+    inputs = list(dict.fromkeys(row["input"] for row in rows))
+    figure, axes = _figure(3, -(-len(inputs) // 3), height=2.5)
+    for ax, name in zip(axes, inputs, strict=False):
+        for row in (row for row in rows if row["input"] == name and "us_p50" in row):
+            error = WRONG if row["error"] is None else max(row["error"], SMALLEST)
+            colour, marker = STYLES[row["provider"]]
+            ax.plot(row["us_p50"] / 1e3, error, marker, color=colour, label=row["provider"], markersize=6)
+        ax.set(xscale="log", yscale="log", ylim=(SMALLEST / 3, 10), title=name)
+        _plain_ticks(ax.xaxis)
+        ax.axhline(1e-12, color=LIGHT.faint, linewidth=1, zorder=0)
+        ax.set_yticks([1e-16, 1e-12, 1e-8, 1e-4, 1])
+    for ax in axes[len(inputs) :]:
+        ax.set_axis_off()
+    for ax in axes[-3:]:
+        ax.set_xlabel("time of a call [ms]")
+    for ax in axes[::3]:
+        ax.set_ylabel("error of H / log d")
+    _finish(figure, axes, path, columns=4)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    done = [row for row in rows if "skipped" not in row and row["part"] != "correctness"]
-    kernel = [
-        row for row in done if row["op"] == "kernel" and row["batch"] == 1 and row["dtype"] == "bfloat16"
-    ]
-    providers = [row for row in done if row["op"] in ("covariance", "entropy") and "over_fastent" in row]
-    slow = [row for row in done if row["op"] == "slowdown"]
-    panels = [part for part in (kernel, providers, slow) if part]
-    if not panels:
-        return
-    drawing, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
-    drawing.suptitle(
-        f"{rows[-1]['device']}, torch {rows[-1]['torch']}, triton {rows[-1]['triton']}", fontsize=9
+def _overhead(rows: list[Row], path: Path) -> None:
+    modes = list(dict.fromkeys((row["mode"], row["threads"]) for row in rows))
+    figure, axes = _figure(len(modes), 1, height=3.4)
+    colours = dict(zip(dict.fromkeys(row["loop"] for row in rows), _palette(), strict=False))
+    for ax, (mode, threads) in zip(axes, modes, strict=True):
+        for loop, (colour, marker) in colours.items():
+            points = [
+                row
+                for row in rows
+                if (row["loop"], row["mode"], row["threads"]) == (loop, mode, threads) and row["stride"]
+            ]
+            if not points:
+                continue
+            x = np.array([row["stride"] for row in points])
+            share = 100 * np.array([row["share"] for row in points])
+            ax.plot(x, share, color=colour, marker=marker, markersize=5, label=f"{loop}: time of the probes")
+            middle = 100 * np.array([row["overhead"] for row in points])
+            low = 100 * np.array([row["overhead_low"] for row in points])
+            high = 100 * np.array([row["overhead_high"] for row in points])
+            shift = x * (1.06 + 0.05 * list(colours).index(loop))
+            # What lies below the axis, the noise of two runs, is drawn on its edge.
+            low, middle, high = (np.maximum(values, 0.011) for values in (low, middle, high))
+            ax.errorbar(
+                shift, middle, [middle - low, high - middle], fmt=".", color=colour, alpha=0.6, capsize=2
+            )
+        ax.axhline(1.0, color=LIGHT.ink, linewidth=0.8, linestyle="--")
+        ax.axvline(200, color=LIGHT.faint, linewidth=0.8, zorder=0)
+        ax.set(xscale="log", yscale="log", xlabel="steps between probes", ylim=(0.01, 300))
+        _plain_ticks(ax.yaxis, 1.0)
+        _plain_ticks(ax.xaxis, 1.0)
+        ax.set_title(f"{mode}, {_threads(threads)}")
+    axes[0].set_ylabel("overhead [%]; dashed: 1 %")
+    _finish(figure, axes, path, columns=4)
+
+
+def _cost(rows: list[Row], path: Path) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    threads = sorted({row["threads"] for row in rows})
+    figure, axes = _figure(2, len(threads), height=3.2)
+    for i, count in enumerate(threads):
+        chosen = [row for row in rows if row["threads"] == count and row["dtype"] == "float32"]
+        for ax, fixed, moving, value in zip(
+            axes[2 * i : 2 * i + 2], ("d", "n"), ("n", "d"), (128, 512), strict=True
+        ):
+            here = [row for row in chosen if row[fixed] == value]
+            for name, (colour, marker) in STYLES.items():
+                points = sorted((row[moving], row["us_p50"]) for row in here if row["provider"] == name)
+                if points and "no copy" not in name:
+                    x, y = np.array(points).T
+                    wide = 2.2 if name == "fastent" else 1.0
+                    ax.plot(x, y / 1e3, color=colour, marker=marker, markersize=4, linewidth=wide, label=name)
+            floor = sorted((row[moving], row["floor_us"]) for row in here if "floor_us" in row)
+            if floor:
+                x, y = np.array(floor).T
+                ax.plot(
+                    x,
+                    y / 1e3,
+                    color=LIGHT.ink,
+                    linestyle="--",
+                    linewidth=1,
+                    label="floor of fastent's libraries",
+                )
+            ax.set(xscale="log", yscale="log", xlabel={"n": "rows N", "d": "columns d"}[moving])
+            ax.xaxis.set_major_locator(FixedLocator(sorted({row[moving] for row in here})))
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.xaxis.set_minor_locator(NullLocator())
+            _plain_ticks(ax.yaxis)
+            ax.set_title(f"{'N' if fixed == 'n' else fixed} = {value}, {_threads(count)}")
+        axes[2 * i].set_ylabel("time of a call [ms]")
+    _finish(figure, axes, path, columns=4)
+
+
+def _plain_ticks(axis: Any, *multiples: float) -> None:
+    """Put ticks at 1, 2 and 5 times the powers of ten, written out."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=multiples or (1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _palette() -> list[tuple[str, str]]:
+    return [(LIGHT.entropy, "o"), (LIGHT.test, "s"), (LIGHT.norm, "D"), (LIGHT.signal, "^")]
+
+
+def _figure(columns: int, lines: int, *, height: float) -> tuple[Any, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, height * lines + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def _finish(figure: Any, axes: list[Axes], path: Path, *, columns: int) -> None:
+    entries: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.title.set_fontsize(9)
+        ax.tick_params(labelsize=8)
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
     )
-    for axis, part in zip(axes[0], panels, strict=True):
-        if part is kernel:
-            draw_kernel(axis, part)
-        elif part is providers:
-            draw_providers(axis, part)
-        else:
-            draw_slowdowns(axis, part)
-    drawing.tight_layout()
-    drawing.savefig(path, dpi=120)
-    pyplot.close(drawing)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def draw_kernel(axis: Any, rows: list[Row]) -> None:
-    """Time against d for each n, warm cache, and the floor dashed."""
+def _kernel(rows: list[Row], path: Path) -> None:
+    """Time against d for each n, warm cache, and the floor dashed; bfloat16, one matrix."""
+    rows = [row for row in rows if (row["batch"], row["dtype"], row["cache"]) == (1, "bfloat16", "warm")]
+    figure, axes = _figure(1, 1, height=4.0)
     for k, n in enumerate(sorted({row["n"] for row in rows})):
-        found = sorted(
-            (row for row in rows if row["n"] == n and row["cache"] == "warm"), key=lambda row: row["d"]
-        )
+        found = sorted((row for row in rows if row["n"] == n), key=lambda row: row["d"])
         widths = [row["d"] for row in found]
-        axis.loglog(widths, [row["us_p50"] for row in found], f"C{k}o-", label=f"n = {n}")
-        axis.loglog(widths, [row["floor_us"] for row in found], f"C{k}--", linewidth=0.8)
-    axis.set(xlabel="d", ylabel="kernel time, us (dashed: floor)")
-    axis.legend()
+        axes[0].loglog(widths, [row["us_p50"] for row in found], f"C{k}o-", label=f"n = {n}")
+        axes[0].loglog(widths, [row["floor_us"] for row in found], f"C{k}--", linewidth=0.8)
+    axes[0].set(xlabel="d", ylabel="kernel time [us]; dashed: floor")
+    _finish(figure, axes, path, columns=4)
 
 
-def draw_providers(axis: Any, rows: list[Row]) -> None:
+def _over_fastent(rows: list[Row], path: Path) -> None:
     """Time over fastent's, for each provider over the shapes."""
-    shapes = list(dict.fromkeys(f"{row['op']}\n{row['n']} x {row['d']}" for row in rows))
-    for provider in dict.fromkeys(row["provider"] for row in rows):
-        found = {
-            f"{row['op']}\n{row['n']} x {row['d']}": row["over_fastent"]
-            for row in rows
-            if row["provider"] == provider
-        }
-        axis.semilogy([shapes.index(name) for name in found], list(found.values()), "o", label=provider)
-    axis.axhline(1.0, color="0.7", linewidth=0.8)
-    axis.set_xticks(range(len(shapes)), shapes, fontsize=6, rotation=90)
-    axis.set_ylabel("time over fastent's")
-    axis.legend(fontsize=7)
+    figure, axes = _figure(1, 1, height=4.0)
+    shapes = list(dict.fromkeys(f"{row['n']} x {row['d']}" for row in rows))
+    for provider, group in _group(rows, lambda row: row["provider"]).items():
+        places = [shapes.index(f"{row['n']} x {row['d']}") for row in group]
+        axes[0].semilogy(places, [row["over_fastent"] for row in group], "o", label=provider)
+    axes[0].axhline(1.0, color=LIGHT.faint, linewidth=0.8)
+    axes[0].set_xticks(range(len(shapes)), shapes)
+    axes[0].set_ylabel("time over fastent's")
+    _finish(figure, axes, path, columns=4)
 
 
-def draw_slowdowns(axis: Any, rows: list[Row]) -> None:
+def _slowdowns(rows: list[Row], path: Path) -> None:
     """Slowdown of a step in percent against the stride of the probe."""
-    for step, provider in dict.fromkeys((row["step"], row["provider"]) for row in rows):
-        found = [row for row in rows if (row["step"], row["provider"]) == (step, provider)]
-        middle = [100 * row["slowdown"] for row in found]
+    figure, axes = _figure(1, 1, height=4.0)
+    for (step, provider), found in _group(rows, lambda row: (row["step"], row["provider"])).items():
         spans = [
             [100 * (row["slowdown"] - row["slowdown_low"]) for row in found],
             [100 * (row["slowdown_high"] - row["slowdown"]) for row in found],
         ]
-        axis.errorbar(
-            [row["stride"] for row in found], middle, yerr=spans, fmt="o-", label=f"{step}: {provider}"
+        axes[0].errorbar(
+            [row["stride"] for row in found],
+            [100 * row["slowdown"] for row in found],
+            yerr=spans,
+            fmt="o-",
+            label=f"{step}: {provider}",
         )
-    axis.set_xscale("log")
-    axis.set(xlabel="steps from one probe to the next", ylabel="slowdown, %")
-    axis.legend(fontsize=7)
+    axes[0].set(xscale="log", xlabel="steps from one probe to the next", ylabel="slowdown [%]")
+    _finish(figure, axes, path, columns=2)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Write the table and the figure beside the rows."""
+_TIMES: dict[str, Callable[[Row], object]] = {
+    "p20": lambda row: microseconds(row["us_p20"]),
+    "median": lambda row: microseconds(row["us_p50"]),
+    "p80": lambda row: microseconds(row["us_p80"]),
+}
+# What is reported of the questions of `bench.suite`, and of the operations of `bench.gpu`.
+CPU = {
+    "accuracy": Section(
+        "Errors",
+        accuracy_table,
+        "The truth is in long double. RankMe is held to the truth of its own quantity. `-inf` and `nan` "
+        "are what a provider answered, the name of an exception what it raised.",
+        draw=_accuracy,
+    ),
+    "entropy": Section(
+        "Entropy: fastent's time over the others'",
+        ratio_table,
+        "Ratio and its 95 % interval, round by round; below 1 fastent is faster. **Bold**: the other is "
+        "surely faster. RankMe computes another quantity, in float32. Every call is made twice before the"
+        " clock starts; with several threads, once more before each measurement, after a pause in which "
+        "all pools come to rest.",
+        draw=_cost,
+    ),
+    "covariance": Section("Covariance: fastent's time over the others'", ratio_table, "Read as above."),
+    "in_training": Section(
+        "A call between training steps",
+        in_training_table,
+        "Time of a call whose input comes straight from a forward pass, and by how much the ten training "
+        "steps after it take longer than after no call, with the 95 % interval: what its pool of threads "
+        "leaves behind.",
+    ),
+    "memory": Section(
+        "Peak memory of one call, and what the host reads",
+        memory_table,
+        "Reads by the host, counted on the CPU: numbers taken from a tensor, tensors handed to NumPy, "
+        "decompositions, whose status it reads. Each would wait for a GPU; a monitor leaves its to "
+        "another thread there.",
+    ),
+    "eigensolve": Section("Eigenvalues", eigensolve_table),
+    "monitor": Section(
+        "A monitor in training",
+        monitor_table,
+        "Time of a run with a monitor over that of one without, less 1, with its 95 % interval.",
+        draw=_overhead,
+    ),
+    "training": Section(
+        "A training step, per seed",
+        listed({"model": "model", "loop": "provider", "seeds": "seeds", "threads": "threads", **_TIMES}),
+    ),
+    "forecast": Section("Forecast", listed({"what": "provider", "threads": "threads", **_TIMES})),
+    "imports": Section(
+        "Import",
+        listed(
+            {
+                "import": "provider",
+                "beyond": "beyond",
+                **_TIMES,
+                "MiB": lambda row: f"{row['extra_bytes'] / 2**20:.1f}",
+                "modules": "modules",
+            }
+        ),
+    ),
+    "plan": Section(
+        "Cost model",
+        listed(
+            {
+                "rows x columns": lambda row: f"{row['n']:,} x {row['d']:,} {row['dtype']}",
+                "threads": "threads",
+                "measured": _TIMES["median"],
+                "predicted": lambda row: microseconds(row["predicted_us"]),
+                "predicted / measured": lambda row: f"{row['predicted_us'] / row['us_p50']:.2f}",
+                "role": "role",
+            }
+        ),
+        "Rates measured in the same process. The model is held to within 25 % at the points of the role "
+        "check.",
+    ),
+    "deferred": Section(
+        "An evaluation in line or by a worker",
+        deferred_table,
+        "Time of an evaluation on the thread that trains; below 1 the worker gains.",
+    ),
+}
+GPU = {
+    "correctness": Section("correctness", correctness_table),
+    "kernel": Section(
+        "kernel",
+        columns(
+            "batch n d dtype side cache launches us_p20 us_p50 us_p80 tflops share_of_floor",
+            cache="L2",
+            tflops="TFLOP/s",
+        ),
+        draw=_kernel,
+    ),
+    "covariance": Section(
+        "covariance", columns("n d provider us_p20 us_p50 us_p80 host_us over_fastent"), draw=_over_fastent
+    ),
+    "entropy": Section(
+        "entropy", columns("n d provider us_p20 us_p50 us_p80 host_us over_fastent"), draw=_over_fastent
+    ),
+    "eigensolve": Section("eigensolve", columns("d provider batch us_p50 us_per_matrix")),
+    "probe forward": Section("probe forward", columns("n d us_p20 us_p50 us_p80")),
+    "probe in the stream": Section("probe in the stream", columns("batch n d us_p20 us_p50 us_p80")),
+    "probe on the thread": Section("probe on the thread", columns("provider us_p20 us_p50 us_p80")),
+    "slowdown": Section(
+        "slowdown",
+        columns(
+            "step step_us provider stride slowdown slowdown_low slowdown_high dropped",
+            provider="probe",
+            stride="every",
+            slowdown_low="low",
+            slowdown_high="high",
+        ),
+        draw=_slowdowns,
+    ),
+    "host synchronisations": Section(
+        "host synchronisations", columns("provider n d calls", calls="calls that wait")
+    ),
+    "blocked stream": Section(
+        "blocked stream",
+        columns("provider pause_us us_p50", pause_us="stream busy us", us_p50="back after us"),
+    ),
+    "peak memory": Section(
+        "peak memory",
+        columns(
+            "n d provider input_bytes extra_bytes held_bytes",
+            extra_bytes="above it",
+            held_bytes="held before",
+        ),
+    ),
+}
+
+
+README = ROOT / "README.md"
+ROWS = ROOT / "bench" / "results" / "cpu"
+# What numpy.cov, the direct product and torch.cov compute is the same, exactly centred in float64.
+_EXACT_COVARIANCES = ("torch, direct", "torch.cov", "numpy.cov")
+
+
+def fill(text: str, folder: Path) -> str:
+    """Return `text` with each marked table made anew from the rows in `folder`."""
+
+    def table(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"<!-- bench: {name} -->\n{README_TABLES[name](read_rows(folder / f'{name}.jsonl'))}\n<!-- /bench -->"
+
+    return re.sub(r"<!-- bench: (\w+) -->\n.*?<!-- /bench -->", table, text, flags=re.DOTALL)
+
+
+def _readme_entropy(rows: list[Row]) -> str:
+    """Fastent's time over the direct way's and over the fastest exact peer's, float32 input, a row for each shape."""
+    return _against(rows, "torch, direct", [row["provider"] for row in rows if row.get("exact")])
+
+
+def _readme_covariance(rows: list[Row]) -> str:
+    """Fastent's time for the covariance matrix alone over the same two."""
+    return _against(rows, "torch, direct", _EXACT_COVARIANCES)
+
+
+def _readme_monitor(rows: list[Row]) -> str:
+    """Overhead of a monitor in loops that are neither compiled nor distributed, one thread."""
+    return monitor_table([row for row in rows if row["mode"] == "plain" and row["threads"] == 1])
+
+
+def _readme_in_training(rows: list[Row]) -> str:
+    """List the calls of the exact providers, and of the direct way, between the steps of the first loop."""
+    exact = {provider.name for provider in ENTROPIES if provider.exact} | {"torch, direct"}
+    loop = rows[0]["loop"] if rows else None
+    return in_training_table([row for row in rows if row["provider"] in exact and row["loop"] == loop])
+
+
+def _against(rows: list[Row], direct: str, exact: list[str] | tuple[str, ...]) -> str:
+    rows = [row for row in rows if row["dtype"] == "float32"]
+    threads = sorted({row["threads"] for row in rows})
+    lines = []
+    for n, d in dict.fromkeys((row["n"], row["d"]) for row in rows):
+        cells = [f"{n:,} x {d:,}"]
+        for count in threads:
+            here = {
+                row["provider"]: row for row in rows if (row["n"], row["d"], row["threads"]) == (n, d, count)
+            }
+            fastest = min((row for name, row in here.items() if name in exact), key=lambda row: row["us_p50"])
+            cells += [interval(here[direct]), f"{interval(fastest)} {fastest['provider']}"]
+        lines.append(cells)
+    header = ["rows x columns"]
+    for count in threads:
+        header += [f"{_threads(count)}: over the direct way's", "over the fastest exact peer's"]
+    return markdown(header, lines)
+
+
+README_TABLES: dict[str, Table] = {
+    "entropy": _readme_entropy,
+    "covariance": _readme_covariance,
+    "in_training": _readme_in_training,
+    "monitor": _readme_monitor,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the reports of a folder, or the README's tables, or compare these."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    folder = parser.parse_args(argv).folder
-    if (folder / "cpu").is_dir():
-        print(*report_cpu.write(folder / "cpu", folder / "cpu"), sep="\n")
-        if not (folder / "gpu.jsonl").exists():
-            return
-    rows = read(folder)
-    (folder / "report.md").write_text(markdown(rows))
-    if importlib.util.find_spec("matplotlib"):
-        figure(rows, folder / "report.png")
-        print(f"{folder / 'report.md'} and {folder / 'report.png'}")
-    else:
-        print(f"{folder / 'report.md'}; no figure, since matplotlib is not installed")
+    parser.add_argument("folder", type=Path, metavar="DIR", nargs="?")
+    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args(argv)
+    if given.readme or given.check:
+        text = README.read_text()
+        filled = fill(text, ROWS)
+        if given.check:
+            return int(filled != text)
+        README.write_text(filled)
+        return 0
+    if given.folder is None:
+        parser.error("say which: DIR, --readme or --check")
+    files = write_cpu(given.folder / "cpu") if (given.folder / "cpu").is_dir() else []
+    if (given.folder / "gpu.jsonl").exists():
+        files += write_gpu(given.folder)
+    if not files:
+        parser.error(f"{given.folder} holds neither cpu/ nor gpu.jsonl")
+    print(*files, sep="\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.cases import SHAPES, Shape
-from bench.eigensolve import SIZES
-from bench.providers import covariances, entropies
+from bench.entropy import SIZES
+from bench.providers import SHAPES, Shape, covariances, entropies
 from fastent.covariance import centered_matrix
 from fastent.eigenvalues import eigenvalues
 

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import tempfile
 import time
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu_device import Session, activations, device_times
-from bench.harness import Row, quantiles
+from bench.harness import Row, quantiles, write_rows
 from fastent.kernels import launch
 from fastent.kernels.compile import DTYPES, LAYOUTS, Resources, _launches_of, measure
 from fastent.kernels.launch import TABLE, Entry, Side, Tile
@@ -106,7 +105,7 @@ def rank(arch: int, dtype: str, layouts: Sequence[str], out: Path | None) -> Non
             print("  ".join(text(value).rjust(len(name)) for name, value in values.items()), flush=True)
         rows += [{"op": "tune", "side": side, "arch": arch, "dtype": dtype, **values} for values in found]
     if out:
-        out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(out, rows)
 
 
 def described(row: Resources, tile: Tile) -> Row:

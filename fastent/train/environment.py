@@ -30,12 +30,12 @@ def describe_environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     """
     device = torch.device(device)
     return {
-        "fastent": _version("fastent"),
+        "fastent": version("fastent"),
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "platform": platform.platform(),
         "cpu": processor(),
         "threads": torch.get_num_threads(),
@@ -82,7 +82,8 @@ def commit() -> str | None:
         return None
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Version of an installed distribution, None if it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

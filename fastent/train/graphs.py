@@ -9,6 +9,7 @@ So the host may run ahead, and prepares a window while the steps of the one befo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,14 +17,15 @@ from torch import Tensor
 WINDOW = 256
 """Steps whose inputs are prepared together: 32 MiB of batches for 32 seeds and 512 pairs."""
 
+T = TypeVar("T")
 Launch = Callable[[], object]
-Capture = Callable[[Callable[[], Tensor], Sequence[Tensor]], tuple[Launch, Tensor]]
+Capture = Callable[[Callable[[], Any], Sequence[Tensor]], tuple[Launch, Any]]
 """Record a function and return what launches it again, and its result's place. Tensors to restore are given."""
 
 _WARM_UP = 3  # launches before the capture: libraries allocate their workspaces at the first
 
 
-def capture_cuda_graph(function: Callable[[], Tensor], state: Sequence[Tensor]) -> tuple[Launch, Tensor]:
+def capture_cuda_graph(function: Callable[[], T], state: Sequence[Tensor] = ()) -> tuple[Launch, T]:
     """Capture `function`, which reads nothing on the host, as a CUDA graph; `state` is left as it was found."""
     saved = [tensor.clone() for tensor in state]
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -35,7 +37,8 @@ def capture_cuda_graph(function: Callable[[], Tensor], state: Sequence[Tensor]) 
     for tensor, before in zip(state, saved, strict=True):
         tensor.copy_(before)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads may query events meanwhile, as a monitor's worker does.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result
 

@@ -21,7 +21,7 @@ import copy
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ from fastent.reference.covariance import covariance
 from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.perturbation import alignment, covariance_update, gradient_matrix, lipschitz_local
 from fastent.sampling import sampling_error
+from fastent.train.files import read_rows
 from fastent.train.plain import PlainMLP, PlainTransformer
 from fastent.train.presets import PRESETS, TrainConfig
 from fastent.train.stack import Stack
@@ -541,8 +542,7 @@ def curvature_of(stack: Stack, seed: int) -> Ritz:
 
 def read_followed(path: Path) -> FollowedRun:
     """Read what `main` wrote; lines of a run that was cut short are as good as any."""
-    lines = _lines(path)
-    head = next(lines)
+    (head, *lines), _ = read_rows(path, 0)
     values: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in head["config"].items()
     }
@@ -556,12 +556,6 @@ def read_followed(path: Path) -> FollowedRun:
         else:
             run.curvature.append((line.pop("step"), Ritz(**line)))
     return run
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open() as file:
-        for line in file:
-            yield json.loads(line)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

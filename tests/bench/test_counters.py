@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,16 @@ def test_a_further_read_product_or_block_changes_the_counts():
         "peak": 8 * 64**2,
     }
     assert twice == {name: count * (1 if name == "peak" else 2) for name, count in once.items()}
+
+
+def test_reads_by_the_host_are_numbers_arrays_and_decompositions():
+    x = torch.randn(8, 3, dtype=torch.float64)
+    assert counters.host_reads(lambda: x.T @ x) == 0
+    assert counters.host_reads(lambda: float(x.sum())) == 1
+    assert counters.host_reads(lambda: np.cov(x.numpy())) == 1
+    assert counters.host_reads(lambda: np.asarray(x)) == 1
+    assert counters.host_reads(lambda: torch.linalg.eigvalsh(x.T @ x)) == 1
+    assert counters.host_reads(lambda: torch.linalg.svdvals(x).sum().item()) == 2
 
 
 def test_an_evaluation_reads_one_number_and_never_copies_a_large_input_to_float64():

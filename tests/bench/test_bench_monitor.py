@@ -1,0 +1,76 @@
+"""Overhead of a monitor, calls between training steps, and the edge from which the worker gains."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from bench import monitor
+from bench.training import Loop
+
+
+def test_the_overhead_of_a_run_is_that_of_its_probes_at_every_stride():
+    plain = np.full(200, 10.0)  # turns of 10 steps of 1
+    for stride in (1, 10, 100, 200, 1000):
+        ours = plain.copy()
+        if stride <= 10:
+            ours += 10 / stride * 0.5
+        else:
+            ours[stride // 10 - 1 :: stride // 10] += 0.5
+        middle, low, high = monitor.overhead(ours, plain, stride)
+        assert middle == pytest.approx(0.5 / stride, abs=1e-5)
+        assert low <= middle <= high
+
+
+def test_a_run_probes_at_the_end_of_each_period_and_not_before():
+    loop = types.SimpleNamespace(
+        step=lambda: None, activations=lambda: torch.randn(8, 4), model=None, probe=None, layer=None
+    )
+    run = monitor.Run(loop, 20)
+    run.warm_up()
+    run.advance(10)
+    assert len(run.probe_seconds) == 0
+    run.advance(10)
+    assert len(run.probe_seconds) == 1
+    assert len(run.monitor.history) == 2  # one of them to warm up
+    assert len(run.step_seconds) == 20
+
+
+def test_calls_between_training_steps_take_turns_and_get_the_layer_of_the_probe():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    order: list[str] = []
+    probe = torch.randn(5, 3)
+    loop = Loop(model, lambda: order.append("step"), probe, "0")
+    seen = []
+
+    def call(h: torch.Tensor) -> None:
+        order.append("call")
+        seen.append(h)
+
+    seconds = monitor.turns(loop, {None: lambda h: order.append("none"), "call": call}, rounds=2)
+    turn = ["step"] * monitor.BEFORE, ["step"] * monitor.AFTER
+    none, called = ([*turn[0], name, *turn[1]] for name in ("none", "call"))
+    assert order == [*called, *none, *none, *called, *called, *none]  # the first round is warm-up
+    assert all(torch.equal(h, model[0](probe)) for h in seen)
+    assert [values.shape for values in seconds.values()] == [(2, 2), (2, 2)]
+
+
+def test_what_a_call_adds_to_the_steps_after_it_is_a_difference_within_a_round():
+    weather = np.array([1.0, 5.0, 2.0, 9.0, 3.0])
+    found = monitor.excess(weather + 0.25, weather)
+    assert found == {"after_us": 250_000.0, "after_low": 250_000.0, "after_high": 250_000.0}
+
+
+@pytest.mark.parametrize(
+    ("highest", "edge"),
+    [
+        ({64: 0.9, 128: 0.8, 256: 0.8}, 64),
+        ({64: 1.2, 128: 0.99, 256: 0.8}, 128),
+        ({64: 0.9, 128: 1.0, 256: 0.8}, 256),  # 64 gained by luck
+        ({64: 0.9, 128: 0.9, 256: 1.01}, None),
+    ],
+)
+def test_the_edge_is_the_smallest_from_which_on_every_interval_is_below_one(highest, edge):
+    rows = [row for d, high in highest.items() for row in ({"d": d}, {"d": d, "ratio_high": high})]
+    assert monitor.worker_from(rows) == edge
