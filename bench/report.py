@@ -2,8 +2,7 @@
 
 ``DIR/cpu/<question>.jsonl`` (`bench.suite`) gives ``DIR/cpu/report.md``, ``DIR/gpu.jsonl`` (`bench.gpu`)
 ``DIR/report.md``, each with its pictures beside it. Rows decide everything: the same rows give the same files. What was
-skipped is listed with its reason, so that a rehearsal on a CPU cannot be mistaken for a measurement of a GPU. Without
-matplotlib there are no pictures.
+skipped is listed with its reason, so that a rehearsal on a CPU cannot be mistaken for a measurement of a GPU.
 
 ``--readme`` writes the README's tables from the committed rows; they stand between ``<!-- bench: NAME -->`` and
 ``<!-- /bench -->``. With ``--check`` nothing is written, and the exit status is 1 where a table does not follow from
@@ -13,23 +12,23 @@ the rows.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from bench.harness import ROOT, Row, read_rows
 from bench.providers import ENTROPIES
-from fastent.experiments.style import LIGHT
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from fastent.grokking.experiments.figures import LIGHT
 
 Table = Callable[[list[Row]], str]
 Draw = Callable[[list[Row], Path], None]
@@ -48,7 +47,7 @@ class Section:
 def write(
     title: str, origin: str, sections: Mapping[str, Section], rows: Mapping[str, list[Row]], out: Path
 ) -> list[Path]:
-    """Write ``report.md`` and, where matplotlib is there, the pictures; return the files.
+    """Write ``report.md`` and its pictures; return the files.
 
     Parameters
     ----------
@@ -64,13 +63,12 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     everything = [row for group in rows.values() for row in group]
     parts, files = [f"# {title}", origin, _machine(everything)], [out / "report.md"]
-    pictures = importlib.util.find_spec("matplotlib") is not None
     for name, section in sections.items():
         done = [row for row in rows.get(name, []) if "skipped" not in row]
         if not done:
             continue
         parts += [f"## {section.title}", section.table(done), *([section.note] if section.note else [])]
-        if section.draw is not None and pictures:
+        if section.draw is not None:
             files.append(out / f"{name.replace(' ', '-')}.png")
             section.draw(done, files[-1])
             parts.append(f"![{section.title}]({files[-1].name})")
@@ -410,8 +408,6 @@ def _overhead(rows: list[Row], path: Path) -> None:
 
 
 def _cost(rows: list[Row], path: Path) -> None:
-    from matplotlib.ticker import FixedLocator, NullLocator
-
     threads = sorted({row["threads"] for row in rows})
     figure, axes = _figure(2, len(threads), height=3.2)
     for i, count in enumerate(threads):
@@ -449,8 +445,6 @@ def _cost(rows: list[Row], path: Path) -> None:
 
 def _plain_ticks(axis: Any, *multiples: float) -> None:
     """Put ticks at 1, 2 and 5 times the powers of ten, written out."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     axis.set_major_locator(LogLocator(subs=multiples or (1.0, 2.0, 5.0)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -461,9 +455,6 @@ def _palette() -> list[tuple[str, str]]:
 
 
 def _figure(columns: int, lines: int, *, height: float) -> tuple[Any, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10.0, height * lines + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False)

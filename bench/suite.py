@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from bench import report
 from bench.harness import ROOT, Row, pinned, read_rows, write_rows
 
 
@@ -135,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.part)
         write_rows(arguments.rows, measure(arguments.only[0], quick=arguments.quick))
         return 0
+    from bench import report  # not in the processes that measure: matplotlib and more
+
     load, start = os.getloadavg()[0], time.perf_counter()
     if load > 0.5:
         print(f"warning: the load of this machine is {load:.1f} before anything was started", file=sys.stderr)
