@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastent.rounding import RESOLUTIONS
+from fastent.rounding import RESOLUTIONS, Resolution, of_dtype, of_means
 
 Tokens = Literal["flatten", "first", "last", "mean", "skip_first"]
 Positions = Literal["flatten", "mean"]
@@ -232,6 +232,38 @@ def rows_of(
     if x.ndim == 3 and x.shape[0] < 1:
         raise ValueError(f"the batch axis is empty; got shape {tuple(h.shape)}")
     return x
+
+
+def resolution_of(
+    h: Tensor,
+    *,
+    tokens: Tokens | None = None,
+    positions: Positions | None = None,
+    channel_axis: int | None = None,
+    mask: Tensor | RealTokens | None = None,
+    batch_dims: int | None = 0,
+) -> Resolution:
+    """Resolution of the rows that `matrix_of` makes of `h`, which accepted these arguments.
+
+    Of a mean it depends on how many tokens differ, which is looked at in three samples; on a device other than the
+    CPU, where that would stop the host, they are taken to differ.
+    """
+    given = of_dtype(h.dtype)
+    if tokens != "mean" and positions != "mean":
+        return given
+    leading = batch_dims or 0
+    h = h.detach()
+    if positions == "mean" and channel_axis is not None:
+        h = h.movedim(channel_axis, -1).flatten(leading + 1, -2)
+    real = RealTokens(mask) if isinstance(mask, Tensor) else mask
+    if leading:
+        h = h.flatten(0, 1)
+    if h.device.type != "cpu":
+        count = h.shape[1]
+        return given._replace(relative=given.relative / count**0.5)
+    chosen = {0, len(h) // 2, len(h) - 1}
+    samples = [h[i] if real is None else h[i][real.mask[i]] for i in chosen]
+    return of_means([_exact_float(sample) for sample in samples], given)
 
 
 def first_nonfinite(x: Tensor) -> tuple[int, tuple[int, ...]] | None:

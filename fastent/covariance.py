@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastent import torch_backend
 from fastent.activations import Positions, RealTokens, Tokens, first_nonfinite, matrix_of
+from fastent.rounding import Resolution, of_dtype
 from fastent.user_warning import warn_of_detached
 
 Backend = Literal["auto", "torch", "triton"]
@@ -46,8 +47,12 @@ class CenteredMatrix:
         Which of the two `matrix` is.
     n, d : int
         Samples and features.
-    resolution : float
-        Spacing of the input's dtype at 1: what it could not tell apart, this cannot either.
+    resolution : Resolution
+        Of the input's dtype: what it could not tell apart, this cannot either.
+    rounding : float, optional
+        Variance that rounding added, in units of the trace, where it is known from many parts.
+    entries : Tensor, shape (k, d), optional
+        Some of the input where the rest is gone, for `fastent.rounding.held`.
     """
 
     matrix: Tensor
@@ -56,7 +61,9 @@ class CenteredMatrix:
     side: Side
     n: int
     d: int
-    resolution: float
+    resolution: Resolution
+    rounding: float | None = None
+    entries: Tensor | None = None
 
     @property
     def trace(self) -> Tensor:
@@ -147,6 +154,7 @@ def centered_matrix(
     side: Side | None = None,
     scale: float | None = None,
     exact_mean: bool = False,
+    resolution: Resolution | None = None,
 ) -> CenteredMatrix:
     """Covariance, or for n < d Gram matrix, of checked activations; the way to every spectrum.
 
@@ -163,6 +171,8 @@ def centered_matrix(
     exact_mean : bool
         Give the mean beyond the rounding of one float64, as merging parts at a large offset needs. The kernels
         always do; only the covariance side has it.
+    resolution : Resolution, optional
+        Of the activations that `x` was made of; that of its own dtype by default.
 
     Returns
     -------
@@ -172,7 +182,6 @@ def centered_matrix(
     n, d = x.shape[-2:]
     side = side or ("gram" if n < d else "covariance")
     scale = 1.0 / n if scale is None else scale
-    resolution = torch.finfo(x.dtype).eps
     if _use_triton(x, backend):
         if side == "gram":
             from fastent.kernels.covariance import gram
@@ -194,7 +203,7 @@ def centered_matrix(
             matrix, shift, delta = (torch.stack(part) for part in zip(*parts, strict=True))
         else:
             ((matrix, shift, delta),) = parts
-    return CenteredMatrix(matrix, shift, delta, side, n, d, resolution)
+    return CenteredMatrix(matrix, shift, delta, side, n, d, resolution or of_dtype(x.dtype))
 
 
 def mirror_lower(matrix: Tensor) -> Tensor:

@@ -25,10 +25,11 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from fastent.activations import Positions, RealTokens, Tokens
+from fastent.activations import Positions, RealTokens, Tokens, resolution_of
 from fastent.devices import Devices
-from fastent.entropy import checked, spectral_entropy
+from fastent.entropy import checked, entropy_of_rows
 from fastent.ring import Device, Staged
+from fastent.rounding import Resolution
 from fastent.sampling import SamplingError
 from fastent.spectrum import SpectralEntropy
 from fastent.user_warning import warn_user
@@ -180,12 +181,12 @@ class DeferredEntropy:
             self._worker.submit(evaluation)
         self._ordered.append(evaluation)
 
-    def _stage(self, x: Tensor) -> Staged | None:
+    def _stage(self, x: Tensor, resolution: Resolution) -> Staged | None:
         device = self._device_of(x)
         if device is None:
             return None
         self._device = device
-        return device.stage(x)
+        return device.stage(x, resolution)
 
     def _drop(self, step: int) -> None:
         self.dropped += 1
@@ -261,9 +262,12 @@ class Opened:
             As `fastent.spectral_entropy` does.
         """
         x = checked(h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask)
-        staged = self._owner._stage(x)
+        resolution = resolution_of(
+            h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask
+        )
+        staged = self._owner._stage(x, resolution)
         if staged is None:
-            self.put(layer, spectral_entropy(x), mask_name=mask_name)
+            self.put(layer, entropy_of_rows(x, resolution), mask_name=mask_name)
         else:
             self._staged[layer] = staged
             self._masks[layer] = mask_name

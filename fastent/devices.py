@@ -6,6 +6,7 @@ under way (``flush``), or capture with ``capture_error_mode="thread_local"``.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from torch import Tensor
 from fastent.covariance import CenteredMatrix, centered_matrix, triton_obstacle
 from fastent.forming import KernelFormer, TorchFormer
 from fastent.ring import Device, Event, Ring, Staged, Streams
-from fastent.spectrum import TINY
+from fastent.rounding import Resolution
+from fastent.spectrum import TINY, held_resolution
 
 # From this edge on a hand-over to the worker costs nothing that could be measured even where no core is idle, and
 # hides 10 ms and more where one is (bench/NOTES.md).
@@ -51,11 +53,14 @@ class Host:
     # Dropped evaluations would make the record depend on luck, and waiting costs no more than solving in line.
     waits_when_full = True
 
-    def stage(self, x: Tensor) -> Staged | None:
+    def stage(self, x: Tensor, resolution: Resolution) -> Staged | None:
         """Form the matrix; None for values so extreme, or not finite, that the activations are needed again."""
-        centered = centered_matrix(x)
+        centered = centered_matrix(x, resolution=resolution)
         trace = float(centered.trace)
-        return _OnHost(centered, x.dtype) if TINY <= trace < torch.inf else None
+        if not TINY <= trace < torch.inf:
+            return None
+        resolution = held_resolution(centered, trace, x)
+        return _OnHost(dataclasses.replace(centered, resolution=resolution), x.dtype)
 
 
 class CudaStreams:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastent.activations import Positions, RealTokens, Tokens, first_nonfinite, matrix_of
+from fastent.activations import Positions, RealTokens, Tokens, first_nonfinite, matrix_of, resolution_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix
 from fastent.eigenvalues import eigenvalues
+from fastent.rounding import Resolution
 from fastent.spectrum import (
     CONVENTIONS,
     PAPER_FLOOR,
@@ -109,11 +111,21 @@ def spectral_entropy(
         mask=mask,
         batch_dims=batch_dims,
     )
-    centered = centered_matrix(x, backend=backend)
+    resolution = resolution_of(
+        h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=batch_dims
+    )
+    return entropy_of_rows(x, resolution, convention=convention, backend=backend)
+
+
+def entropy_of_rows(
+    x: Tensor, resolution: Resolution, *, convention: Convention = "relative", backend: Backend = "auto"
+) -> SpectralEntropy:
+    """Entropy of activations that were `checked`, with the resolution of what they were made of."""
+    centered = centered_matrix(x, backend=backend, resolution=resolution)
     if x.ndim == 2:
         trace = float(centered.trace)
         if TINY <= trace < math.inf:
-            return summarize(centered, *eigenvalues(centered), trace, convention)
+            return summarize(centered, *eigenvalues(centered), trace, convention, rows=x)
         return _of_extreme_values(x, centered, convention, backend)
     traces = centered.trace.tolist()
     good = [TINY <= trace < math.inf for trace in traces]
@@ -127,7 +139,7 @@ def spectral_entropy(
             centered, matrix=centered.matrix[i], shift=centered.shift[i], delta=centered.delta[i]
         )
         if good[i]:
-            items.append(summarize(item, values[i], solver, trace, convention))
+            items.append(summarize(item, values[i], solver, trace, convention, rows=x[i]))
         else:
             items.append(_of_extreme_values(x[i], item, convention, backend))
     return _stack(items)
@@ -172,7 +184,12 @@ def _of_extreme_values(
     spread, second = _near_one(small - small[:1])
     exponent = first + second
     scaled = centered_matrix(spread, backend=backend)
-    scaled = dataclasses.replace(scaled, shift=_times_power_of_two(small[0], -second))
+    given = centered.resolution
+    scaled = dataclasses.replace(
+        scaled,
+        shift=_times_power_of_two(small[0], -second),
+        resolution=given._replace(absolute=_ldexp(given.absolute, -exponent)),
+    )
     floor = math.ldexp(PAPER_FLOOR, min(-2 * exponent, 1000))  # from 1 on it clamps every eigenvalue
     again = summarize(scaled, *eigenvalues(scaled), float(scaled.trace), convention, floor)
     total = _times_power_of_two(scaled.trace.cpu(), 2 * exponent)
@@ -190,6 +207,11 @@ def _times_power_of_two(x: Tensor, exponent: int) -> Tensor:
     """``x * 2^exponent`` in steps whose factors are floats: one of 2^1074 is not, but a product may be."""
     step = max(-1000, min(1000, exponent))
     return x * 2.0**step if step == exponent else _times_power_of_two(x * 2.0**step, exponent - step)
+
+
+def _ldexp(x: float, exponent: int) -> float:
+    """``x * 2^exponent``, infinite where it is too large for a float."""
+    return math.inf if x and math.frexp(x)[1] + exponent > sys.float_info.max_exp else math.ldexp(x, exponent)
 
 
 def _stack(items: list[SpectralEntropy]) -> SpectralEntropy:

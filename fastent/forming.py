@@ -25,7 +25,7 @@ class Formed(NamedTuple):
     """What one evaluation leaves on the device, all float64."""
 
     matrix: Tensor  # (m, m), the lower triangle; m is the smaller of n and d
-    centre: Tensor  # (>= 2, d): shift, and mean - shift
+    centre: Tensor  # (>= 2, d): shift, which is an entry of each column, and mean - shift
     spread: Tensor  # (3,): trace, sum of squares of all entries, participation ratio
     block: Tensor  # their memory, in one piece
 
@@ -85,7 +85,9 @@ class TorchFormer:
     def form(self, x: Tensor, memory: Any, stream: Hashable) -> Formed:
         """Queue the operations."""
         centered = centered_matrix(x)
-        parts = (centered.matrix, torch.stack((centered.shift, centered.delta)), spread_of(centered.matrix))
+        entries = x[0].to(torch.float64)
+        delta = (centered.shift - entries) + centered.delta
+        parts = (centered.matrix, torch.stack((entries, delta)), spread_of(centered.matrix))
         block = torch.cat([part.flatten() for part in parts])
         pieces = block.split([part.numel() for part in parts])  # type: ignore[no-untyped-call]
         matrix, centre, spread = (piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))

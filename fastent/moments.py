@@ -1,20 +1,23 @@
 """Streaming and sharded moments: the covariance of data that is never in one place.
 
-A state is (n, shift, mean - shift, M2), M2 the centred sum of products, all float64. Parts merge by Chan, Golub and
-LeVeque (1983) on differences of shifts, never by raw sums: those lose eps * (offset / spread)^2, all digits at an
-offset of 1e8. The mean is kept as two parts since their sum rounds at the size of the offset.
+A state is (n, shift, mean - shift, M2, rounding), M2 the centred sum of products, rounding what the dtypes of the rows
+add to its trace (`fastent.rounding`), all float64. Parts merge by Chan, Golub and LeVeque (1983) on differences of
+shifts, never by raw sums: those lose eps * (offset / spread)^2, all digits at an offset of 1e8. The mean is kept as two
+parts since their sum rounds at the size of the offset.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastent.activations import Positions, RealTokens, Tokens, rows_of
+from fastent.activations import Positions, RealTokens, Tokens, resolution_of, rows_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
+from fastent.rounding import EXACT, RESOLUTIONS, Resolution, held, squared_relative
 from fastent.spectrum import SpectralEntropy, entropy_of_matrix
 from fastent.spread import device_of_group
 
@@ -36,10 +39,23 @@ class Moments:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> Moments:
+        """Forget all rows.
+
+        Returns
+        -------
+        Moments
+            Itself.
+        """
         self.n = 0
-        self._resolution = 0.0
-        # shift (d,), delta = mean - shift (d,), products (d, d) lower triangle; None until the first row
-        self._state: tuple[Tensor, Tensor, Tensor] | None = None
+        self._finest = math.inf  # relative spacing of the finest dtype among the rows
+        # shift (d,), delta = mean - shift (d,), products (d, d) lower triangle, rounding (); None until the first row
+        self._state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._ranks: list[int] = []  # whose rows these are, after all_reduce
+        self._grown = False  # by rows of one rank, since
+        return self
 
     @property
     def mean(self) -> Tensor:
@@ -50,7 +66,7 @@ class Moments:
         ValueError
             If no row was seen.
         """
-        shift, delta, _ = self._filled()
+        shift, delta, _, _ = self._filled()
         return shift + delta
 
     def update(
@@ -87,16 +103,18 @@ class Moments:
         )
         if len(x) == 0:
             return self
+        resolution = resolution_of(
+            h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=None
+        )
         part = Moments()
-        part._resolution = torch.finfo(x.dtype).eps
-        if len(x) == 1:
+        part.n, part._finest = len(x), resolution.relative
+        if part.n == 1:
             shift = x[0].to(torch.float64, copy=True)
-            part.n = 1
-            part._state = (shift, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift)))
+            parts = (shift, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift)))
         else:
             centered = centered_matrix(x, backend=backend, side="covariance", scale=1.0, exact_mean=True)
-            part.n = centered.n
-            part._state = (centered.shift, centered.delta, centered.matrix)
+            parts = (centered.shift, centered.delta, centered.matrix)
+        part._state = (*parts, _rounding(x, resolution, *parts))
         return self.merge(part)
 
     def merge(self, other: Moments) -> Moments:
@@ -114,13 +132,13 @@ class Moments:
         """
         if other._state is None:
             return self
-        self._resolution = max(self._resolution, other._resolution)
         if self._state is None:
-            self.n = other.n
+            self.n, self._finest = other.n, other._finest
             self._state = other._state
+            self._ranks, self._grown = other._ranks, other._grown
             return self
-        shift, delta, products = self._state
-        other_shift, other_delta, other_products = other._state
+        shift, delta, products, rounding = self._state
+        other_shift, other_delta, other_products, other_rounding = other._state
         if len(shift) != len(other_shift):
             raise ValueError(
                 f"d changed: these moments have d = {len(shift)}, the new rows d = {len(other_shift)}"
@@ -132,15 +150,18 @@ class Moments:
             shift,
             delta + gap * (other.n / n),
             products + other_products + torch.outer(weighted, gap),
+            rounding + other_rounding,
         )
-        self.n = n
+        self.n, self._finest = n, min(self._finest, other._finest)
+        self._ranks, self._grown = self._ranks or other._ranks, True
         return self
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
-        """Moments of all ranks of a group together, on every rank; a collective call.
+        """Add the rows of all other ranks of a group, so that each rank has those of all; a collective call.
 
         Ranks may be empty. One gather of the counts, one broadcast of a common shift, one sum of products about
-        it: (2 d + d^2) float64 per rank.
+        it: (1 + 2 d + d^2) float64 per rank. To go on collecting on each rank, add up a copy:
+        ``Moments().merge(mine).all_reduce()``.
 
         Parameters
         ----------
@@ -150,18 +171,20 @@ class Moments:
         Returns
         -------
         Moments
-            New; this one stays as it is, so calling twice counts nothing twice. NaN on one rank reaches all.
+            Itself. A second call for the same ranks changes nothing. NaN on one rank reaches all.
 
         Raises
         ------
         ValueError
-            On every rank, if d differs between ranks or no rank has a row.
+            On every rank, if d differs between ranks, no rank has a row, or a rank has added rows to those of all
+            ranks, which would be counted once for each rank.
         """
         device = self._state[0].device if self._state is not None else device_of_group(group)
+        ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+        d = 0 if self._state is None else len(self._state[0])
+        whole = 1 + self._grown if self._ranks == ranks else 0
         mine = torch.tensor(
-            [float(self.n), 0.0 if self._state is None else float(len(self._state[0])), self._resolution],
-            dtype=torch.float64,
-            device=device,
+            [float(self.n), float(d), self._finest, float(whole)], dtype=torch.float64, device=device
         )
         gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, mine, group=group)
@@ -172,26 +195,34 @@ class Moments:
             raise ValueError(
                 f"ranks must hold rows of one width d; got d = {widths}" if widths else "no rank holds a row"
             )
+        if bool((counts[:, 3] == 1).all()):
+            return self
+        if bool((counts[:, 3] > 0).any()):
+            raise ValueError(
+                "some ranks hold the rows of all ranks already, and further ones: they would be counted once for each "
+                "rank. Keep each rank's own and add up a copy, Moments().merge(own).all_reduce(), or reset()"
+            )
         d = widths[0]
         root = int((counts[:, 0] > 0).to(torch.uint8).argmax())
         common = torch.zeros(d, dtype=torch.float64, device=device)
         if dist.get_rank(group) == root:
             common.copy_(self.mean)
         dist.broadcast(common, group=group, group_src=root)
-        packed = torch.zeros(d + d * d, dtype=torch.float64, device=device)
+        packed = torch.zeros(1 + d + d * d, dtype=torch.float64, device=device)
         if self._state is not None:
-            shift, delta, products = self._state
+            shift, delta, products, rounding = self._state
             gap = (shift - common) + delta
-            packed[:d] = self.n * gap
-            packed[d:] = (products + self.n * torch.outer(gap, gap)).tril().flatten()
+            packed[0] = rounding
+            packed[1 : 1 + d] = self.n * gap
+            packed[1 + d :] = (products + self.n * torch.outer(gap, gap)).tril().flatten()
         dist.all_reduce(packed, group=group)
-        total = Moments()
-        total.n = int(filled[:, 0].sum())
-        total._resolution = float(filled[:, 2].max())
-        sums, products = packed[:d], packed[d:].view(d, d)
-        delta = sums / total.n
-        total._state = (common, delta, products - torch.outer(sums, delta))
-        return total
+        self.n = int(filled[:, 0].sum())
+        self._finest = float(filled[:, 2].min())
+        sums, products = packed[1 : 1 + d], packed[1 + d :].view(d, d)
+        delta = sums / self.n
+        self._state = (common, delta, products - torch.outer(sums, delta), packed[0])
+        self._ranks, self._grown = ranks, False
+        return self
 
     def covariance(self, *, correction: int = 0) -> Tensor:
         """Covariance of all rows, shape (d, d), float64, symmetric bit for bit.
@@ -206,7 +237,7 @@ class Moments:
         ValueError
             If fewer than two rows were seen or ``n <= correction``.
         """
-        _, _, products = self._at_least_two()
+        _, _, products, _ = self._at_least_two()
         if correction >= self.n:
             raise ValueError(
                 f"the normaliser is n - correction and must be positive; got n = {self.n}, {correction = }"
@@ -223,38 +254,125 @@ class Moments:
         ValueError
             If fewer than two rows were seen, or d = 1.
         """
-        shift, delta, products = self._at_least_two()
+        shift, delta, products, rounding = self._at_least_two()
         if len(shift) < 2:
             raise ValueError("the normalised entropy divides by log d, so d must be at least 2; got d = 1")
         return entropy_of_matrix(
             CenteredMatrix(
-                products / self.n, shift, delta, "covariance", self.n, len(shift), self._resolution
+                products / self.n,
+                shift,
+                delta,
+                "covariance",
+                self.n,
+                len(shift),
+                Resolution(self._finest, 0.0),
+                float(rounding) / self.n,
             )
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain dictionary of numbers and tensors, for a checkpoint."""
-        state: dict[str, Any] = {"n": self.n, "resolution": self._resolution}
-        if self._state is not None:
-            state |= dict(
-                zip(("shift", "delta", "products"), (part.clone() for part in self._state), strict=True)
+    def pack(self) -> Tensor:
+        """Everything in one vector, to send or to store; `unpack` reads it.
+
+        Returns
+        -------
+        Tensor, shape (3 + 2 d + d (d + 1) / 2,) or (3,) without rows, float64
+            n; rounding; finest relative spacing; shift; mean - shift; the lower triangle of the products, row by
+            row. Every element is defined: equal moments give equal bits.
+        """
+        if self._state is None:
+            return torch.tensor([0.0, 0.0, self._finest], dtype=torch.float64, device="cpu")
+        shift, delta, products, rounding = self._state
+        head = shift.new_tensor([float(self.n), 0.0, self._finest])
+        head[1] = rounding
+        below = torch.ones(products.shape, dtype=torch.bool, device=products.device).tril()
+        return torch.cat([head, shift, delta, products[below]])
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Moments:
+        """Moments of what `pack` gave, on its device.
+
+        Raises
+        ------
+        ValueError
+            If it has another dtype or shape, or counts that cannot be.
+        """
+        size = packed.numel() if packed.ndim == 1 else -1
+        d = (math.isqrt(25 + 8 * (size - 3)) - 5) // 2 if size >= 3 else 0
+        if packed.dtype != torch.float64 or size != 3 + 2 * d + d * (d + 1) // 2:
+            raise ValueError(
+                "packed moments are float64 of shape (3 + 2 d + d (d + 1) / 2,); "
+                f"got {packed.dtype}, {tuple(packed.shape)}"
             )
-        return state
+        n, _, finest = packed[:3].tolist()
+        if n < 0 or not n.is_integer() or (n > 0) != (d > 0):
+            raise ValueError(
+                f"packed moments of n rows have n = 0 and d = 0, or both positive; got {n = }, {d = }"
+            )
+        moments = cls()
+        if n:
+            packed = packed.detach().clone()
+            shift, delta, lower = packed[3:].split([d, d, d * (d + 1) // 2])  # type: ignore[no-untyped-call]
+            products = packed.new_zeros(d, d)
+            products[torch.ones(d, d, dtype=torch.bool, device=packed.device).tril()] = lower
+            moments.n, moments._finest = int(n), finest
+            moments._state = (shift, delta, products, packed[1])
+        return moments
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain dictionary of a tensor (`pack`) and of the ranks that `all_reduce` added up, for a checkpoint."""
+        return {"packed": self.pack(), "ranks": list(self._ranks), "grown": self._grown}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; raises KeyError when a part is missing."""
-        self.n = int(state["n"])
-        self._resolution = float(state["resolution"])
-        self._state = None
-        if self.n:
-            self._state = (state["shift"].clone(), state["delta"].clone(), state["products"].clone())
+        """Take over what `state_dict` gave.
 
-    def _filled(self) -> tuple[Tensor, Tensor, Tensor]:
+        Raises
+        ------
+        KeyError, ValueError
+            When a part is missing or has another shape; then nothing is taken over.
+        """
+        loaded = Moments.unpack(state["packed"])
+        ranks, grown = [int(rank) for rank in state["ranks"]], bool(state["grown"])
+        self.n, self._finest, self._state = loaded.n, loaded._finest, loaded._state
+        self._ranks, self._grown = ranks, grown
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same bits: those of the same rows in the same parts do."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        ours, theirs = (moments.pack().cpu().view(torch.int64) for moments in (self, other))
+        return torch.equal(ours, theirs)
+
+    def __repr__(self) -> str:
+        return f"Moments(n={self.n}" + (f", d={len(self._state[0])})" if self._state is not None else ")")
+
+    def _filled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self._state is None:
             raise ValueError("these moments have seen no row yet: call update first")
         return self._state
 
-    def _at_least_two(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _at_least_two(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 rows; these moments have seen N = {self.n}")
         return self._filled()
+
+
+def _rounding(x: Tensor, resolution: Resolution, shift: Tensor, delta: Tensor, products: Tensor) -> Tensor:
+    """Variance that rounding adds to the trace of `products`, shape (), float64 on their device.
+
+    On the CPU values are looked at as `spectral_entropy` does; on a device, which is not waited for, a few always are.
+    """
+    n, d = x.shape
+    mean = shift + delta
+    offset, trace = n * mean.dot(mean), products.trace()
+    squared: float | Tensor = resolution.relative**2
+    if x.device.type == "cpu":
+        total = float(trace.numpy())
+        if not math.isnan(total):
+            ratio = float(offset.numpy()) / total if total > 0.0 else math.inf
+            narrow = held(x, resolution, ratio, math.sqrt(n * d / total) if total > 0.0 else math.inf)
+            if narrow is not None:
+                resolution = RESOLUTIONS[narrow]
+                squared = resolution.relative**2
+    elif resolution != EXACT:
+        squared = squared_relative(x, resolution)
+    return (squared * (offset + trace) + resolution.absolute**2 * (n * d)) / 12.0

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastent.covariance import CenteredMatrix, Side
 from fastent.forming import Formed, Former
+from fastent.rounding import Resolution
 
 # Slots that wait for another use; with more than that, shapes no longer come back.
 _MOST_FREE = 256
@@ -85,7 +86,7 @@ class Device(Protocol):
 
     waits_when_full: bool
 
-    def stage(self, x: Tensor) -> Staged | None:
+    def stage(self, x: Tensor, resolution: Resolution) -> Staged | None:
         """Form the centred matrix of checked activations (n, d); None if they must be looked at in line."""
 
 
@@ -115,7 +116,9 @@ class Slot:
         self._host: Formed | None = None
         self._event = streams.event()
 
-    def fill(self, streams: Streams, formed: Formed, n: int, dtype: torch.dtype) -> None:
+    def fill(
+        self, streams: Streams, formed: Formed, n: int, dtype: torch.dtype, resolution: Resolution
+    ) -> None:
         """Queue the copy of what was formed from `n` rows of `dtype`."""
         d = self.key[1]
         self.dtype = dtype
@@ -128,7 +131,9 @@ class Slot:
         self.source = formed.matrix if self.batched else None
         side: Side = "gram" if n < d else "covariance"
         shift, delta = self._host.centre[0], self._host.centre[1]
-        self.centered = CenteredMatrix(self._host.matrix, shift, delta, side, n, d, torch.finfo(dtype).eps)
+        self.centered = CenteredMatrix(
+            self._host.matrix, shift, delta, side, n, d, resolution, entries=self._host.centre[:1]
+        )
 
     def ready(self) -> bool:
         """Whether the copy has been made."""
@@ -169,12 +174,12 @@ class Ring:
         self._free: dict[tuple[int, int], deque[Slot]] = {}
         self.allocated = 0
 
-    def stage(self, x: Tensor) -> Staged:
+    def stage(self, x: Tensor, resolution: Resolution) -> Staged:
         """Form the covariance (or Gram matrix) in the training stream and send it on its way."""
         slot = self._take(x)
         try:
             formed = self._former.form(x, slot.memory, self._streams.current())
-            slot.fill(self._streams, formed, x.shape[0], x.dtype)
+            slot.fill(self._streams, formed, x.shape[0], x.dtype, resolution)
         except BaseException:
             slot.release()
             raise

@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastent.activations import Positions, RealTokens, Tokens, matrix_of
+from fastent.activations import Positions, RealTokens, Tokens, resolution_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
-from fastent.entropy import spectral_entropy
+from fastent.entropy import checked, entropy_of_rows
 from fastent.spectrum import SpectralEntropy, Status, entropy_of_matrix
 
 GROUPS = 16
@@ -111,9 +111,7 @@ def sampling_error(
     >>> round(error.normalized, 2), round(error.bias, 3), round(error.corrected, 2)
     (0.97, -0.026, 1.0)
     """
-    x = matrix_of(
-        h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=None
-    )
+    x = checked(h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=None)
     n, d = x.shape
     if n < 3:
         raise ValueError(f"a jackknife needs at least 3 samples (rows); got N = {n}")
@@ -121,7 +119,10 @@ def sampling_error(
         raise ValueError(f"groups must be at least 2; got {groups}")
     if population is not None and population < n:
         raise ValueError(f"the population cannot be smaller than its sample; got {population} < {n}")
-    whole = spectral_entropy(x, backend=backend)
+    resolution = resolution_of(
+        h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=None
+    )
+    whole = entropy_of_rows(x, resolution, backend=backend)
     groups = min(groups, n)
     normalized = float(whole.normalized)
     if whole.status in (Status.ZERO_VARIANCE, Status.NONFINITE):

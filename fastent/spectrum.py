@@ -18,14 +18,13 @@ from torch import Tensor
 
 from fastent.covariance import CenteredMatrix
 from fastent.eigenvalues import EPS, eigenvalues
+from fastent.rounding import RESOLUTIONS, UNRESOLVED_SHARE, Resolution, held
 
 Convention = Literal["relative", "paper"]
 CONVENTIONS = get_args(Convention)
 
 TINY = torch.finfo(torch.float64).tiny  # below it, and at infinity, a total variance has lost digits
 PAPER_FLOOR = 1e-12
-# Rounding of the input itself makes up this share of the total variance: H then moves by about as much.
-UNRESOLVED_SHARE = 0.01
 
 
 class Status(StrEnum):
@@ -132,12 +131,13 @@ def entropy_of_matrix(
     """
     value = float(centered.trace)
     if TINY <= value < math.inf:
-        return summarize(centered, *(spectrum or eigenvalues(centered)), value, convention)
+        found = spectrum or eigenvalues(centered)
+        return summarize(centered, *found, value, convention, rows=centered.entries)
     if math.isnan(value):
         # The mean of a column is finite where the column is; Inf - Inf makes the trace NaN for large squares too.
         bad = (~(centered.shift + centered.delta).isfinite()).nonzero().flatten().tolist()
         if bad:
-            kinds = "NaN or Inf" if centered.resolution > EPS else "NaN, Inf or a sum beyond float64"
+            kinds = "NaN or Inf" if centered.resolution.relative > EPS else "NaN, Inf or a sum beyond float64"
             message = f"{kinds} in {len(bad)} of {centered.d} features, the first is feature {bad[0]}"
             return unsolved(centered, Status.NONFINITE, math.nan, message, convention)
         value = math.inf
@@ -154,6 +154,8 @@ def summarize(
     trace: float,
     convention: Convention,
     floor: float = PAPER_FLOOR,
+    *,
+    rows: Tensor | None = None,
 ) -> SpectralEntropy:
     """Make the result of a matrix that was solved.
 
@@ -171,6 +173,8 @@ def summarize(
         See `fastent.spectral_entropy`.
     floor : float
         The paper's clamp in the units of `values`, which may have been scaled.
+    rows : Tensor, shape (k, d), optional
+        The activations, or some of them, which may hold values of a narrower dtype.
     """
     n, d = centered.n, centered.d
     if centered.side == "gram":
@@ -187,13 +191,10 @@ def summarize(
         sentences.append(
             f"{n} samples in {d} dimensions: H cannot exceed {ceiling:.4f}; {d + 1} lift the ceiling"
         )
-    share = _rounding_share(centered, trace)
-    if share > UNRESOLVED_SHARE:
+    unresolved = _unresolved(centered, trace, rows)
+    if unresolved:
         flags.append(Status.UNRESOLVED_OFFSET)
-        sentences.append(
-            f"the input's own rounding makes up {min(share, 1.0):.0%} of the variance, its offset is too large for "
-            "its dtype: take activations of a wider dtype, or subtract the offset before the cast"
-        )
+        sentences.append(unresolved)
     return SpectralEntropy(
         normalized=normalized,
         entropy=h,
@@ -231,12 +232,46 @@ def _ceiling(n: int, d: int) -> float:
     return math.log(n - 1) / math.log(d) if n <= d else 1.0
 
 
-def _rounding_share(centered: CenteredMatrix, trace: float) -> float:
-    """Variance that rounding the input at the size of its mean adds, as a share of the total variance."""
-    mean = (centered.shift + centered.delta).cpu().numpy()
+def held_resolution(centered: CenteredMatrix, trace: float, rows: Tensor) -> Resolution:
+    """Resolution of the values of `rows`, where it is narrower than that of their dtype and matters."""
+    dtype = held(rows, centered.resolution, *_offset_and_unit(centered, trace))
+    return centered.resolution if dtype is None else RESOLUTIONS[dtype]
+
+
+def _offset_and_unit(centered: CenteredMatrix, trace: float) -> tuple[float, float]:
+    """``|mean|^2 / trace`` and ``sqrt(d / trace)``."""
+    root = math.sqrt(trace)
     with np.errstate(over="ignore"):
-        rounding = mean * (centered.resolution / math.sqrt(12.0 * trace))  # before squaring: it may be 1e160
-        return float(rounding.dot(rounding))
+        # Before squaring: it may be 1e160.
+        mean = (centered.shift + centered.delta).cpu().numpy() * (1.0 / root)
+        return float(mean.dot(mean)), math.sqrt(centered.d) / root
+
+
+def _unresolved(centered: CenteredMatrix, trace: float, rows: Tensor | None) -> str:
+    """Sentence on rounding that makes up too much of the variance; empty where it does not."""
+    holder = "its dtype"
+    size, unit = _offset_and_unit(centered, trace)
+    if centered.rounding is not None:
+        share, offset = centered.rounding / trace, size > 1.0
+    else:
+        resolution = centered.resolution
+        narrow = None if rows is None else held(rows, resolution, size, unit)
+        if narrow is not None:
+            resolution = RESOLUTIONS[narrow]
+            holder = f"{str(narrow).removeprefix('torch.')}, whose values it holds"
+        share = resolution.share(size, unit)
+        offset = resolution._replace(absolute=0.0).share(size, unit) > 0.5 * share
+    if share <= UNRESOLVED_SHARE:
+        return ""
+    what, remedy = (
+        ("its offset is too large", "subtract the offset")
+        if offset
+        else ("its values are too small", "scale them up")
+    )
+    return (
+        f"the input's own rounding makes up {min(share, 1.0):.0%} of the variance, {what} for {holder}: take "
+        f"activations of a wider dtype, or {remedy} before the cast"
+    )
 
 
 def constant_rows(centered: CenteredMatrix, convention: Convention) -> SpectralEntropy:
