@@ -135,6 +135,105 @@ def test_state_survives_a_checkpoint_to_the_bit():
     assert empty.n == 0
 
 
+def poisoned(h: torch.Tensor) -> Moments:
+    """Moments of `h` with NaN in the memory that holds nothing."""
+    moments = Moments().update(h)
+    products = moments._state[2]
+    products[torch.ones_like(products).triu(1).bool()] = torch.nan
+    return moments
+
+
+def test_a_state_holds_no_memory_that_nothing_was_written_to():
+    h = activations(50, 4)
+    packed = poisoned(h).state_dict()["packed"]
+    assert packed.isfinite().all()
+    assert torch.equal(packed, Moments().update(h).state_dict()["packed"])
+    assert poisoned(h) == Moments().update(h)
+
+
+@pytest.mark.parametrize("d", [1, 2, 4, 127])
+def test_packed_moments_are_count_rounding_mean_and_triangle_and_come_back_to_the_bit(d):
+    h = activations(50, d, offset=1e5)
+    moments = poisoned(h)
+    packed = moments.pack()
+    assert packed.shape == (3 + 2 * d + d * (d + 1) // 2,)
+    assert packed.dtype == torch.float64
+    assert packed[0] == 50
+    assert torch.allclose(packed[3 : 3 + d] + packed[3 + d : 3 + 2 * d], h.mean(0), rtol=1e-15)
+    i, j = torch.tril_indices(d, d)
+    assert torch.allclose(packed[3 + 2 * d :], 50 * fastent.covariance(h)[i, j], rtol=1e-12)
+    copy = Moments.unpack(packed)
+    assert copy == moments
+    copy.update(h)  # of its own memory
+    assert torch.equal(packed, moments.pack())
+    assert copy == moments.update(h)
+    assert Moments.unpack(Moments().pack()) == Moments()
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        torch.zeros(0, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.float64),
+        torch.zeros(7, dtype=torch.float64),
+        torch.zeros(3, 1, dtype=torch.float64),
+        torch.zeros(3),
+        torch.tensor([5.0, 0.0, 1.0], dtype=torch.float64),
+        torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+        torch.tensor([1.5, 0.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+        torch.tensor([torch.nan, 0.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+        torch.tensor([torch.inf, 0.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+    ],
+)
+def test_a_damaged_state_is_refused_and_nothing_of_it_is_taken_over(packed):
+    moments = Moments().update(activations(50, 4))
+    before = moments.pack()
+    with pytest.raises(ValueError, match="packed moments"):
+        moments.load_state_dict({"packed": packed, "ranks": [], "grown": False})
+    with pytest.raises(KeyError):
+        moments.load_state_dict({"packed": Moments().pack()})
+    assert torch.equal(moments.pack(), before)
+
+
+def test_reset_forgets_everything_even_the_width():
+    h = activations(50, 4)
+    moments = Moments().update(activations(9, 3).bfloat16()).reset()
+    assert moments == Moments()
+    assert moments.update(h) == Moments().update(h)
+
+
+def test_moments_are_equal_where_their_bits_are_and_say_what_they_hold():
+    h = activations(50, 4)
+    assert Moments().update(h) == Moments().update(h.clone())
+    assert Moments().update(h) != Moments().update(h[:49])
+    assert Moments().update(h) != Moments().update(h + 1.0)
+    assert Moments().update(h) != Moments().update(h[:, :3])
+    assert Moments() != 0
+    h[0, 0] = torch.nan
+    assert Moments().update(h) == Moments().update(h)
+    assert repr(Moments()) == "Moments(n=0)"
+    assert repr(Moments().update(h)) == "Moments(n=50, d=4)"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [("last", 1), ("first", 1), ("mean", 1), ("flatten", 3), ("skip_first", 2)]
+)
+def test_one_sample_of_tokens_is_taken_as_one_row_is(tokens, rows):
+    h = activations(3, 4)[None]
+    chosen = {"last": h[0, 2:], "first": h[0, :1], "mean": h.mean(1), "flatten": h[0], "skip_first": h[0, 1:]}
+    moments = Moments().update(h, tokens=tokens)
+    assert moments.n == rows
+    assert torch.equal(moments.mean, Moments().update(chosen[tokens]).mean)
+
+
+def test_a_merge_that_fails_changes_nothing():
+    moments = Moments().update(activations(50, 4))
+    before = moments.pack()
+    with pytest.raises(ValueError, match="d changed"):
+        moments.merge(Moments().update(activations(5, 3).bfloat16()))
+    assert torch.equal(moments.pack(), before)
+
+
 RANK = """
 import json, sys, torch, torch.distributed as dist, fastent
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -150,13 +249,37 @@ for case, parts in {"empty": (0, 120, 80), "nan": (50, 100, 50), "widths": (100,
         mine = mine[:, :5]
     moments = fastent.Moments().update(mine)
     try:
-        total = moments.all_reduce()
-        again = moments.all_reduce()
-        r = total.spectral_entropy()
-        error = (total.covariance() - fastent.covariance(h)).abs().max().item()
-        outcomes[case] = [total.n, again.n, moments.n, r.status, r.entropy, error]
+        copy = fastent.Moments().merge(moments)
+        itself = moments.all_reduce() is moments
+        once = moments.n
+        twice = moments.all_reduce().n
+        r = moments.spectral_entropy()
+        error = (moments.covariance() - fastent.covariance(h)).abs().max().item()
+        outcomes[case] = [itself, once, twice, copy.n, r.status, r.entropy, error]
     except ValueError as failure:
         outcomes[case] = str(failure)
+for case in ("grown", "merged", "loaded"):
+    moments = fastent.Moments().update(h.split((0, 120, 80))[rank]).all_reduce()
+    if rank == 1 and case == "grown":
+        moments.update(h[:5])
+    if rank == 1 and case == "merged":
+        moments = fastent.Moments().update(h[:5]).merge(moments)
+    if case == "loaded":
+        state, moments = moments.state_dict(), fastent.Moments()
+        moments.load_state_dict(state)
+    try:
+        outcomes[case] = moments.all_reduce().n
+    except ValueError as failure:
+        outcomes[case] = str(failure)
+pairs = [dist.new_group([0, 1]), dist.new_group([1, 2])]
+moments = fastent.Moments().update(h.split((50, 50, 100))[rank])
+if rank < 2:  # first within a machine, then over machines
+    moments.all_reduce(pairs[0])
+if rank > 0:
+    moments.all_reduce(pairs[1])
+outcomes["groups"] = moments.n
+narrow = fastent.Moments().update((h[:200].float() + (0.0 if rank else 3e7)).bfloat16().float())
+outcomes["rounding"] = narrow.all_reduce().spectral_entropy().status
 print(json.dumps(outcomes))
 dist.destroy_process_group()
 """
@@ -179,17 +302,32 @@ def test_ranks_merge_to_the_whole_also_when_one_is_empty(ranks):
     h = torch.randn(200, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e6
     whole = fastent.spectral_entropy(h)
     for rank, outcome in enumerate(ranks):
-        n, again, own, status, entropy, error = outcome["empty"]
-        assert (n, again, own) == (200, 200, (0, 120, 80)[rank])
+        itself, once, twice, own, status, entropy, error = outcome["empty"]
+        assert itself  # in place, as update and merge are
+        assert (once, twice, own) == (200, 200, (0, 120, 80)[rank])
         assert status == "ok"
         assert abs(entropy - whole.entropy) < 1e-13
         assert error < 1e-14
 
 
 def test_nan_on_one_rank_is_flagged_on_all(ranks):
-    assert [outcome["nan"][3] for outcome in ranks] == ["nonfinite"] * 3
+    assert [outcome["nan"][4] for outcome in ranks] == ["nonfinite"] * 3
 
 
 def test_ranks_of_different_width_or_without_rows_all_raise(ranks):
     assert all("d = [5, 6]" in outcome["widths"] for outcome in ranks)
     assert [outcome["none"] for outcome in ranks] == ["no rank holds a row"] * 3
+
+
+def test_a_second_sum_over_the_same_ranks_is_refused_on_all_where_one_has_added_rows(ranks):
+    for case in ("grown", "merged"):
+        assert all("once for each rank" in outcome[case] for outcome in ranks), case
+    assert [outcome["loaded"] for outcome in ranks] == [200] * 3
+
+
+def test_sums_over_one_group_and_then_another_count_every_row(ranks):
+    assert [outcome["groups"] for outcome in ranks] == [100, 200, 200]
+
+
+def test_the_rounding_of_one_rank_is_known_on_all(ranks):
+    assert [outcome["rounding"] for outcome in ranks] == ["unresolved_offset"] * 3
