@@ -367,7 +367,7 @@ class _Copies:
         while self._lazy:
             original, storage = self._lazy.pop()
             kept = torch._C._storage_Use_Count(storage._cdata) > 1
-            if kept and torch._C._is_cow_tensor(torch.empty(0, device=original.device).set_(storage)):
+            if kept and torch._C._is_cow_tensor(original.new_empty(0).set_(storage)):
                 storage.data_ptr()  # asked for by a writer: it is the copy that moves
             del storage
             original.data_ptr()

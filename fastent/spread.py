@@ -92,7 +92,8 @@ class Spread:
 def _is_the_same(h: Tensor, group: Any) -> bool:
     """Whether all ranks of `group` hold the same values, as far as some of them tell."""
     flat = h.detach().reshape(-1)
-    where = torch.linspace(0, max(len(flat) - 1, 0), _SAMPLES, dtype=torch.float64).long().to(h.device)
+    where = torch.linspace(0, max(len(flat) - 1, 0), _SAMPLES, dtype=torch.float64, device="cpu")
+    where = where.long().to(h.device)
     seen = torch.zeros(_SAMPLES + 1, dtype=torch.float64, device=h.device)
     seen[0] = len(flat)
     if len(flat):
@@ -107,7 +108,7 @@ def _is_the_same(h: Tensor, group: Any) -> bool:
 
 def any_rank(answer: bool) -> bool:
     """Whether any rank of the default process group answers yes, on every rank; a collective call."""
-    votes = torch.tensor(int(answer), device=device_of_group(None))
+    votes = torch.tensor(int(answer), dtype=torch.int64, device=device_of_group(None))
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes.item())
 
