@@ -128,8 +128,10 @@ class SpectralEntropyMonitor(Readings):
     Notes
     -----
     `history`, `crossed` and `should_stop` know what has arrived by the last call of `step`, `observe` or `flush`:
-    when a deferred run stops by `should_stop` depends on the clock, unless `flush` is called before it. A checkpoint
-    (`state_dict`) waits for everything asked for so far. Only records with a `usable` status count for crossings.
+    when a deferred run stops by `should_stop` depends on the clock, unless `flush` is called before it. So flush before
+    whatever reads a record: a validation whose end decides on stopping or on a checkpoint, `should_stop`, the end of
+    the run; and log each record at its own step (docs/logging.md). A checkpoint (`state_dict`) waits for everything
+    asked for so far. Only records with a `usable` status count for crossings.
 
     Under FSDP or tensor parallelism every rank must call `step`, since the forward pass needs them all, and rank 0
     alone records. Under DDP each rank that calls `step` records for itself. In both, ``should_stop(agree=True)`` on
