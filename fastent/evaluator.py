@@ -167,15 +167,14 @@ class Evaluator:
     def _merge(self, step: int, layer: str, h: Tensor) -> None:
         with self._checks_of(layer, h):
             reading = self._read(layer, h)
-            rows = rows_of(reading.h, **reading.choice, batch_dims=None)
-            d = rows.shape[-1]
+            part = Moments().update(reading.h, **reading.choice)
+            d = len(part.mean) if part.n else rows_of(reading.h, **reading.choice, batch_dims=None).shape[-1]
             if d < 2:
                 raise ValueError(
                     "the normalised entropy divides by log d, so d must be at least 2; got d = 1"
                 )
             self._recording.check(step, layer, d)
-            moments = self._merged.moments.get(layer, Moments())
-            moments.update(rows)
+            moments = self._merged.moments.get(layer, Moments()).merge(part)
         self._merged.step = step
         self._merged.moments[layer] = moments
         self._merged.widths[layer] = d

@@ -381,3 +381,12 @@ def test_records_that_nobody_takes_do_not_pile_up(monkeypatch: pytest.MonkeyPatc
         monitor.observe(step, inputs(), layer="a")
     assert [r.step for r in monitor.flush()] == [7, 8, 9, 10, 11]
     assert [r.step for r in monitor.history] == [9, 10, 11]
+
+
+def test_merged_rows_are_judged_by_the_dtype_that_they_came_in() -> None:
+    h = (1000 + inputs(n=64, d=8)).to(torch.float16)  # an offset that float16 cannot resolve
+    monitor = Monitor()
+    for part in (h[:40], h[40:]):
+        monitor.observe(0, part, layer="a", merge=True)
+    (record,) = monitor.flush()
+    assert record.status is spectral_entropy(h).status is Status.UNRESOLVED_OFFSET
