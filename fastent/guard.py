@@ -30,8 +30,7 @@ import random
 import signal
 import sys
 import threading
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -42,13 +41,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fastent.snapshot import FIELDS, Snapshot
 from fastent.worker import THREAD_NAME
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-# Bytes from which a tensor's storage is copied when it is first written to: a copy below costs as little.
-LARGE = 1 << 16
 
 
 @contextmanager
@@ -242,37 +239,15 @@ def _eval_mode(modules: list[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
-Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
-
-# These very types: a subclass may refuse what putting back does, or do more.
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
-_FIELDS = frozenset(nn.Module().__dict__)  # hooks, parameters, submodules and such
-_NONE: frozenset[str] = frozenset()
-_MISSING = object()
-
-
 @contextmanager
 def _attributes(modules: list[nn.Module]) -> Iterator[None]:
-    """Put back attributes, buffers, what containers among them hold, and the states of generators.
-
-    The pass works on copies of the tensors and the originals come back untouched: even their version counters, so
-    that a backward pass which is under way still runs, and even where the pass resizes or replaces them.
-    """
-    skipped = _not_put_back(modules)
-    containers = _containers(modules, skipped)
-    saved = [(live, live.copy()) for live in containers]
-    generators = list(_generator_states(containers))
-    copies = _Copies()
+    """Put back what modules keep; the pass works on copies of their tensors."""
+    snapshot = Snapshot(modules, _not_put_back(modules))
     try:
-        for live in containers:
-            copies.put_into(live, skipped.get(id(live), _NONE))
+        snapshot.put_copies()
         yield
     finally:
-        for live, old in saved:
-            _put_back(live, old, skipped.get(id(live), _NONE))
-        for put_back in generators:
-            put_back()
-        copies.drop()
+        snapshot.put_back()
 
 
 def _not_put_back(modules: list[nn.Module]) -> dict[int, frozenset[str]]:
@@ -284,7 +259,7 @@ def _not_put_back(modules: list[nn.Module]) -> dict[int, frozenset[str]]:
     first = fsdp1_modules(modules)
     if not (first or fsdp_modules(modules)):
         return {}
-    fields = _FIELDS - {"_buffers"}
+    fields = FIELDS - {"_buffers"}
     wrappers = {id(module) for module in first}
     return {
         id(module.__dict__): frozenset(module.__dict__)
@@ -294,144 +269,6 @@ def _not_put_back(modules: list[nn.Module]) -> dict[int, frozenset[str]]:
         )
         for module in modules
     }
-
-
-def _containers(modules: list[nn.Module], skipped: dict[int, frozenset[str]]) -> list[Container]:
-    """Collect each module's attributes and the containers in them, at any depth, each once."""
-    found: dict[int, Container] = {}
-    todo: list[Any] = [module.__dict__ for module in modules]
-    while todo:
-        value = todo.pop()
-        if type(value) is tuple:
-            todo.extend(value)
-        elif type(value) in _CONTAINERS and id(value) not in found:
-            found[id(value)] = value
-            names = skipped.get(id(value), _NONE)
-            if isinstance(value, dict):
-                todo.extend(item for key, item in value.items() if key not in names)
-            elif not isinstance(value, set):  # what a set holds is hashable
-                todo.extend(value)
-    return list(found.values())
-
-
-def _put_back(live: Container, old: Container, skipped: frozenset[str]) -> None:
-    """Make `live` what `old` is, and the object that it was; written to only where they differ."""
-    if isinstance(live, dict) and isinstance(old, dict):
-        for key in live.keys() - old.keys() - skipped:
-            del live[key]
-        for key, value in old.items():
-            if key not in skipped and live.get(key, _MISSING) is not value:
-                live[key] = value
-        if not skipped and not _same(live, old):  # another order
-            live.clear()
-            live.update(old)
-    elif isinstance(live, list):
-        if not _same(live, old):
-            live[:] = old
-    elif not (_same(live, old) if isinstance(live, deque) else live == old):
-        live.clear()
-        (live.extend if isinstance(live, deque) else live.update)(old)
-
-
-def _same(a: Iterable[Any], b: Iterable[Any]) -> bool:
-    a, b = list(a), list(b)
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-class _Copies:
-    """Copies of tensors for the pass to work on; those that share memory go on sharing it.
-
-    From `LARGE` on a copy takes memory when it, or the original, is first written to (torch calls that a lazy
-    clone). Where torch cannot do that, such as memory that NumPy made or that is mapped from a file, it is a copy.
-    """
-
-    def __init__(self) -> None:
-        self._tensors: dict[int, Tensor] = {}
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        self._lazy: list[tuple[Tensor, torch.UntypedStorage]] = []
-
-    def put_into(self, container: Container, skipped: frozenset[str]) -> None:
-        """Replace the tensors in `container`, in tuples there too."""
-        if isinstance(container, set):
-            return
-        items = list(container.items() if isinstance(container, dict) else enumerate(container))
-        for key, value in items:
-            copied = value if key in skipped else self._replaced(value)
-            if copied is not value:
-                container[key] = copied
-
-    def drop(self) -> None:
-        """Give up the copies; the originals have their memory to themselves again, where it was."""
-        self._tensors = {}
-        self._storages = {}
-        while self._lazy:
-            original, storage = self._lazy.pop()
-            kept = torch._C._storage_Use_Count(storage._cdata) > 1
-            if kept and torch._C._is_cow_tensor(original.new_empty(0).set_(storage)):
-                storage.data_ptr()  # asked for by a writer: it is the copy that moves
-            del storage
-            original.data_ptr()
-
-    def _replaced(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            known = self._tensors.get(id(value))
-            if known is None:
-                known = self._tensors[id(value)] = self._copy(value.detach())
-            return known
-        if type(value) is tuple:
-            items = tuple(map(self._replaced, value))
-            return value if _same(items, value) else items
-        return value
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
-        if not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
-            return tensor.clone()
-        storage = tensor.untyped_storage()
-        copied = self._storages.get(storage._cdata)
-        if copied is None:
-            if storage.nbytes() < LARGE:
-                copied = storage.clone()
-            else:
-                try:
-                    copied = tensor._lazy_clone().untyped_storage()
-                except RuntimeError:
-                    return tensor.clone()
-                self._lazy.append((tensor, copied))
-            self._storages[storage._cdata] = copied
-        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return copy.set_(copied, tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
-def _generator_states(containers: list[Container]) -> Iterator[Callable[[], None]]:
-    """For each generator in `containers`, a function that puts its state back."""
-    seen: set[int] = set()
-    for container in containers:
-        for value in list(container.values() if isinstance(container, dict) else container):
-            if id(value) not in seen and isinstance(value, _GENERATORS):
-                seen.add(id(value))
-                if not isinstance(value, random.SystemRandom):  # has no state
-                    yield _state_of(value)
-
-
-_GENERATORS = (
-    torch.Generator,
-    random.Random,
-    np.random.Generator,
-    np.random.BitGenerator,
-    np.random.RandomState,
-)
-
-
-def _state_of(generator: Any) -> Callable[[], None]:
-    if isinstance(generator, torch.Generator):
-        return functools.partial(generator.set_state, generator.get_state())
-    if isinstance(generator, random.Random):
-        return functools.partial(generator.setstate, generator.getstate())
-    if isinstance(generator, np.random.RandomState):
-        return functools.partial(generator.set_state, generator.get_state(legacy=False))
-    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
-    return functools.partial(setattr, bits, "state", bits.state)
 
 
 @contextmanager

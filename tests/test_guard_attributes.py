@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from fastent import guard
-from fastent.guard import LARGE, undisturbed
+from fastent import snapshot
+from fastent.guard import undisturbed
 from fastent.monitor import SpectralEntropyMonitor
+from fastent.snapshot import LARGE
 
 D = 6
 
@@ -345,7 +346,7 @@ def test_large_buffers_in_memory_that_cannot_be_cloned_lazily_are_copied(memory:
 
 
 def test_training_differs_without_the_lazy_copies_of_large_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard._Copies, "put_into", lambda self, container, skipped: None)
+    monkeypatch.setattr(snapshot._Copies, "of", lambda self, value: value)
     model = Large()
     SpectralEntropyMonitor(model, probe(), "", check=False).step(0)
     outside.clear()

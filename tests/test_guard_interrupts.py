@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from fastent import guard
-from fastent.guard import LARGE, undisturbed
+from fastent.guard import undisturbed
 from fastent.monitor import SpectralEntropyMonitor
+from fastent.snapshot import LARGE
 
 
 class Busy(nn.Module):
