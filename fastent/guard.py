@@ -135,14 +135,15 @@ class Interrupts:
 
         @functools.wraps(function)
         def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self.held(), _disable_current_modes():  # type: ignore[no-untyped-call]
+            with self.held(), _disable_current_modes():
                 return function(*args, **kwargs)
 
         return alone
 
     def release(self) -> None:
         """Put the handler back, and hand on what waited."""
-        if signal.getsignal(signal.SIGINT) is self:
+        installed: Any = signal.getsignal(signal.SIGINT)
+        if installed is self:  # not the model's own
             signal.signal(signal.SIGINT, self._handler)
         if self._waiting:
             self._waiting = False

@@ -123,7 +123,9 @@ class Snapshot:
         if kind == _TENSOR:
             return not isinstance(value, nn.Parameter)
         if kind == _TUPLE:
-            held = [self._take(_kind(type(item)), item) for item in value]  # all of them, whatever the first says
+            held = [
+                self._take(_kind(type(item)), item) for item in value
+            ]  # all of them, whatever the first says
             return any(held)
         if id(value) not in self._seen:
             self._seen.add(id(value))
@@ -164,6 +166,10 @@ def _same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
+def _is_lazy(tensor: Tensor) -> bool:
+    return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
+
+
 class _Copies:
     """Copies of tensors for the pass to work on; those that share memory go on sharing it.
 
@@ -195,7 +201,7 @@ class _Copies:
         while self._lazy:
             original, storage = self._lazy.pop()
             kept = torch._C._storage_Use_Count(storage._cdata) > 1
-            if kept and torch._C._is_cow_tensor(torch.empty(0, device=original.device).set_(storage)):
+            if kept and _is_lazy(torch.empty(0, dtype=torch.uint8, device=original.device).set_(storage)):
                 storage.data_ptr()  # asked for by a writer: it is the copy that moves
             del storage
             original.data_ptr()
@@ -208,7 +214,7 @@ class _Copies:
         copied = self._storages.get(storage._cdata)
         if copied is None:
             if storage.nbytes() < LARGE:
-                copied = storage.clone()
+                copied = storage.clone()  # type: ignore[no-untyped-call]
             else:
                 try:
                     copied = tensor._lazy_clone().untyped_storage()
@@ -220,7 +226,7 @@ class _Copies:
         return copy.set_(copied, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _state_of(generator: Any) -> Callable[[], None]:
+def _state_of(generator: Any) -> Callable[[], object]:
     if isinstance(generator, torch.Generator):
         return functools.partial(generator.set_state, generator.get_state())
     if isinstance(generator, random.Random):

@@ -274,7 +274,6 @@ class Large(nn.Module):
         self.register_buffer("written", torch.ones(LARGE // 4))
         self.plain = torch.ones(LARGE // 4)
         self.part = self.read[:D]
-        self.lazy: list[bool] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.written.add_(1)
@@ -317,6 +316,19 @@ def test_a_large_buffer_stays_where_it_is_when_the_model_keeps_its_copy() -> Non
     model.read.fill_(2)
     assert model.read.data_ptr() == address
     assert kept[0].unique().tolist() == [1.0]
+
+
+@pytest.mark.gpu
+def test_large_tensors_on_a_gpu_stay_where_they_are() -> None:
+    model = Large().cuda()
+    model.plain, model.part = model.plain.cuda(), model.part.cuda()
+    originals = [model.read, model.written]
+    addresses = [t.data_ptr() for t in originals]
+    SpectralEntropyMonitor(model, probe().cuda(), "", every=1, check=False, mode="sync").step(0)
+    assert outside.pop()[:2] == [True, False]
+    assert (model.read is originals[0], model.written is originals[1]) == (True, True)
+    assert [t.data_ptr() for t in originals] == addresses
+    assert model.written.unique().tolist() == [1.0]
 
 
 def test_a_large_buffer_that_grows_in_place_ends_the_pass_and_is_as_before() -> None:
