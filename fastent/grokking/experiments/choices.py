@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastent.grokking.experiments import e1_lead
-from fastent.grokking.experiments.claims import NOT_RUN, Claim, decimal, steps
+from fastent.grokking.experiments.claims import CLAIMS, Findings, decimal, steps
 from fastent.grokking.experiments.data import StoredRun
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.e1_lead import PAPER_H_STAR, Baseline
@@ -29,9 +29,9 @@ class Setting:
     result: Baseline
 
     @property
-    def claims(self) -> dict[tuple[str, str], Claim]:
-        """E1's claims by where and what the paper says."""
-        return {(claim.where, claim.says): claim for claim in e1_lead.claims(self.result)}
+    def findings(self) -> Findings:
+        """What its runs say of E1's claims."""
+        return e1_lead.claims(self.result)
 
 
 def analyse(runs: Sequence[StoredRun]) -> tuple[Setting, ...] | None:
@@ -49,12 +49,12 @@ def analyse(runs: Sequence[StoredRun]) -> tuple[Setting, ...] | None:
     return settings if len(settings) > 1 and groups[0][1] else None
 
 
-def agreed(settings: Sequence[Setting]) -> dict[tuple[str, str], bool]:
+def agreed(settings: Sequence[Setting]) -> dict[str, bool]:
     """Whether each claim has one verdict under all settings; those that some setting cannot judge are left out."""
     verdicts = {
-        key: [s.claims[key].verdict for s in settings if key in s.claims] for key in settings[0].claims
+        key: [s.findings[key].verdict for s in settings if key in s.findings] for key in settings[0].findings
     }
-    return {key: len(set(found)) == 1 for key, found in verdicts.items() if NOT_RUN not in found}
+    return {key: len(set(found)) == 1 for key, found in verdicts.items() if Verdict.NOT_RUN not in found}
 
 
 def headline(settings: Sequence[Setting]) -> str:
@@ -123,10 +123,13 @@ def _figures_table(settings: Sequence[Setting]) -> Table:
 def _verdicts_table(settings: Sequence[Setting]) -> Table:
     same = agreed(settings)
     rows: list[tuple[str | Verdict, ...]] = []
-    for key, claim in settings[0].claims.items():
-        verdicts: list[Verdict] = [s.claims[key].verdict if key in s.claims else NOT_RUN for s in settings]
+    for key, found in settings[0].findings.items():
+        claim = CLAIMS[key]
+        verdicts: list[Verdict] = [
+            s.findings[key].verdict if key in s.findings else Verdict.NOT_RUN for s in settings
+        ]
         depends = "–" if key not in same else "no" if same[key] else "yes"
-        rows.append((claim.where, claim.says, *verdicts, depends))
+        rows.append((claim.where, claim.says.format(**found.words), *verdicts, depends))
     columns = ("Paper", "It says", *(setting.label for setting in settings), "depends on the choice")
     return Table("E1's claims under each setting, judged as in the summary.", columns, tuple(rows))
 

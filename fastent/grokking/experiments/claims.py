@@ -14,8 +14,10 @@ not): whether they follow from each other. And what of it is not so, by numbers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,54 +27,512 @@ from fastent.grokking.experiments.document import Block, Section, Table, Text, V
 from fastent.grokking.experiments.statistics import Estimate
 from fastent.mixing import mix_representations
 
-REPRODUCED = Verdict("yes", "reproduced")
-IN_PART = Verdict("part", "in part")
-NOT_REPRODUCED = Verdict("no", "not reproduced")
-OTHER_SETTING = Verdict("none", "other setting")
-NOT_RUN = Verdict("none", "not run")
-NO_CASE = Verdict("none", "no case")
-"""The runs hold nothing that the claim is about."""
-MIXED = Verdict("none", "mixed settings")
-"""The runs were not made with one and the same settings: what they say together is said of none."""
-
 NONE = "–"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of the summary: where the paper says what, what we find, and the verdict with its rule."""
+    """One claim of the paper: where it says what, and by which rule runs are judged by it.
 
+    `id` begins with its experiment's. `says` may leave a {place} for a finding's own words. `number` is the paper's,
+    which must lie within our interval, or within the share `tolerance` of our value for "in part". `named` holds where
+    and what a summary says of it where no run speaks to it; None if it need not be named then.
+    """
+
+    id: str
     where: str
     says: str
+    rule: str
+    number: float = math.nan
+    tolerance: float = 0.25
+    named: tuple[str, str] | None = None
+
+    @property
+    def experiment(self) -> str:
+        """Which experiment speaks to it."""
+        return self.id.partition(".")[0]
+
+    def judge(self, ours: Estimate | None, *, comparable: bool) -> Verdict:
+        """Verdict on its number: reproduced if inside our interval, in part if within the tolerance, else not."""
+        return judge_value(self.number, ours, comparable=comparable, tolerance=self.tolerance)
+
+
+class Finding(NamedTuple):
+    """What runs say of a claim: our figures, the verdict, and the words for the places in the claim's wording."""
+
     ours: str
     verdict: Verdict
-    why: str
+    words: Mapping[str, str] = {}
 
 
-def claims_table(caption: str, claims: list[Claim]) -> Table:
-    """Lay out `claims` as the summary table."""
-    rows = tuple((c.where, c.says, c.ours, c.verdict, c.why) for c in claims)
-    return Table(caption, ("Paper", "It says", "These runs", "Verdict", "Judged by"), rows)
+Findings = Mapping[str, Finding]
+"""By the id of the claim."""
+
+
+NEAR = "the paper's number lies in our interval; in part: within 25 %"
+
+_ROWS = (
+    Claim(
+        "e1.memorises_early",
+        "§5, Fig. 1A",
+        "the model memorises early and generalises thousands of steps later, in every run",
+        "every run groks, at least twice as late as it memorises",
+        named=("§5, Fig. 1A", "the model memorises early and generalises late, in every run"),
+    ),
+    Claim(
+        "e1.t_grok",
+        "Table 1",
+        "T_grok is 14,360 steps",
+        NEAR,
+        number=14360,
+        named=("Table 1", "T_grok is 14,360 steps"),
+    ),
+    Claim(
+        "e1.h_star", "§3.3", "H* is 0.61 (0.605 in Table 3)", NEAR, number=0.605, named=("§3.3", "H* is 0.61")
+    ),
+    Claim(
+        "e1.h_star_stable",
+        "§3.3, App. E.6",
+        "H* is stable over seeds",
+        "they differ by less than 0.05, the fall that we call a collapse",
+    ),
+    Claim(
+        "e1.precedes",
+        "§3.3, abstract",
+        "H falls below H* before grokking in 100 % of runs, on average 1,020 steps ahead (H* from the "
+        "same seeds)",
+        "every run that groks is preceded; in part: at least half",
+        named=("§3.3, abstract (ii)", "H falls below H* before grokking in 100 % of runs"),
+    ),
+    Claim(
+        "e1.precedes_left_out",
+        "§3.3",
+        "the same, H* from the other seeds (not in the paper)",
+        "every run that groks is preceded; in part: at least half",
+    ),
+    Claim(
+        "e1.collapse",
+        "§5",
+        "T_collapse ({source}) comes before T_grok in 100 % of runs, on average 1,020 steps ahead",
+        "every run that groks is preceded; in part: at least half",
+    ),
+    Claim(
+        "e1.collapse_800",
+        "§5",
+        "T_collapse ({source}) comes before T_grok in 100 % of runs, on average 1,020 steps ahead",
+        "every run that groks is preceded; in part: at least half",
+    ),
+    Claim(
+        "e1.collapse_at_half",
+        "abstract",
+        "the collapse ({source}) comes before generalisation, dated at 50 % test accuracy (ours: "
+        "T_grok is at the end of the rise)",
+        "every run that gets there is preceded; in part: at least half",
+    ),
+    Claim(
+        "e1.phase_1_stable",
+        "§3.2",
+        "Phase I: H stays high and stable while the model memorises",
+        "H at T_mem is within 0.05 of H at the start in every run; in part: at least half",
+        named=("§3.2", "Phase I: H stays high and stable"),
+    ),
+    Claim(
+        "e1.falls_from_start",
+        "§5, Fig. 1B",
+        "H decreases monotonically from initialisation",
+        "H never rises more than 0.01 above its start; in part: at least half of the runs",
+        named=("§5", "H decreases monotonically from initialisation"),
+    ),
+    Claim(
+        "e1.norm_grows",
+        "§3.2",
+        "Phase I: the parameter norm grows while the model memorises",
+        "the norm at T_mem exceeds the norm at the start in every run; in part: at least half",
+    ),
+    Claim(
+        "e2.delays",
+        "§6, abstract (iii)",
+        "mixing delays grokking by 5,020 steps (Table 1's means differ by 5,060)",
+        "the interval of the mean delay lies above 0; in part: the delay does. Losses averaged",
+        named=("Table 1, abstract (iii)", "mixing delays grokking by 5,020 steps"),
+    ),
+    Claim(
+        "e2.delays_logits",
+        "Appendix C",
+        "the same with the other reading of its loss, logits averaged",
+        "as above",
+    ),
+    Claim("e2.t_grok", "Table 1", "T_grok under mixing is 19,420 steps", NEAR, number=19420),
+    Claim(
+        "e2.test",
+        "§6",
+        "Mann-Whitney p = 0.044, Cohen's d = 0.70",
+        "p (Holm over E2's conditions) below 0.05 and the paper's d in our interval; in part: one of them",
+        number=0.7,
+    ),
+    Claim(
+        "e2.all_grok", "Table 1", "10 of 10 runs grok under mixing", "every run groks; in part: at least half"
+    ),
+    Claim(
+        "e2.kept_up",
+        "§6",
+        "mixing prevents the covariance from collapsing",
+        "H is higher than in the baseline run of the same seed at equal step and at grokking, both "
+        "intervals above 0; in part: one of them",
+        named=("§6", "mixing prevents the covariance from collapsing"),
+    ),
+    Claim(
+        "e3.delays",
+        "§6, Table 1",
+        "the norm-matched control delays grokking, by 8,304 steps",
+        "the interval of the mean delay lies above 0; in part: the delay does. Mixing, with the norm "
+        "of the baseline run of the same seed",
+        named=("Table 1", "the norm-matched control delays grokking, by 8,304 steps"),
+    ),
+    Claim(
+        "e3.t_grok",
+        "Table 1",
+        "T_grok in the norm-matched control is 22,664 steps",
+        NEAR
+        + ". The paper's is a mean of the 28 runs that grokked; ours is restricted to the limit and drops none",
+        number=22664,
+    ),
+    Claim(
+        "e3.grok_share",
+        "Table 1",
+        "28 of 30 runs grok in the control",
+        "28/30 lies in our interval; in part: within 25 %",
+        number=28 / 30,
+    ),
+    Claim(
+        "e3.test",
+        "§6",
+        "p = 5e-05, Cohen's d = 1.55",
+        "p (Holm over E3's conditions) below 0.05 and the paper's d in our interval; in part: one of them",
+        number=1.55,
+    ),
+    Claim(
+        "e3.driver",
+        "§3.3, §6, abstract (iii)",
+        "entropy collapse, not the parameter norm, is the proximate driver",
+        "holding the norm without mixing leaves T_grok alone (interval with 0), mixing with the norm "
+        "held delays; not: the norm alone moves T_grok",
+        named=("§6, abstract (iii)", "entropy collapse, not the norm, is the driver"),
+    ),
+    Claim(
+        "e4.correlation",
+        "§3.3, §7, Fig. 4a",
+        "norm and H are weakly negatively correlated (its value is lost from the text)",
+        "r of all evaluations lies in (−0.5, 0); in part: it is negative, or weak",
+        named=("§3.3, §7", "norm and H are weakly negatively correlated"),
+    ),
+    Claim(
+        "e4.pairs",
+        "§7",
+        "there are pairs of checkpoints with nearly identical norms and very different H and test accuracy",
+        "there is such a pair",
+    ),
+    Claim(
+        "e4.gap_r2",
+        "Table 2, abstract (iv)",
+        "the gap of H predicts the remaining steps with R² = 0.543",
+        NEAR + ". In sample, all evaluations with H > H*",
+        number=0.543,
+    ),
+    Claim(
+        "e4.beats_norms",
+        "Table 2",
+        "the gap of H outperforms both norm-based predictors",
+        "its R² exceeds both; in part: one of them",
+        named=("Table 2", "the gap of H outperforms both norm-based predictors"),
+    ),
+    Claim(
+        "e4.beats_clock",
+        "Table 2",
+        "and the clock, which it does not compare with",
+        "R² on runs left out exceeds the clock's",
+    ),
+    Claim(
+        "e5.r2",
+        "§3.3, §8, abstract (iv)",
+        "a power law in H − H* explains R² = 0.543 of the remaining steps (CI 0.508 to 0.566)",
+        NEAR + ". All evaluations of all runs, in sample, as in the paper",
+        number=0.543,
+        named=("§8, abstract (iv)", "a power law explains R² = 0.543"),
+    ),
+    Claim("e5.gamma", "§3.3, §8", "its exponent is γ = 1.65", NEAR, number=1.65),
+    Claim(
+        "e5.left_out",
+        "§8, abstract (iv)",
+        "left-out runs are forecast with a mean absolute percentage error of 4.1 %",
+        NEAR + ". Error over T_grok, mean over all evaluations with H > H* of the other runs",
+        number=0.041,
+        named=("§8", "left-out runs are forecast within 4.1 %"),
+    ),
+    Claim(
+        "e5.beats_clock",
+        "§8",
+        "and the entropy forecasts better than the clock (not in the paper: mean T_grok of the other runs)",
+        "the law's error is smaller, the interval of the difference over runs above 0; in part: smaller",
+    ),
+    Claim(
+        "e5.warning",
+        "§8, abstract (iv)",
+        "the mean advance warning is 12,370 steps (8,800 to 16,500)",
+        NEAR + ". From the first forecast after T_mem",
+        number=12370,
+    ),
+    Claim(
+        "e5.imminent_at_crossing",
+        "§10, App. D.2",
+        "grokking follows within 1,000 steps of H falling below H*",
+        "in every run that crosses; in part: at least half",
+        named=("§10, App. D.2", "grokking follows within 1,000 steps of the crossing"),
+    ),
+    Claim(
+        "e5.accuracy_kept",
+        "§10",
+        "stopping within 1,000 steps of the crossing loses no accuracy",
+        "every stopped run is at the criterion; in part: at least half",
+    ),
+    Claim(
+        "e5.saved",
+        "§10",
+        "and saves 86 % of the budget of 50,000 steps",
+        NEAR,
+        number=0.86,
+        named=("§10", "stopping early saves 86 % of the budget"),
+    ),
+    Claim(
+        "e5.cost",
+        "App. D.3",
+        "H costs about 8 ms an evaluation, a negligible share of the training",
+        "at most 8 ms and 1 % of the time; in part: one of them",
+        number=8.0,
+        named=("App. D.3", "H costs about 8 ms an evaluation"),
+    ),
+    Claim(
+        "e5.imminent",
+        "Table 5",
+        "near the threshold, grokking is imminent (1,000 steps)",
+        "true of at least 90 % of such evaluations, and 90 % of the runs called so; in part: half of both",
+        named=("Table 5", "near the threshold, grokking is imminent"),
+    ),
+    Claim(
+        "e5.stagnates",
+        "Table 5, §10",
+        "a run whose H stagnates is unlikely to grok",
+        "at most 10 % of the runs called so grok; in part: at most half",
+        named=("Table 5, §10", "a run whose H stagnates is unlikely to grok"),
+    ),
+    Claim(
+        "e6.add",
+        "Table 3",
+        "addition: 5 of 5 runs grok, at 14,040 steps, with H* 0.605",
+        "every run groks; " + NEAR + ". The least of the three verdicts",
+    ),
+    Claim(
+        "e6.mul",
+        "Table 3",
+        "multiplication: 5 of 5 runs grok, at 21,560 steps, with H* 0.589",
+        "every run groks; " + NEAR + ". The least of the three verdicts",
+    ),
+    Claim(
+        "e6.sub",
+        "Table 3",
+        "subtraction: 5 of 5 runs grok, at 21,560 steps, with H* 0.589",
+        "every run groks; " + NEAR + ". The least of the three verdicts",
+    ),
+    Claim(
+        "e6.s5",
+        "Table 3",
+        "S5: 10 of 10 runs grok, at 4,380 steps, with H* 0.655",
+        "every run groks; " + NEAR + ". The least of the three verdicts",
+    ),
+    Claim(
+        "e6.pattern",
+        "§9",
+        "the pattern is the same across tasks and groups: H falls below H* before grokking",
+        "in every run of the other tasks that groks, H* from the task's other seeds; in part: at least half",
+        named=("Table 3, abstract (v)", "other tasks and S5 show the same pattern"),
+    ),
+    Claim(
+        "e6.modular",
+        "§9, App. E.6",
+        "within modular arithmetic H* is the same (its table: within 0.016)",
+        "largest mean less smallest below 0.02, over three tasks; in part: below twice that",
+    ),
+    Claim(
+        "e6.rows_alike",
+        "Table 3",
+        "multiplication and subtraction have one T_grok and one H* (identical rows: a slip?)",
+        "ours agree to the printed digits; in part: the intervals of T_grok and of H* overlap",
+        named=("Table 3", "multiplication and subtraction are alike to the step"),
+    ),
+    Claim("e6.not_commuting", "§9", "94 % of the pairs of S5 do not commute", "counted"),
+    Claim(
+        "e6.s5_window",
+        "§9",
+        "in 5 of 10 seeds of S5 the rolling window detects the collapse before grokking",
+        "one half lies in our interval; in part: within 25 %",
+        number=0.5,
+        named=("§9", "S5: the collapse is detected before grokking in 5 of 10 seeds"),
+    ),
+    Claim(
+        "e6.s5_threshold",
+        "§9",
+        "S5 has a threshold of its own, above that of addition",
+        "the interval of the difference lies above 0; in part: the difference does",
+    ),
+    Claim(
+        "e6.relabelled",
+        "not in the paper",
+        "tasks that are one under other names have one T_grok and one H*",
+        "0 lies in the interval of each difference",
+    ),
+    Claim(
+        "e7.mlp",
+        "§11, Fig. 9",
+        "an MLP memorises, its H collapses well below H*, and test accuracy stays near 0 for 80,000 steps",
+        "every run of the MLPs with the Transformer's settings does; in part: at least half",
+        named=("§11", "an MLP's H collapses and it does not grok"),
+    ),
+    Claim(
+        "e7.insufficient",
+        "abstract, §11",
+        "the collapse is not sufficient: there is a setting in which it comes without generalisation",
+        "in one setting every run ends below H* and does not generalise; in part: some run does, or "
+        "every run of a setting falls below it at some time",
+        named=("abstract, §11", "collapse is necessary, not sufficient"),
+    ),
+    Claim(
+        "e7.necessary",
+        "abstract",
+        "it is necessary: no MLP that groks does so without H below H* or a collapse first",
+        "every MLP that groks has H below the Transformer's H*, or T_collapse, by T_grok; in part: half",
+    ),
+    Claim(
+        "e7.memorised_by",
+        "§11",
+        "both memorise within 500 steps",
+        "every run that memorises; in part: at least half",
+    ),
+    Claim(
+        "e7.alignment",
+        "§11",
+        "the MLP's Fourier alignment (max |Pearson r|) remains near 0",
+        "at the end it is within the null of permuted labels in every run; in part: at least half",
+    ),
+    Claim(
+        "e7.alignment_grows",
+        "§11",
+        "the Transformer's alignment grows after the transition",
+        "in every run that groks it is larger at the end than at T_grok; in part: at least half",
+    ),
+    Claim(
+        "e8.close",
+        "App. B, Fig. 10",
+        "at grokking, H of a training and of a test probe differ by little (its numbers are lost)",
+        "the interval of the mean difference lies within 0.01; in part: the mean within twice that",
+        named=("App. B, Fig. 10", "probes from train and test sets agree at grokking"),
+    ),
+    Claim(
+        "e8.correlated",
+        "App. B",
+        "the two are highly correlated over seeds (its r is lost)",
+        "the interval of r over the seeds lies above 0.5; in part: r does",
+    ),
+    Claim(
+        "e8.artefact",
+        "App. B",
+        "the collapse is no artefact of the probe: a test probe sees it when a training probe does",
+        "T_cross at the H* of the other seeds differs by at most one evaluation in every run; in part: in half",
+    ),
+    Claim(
+        "e8.enough",
+        "App. B",
+        "512 pairs suffice, as they exceed d = 128 and the sample covariance has full rank",
+        "the interval of the mean deficit lies within 0.01; in part: the mean within twice that",
+    ),
+)
+
+CLAIMS: Mapping[str, Claim] = {claim.id: claim for claim in _ROWS}
+"""Every claim of the paper that is judged, by its id, in the order of the summary."""
+
+CONTRIBUTIONS = (
+    (
+        "(i)",
+        "two phases: the norm expands, then H collapses",
+        (
+            "e1.norm_grows",
+            "e1.phase_1_stable",
+        ),
+    ),
+    (
+        "(ii)",
+        "H falls below H* before generalisation in every run",
+        (
+            "e1.precedes",
+            "e1.precedes_left_out",
+            "e1.collapse_at_half",
+        ),
+    ),
+    (
+        "(iii)",
+        "causal: preventing the collapse delays grokking, and it is not the norm",
+        (
+            "e2.delays",
+            "e2.kept_up",
+            "e3.driver",
+        ),
+    ),
+    (
+        "(iv)",
+        "a power law in H forecasts grokking",
+        (
+            "e5.r2",
+            "e5.left_out",
+            "e5.beats_clock",
+        ),
+    ),
+    (
+        "(v)",
+        "S5 and other tasks show the same",
+        (
+            "e6.pattern",
+            "e6.s5_window",
+        ),
+    ),
+    (
+        "a sixth",
+        "collapse is necessary, not sufficient: MLPs",
+        (
+            "e7.mlp",
+            "e7.insufficient",
+        ),
+    ),
+)
+"""The paper's contributions (it says five and lists six), with the claims each rests on."""
 
 
 def judge_share(share: Estimate | None) -> Verdict:
     """Verdict on "in every run": reproduced at all, not reproduced below one half, in part between."""
     if share is None:
-        return NOT_RUN
+        return Verdict.NOT_RUN
     if share.value == 1:
-        return REPRODUCED
-    return IN_PART if share.value >= 0.5 else NOT_REPRODUCED
+        return Verdict.REPRODUCED
+    return Verdict.IN_PART if share.value >= 0.5 else Verdict.NOT_REPRODUCED
 
 
-def judge_value(paper: float, ours: Estimate | None, *, comparable: bool) -> Verdict:
-    """Verdict on a number: reproduced if inside our interval, in part if within a quarter, else not."""
+def judge_value(paper: float, ours: Estimate | None, *, comparable: bool, tolerance: float = 0.25) -> Verdict:
+    """Verdict on a number of the paper: as `Claim.judge`."""
     if ours is None:
-        return NOT_RUN
+        return Verdict.NOT_RUN
     if not comparable:
-        return OTHER_SETTING
+        return Verdict.OTHER_SETTING
     if ours.low is not None and ours.high is not None and ours.low <= paper <= ours.high:
-        return REPRODUCED
-    return IN_PART if abs(ours.value - paper) <= 0.25 * abs(paper) else NOT_REPRODUCED
+        return Verdict.REPRODUCED
+    return Verdict.IN_PART if abs(ours.value - paper) <= tolerance * abs(paper) else Verdict.NOT_REPRODUCED
 
 
 def steps(value: float | None) -> str:
@@ -137,10 +597,6 @@ BASELINE, MIXING, CONTROL = 14_360, 19_420, 22_664
 """Mean T_grok in its Table 1."""
 LEAD = 1_020
 
-FOLLOWS = Verdict("yes", "follows")
-CONTRADICTS = Verdict("no", "contradicts")
-DOUBTFUL = Verdict("part", "doubtful")
-
 
 @dataclass(frozen=True)
 class Check:
@@ -154,7 +610,9 @@ class Check:
     @property
     def verdict(self) -> Verdict:
         """The answer in a word."""
-        return DOUBTFUL if self.holds is None else FOLLOWS if self.holds else CONTRADICTS
+        return (
+            Verdict.DOUBTFUL if self.holds is None else Verdict.FOLLOWS if self.holds else Verdict.CONTRADICTS
+        )
 
 
 def is_mean(value: int, n: int, *, grid: int = GRID) -> bool:
@@ -286,126 +744,6 @@ def arithmetic_section() -> Section:
         ),
     ]
     return Section("arithmetic", "The paper's own arithmetic", tuple(blocks))
-
-
-@dataclass(frozen=True)
-class Said:
-    """A claim that a summary must name: `marker` is a piece of the wording of the claim that covers it."""
-
-    experiment: str
-    where: str
-    says: str
-    marker: str
-
-
-SAID = (
-    Said(
-        "e1", "§5, Fig. 1A", "the model memorises early and generalises late, in every run", "memorises early"
-    ),
-    Said("e1", "Table 1", "T_grok is 14,360 steps", "T_grok is 14,360"),
-    Said("e1", "§3.3", "H* is 0.61", "H* is 0.61"),
-    Said(
-        "e1",
-        "§3.3, abstract (ii)",
-        "H falls below H* before grokking in 100 % of runs",
-        "H falls below H* before grokking in 100 %",
-    ),
-    Said("e1", "§3.2", "Phase I: H stays high and stable", "Phase I: H stays high"),
-    Said("e1", "§5", "H decreases monotonically from initialisation", "H decreases monotonically"),
-    Said("e2", "Table 1, abstract (iii)", "mixing delays grokking by 5,020 steps", "mixing delays grokking"),
-    Said("e2", "§6", "mixing prevents the covariance from collapsing", "mixing prevents the covariance"),
-    Said(
-        "e3",
-        "Table 1",
-        "the norm-matched control delays grokking, by 8,304 steps",
-        "norm-matched control delays",
-    ),
-    Said(
-        "e3",
-        "§6, abstract (iii)",
-        "entropy collapse, not the norm, is the driver",
-        "entropy collapse, not the parameter norm",
-    ),
-    Said("e4", "§3.3, §7", "norm and H are weakly negatively correlated", "weakly negatively correlated"),
-    Said(
-        "e4", "Table 2", "the gap of H outperforms both norm-based predictors", "outperforms both norm-based"
-    ),
-    Said("e5", "§8, abstract (iv)", "a power law explains R² = 0.543", "a power law in H"),
-    Said("e5", "§8", "left-out runs are forecast within 4.1 %", "left-out runs are forecast"),
-    Said(
-        "e5",
-        "§10, App. D.2",
-        "grokking follows within 1,000 steps of the crossing",
-        "within 1,000 steps of H falling",
-    ),
-    Said("e5", "§10", "stopping early saves 86 % of the budget", "of the budget of"),
-    Said("e5", "App. D.3", "H costs about 8 ms an evaluation", "ms an evaluation"),
-    Said("e5", "Table 5", "near the threshold, grokking is imminent", "grokking is imminent"),
-    Said("e5", "Table 5, §10", "a run whose H stagnates is unlikely to grok", "whose H stagnates"),
-    Said(
-        "e6",
-        "Table 3, abstract (v)",
-        "other tasks and S5 show the same pattern",
-        "the pattern is the same across",
-    ),
-    Said(
-        "e6",
-        "Table 3",
-        "multiplication and subtraction are alike to the step",
-        "multiplication and subtraction have one",
-    ),
-    Said(
-        "e6", "§9", "S5: the collapse is detected before grokking in 5 of 10 seeds", "in 5 of 10 seeds of S5"
-    ),
-    Said("e7", "§11", "an MLP's H collapses and it does not grok", "an MLP memorises"),
-    Said("e7", "abstract, §11", "collapse is necessary, not sufficient", "the collapse is not sufficient"),
-    Said(
-        "e8",
-        "App. B, Fig. 10",
-        "probes from train and test sets agree at grokking",
-        "of a training and of a test probe",
-    ),
-)
-"""Claims that the summary names even where no run speaks to them."""
-
-CONTRIBUTIONS = (
-    (
-        "(i)",
-        "two phases: the norm expands, then H collapses",
-        ("Phase I: the parameter norm", "Phase I: H stays high"),
-    ),
-    (
-        "(ii)",
-        "H falls below H* before generalisation in every run",
-        ("H falls below H* before grokking in 100 %", "H* from the other seeds", "dated at 50 %"),
-    ),
-    (
-        "(iii)",
-        "causal: preventing the collapse delays grokking, and it is not the norm",
-        (
-            "mixing delays grokking",
-            "mixing prevents the covariance",
-            "entropy collapse, not the parameter norm",
-        ),
-    ),
-    (
-        "(iv)",
-        "a power law in H forecasts grokking",
-        ("a power law in H", "left-out runs are forecast", "forecasts better than the clock"),
-    ),
-    ("(v)", "S5 and other tasks show the same", ("the pattern is the same across", "in 5 of 10 seeds of S5")),
-    (
-        "a sixth",
-        "collapse is necessary, not sufficient: MLPs",
-        ("an MLP memorises", "the collapse is not sufficient"),
-    ),
-)
-"""The paper's contributions (it says five and lists six), with markers of the claims each rests on."""
-
-
-def covering(marker: str, claims: list[Claim]) -> list[Claim]:
-    """Return the claims whose wording holds `marker`."""
-    return [claim for claim in claims if marker in claim.says]
 
 
 ALPHAS = (0.1, 0.05, 0.01, 0.001)

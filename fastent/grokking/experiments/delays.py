@@ -26,15 +26,9 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from fastent.grokking.experiments.claims import (
-    IN_PART,
-    NO_CASE,
     NONE,
-    NOT_REPRODUCED,
-    NOT_RUN,
-    OTHER_SETTING,
-    REPRODUCED,
+    Claim,
     decimal,
-    judge_value,
     percent,
     span,
     steps,
@@ -189,17 +183,17 @@ def _without_interval(estimate: Estimate) -> Estimate:
 def judge_later(delay: Delay | None) -> Verdict:
     """Verdict on "it delays grokking": reproduced if the interval of the delay lies above 0, in part if its value."""
     if delay is None:
-        return NOT_RUN
-    return judge_positive(delay.delay) if delay.known else NO_CASE
+        return Verdict.NOT_RUN
+    return judge_positive(delay.delay) if delay.known else Verdict.NO_CASE
 
 
 def judge_positive(estimate: Estimate | None) -> Verdict:
     """Verdict on "it is more than 0": reproduced if the whole interval is, in part if the value is, else not."""
     if estimate is None:
-        return NOT_RUN
+        return Verdict.NOT_RUN
     if estimate.low is not None and estimate.low > 0:
-        return REPRODUCED
-    return IN_PART if estimate.value > 0 else NOT_REPRODUCED
+        return Verdict.REPRODUCED
+    return Verdict.IN_PART if estimate.value > 0 else Verdict.NOT_REPRODUCED
 
 
 def tested(delay: Delay | None) -> str:
@@ -210,14 +204,14 @@ def tested(delay: Delay | None) -> str:
     return f"p = {p_value(delay.rank.p_value)}, with Holm {p_value(delay.adjusted)}; d = {size}"
 
 
-def judge_test(delay: Delay | None, effect_size: float, *, comparable: bool) -> Verdict:
+def judge_test(delay: Delay | None, claim: Claim, *, comparable: bool) -> Verdict:
     """Verdict on a significant effect of a size: in part if only the adjusted p-value or only the size agrees."""
     if delay is None:
-        return NOT_RUN
+        return Verdict.NOT_RUN
     if not comparable:
-        return OTHER_SETTING
-    agrees = judge_value(effect_size, delay.effect_size, comparable=True) == REPRODUCED
-    return (NOT_REPRODUCED, IN_PART, REPRODUCED)[(delay.adjusted < 0.05) + agrees]
+        return Verdict.OTHER_SETTING
+    agrees = claim.judge(delay.effect_size, comparable=True) == Verdict.REPRODUCED
+    return (Verdict.NOT_REPRODUCED, Verdict.IN_PART, Verdict.REPRODUCED)[(delay.adjusted < 0.05) + agrees]
 
 
 def p_value(value: float | None) -> str:

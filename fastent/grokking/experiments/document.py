@@ -23,6 +23,7 @@ import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from fastent.train.errors import RunError
@@ -117,12 +118,28 @@ class Code:
     text: str
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A judgement: a short `label` and its `kind`: "yes", "part", "no" or "none" (nothing to judge)."""
+class Verdict(Enum):
+    """A judgement: its `label`, and its `kind`: "yes", "part", "no" or "none" (nothing was judged)."""
 
-    kind: str
-    label: str
+    REPRODUCED = ("reproduced", "yes")
+    IN_PART = ("in part", "part")
+    NOT_REPRODUCED = ("not reproduced", "no")
+    OTHER_SETTING = ("other setting", "none")
+    """The number belongs to a setting that these runs do not have."""
+    NOT_RUN = ("not run", "none")
+    NO_CASE = ("no case", "none")
+    """The runs hold nothing that the claim is about."""
+    MIXED = ("mixed settings", "none")
+    """The runs were not made with one and the same settings: what they say together is said of none."""
+    AS_EXPECTED = ("as it must be", "yes")
+    NOT_AS_EXPECTED = ("not as it must be", "no")
+    FOLLOWS = ("follows", "yes")
+    DOUBTFUL = ("doubtful", "part")
+    CONTRADICTS = ("contradicts", "no")
+
+    def __init__(self, label: str, kind: str) -> None:
+        self.label = label
+        self.kind = kind
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,19 @@ from matplotlib.ticker import MaxNLocator
 
 from fastent.grokking.experiments import leads
 from fastent.grokking.experiments.claims import (
+    CLAIMS,
     NONE,
-    NOT_RUN,
-    Claim,
+    Finding,
+    Findings,
     counted,
     decimal,
     judge_share,
-    judge_value,
     percent,
     steps,
     worded,
 )
 from fastent.grokking.experiments.data import read_runs
-from fastent.grokking.experiments.document import Block, Section, Table, Text
+from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.figures import (
     CROSS,
     FALL,
@@ -53,9 +53,7 @@ from fastent.train.quantities import TAU, WINDOW, MeasuredRun, value_at
 
 TITLE = "E1: does the entropy collapse precede grokking?"
 
-PAPER_T_GROK = 14_360
 PAPER_H_STAR = 0.605
-PAPER_LEAD = 1_020
 
 PAPER_SPAN = 800
 """Steps that the paper's window spans: five evaluations, 200 steps apart."""
@@ -153,9 +151,9 @@ def _share(runs: Sequence[MeasuredRun], holds: Callable[[MeasuredRun], bool | No
     return proportion(sum(known), len(known)) if known else None
 
 
-def claims(result: Baseline) -> list[Claim]:
+def claims(result: Baseline) -> Findings:
     """Each claim of the paper that E1's runs speak to, beside what they say."""
-    runs, pooled, left_out = result.runs, result.pooled, result.left_out
+    runs = result.runs
 
     def delayed(run: MeasuredRun) -> bool:
         s = run.summary
@@ -181,97 +179,45 @@ def claims(result: Baseline) -> list[Claim]:
     early = leads.collapse([run.dated_by(0.5) for run in runs], window=window)
     known = [r.summary.h_star for r in runs if r.summary.h_star is not None]
     spread = max(known) - min(known) if known else None
-    tight = NOT_RUN if spread is None else judge_share(proportion(int(spread < TAU), 1))
+    tight = Verdict.NOT_RUN if spread is None else judge_share(proportion(int(spread < TAU), 1))
     delay, calm = _share(runs, delayed), _share(runs, stable)
     monotone, growth = _share(runs, falls_from_start), _share(runs, norm_grows)
     change = _over([_difference(r.summary.entropy_at_mem, r.summary.entropy_start) for r in runs])
     rise = _over([_difference(r.summary.entropy_max, r.summary.entropy_start) for r in runs])
     norm = _over([_ratio(r.summary.norm_at_mem, r.summary.norm_start) for r in runs])
-    return [
-        Claim(
-            "§5, Fig. 1A",
-            "the model memorises early and generalises thousands of steps later, in every run",
-            f"{counted(delay)}; memorised at {worded(result.t_mem)}",
-            judge_share(delay),
-            "every run groks, at least twice as late as it memorises",
+    return {
+        "e1.memorises_early": Finding(
+            f"{counted(delay)}; memorised at {worded(result.t_mem)}", judge_share(delay)
         ),
-        Claim(
-            "Table 1",
-            f"T_grok is {steps(PAPER_T_GROK)} steps",
-            worded(result.t_grok),
-            judge_value(PAPER_T_GROK, result.t_grok, comparable=result.comparable),
-            "the paper's number lies in our interval; in part: within 25 %",
+        "e1.t_grok": Finding(
+            worded(result.t_grok), CLAIMS["e1.t_grok"].judge(result.t_grok, comparable=result.comparable)
         ),
-        Claim(
-            "§3.3",
-            f"H* is 0.61 ({PAPER_H_STAR} in Table 3)",
-            worded(result.h_star, ""),
-            judge_value(PAPER_H_STAR, result.h_star, comparable=result.comparable),
-            "the paper's number lies in our interval; in part: within 25 %",
+        "e1.h_star": Finding(
+            worded(result.h_star, ""), CLAIMS["e1.h_star"].judge(result.h_star, comparable=result.comparable)
         ),
-        Claim(
-            "§3.3, App. E.6",
-            "H* is stable over seeds",
-            f"largest minus smallest {decimal(spread)} (n = {len(known)})",
-            tight,
-            f"they differ by less than {TAU:g}, the fall that we call a collapse",
+        "e1.h_star_stable": Finding(f"largest minus smallest {decimal(spread)} (n = {len(known)})", tight),
+        "e1.precedes": _led(result.pooled),
+        "e1.precedes_left_out": _led(result.left_out),
+        **{
+            name: _led(rule)
+            for name, rule in zip(("e1.collapse", "e1.collapse_800"), result.rules[3:], strict=False)
+        },
+        "e1.collapse_at_half": _led(early),
+        "e1.phase_1_stable": Finding(
+            f"{counted(calm)}; change of H until T_mem {worded(change, '')}", judge_share(calm)
         ),
-        Claim(
-            "§3.3, abstract",
-            f"H falls below H* before grokking in 100 % of runs, on average {steps(PAPER_LEAD)} steps ahead "
-            "(H* from the same seeds)",
-            f"{counted(pooled.preceding)}; lead {worded(pooled.mean)}",
-            judge_share(pooled.preceding),
-            "every run that groks is preceded; in part: at least half",
+        "e1.falls_from_start": Finding(
+            f"{counted(monotone)}; H rises above its start by {worded(rise, '')}", judge_share(monotone)
         ),
-        Claim(
-            "§3.3",
-            "the same, H* from the other seeds (not in the paper)",
-            f"{counted(left_out.preceding)}; lead {worded(left_out.mean)}",
-            judge_share(left_out.preceding),
-            "every run that groks is preceded; in part: at least half",
+        "e1.norm_grows": Finding(
+            f"{counted(growth)}; norm at T_mem over norm at the start {worded(norm, '')}", judge_share(growth)
         ),
-        *(
-            Claim(
-                "§5",
-                f"T_collapse ({rule.source}) comes before T_grok in 100 % of runs, on average "
-                f"{steps(PAPER_LEAD)} steps ahead",
-                f"{counted(rule.preceding)}; lead {worded(rule.mean)}",
-                judge_share(rule.preceding),
-                "every run that groks is preceded; in part: at least half",
-            )
-            for rule in result.rules[3:]
-        ),
-        Claim(
-            "abstract",
-            f"the collapse ({early.source}) comes before generalisation, dated at 50 % test accuracy (ours: "
-            "T_grok is at the end of the rise)",
-            f"{counted(early.preceding)}; lead {worded(early.mean)}",
-            judge_share(early.preceding),
-            "every run that gets there is preceded; in part: at least half",
-        ),
-        Claim(
-            "§3.2",
-            "Phase I: H stays high and stable while the model memorises",
-            f"{counted(calm)}; change of H until T_mem {worded(change, '')}",
-            judge_share(calm),
-            f"H at T_mem is within {TAU:g} of H at the start in every run; in part: at least half",
-        ),
-        Claim(
-            "§5, Fig. 1B",
-            "H decreases monotonically from initialisation",
-            f"{counted(monotone)}; H rises above its start by {worded(rise, '')}",
-            judge_share(monotone),
-            "H never rises more than 0.01 above its start; in part: at least half of the runs",
-        ),
-        Claim(
-            "§3.2",
-            "Phase I: the parameter norm grows while the model memorises",
-            f"{counted(growth)}; norm at T_mem over norm at the start {worded(norm, '')}",
-            judge_share(growth),
-            "the norm at T_mem exceeds the norm at the start in every run; in part: at least half",
-        ),
-    ]
+    }
+
+
+def _led(rule: Leads) -> Finding:
+    said = f"{counted(rule.preceding)}; lead {worded(rule.mean)}"
+    return Finding(said, judge_share(rule.preceding), {"source": rule.source})
 
 
 def _difference(a: float | None, b: float | None) -> float | None:

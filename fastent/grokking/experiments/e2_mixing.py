@@ -16,16 +16,13 @@ from dataclasses import dataclass
 from scipy import stats
 
 from fastent.grokking.experiments.claims import (
-    IN_PART,
+    CLAIMS,
     NONE,
-    NOT_REPRODUCED,
-    NOT_RUN,
-    REPRODUCED,
-    Claim,
+    Finding,
+    Findings,
     counted,
     decimal,
     judge_share,
-    judge_value,
     span,
     steps,
     worded,
@@ -58,11 +55,6 @@ from fastent.grokking.experiments.statistics import Estimate, bootstrap
 
 TITLE = "E2: does mixing the representations delay grokking?"
 
-PAPER_MEAN = 19_420
-PAPER_DELAY = 5_060
-"""From its Table 1's means, 19,420 - 14,360; the paper prints 5,020."""
-PAPER_EFFECT = 0.70
-PAPER_P = 0.044
 
 LOSSES, LOGITS = f"losses-{ALPHA:g}", f"logits-{ALPHA:g}"
 """The two readings of the paper's loss, at the alpha that stands for the lost one."""
@@ -135,55 +127,27 @@ def _dose(baseline: Group, treated: dict[str, Group]) -> Estimate | None:
     return bootstrap(known) if known else None
 
 
-def claims(result: Mixing) -> list[Claim]:
+def claims(result: Mixing) -> Findings:
     """Each claim of the paper that E2's runs speak to, beside what they say."""
     losses, logits = result.conditions.get(LOSSES), result.conditions.get(LOGITS)
     delay = None if losses is None else losses.delay
-    return [
-        Claim(
-            "§6, abstract (iii)",
-            f"mixing delays grokking by 5,020 steps (Table 1's means differ by {steps(PAPER_DELAY)})",
-            _delayed(delay),
-            judge_later(delay),
-            "the interval of the mean delay lies above 0; in part: the delay does. Losses averaged",
-        ),
-        Claim(
-            "Appendix C",
-            "the same with the other reading of its loss, logits averaged",
+    return {
+        "e2.delays": Finding(_delayed(delay), judge_later(delay)),
+        "e2.delays_logits": Finding(
             _delayed(None if logits is None else logits.delay),
             judge_later(None if logits is None else logits.delay),
-            "as above",
         ),
-        Claim(
-            "Table 1",
-            f"T_grok under mixing is {steps(PAPER_MEAN)} steps",
+        "e2.t_grok": Finding(
             NONE if delay is None else worded(delay.mean),
-            judge_value(PAPER_MEAN, None if delay is None else delay.mean, comparable=result.comparable),
-            "the paper's number lies in our interval; in part: within 25 %",
+            CLAIMS["e2.t_grok"].judge(None if delay is None else delay.mean, comparable=result.comparable),
         ),
-        Claim(
-            "§6",
-            f"Mann-Whitney p = {PAPER_P}, Cohen's d = {decimal(PAPER_EFFECT, 2)}",
-            tested(delay),
-            judge_test(delay, PAPER_EFFECT, comparable=result.comparable),
-            "p (Holm over E2's conditions) below 0.05 and the paper's d in our interval; in part: one of them",
-        ),
-        Claim(
-            "Table 1",
-            "10 of 10 runs grok under mixing",
+        "e2.test": Finding(tested(delay), judge_test(delay, CLAIMS["e2.test"], comparable=result.comparable)),
+        "e2.all_grok": Finding(
             NONE if delay is None else counted(delay.grokked),
             judge_share(None if delay is None else delay.grokked),
-            "every run groks; in part: at least half",
         ),
-        Claim(
-            "§6",
-            "mixing prevents the covariance from collapsing",
-            _kept_up(result.baseline, losses),
-            judge_kept_up(losses),
-            "H is higher than in the baseline run of the same seed at equal step and at grokking, both intervals above "
-            "0; in part: one of them",
-        ),
-    ]
+        "e2.kept_up": Finding(_kept_up(result.baseline, losses), judge_kept_up(losses)),
+    }
 
 
 def _delayed(delay: Delay | None) -> str:
@@ -207,9 +171,9 @@ def _kept_up(baseline: Group, mixed: Mixed | None) -> str:
 def judge_kept_up(mixed: Mixed | None) -> Verdict:
     """Judge whether mixing keeps H up, by H at equal step and at grokking."""
     if mixed is None or mixed.equal_step is None or mixed.collapse.shift is None:
-        return NOT_RUN
+        return Verdict.NOT_RUN
     higher = [e.low is not None and e.low > 0 for e in (mixed.equal_step, mixed.collapse.shift)]
-    return REPRODUCED if all(higher) else IN_PART if any(higher) else NOT_REPRODUCED
+    return Verdict.REPRODUCED if all(higher) else Verdict.IN_PART if any(higher) else Verdict.NOT_REPRODUCED
 
 
 def headline(result: Mixing) -> str:

@@ -20,16 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastent.grokking.experiments.claims import (
-    IN_PART,
-    NO_CASE,
+    CLAIMS,
     NONE,
-    NOT_REPRODUCED,
-    NOT_RUN,
-    REPRODUCED,
-    Claim,
+    Finding,
+    Findings,
     counted,
     decimal,
-    judge_value,
     span,
     steps,
     worded,
@@ -60,11 +56,6 @@ from fastent.train.interventions import followed
 
 TITLE = "E3: is it the norm?"
 
-PAPER_MEAN = 22_664
-PAPER_DELAY = 8_304
-PAPER_SHARE = 28 / 30
-PAPER_EFFECT = 1.55
-PAPER_P = 5e-5
 
 CONTROL = f"{LOSSES}+norm-as-baseline"
 """Our reading of the paper's control."""
@@ -188,51 +179,24 @@ def _factorial(
     )
 
 
-def claims(result: Norm) -> list[Claim]:
+def claims(result: Norm) -> Findings:
     """Each claim of the paper that E3's runs speak to, beside what they say."""
     control = result.conditions.get(CONTROL)
     delay = None if control is None else control.delay
     grokked = None if delay is None else delay.grokked
-    return [
-        Claim(
-            "§6, Table 1",
-            f"the norm-matched control delays grokking, by {steps(PAPER_DELAY)} steps",
-            NONE if delay is None else worded(delay.delay),
-            judge_later(delay),
-            "the interval of the mean delay lies above 0; in part: the delay does. Mixing, with the norm of the "
-            "baseline run of the same seed",
-        ),
-        Claim(
-            "Table 1",
-            f"T_grok in the norm-matched control is {steps(PAPER_MEAN)} steps",
+    return {
+        "e3.delays": Finding(NONE if delay is None else worded(delay.delay), judge_later(delay)),
+        "e3.t_grok": Finding(
             NONE if delay is None else worded(delay.mean),
-            judge_value(PAPER_MEAN, None if delay is None else delay.mean, comparable=result.comparable),
-            "the paper's number lies in our interval; in part: within 25 %. The paper's is a mean of the 28 runs that "
-            "grokked; ours is restricted to the limit and drops none",
+            CLAIMS["e3.t_grok"].judge(None if delay is None else delay.mean, comparable=result.comparable),
         ),
-        Claim(
-            "Table 1",
-            "28 of 30 runs grok in the control",
+        "e3.grok_share": Finding(
             NONE if grokked is None else counted(grokked),
-            judge_value(PAPER_SHARE, grokked, comparable=result.comparable),
-            "28/30 lies in our interval; in part: within 25 %",
+            CLAIMS["e3.grok_share"].judge(grokked, comparable=result.comparable),
         ),
-        Claim(
-            "§6",
-            f"p = {PAPER_P:g}, Cohen's d = {PAPER_EFFECT}",
-            tested(delay),
-            judge_test(delay, PAPER_EFFECT, comparable=result.comparable),
-            "p (Holm over E3's conditions) below 0.05 and the paper's d in our interval; in part: one of them",
-        ),
-        Claim(
-            "§3.3, §6, abstract (iii)",
-            "entropy collapse, not the parameter norm, is the proximate driver",
-            _alone(result),
-            _judge_driver(result),
-            "holding the norm without mixing leaves T_grok alone (interval with 0), mixing with the norm held delays; "
-            "not: the norm alone moves T_grok",
-        ),
-    ]
+        "e3.test": Finding(tested(delay), judge_test(delay, CLAIMS["e3.test"], comparable=result.comparable)),
+        "e3.driver": Finding(_alone(result), _judge_driver(result)),
+    }
 
 
 def _without_mixing(result: Norm) -> list[Held]:
@@ -252,13 +216,13 @@ def _alone(result: Norm) -> str:
 def _judge_driver(result: Norm) -> Verdict:
     alone, control = _without_mixing(result), result.conditions.get(CONTROL)
     if not alone or control is None:
-        return NOT_RUN
+        return Verdict.NOT_RUN
     if not control.delay.known:
-        return NO_CASE
+        return Verdict.NO_CASE
     moved = [_excludes_zero(held.delay.delay) for held in alone]
     if any(moved):
-        return NOT_REPRODUCED
-    return REPRODUCED if judge_later(control.delay) == REPRODUCED else IN_PART
+        return Verdict.NOT_REPRODUCED
+    return Verdict.REPRODUCED if judge_later(control.delay) == Verdict.REPRODUCED else Verdict.IN_PART
 
 
 def _excludes_zero(estimate: Estimate) -> bool:

@@ -26,14 +26,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from fastent.grokking.experiments.claims import (
-    IN_PART,
+    CLAIMS,
     NONE,
-    NOT_REPRODUCED,
-    NOT_RUN,
-    REPRODUCED,
-    Claim,
+    Finding,
+    Findings,
     decimal,
-    judge_value,
     percent,
     span,
     steps,
@@ -47,8 +44,6 @@ from fastent.train.quantities import MeasuredRun
 from fastent.triples import GAMMA_BOUNDS, fit_line
 
 TITLE = "E4: norm against entropy"
-
-PAPER_R2 = 0.543
 
 
 @dataclass(frozen=True)
@@ -87,47 +82,33 @@ def analyse(runs: Sequence[MeasuredRun], *, comparable: bool) -> Predictors:
     )
 
 
-def claims(result: Predictors) -> list[Claim]:
+def claims(result: Predictors) -> Findings:
     """Each claim of the paper that E4 speaks to, beside what E1's runs say."""
     r = result.correlations
     rows = {row.name: row for row in result.table}
     gap = rows.get(ENTROPY_GAP)
-    return [
-        Claim(
-            "§3.3, §7, Fig. 4a",
-            "norm and H are weakly negatively correlated (its value is lost from the text)",
+    return {
+        "e4.correlation": Finding(
             f"r = {worded(r.overall, '')}; within runs {worded(r.within, '')}; of changes {worded(r.changes, '')}",
             _judge_weak(r.overall),
-            "r of all evaluations lies in (−0.5, 0); in part: it is negative, or weak",
         ),
-        Claim(
-            "§7",
-            "there are pairs of checkpoints with nearly identical norms and very different H and test accuracy",
+        "e4.pairs": Finding(
             f"of {result.pairs.count:,} pairs within 1 % in norm {percent(result.pairs.far_entropy)} are more than 0.1 "
             f"apart in H and {percent(result.pairs.far_accuracy)} more than 0.5 in test accuracy",
             _judge_pairs(result.pairs),
-            "there is such a pair",
         ),
-        Claim(
-            "Table 2, abstract (iv)",
-            f"the gap of H predicts the remaining steps with R² = {PAPER_R2}",
+        "e4.gap_r2": Finding(
             NONE if gap is None else worded(gap.in_sample, ""),
-            judge_value(PAPER_R2, None if gap is None else gap.in_sample, comparable=result.comparable),
-            "the paper's number lies in our interval; in part: within 25 %. In sample, all evaluations with H > H*",
+            CLAIMS["e4.gap_r2"].judge(None if gap is None else gap.in_sample, comparable=result.comparable),
         ),
-        Claim(
-            "Table 2",
-            "the gap of H outperforms both norm-based predictors",
+        "e4.beats_norms": Finding(
             "; ".join(
                 f"{row.name}: {decimal(row.in_sample.value)}" for row in result.table if row.name != CLOCK
             )
             or NONE,
             _judge_best(rows),
-            "its R² exceeds both; in part: one of them",
         ),
-        Claim(
-            "Table 2",
-            "and the clock, which it does not compare with",
+        "e4.beats_clock": Finding(
             "; ".join(
                 f"{row.name}, runs left out: {decimal(row.left_out)}"
                 for row in result.table
@@ -135,37 +116,38 @@ def claims(result: Predictors) -> list[Claim]:
             )
             or NONE,
             _judge_clock(rows),
-            "R² on runs left out exceeds the clock's",
         ),
-    ]
+    }
 
 
 def _judge_weak(r: Estimate) -> Verdict:
     if np.isnan(r.value):
-        return NOT_RUN
+        return Verdict.NOT_RUN
     if -0.5 < r.value < 0:
-        return REPRODUCED
-    return IN_PART if r.value < 0.5 else NOT_REPRODUCED
+        return Verdict.REPRODUCED
+    return Verdict.IN_PART if r.value < 0.5 else Verdict.NOT_REPRODUCED
 
 
 def _judge_pairs(pairs: Pairs) -> Verdict:
     if not pairs.count:
-        return NOT_RUN
-    return REPRODUCED if pairs.far_entropy > 0 and pairs.far_accuracy > 0 else NOT_REPRODUCED
+        return Verdict.NOT_RUN
+    return Verdict.REPRODUCED if pairs.far_entropy > 0 and pairs.far_accuracy > 0 else Verdict.NOT_REPRODUCED
 
 
 def _judge_best(rows: dict[str, Predictor]) -> Verdict:
     if not rows:
-        return NOT_RUN
+        return Verdict.NOT_RUN
     ours, *others = (rows[name].in_sample.value for name in (ENTROPY_GAP, NORM, NORM_GAP))
-    return (NOT_REPRODUCED, IN_PART, REPRODUCED)[sum(ours > other for other in others)]
+    return (Verdict.NOT_REPRODUCED, Verdict.IN_PART, Verdict.REPRODUCED)[
+        sum(ours > other for other in others)
+    ]
 
 
 def _judge_clock(rows: dict[str, Predictor]) -> Verdict:
     if not rows:
-        return NOT_RUN
+        return Verdict.NOT_RUN
     ours, clock = (rows[name].left_out for name in _LAST)
-    return REPRODUCED if ours > clock else NOT_REPRODUCED
+    return Verdict.REPRODUCED if ours > clock else Verdict.NOT_REPRODUCED
 
 
 Array = NDArray[np.float64]

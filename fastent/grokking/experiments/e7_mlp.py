@@ -21,12 +21,9 @@ from matplotlib.figure import Figure
 
 from fastent.grokking.experiments import leads
 from fastent.grokking.experiments.claims import (
-    IN_PART,
     NONE,
-    NOT_REPRODUCED,
-    NOT_RUN,
-    REPRODUCED,
-    Claim,
+    Finding,
+    Findings,
     counted,
     decimal,
     judge_share,
@@ -103,7 +100,7 @@ def analyse(runs: Sequence[StoredRun]) -> Sufficiency | None:
     )
 
 
-def claims(result: Sufficiency) -> list[Claim]:
+def claims(result: Sufficiency) -> Findings:
     """Each claim of the paper that E7's runs speak to, beside what they say."""
     everyone = [result.transformer, *result.mlps]
     plain = _pooled(result.plainest, lambda model: [o == COLLAPSES for o in model.outcomes])
@@ -117,51 +114,18 @@ def claims(result: Sufficiency) -> list[Claim]:
     grows = _pooled([result.transformer], _grows)
     grokked = _pooled(result.mlps, _fell_first)
     held = [model.label for model in result.mlps if model.holds.value == 1]
-    return [
-        Claim(
-            "§11, Fig. 9",
-            "an MLP memorises, its H collapses well below H*, and test accuracy stays near 0 for 80,000 steps",
-            _said_of(result.plainest),
-            NOT_RUN if result.h_star is None else judge_share(plain),
-            "every run of the MLPs with the Transformer's settings does; in part: at least half",
+    return {
+        "e7.mlp": Finding(
+            _said_of(result.plainest), Verdict.NOT_RUN if result.h_star is None else judge_share(plain)
         ),
-        Claim(
-            "abstract, §11",
-            "the collapse is not sufficient: there is a setting in which it comes without generalisation",
-            _said_of_some(result, held),
-            _judge_some(result),
-            "in one setting every run ends below H* and does not generalise; in part: some run does, or every run of a "
-            "setting falls below it at some time",
+        "e7.insufficient": Finding(_said_of_some(result, held), _judge_some(result)),
+        "e7.necessary": Finding(counted(grokked), judge_share(grokked)),
+        "e7.memorised_by": Finding(counted(early), judge_share(early)),
+        "e7.alignment": Finding(
+            f"at the end {_range(result.mlps)}; at most its null in {counted(aligned)}", judge_share(aligned)
         ),
-        Claim(
-            "abstract",
-            "it is necessary: no MLP that groks does so without H below H* or a collapse first",
-            counted(grokked),
-            judge_share(grokked),
-            "every MLP that groks has H below the Transformer's H*, or T_collapse, by T_grok; in part: half",
-        ),
-        Claim(
-            "§11",
-            f"both memorise within {MEMORISED_BY} steps",
-            counted(early),
-            judge_share(early),
-            "every run that memorises; in part: at least half",
-        ),
-        Claim(
-            "§11",
-            "the MLP's Fourier alignment (max |Pearson r|) remains near 0",
-            f"at the end {_range(result.mlps)}; at most its null in {counted(aligned)}",
-            judge_share(aligned),
-            "at the end it is within the null of permuted labels in every run; in part: at least half",
-        ),
-        Claim(
-            "§11",
-            "the Transformer's alignment grows after the transition",
-            counted(grows),
-            judge_share(grows),
-            "in every run that groks it is larger at the end than at T_grok; in part: at least half",
-        ),
-    ]
+        "e7.alignment_grows": Finding(counted(grows), judge_share(grows)),
+    }
 
 
 def _pooled(models: Sequence[Model], holds: Callable[[Model], Sequence[bool | None]]) -> Estimate | None:
@@ -202,11 +166,11 @@ def _said_of(models: Sequence[Model]) -> str:
 
 def _judge_some(result: Sufficiency) -> Verdict:
     if result.h_star is None:
-        return NOT_RUN
+        return Verdict.NOT_RUN
     shares = [model.holds.value for model in result.mlps]
     if max(shares) == 1:
-        return REPRODUCED
-    return IN_PART if max(shares) > 0 or _crossing(result) else NOT_REPRODUCED
+        return Verdict.REPRODUCED
+    return Verdict.IN_PART if max(shares) > 0 or _crossing(result) else Verdict.NOT_REPRODUCED
 
 
 def _crossing(result: Sufficiency) -> list[str]:

@@ -24,12 +24,9 @@ from numpy.typing import NDArray
 
 from fastent.grokking.experiments import leads
 from fastent.grokking.experiments.claims import (
-    IN_PART,
     NONE,
-    NOT_REPRODUCED,
-    NOT_RUN,
-    REPRODUCED,
-    Claim,
+    Finding,
+    Findings,
     counted,
     decimal,
     judge_share,
@@ -233,7 +230,7 @@ def probe_of(result: Probes, name: str) -> Probe | None:
     return next((probe for probe in result.sized if probe.name == name), None)
 
 
-def claims(result: Probes) -> list[Claim]:
+def claims(result: Probes) -> Findings:
     """Each claim of the paper that the probes speak to, beside what they say."""
     r, d = result.correlation, result.difference
     agree = _agreement(result)
@@ -242,36 +239,19 @@ def claims(result: Probes) -> list[Claim]:
     if used is not None and everything is not None:
         pairs = zip(everything.own, used.own, strict=True)
         gap = over([_minus(a.summary.h_star, b.summary.h_star) for a, b in pairs])
-    return [
-        Claim(
-            "App. B, Fig. 10",
-            "at grokking, H of a training and of a test probe differ by little (its numbers are lost)",
+    return {
+        "e8.close": Finding(
             f"train {worded(result.train, '')}, test {worded(result.test, '')}; test minus train {worded(d, '', 4)}",
             _judge_close(d),
-            f"the interval of the mean difference lies within {CLOSE:g}; in part: the mean within twice that",
         ),
-        Claim(
-            "App. B",
-            "the two are highly correlated over seeds (its r is lost)",
-            f"Pearson r {worded(r, '')}; along a run {worded(result.along, '')}",
-            _judge_correlation(r),
-            "the interval of r over the seeds lies above 0.5; in part: r does",
+        "e8.correlated": Finding(
+            f"Pearson r {worded(r, '')}; along a run {worded(result.along, '')}", _judge_correlation(r)
         ),
-        Claim(
-            "App. B",
-            "the collapse is no artefact of the probe: a test probe sees it when a training probe does",
-            counted(agree),
-            judge_share(agree),
-            "T_cross at the H* of the other seeds differs by at most one evaluation in every run; in part: in half",
+        "e8.artefact": Finding(counted(agree), judge_share(agree)),
+        "e8.enough": Finding(
+            f"H of all pairs minus H of 512 at T_grok {worded(gap, '', 4)}", _judge_close(gap)
         ),
-        Claim(
-            "App. B",
-            "512 pairs suffice, as they exceed d = 128 and the sample covariance has full rank",
-            f"H of all pairs minus H of 512 at T_grok {worded(gap, '', 4)}",
-            _judge_close(gap),
-            f"the interval of the mean deficit lies within {CLOSE:g}; in part: the mean within twice that",
-        ),
-    ]
+    }
 
 
 def _agreement(result: Probes) -> Estimate | None:
@@ -287,19 +267,19 @@ def _agreement(result: Probes) -> Estimate | None:
 
 def _judge_close(difference: Estimate | None) -> Verdict:
     if difference is None:
-        return NOT_RUN
+        return Verdict.NOT_RUN
     bounds = (difference.low, difference.high)
     if all(bound is not None and abs(bound) <= CLOSE for bound in bounds):
-        return REPRODUCED
-    return IN_PART if abs(difference.value) <= 2 * CLOSE else NOT_REPRODUCED
+        return Verdict.REPRODUCED
+    return Verdict.IN_PART if abs(difference.value) <= 2 * CLOSE else Verdict.NOT_REPRODUCED
 
 
 def _judge_correlation(r: Estimate | None) -> Verdict:
     if r is None:
-        return NOT_RUN
+        return Verdict.NOT_RUN
     if r.low is not None and r.low > 0.5:
-        return REPRODUCED
-    return IN_PART if r.value > 0.5 else NOT_REPRODUCED
+        return Verdict.REPRODUCED
+    return Verdict.IN_PART if r.value > 0.5 else Verdict.NOT_REPRODUCED
 
 
 def headline(result: Probes) -> str:

@@ -33,19 +33,12 @@ from fastent.grokking.experiments import (
     figures,
 )
 from fastent.grokking.experiments.claims import (
+    CLAIMS,
     CONTRIBUTIONS,
-    IN_PART,
-    MIXED,
     NONE,
-    NOT_REPRODUCED,
-    NOT_RUN,
-    REPRODUCED,
-    SAID,
-    Claim,
+    Findings,
     arithmetic_section,
-    claims_table,
     corrections_section,
-    covering,
     decimal,
     steps,
 )
@@ -213,13 +206,25 @@ def _meanings() -> Section:
     return Section("meanings", "What the quantities mean", (table,))
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A row of the summary: a claim by its id, where the paper says what, what runs say, the verdict and its rule."""
+
+    id: str
+    where: str
+    says: str
+    ours: str
+    verdict: Verdict
+    rule: str
+
+
 SEEDS = range(10)
 """The paper's seeds of its main experiments."""
 
 
 def summary_section(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path) -> Section:
     """Write the summary of the parts, by experiment, from the runs in the folder `runs`."""
-    claims = all_claims(parts, run_folder(stored, runs))
+    claims = judged(parts, run_folder(stored, runs))
     complete = sum(run.done is not None for run in stored)
     blocks: list[Block] = [Text(part.headline) for part in parts.values()]
     if not parts:
@@ -241,37 +246,42 @@ def summary_section(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs
     return Section("summary", "Summary", tuple(blocks))
 
 
-def all_claims(parts: Mapping[str, Part], runs: Path) -> list[Claim]:
-    """List the claims by experiment, and those not run with the command that runs them in the folder `runs`."""
-    made = [claim for part in parts.values() for claim in part.claims]
-    claims: list[Claim] = []
+def judged(parts: Mapping[str, Part], runs: Path) -> list[Judged]:
+    """List the claims by experiment; one that no run speaks to with the command that runs it in the folder `runs`."""
+    rows: list[Judged] = []
     for experiment in EXPERIMENTS:
-        claims += parts[experiment.id].claims if experiment.id in parts else ()
-        claims += [
-            Claim(
-                said.where,
-                said.says,
-                f"`{command(said.experiment, 'paper', seeds=SEEDS, runs=runs)}`",
-                NOT_RUN,
-                NONE,
-            )
-            for said in SAID
-            if said.experiment == experiment.id and not covering(said.marker, made)
+        found = parts[experiment.id].findings if experiment.id in parts else {}
+        for name, (ours, verdict, words) in found.items():
+            claim = CLAIMS[name]
+            rule = NONE if verdict is Verdict.MIXED else claim.rule
+            rows.append(Judged(name, claim.where, claim.says.format(**words), ours, verdict, rule))
+        asked = f"`{command(experiment.id, 'paper', seeds=SEEDS, runs=runs)}`"
+        rows += [
+            Judged(claim.id, *claim.named, asked, Verdict.NOT_RUN, NONE)
+            for claim in CLAIMS.values()
+            if claim.experiment == experiment.id and claim.named is not None and claim.id not in found
         ]
-    return claims
+    return rows
 
 
-def contributions_table(claims: list[Claim]) -> Table:
+def claims_table(caption: str, rows: Sequence[Judged]) -> Table:
+    """Lay out judged claims as the summary table."""
+    columns = ("Paper", "It says", "These runs", "Verdict", "Judged by")
+    return Table(caption, columns, tuple((r.where, r.says, r.ours, r.verdict, r.rule) for r in rows))
+
+
+def contributions_table(rows: Sequence[Judged]) -> Table:
     """Lay out the paper's contributions, each with the verdict that those of its claims come to."""
-    rows = []
-    for number, says, markers in CONTRIBUTIONS:
-        resting = [claim for marker in markers for claim in covering(marker, claims)]
-        found = "; ".join(f"{claim.says}: {claim.verdict.label}" for claim in resting) or NONE
-        rows.append((number, says, found, together([claim.verdict for claim in resting])))
+    by_id = {row.id: row for row in rows}
+    lines = []
+    for number, says, names in CONTRIBUTIONS:
+        resting = [by_id[name] for name in names if name in by_id]
+        found = "; ".join(f"{row.says}: {row.verdict.label}" for row in resting) or NONE
+        lines.append((number, says, found, together([row.verdict for row in resting])))
     return Table(
         "The paper's contributions. Reproduced if every claim it rests on is, not reproduced if none is even in part.",
         ("", "The paper's contribution", "It rests on", "Verdict"),
-        tuple(rows),
+        tuple(lines),
     )
 
 
@@ -279,10 +289,14 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
     """Sum up verdicts; those with nothing to judge take no part."""
     judged = [verdict for verdict in verdicts if verdict.kind != "none"]
     if not judged:
-        return MIXED if MIXED in verdicts else NOT_RUN
-    if all(verdict == REPRODUCED for verdict in judged):
-        return REPRODUCED
-    return NOT_REPRODUCED if all(verdict == NOT_REPRODUCED for verdict in judged) else IN_PART
+        return Verdict.MIXED if Verdict.MIXED in verdicts else Verdict.NOT_RUN
+    if all(verdict == Verdict.REPRODUCED for verdict in judged):
+        return Verdict.REPRODUCED
+    return (
+        Verdict.NOT_REPRODUCED
+        if all(verdict == Verdict.NOT_REPRODUCED for verdict in judged)
+        else Verdict.IN_PART
+    )
 
 
 def coverage(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path) -> Section:
@@ -320,7 +334,7 @@ class Part:
     """What one experiment gives to the report: a few sentences, its claims and its section."""
 
     headline: str
-    claims: tuple[Claim, ...]
+    findings: Findings
     section: Section
 
     def unjudged(self) -> Part:
@@ -331,7 +345,7 @@ class Part:
         )
         return Part(
             f"{self.headline} {note}",
-            tuple(replace(claim, verdict=MIXED, why=NONE) for claim in self.claims),
+            {name: found._replace(verdict=Verdict.MIXED) for name, found in self.findings.items()},
             replace(self.section, blocks=(Text(note, "note"), *self.section.blocks)),
         )
 
@@ -363,28 +377,26 @@ class Experiment:
 
 def _baseline(runs: Sequence[StoredRun]) -> Part:
     result = e1_lead.analyse([run.measure() for run in runs], comparable=in_papers_setting(runs))
-    return Part(e1_lead.headline(result), tuple(e1_lead.claims(result)), e1_lead.section(result))
+    return Part(e1_lead.headline(result), e1_lead.claims(result), e1_lead.section(result))
 
 
 def _mixing(runs: Sequence[StoredRun]) -> Part | None:
     result = e2_mixing.analyse(runs, comparable=in_papers_setting(runs))
     if result is None:
         return None
-    return Part(e2_mixing.headline(result), tuple(e2_mixing.claims(result)), e2_mixing.section(result))
+    return Part(e2_mixing.headline(result), e2_mixing.claims(result), e2_mixing.section(result))
 
 
 def _norm(runs: Sequence[StoredRun]) -> Part | None:
     result = e3_norm.analyse(runs, comparable=in_papers_setting(runs))
     if result is None:
         return None
-    return Part(e3_norm.headline(result), tuple(e3_norm.claims(result)), e3_norm.section(result))
+    return Part(e3_norm.headline(result), e3_norm.claims(result), e3_norm.section(result))
 
 
 def _predictors(runs: Sequence[StoredRun]) -> Part:
     result = e4_predictors.analyse([run.measure() for run in runs], comparable=in_papers_setting(runs))
-    return Part(
-        e4_predictors.headline(result), tuple(e4_predictors.claims(result)), e4_predictors.section(result)
-    )
+    return Part(e4_predictors.headline(result), e4_predictors.claims(result), e4_predictors.section(result))
 
 
 def _forecast(runs: Sequence[StoredRun]) -> Part | None:
@@ -392,34 +404,34 @@ def _forecast(runs: Sequence[StoredRun]) -> Part | None:
     result = e5_forecast.analyse(runs, comparable=in_papers_setting(baseline))
     if result is None:
         return None
-    return Part(e5_forecast.headline(result), tuple(e5_forecast.claims(result)), e5_forecast.section(result))
+    return Part(e5_forecast.headline(result), e5_forecast.claims(result), e5_forecast.section(result))
 
 
 def _tasks(runs: Sequence[StoredRun]) -> Part | None:
     result = e6_tasks.analyse(runs)
     if result is None:
         return None
-    return Part(e6_tasks.headline(result), tuple(e6_tasks.claims(result)), e6_tasks.section(result))
+    return Part(e6_tasks.headline(result), e6_tasks.claims(result), e6_tasks.section(result))
 
 
 def _mlps(runs: Sequence[StoredRun]) -> Part | None:
     result = e7_mlp.analyse(runs)
     if result is None:
         return None
-    return Part(e7_mlp.headline(result), tuple(e7_mlp.claims(result)), e7_mlp.section(result))
+    return Part(e7_mlp.headline(result), e7_mlp.claims(result), e7_mlp.section(result))
 
 
 def _probes(runs: Sequence[StoredRun]) -> Part | None:
     result = e8_probes.analyse(runs)
     if result is None:
         return None
-    return Part(e8_probes.headline(result), tuple(e8_probes.claims(result)), e8_probes.section(result))
+    return Part(e8_probes.headline(result), e8_probes.claims(result), e8_probes.section(result))
 
 
 def _choices(runs: Sequence[StoredRun]) -> Part | None:
     # It compares verdicts, and there are none on runs of different settings.
     settings = choices.analyse(runs) if of_one_setting(runs) else None
-    return None if settings is None else Part(choices.headline(settings), (), choices.section(settings))
+    return None if settings is None else Part(choices.headline(settings), {}, choices.section(settings))
 
 
 def in_papers_setting(runs: Sequence[StoredRun]) -> bool:

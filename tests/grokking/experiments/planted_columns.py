@@ -45,9 +45,3 @@ def planted(job, seed, *, test, entropy, train=None, **columns):
 def tables(section):
     """Tables of a section by the beginning of their captions."""
     return {b.caption.split(",")[0].split(".")[0]: b for b in section.blocks if hasattr(b, "columns")}
-
-
-def by_words(claims, words):
-    """The one claim whose text holds the words."""
-    (claim,) = [claim for claim in claims if words in claim.says]
-    return claim

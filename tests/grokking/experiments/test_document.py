@@ -70,7 +70,7 @@ SECTION = Section(
         Text("remark", "note"),
         Items(("one", "two *not bold*")),
         Code("fastent run <e1> & ```"),
-        Table("Caption", ("a", "b|c"), ((EVIL, Verdict("no", "not so")), ("1", "x | y")), numbers=(0,)),
+        Table("Caption", ("a", "b|c"), ((EVIL, Verdict.NOT_REPRODUCED), ("1", "x | y")), numbers=(0,)),
         Figure("picture", "what it shows", 'alt "quoted"', SVG, SVG.replace("M0 0", "M1 1")),
     ),
 )

@@ -1,13 +1,10 @@
 """E1 on closed-form runs: its analysis, its verdicts and its section."""
 
-import re
-
 import pytest
 
 from fastent.grokking.experiments import e1_lead, figures
-from fastent.grokking.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
 from fastent.grokking.experiments.data import read_runs
-from fastent.grokking.experiments.document import Table, Text
+from fastent.grokking.experiments.document import Table, Text, Verdict
 
 
 @pytest.fixture
@@ -22,10 +19,7 @@ def undrawn(monkeypatch):
 
 
 def verdicts(result):
-    return {
-        re.sub(r"a fall of H .*? within (\d+) .*?steps\)", r"\1", claim.says).split(",")[0]: claim.verdict
-        for claim in e1_lead.claims(result)
-    }
+    return {name: found.verdict for name, found in e1_lead.claims(result).items()}
 
 
 def test_analysis_has_the_closed_form_times_thresholds_and_leads(result):
@@ -48,25 +42,25 @@ def test_analysis_has_the_closed_form_times_thresholds_and_leads(result):
 
 def test_claims_judge_the_closed_form_runs(result):
     got = verdicts(result)
-    assert got["the model memorises early and generalises thousands of steps later"] == REPRODUCED
-    assert got["T_grok is 14"] == OTHER_SETTING
-    assert got["H* is 0.61 (0.605 in Table 3)"] == OTHER_SETTING
-    assert got["H* is stable over seeds"] == REPRODUCED
-    assert got["H falls below H* before grokking in 100 % of runs"] == NOT_REPRODUCED
-    assert got["the same"] == NOT_REPRODUCED
+    assert got["e1.memorises_early"] == Verdict.REPRODUCED
+    assert got["e1.t_grok"] == Verdict.OTHER_SETTING
+    assert got["e1.h_star"] == Verdict.OTHER_SETTING
+    assert got["e1.h_star_stable"] == Verdict.REPRODUCED
+    assert got["e1.precedes"] == Verdict.NOT_REPRODUCED
+    assert got["e1.precedes_left_out"] == Verdict.NOT_REPRODUCED
     # Straight down by 0.01 an evaluation: 0.04 in five evaluations, 0.05 in six of the paper's 800 steps.
-    assert got["T_collapse (5) comes before T_grok in 100 % of runs"] == NOT_REPRODUCED
-    assert got["T_collapse (17) comes before T_grok in 100 % of runs"] == REPRODUCED
-    assert got["the collapse (17) comes before generalisation"] == REPRODUCED
-    assert got["Phase I: H stays high and stable while the model memorises"] == REPRODUCED
-    assert got["Phase I: the parameter norm grows while the model memorises"] == NOT_REPRODUCED
+    assert got["e1.collapse"] == Verdict.NOT_REPRODUCED
+    assert got["e1.collapse_800"] == Verdict.REPRODUCED
+    assert got["e1.collapse_at_half"] == Verdict.REPRODUCED
+    assert got["e1.phase_1_stable"] == Verdict.REPRODUCED
+    assert got["e1.norm_grows"] == Verdict.NOT_REPRODUCED
 
 
 def test_numbers_of_the_paper_are_judged_only_in_its_setting(three_runs):
     runs = [run.measure() for run in read_runs(three_runs)]
     got = verdicts(e1_lead.analyse(runs, comparable=True))
-    assert got["T_grok is 14"] == NOT_REPRODUCED
-    assert got["H* is 0.61 (0.605 in Table 3)"] == IN_PART  # 0.64, within 25 %
+    assert got["e1.t_grok"] == Verdict.NOT_REPRODUCED
+    assert got["e1.h_star"] == Verdict.IN_PART  # 0.64, within 25 %
 
 
 def test_incomplete_runs_take_no_part_and_none_at_all_is_an_error(tmp_path, writer):
@@ -84,7 +78,7 @@ def test_a_run_that_does_not_grok_is_kept_to_its_end_in_the_mean_time(tmp_path, 
     result = e1_lead.analyse([r.measure() for r in read_runs(tmp_path)], comparable=False)
     assert result.t_grok.value == pytest.approx((1500 + 2500) / 2)
     assert "restricted mean to step 2500" in result.t_grok.method
-    assert verdicts(result)["the model memorises early and generalises thousands of steps later"] == IN_PART
+    assert verdicts(result)["e1.memorises_early"] == Verdict.IN_PART
 
 
 def test_runs_that_never_grok_leave_nothing_to_lead(tmp_path, writer, undrawn):
@@ -92,8 +86,8 @@ def test_runs_that_never_grok_leave_nothing_to_lead(tmp_path, writer, undrawn):
         writer(tmp_path, seed, t_grok=None)
     result = e1_lead.analyse([r.measure() for r in read_runs(tmp_path)], comparable=True)
     got = verdicts(result)
-    assert got["T_grok is 14"] == NOT_RUN
-    assert got["H falls below H* before grokking in 100 % of runs"] == NOT_RUN
+    assert got["e1.t_grok"] == Verdict.NOT_RUN
+    assert got["e1.precedes"] == Verdict.NOT_RUN
     assert e1_lead.headline(result) == "E1: 0 of 2 runs grok; there is no lead to measure."
     assert e1_lead.section(result).anchor == "e1"
 
@@ -133,8 +127,8 @@ def test_a_collapse_amid_the_rise_precedes_the_criterion_but_not_half_the_accura
     result = e1_lead.analyse(runs, comparable=False)
     got = verdicts(result)
     assert result.wide is None  # on the paper's own grid there is one window
-    assert got["T_collapse (5) comes before T_grok in 100 % of runs"] == REPRODUCED
-    assert got["the collapse (5) comes before generalisation"] == NOT_REPRODUCED
+    assert got["e1.collapse"] == Verdict.REPRODUCED
+    assert got["e1.collapse_at_half"] == Verdict.NOT_REPRODUCED
 
 
 def test_sensitivity_counts_signals_before_memorising_and_adds_the_papers_span(measure, undrawn):

@@ -6,9 +6,8 @@ import pytest
 from closed_form import write_run
 
 from fastent.grokking.experiments import delays, e2_mixing, figures
-from fastent.grokking.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
 from fastent.grokking.experiments.data import read_runs
-from fastent.grokking.experiments.document import Table
+from fastent.grokking.experiments.document import Table, Verdict
 
 SEEDS = range(6)
 
@@ -113,24 +112,27 @@ def test_dose_response_is_kendalls_tau_by_seed(result):
 
 
 def test_claims_judge_the_closed_form_runs(result, runs):
-    verdicts = {claim.says: claim.verdict for claim in e2_mixing.claims(result)}
-    assert verdicts["mixing delays grokking by 5,020 steps (Table 1's means differ by 5,060)"] == REPRODUCED
-    assert verdicts["the same with the other reading of its loss, logits averaged"] == REPRODUCED
-    assert verdicts["T_grok under mixing is 19,420 steps"] == OTHER_SETTING
-    assert verdicts["10 of 10 runs grok under mixing"] == IN_PART
+    verdicts = {name: found.verdict for name, found in e2_mixing.claims(result).items()}
+    assert verdicts["e2.delays"] == Verdict.REPRODUCED
+    assert verdicts["e2.delays_logits"] == Verdict.REPRODUCED
+    assert verdicts["e2.t_grok"] == Verdict.OTHER_SETTING
+    assert verdicts["e2.all_grok"] == Verdict.IN_PART
     # H is 0.02 higher at equal step, and lower at grokking, which comes later.
-    assert verdicts["mixing prevents the covariance from collapsing"] == IN_PART
-    assert e2_mixing.judge_kept_up(result.conditions["logits-0.1"]) == REPRODUCED
+    assert verdicts["e2.kept_up"] == Verdict.IN_PART
+    assert e2_mixing.judge_kept_up(result.conditions["logits-0.1"]) == Verdict.REPRODUCED
     itself = delays.equal_step(result.baseline, result.baseline)
     none = dataclasses.replace(
         result.conditions["logits-0.1"],
         equal_step=itself,
         collapse=delays.collapse(result.baseline, result.baseline),
     )
-    assert e2_mixing.judge_kept_up(none) == NOT_REPRODUCED
-    again = {c.says: c.verdict for c in e2_mixing.claims(e2_mixing.analyse(runs, comparable=True))}
-    assert again["T_grok under mixing is 19,420 steps"] == NOT_REPRODUCED
-    assert again["Mann-Whitney p = 0.044, Cohen's d = 0.70"] == IN_PART  # significant, but d is undefined
+    assert e2_mixing.judge_kept_up(none) == Verdict.NOT_REPRODUCED
+    again = {
+        name: found.verdict
+        for name, found in e2_mixing.claims(e2_mixing.analyse(runs, comparable=True)).items()
+    }
+    assert again["e2.t_grok"] == Verdict.NOT_REPRODUCED
+    assert again["e2.test"] == Verdict.IN_PART  # significant, but d is undefined
 
 
 def test_without_runs_of_either_side_there_is_no_part(runs):
@@ -141,7 +143,7 @@ def test_without_runs_of_either_side_there_is_no_part(runs):
 def test_a_reading_that_was_not_run_is_said_to_be_not_run(runs):
     only = [r for r in runs if r.condition in ("baseline", "logits-0.1")]
     claims = e2_mixing.claims(e2_mixing.analyse(only, comparable=False))
-    assert [claim.verdict for claim in claims].count(NOT_RUN) == 5
+    assert [found.verdict for found in claims.values()].count(Verdict.NOT_RUN) == 5
     assert "but not the paper's" in e2_mixing.headline(e2_mixing.analyse(only, comparable=False))
 
 
@@ -162,6 +164,6 @@ def test_one_run_against_one_has_a_delay_and_no_certainty(tmp_path):
     later, same = (result.conditions[name].delay for name in ("losses-0.1", "logits-0.1"))
     assert (later.delay.value, later.delay.low, later.mean.value, later.mean.low) == (500, None, 1500, None)
     assert (same.survival.p_value, same.delay.value) == (1.0, 0.0)
-    verdicts = [claim.verdict for claim in e2_mixing.claims(result)]
-    assert verdicts[:2] == [IN_PART, NOT_REPRODUCED]
+    verdicts = [found.verdict for found in e2_mixing.claims(result).values()]
+    assert verdicts[:2] == [Verdict.IN_PART, Verdict.NOT_REPRODUCED]
     e2_mixing.section(result)

@@ -4,11 +4,10 @@ import pytest
 from closed_form import write_run
 
 from fastent.grokking.experiments import e3_norm, figures
-from fastent.grokking.experiments.claims import IN_PART, NO_CASE, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 from fastent.grokking.experiments.data import read_runs
-from fastent.grokking.experiments.document import Table
+from fastent.grokking.experiments.document import Table, Verdict
 
-DRIVER = "entropy collapse, not the parameter norm, is the proximate driver"
+DRIVER = "e3.driver"
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +43,9 @@ def cells(out, *, mixing, norm, interaction=0, seeds=range(5)):
 
 
 def verdicts(runs):
-    return {c.says: c.verdict for c in e3_norm.claims(e3_norm.analyse(runs, comparable=False))}
+    return {
+        name: found.verdict for name, found in e3_norm.claims(e3_norm.analyse(runs, comparable=False)).items()
+    }
 
 
 def test_factorial_effects_are_those_planted(tmp_path):
@@ -72,13 +73,13 @@ def test_norm_held_from_memorising_on_is_compared_with_the_baselines_norm_then(t
 
 
 def test_the_driver_is_the_entropy_only_if_the_norm_alone_does_nothing(tmp_path):
-    assert verdicts(cells(tmp_path / "a", mixing=500, norm=0))[DRIVER] == REPRODUCED
-    assert verdicts(cells(tmp_path / "b", mixing=500, norm=200))[DRIVER] == NOT_REPRODUCED
-    assert verdicts(cells(tmp_path / "c", mixing=0, norm=0))[DRIVER] == IN_PART
+    assert verdicts(cells(tmp_path / "a", mixing=500, norm=0))[DRIVER] == Verdict.REPRODUCED
+    assert verdicts(cells(tmp_path / "b", mixing=500, norm=200))[DRIVER] == Verdict.NOT_REPRODUCED
+    assert verdicts(cells(tmp_path / "c", mixing=0, norm=0))[DRIVER] == Verdict.IN_PART
     without = [
         run for run in read_runs(tmp_path / "a") if "norm-" not in run.condition or "+" in run.condition
     ]
-    assert verdicts(without)[DRIVER] == NOT_RUN
+    assert verdicts(without)[DRIVER] == Verdict.NOT_RUN
 
 
 def test_where_no_run_groks_there_is_nothing_to_judge(tmp_path):
@@ -90,8 +91,8 @@ def test_where_no_run_groks_there_is_nothing_to_judge(tmp_path):
         for seed in range(3):
             write_run(tmp_path, experiment, condition, seed, t_grok=None)
     got = verdicts(read_runs(tmp_path))
-    assert got[DRIVER] == NO_CASE
-    assert got["the norm-matched control delays grokking, by 8,304 steps"] == NO_CASE
+    assert got[DRIVER] == Verdict.NO_CASE
+    assert got["e3.delays"] == Verdict.NO_CASE
 
 
 def test_an_incomplete_design_has_no_factorial_and_says_so(tmp_path):

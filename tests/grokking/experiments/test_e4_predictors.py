@@ -7,9 +7,8 @@ import pytest
 from closed_form import write_run
 
 from fastent.grokking.experiments import e4_predictors, figures
-from fastent.grokking.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
 from fastent.grokking.experiments.data import read_runs
-from fastent.grokking.experiments.document import Table
+from fastent.grokking.experiments.document import Table, Verdict
 from fastent.grokking.experiments.statistics import CORRELATION, EXPLAINED, jackknife
 from fastent.history import History
 from fastent.power_law import PowerLaw
@@ -144,18 +143,24 @@ def test_claims_judge_weak_correlation_pairs_and_predictors(tmp_path):
     rng = np.random.default_rng(1)
     measured = runs(tmp_path, lambda seed, own: lambda step: 50 - 4 * own(step) + rng.normal())
     result = e4_predictors.analyse(measured, comparable=False)
-    verdicts = [claim.verdict for claim in e4_predictors.claims(result)]
-    assert verdicts == [REPRODUCED, REPRODUCED, OTHER_SETTING, REPRODUCED, REPRODUCED]
+    verdicts = [found.verdict for found in e4_predictors.claims(result).values()]
+    assert verdicts == [
+        Verdict.REPRODUCED,
+        Verdict.REPRODUCED,
+        Verdict.OTHER_SETTING,
+        Verdict.REPRODUCED,
+        Verdict.REPRODUCED,
+    ]
     strong = e4_predictors.analyse(runs(tmp_path / "strong", falling), comparable=True)
-    verdicts = [claim.verdict for claim in e4_predictors.claims(strong)]
-    assert verdicts[0] == IN_PART
-    assert verdicts[2] == NOT_REPRODUCED  # R2 is 1 here
+    verdicts = [found.verdict for found in e4_predictors.claims(strong).values()]
+    assert verdicts[0] == Verdict.IN_PART
+    assert verdicts[2] == Verdict.NOT_REPRODUCED  # R2 is 1 here
 
 
 def test_two_runs_are_too_few_for_predictors_and_that_is_said(tmp_path):
     result = e4_predictors.analyse(runs(tmp_path, falling, seeds=range(2)), comparable=True)
     assert result.table == ()
-    assert [c.verdict for c in e4_predictors.claims(result)][2:] == [NOT_RUN] * 3
+    assert [found.verdict for found in e4_predictors.claims(result).values()][2:] == [Verdict.NOT_RUN] * 3
     assert any("Fewer than three" in getattr(b, "text", "") for b in e4_predictors.section(result).blocks)
 
 

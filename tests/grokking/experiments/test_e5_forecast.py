@@ -6,9 +6,8 @@ from closed_form import write_run
 
 from fastent.diagnosis import Phase
 from fastent.grokking.experiments import e5_forecast, figures
-from fastent.grokking.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 from fastent.grokking.experiments.data import read_runs
-from fastent.grokking.experiments.document import Table
+from fastent.grokking.experiments.document import Table, Verdict
 from fastent.grokking.experiments.e5_forecast import Outcome
 
 RISE = 100
@@ -59,20 +58,20 @@ def test_a_planted_law_is_found_and_forecasts_runs_left_out_where_the_clock_cann
 
 
 def test_claims_on_the_planted_law(result):
-    verdicts = {claim.says.split(" (")[0]: claim.verdict for claim in e5_forecast.claims(result)}
-    assert verdicts["a power law in H − H* explains R² = 0.543 of the remaining steps"] == NOT_REPRODUCED
-    assert verdicts["its exponent is γ = 1.65"] == IN_PART
-    assert verdicts["and the entropy forecasts better than the clock"] == REPRODUCED
+    verdicts = {name: found.verdict for name, found in e5_forecast.claims(result).items()}
+    assert verdicts["e5.r2"] == Verdict.NOT_REPRODUCED
+    assert verdicts["e5.gamma"] == Verdict.IN_PART
+    assert verdicts["e5.beats_clock"] == Verdict.REPRODUCED
     # H is at H* at T_grok and below it 200 steps later only.
-    assert verdicts["grokking follows within 1,000 steps of H falling below H*"] == NOT_REPRODUCED
-    assert verdicts["stopping within 1,000 steps of the crossing loses no accuracy"] == REPRODUCED
+    assert verdicts["e5.imminent_at_crossing"] == Verdict.NOT_REPRODUCED
+    assert verdicts["e5.accuracy_kept"] == Verdict.REPRODUCED
 
 
 def test_too_few_runs_give_no_law_and_say_so(stored):
     result = e5_forecast.analyse(stored[:2], comparable=False)
     assert (result.law, result.validation) == (None, None)
-    verdicts = [claim.verdict for claim in e5_forecast.claims(result)]
-    assert verdicts[:5] == [NOT_RUN] * 5
+    verdicts = [found.verdict for found in e5_forecast.claims(result).values()]
+    assert verdicts[:5] == [Verdict.NOT_RUN] * 5
     assert "too few runs" in e5_forecast.headline(result)
     assert any("Fewer than three" in getattr(b, "text", "") for b in e5_forecast.section(result).blocks)
     assert e5_forecast.analyse([], comparable=False) is None
@@ -83,7 +82,7 @@ def test_runs_that_never_grok_are_not_stopped_and_have_no_law(tmp_path):
         write_run(tmp_path, "e1", "baseline", seed, t_grok=None)
     result = e5_forecast.analyse(read_runs(tmp_path), comparable=True)
     assert "No run crosses the H* of the other seeds" in e5_forecast.headline(result)
-    assert {claim.verdict for claim in e5_forecast.claims(result)[:7]} == {NOT_RUN}
+    assert {found.verdict for found in list(e5_forecast.claims(result).values())[:7]} == {Verdict.NOT_RUN}
     e5_forecast.section(result)
 
 

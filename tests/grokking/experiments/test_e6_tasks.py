@@ -1,11 +1,10 @@
 """E6 on planted runs: the rows of Table 3, the relabelling controls, S5's representations."""
 
 import pytest
-from planted_columns import EVERY, by_words, planted, tables
+from planted_columns import EVERY, planted, tables
 
 from fastent.grokking.experiments import e6_tasks, figures
-from fastent.grokking.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, OTHER_SETTING, REPRODUCED
-from fastent.grokking.experiments.e6_tasks import AS_EXPECTED, NOT_AS_EXPECTED
+from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.train.presets import TrainConfig, preset
 
@@ -69,21 +68,21 @@ def test_rows_hold_the_planted_times_and_thresholds(runs):
 
 def test_claims_judge_the_rows_by_number_and_share(runs):
     claims = e6_tasks.claims(e6_tasks.analyse(runs))
-    assert by_words(claims, "addition: 5 of 5").verdict == REPRODUCED
-    assert by_words(claims, "multiplication: 5 of 5").verdict == REPRODUCED
-    assert by_words(claims, "subtraction: 5 of 5").verdict == NOT_REPRODUCED  # 16,000 for 21,560
-    assert by_words(claims, "S5: 10 of 10").verdict == REPRODUCED
-    assert by_words(claims, "within modular arithmetic").verdict == NOT_REPRODUCED  # 0.055 apart
-    assert by_words(claims, "identical rows").verdict == NOT_REPRODUCED
-    assert by_words(claims, "threshold of its own").verdict == REPRODUCED
-    assert by_words(claims, "do not commute").ours.startswith("94 %")
+    assert claims["e6.add"].verdict == Verdict.REPRODUCED
+    assert claims["e6.mul"].verdict == Verdict.REPRODUCED
+    assert claims["e6.sub"].verdict == Verdict.NOT_REPRODUCED  # 16,000 for 21,560
+    assert claims["e6.s5"].verdict == Verdict.REPRODUCED
+    assert claims["e6.modular"].verdict == Verdict.NOT_REPRODUCED  # 0.055 apart
+    assert claims["e6.rows_alike"].verdict == Verdict.NOT_REPRODUCED
+    assert claims["e6.s5_threshold"].verdict == Verdict.REPRODUCED
+    assert claims["e6.not_commuting"].ours.startswith("94 %")
 
 
 def test_equal_rows_are_called_so_and_overlapping_ones_in_part():
     alike = [*some(MUL, 21_600, 0.589), *some(SUB, 21_600, 0.589)]
-    assert by_words(e6_tasks.claims(e6_tasks.analyse(alike)), "identical rows").verdict == REPRODUCED
+    assert e6_tasks.claims(e6_tasks.analyse(alike))["e6.rows_alike"].verdict == Verdict.REPRODUCED
     near = [*some(MUL, 21_600, 0.589), *some(SUB, 21_800, 0.5895)]
-    assert by_words(e6_tasks.claims(e6_tasks.analyse(near)), "identical rows").verdict == IN_PART
+    assert e6_tasks.claims(e6_tasks.analyse(near))["e6.rows_alike"].verdict == Verdict.IN_PART
 
 
 def test_a_run_that_does_not_grok_is_kept_to_the_limit_of_steps():
@@ -96,17 +95,17 @@ def test_a_run_that_does_not_grok_is_kept_to_the_limit_of_steps():
 def test_numbers_of_the_paper_are_judged_only_in_its_setting():
     quick = {job.config.task: job for job in JOBS["e6"](preset("quick"), range(10))[:4]}
     claims = e6_tasks.claims(e6_tasks.analyse(some(quick["mul"], 21_600, 0.589)))
-    assert by_words(claims, "multiplication: 5 of 5").verdict == OTHER_SETTING
+    assert claims["e6.mul"].verdict == Verdict.OTHER_SETTING
 
 
 def test_windows_that_see_the_collapse_in_half_of_the_runs_of_s5_reproduce_the_five_of_ten():
     dips = [2_000] * 5 + [None] * 5
     s5 = [run(S5, s, 4_400, 0.655, dip=dip) for s, dip in enumerate(dips)]
-    claim = by_words(e6_tasks.claims(e6_tasks.analyse(s5)), "in 5 of 10 seeds")
+    claim = e6_tasks.claims(e6_tasks.analyse(s5))["e6.s5_window"]
     assert claim.ours.startswith("5 of 10")
-    assert claim.verdict == REPRODUCED
+    assert claim.verdict == Verdict.REPRODUCED
     none = [run(S5, s, 4_400, 0.655) for s in range(10)]
-    assert by_words(e6_tasks.claims(e6_tasks.analyse(none)), "in 5 of 10 seeds").verdict == NOT_REPRODUCED
+    assert e6_tasks.claims(e6_tasks.analyse(none))["e6.s5_window"].verdict == Verdict.NOT_REPRODUCED
 
 
 def test_controls_that_agree_and_that_do_not_are_told_apart(runs, controls):
@@ -117,9 +116,9 @@ def test_controls_that_agree_and_that_do_not_are_told_apart(runs, controls):
     ]
     assert [d.t_grok.value for d in result.controls] == [-200, 6_000]
     assert [e6_tasks.agrees(d) for d in result.controls] == [True, False]
-    assert by_words(e6_tasks.claims(result), "one under other names").verdict == NOT_AS_EXPECTED
+    assert e6_tasks.claims(result)["e6.relabelled"].verdict == Verdict.NOT_AS_EXPECTED
     alike = e6_tasks.analyse([*runs, *controls[:10]])
-    assert by_words(e6_tasks.claims(alike), "one under other names").verdict == AS_EXPECTED
+    assert e6_tasks.claims(alike)["e6.relabelled"].verdict == Verdict.AS_EXPECTED
     assert alike.contrast.t_grok.value == 2_000
     assert "1 of 2 pairs of tasks that are one under other names agree" in e6_tasks.headline(result)
 
@@ -133,9 +132,9 @@ def test_where_no_run_groks_nothing_is_compared(undrawn):
     result = e6_tasks.analyse(stuck)
     assert result.controls[0].t_grok is None
     claims = e6_tasks.claims(result)
-    for words in ("one under other names", "identical rows", "within modular arithmetic"):
-        assert by_words(claims, words).verdict == NOT_RUN
-    assert by_words(claims, "multiplication: 5 of 5").verdict == NOT_REPRODUCED
+    for name in ("e6.relabelled", "e6.rows_alike", "e6.modular"):
+        assert claims[name].verdict == Verdict.NOT_RUN
+    assert claims["e6.mul"].verdict == Verdict.NOT_REPRODUCED
     assert e6_tasks.section(result).anchor == "e6"
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-from planted_columns import by_words, planted, tables
+from planted_columns import planted, tables
 
 from fastent.grokking.experiments import e7_mlp, figures
-from fastent.grokking.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, REPRODUCED
+from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.e7_mlp import OUTCOMES
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.train.presets import preset
@@ -82,12 +82,12 @@ def test_each_run_has_the_outcome_that_was_planted(transformers):
 def test_the_papers_mlp_reproduces_its_claims(transformers):
     result = e7_mlp.analyse([*transformers, *(mlp(job, seed) for job in (CONCAT, SUM) for seed in range(3))])
     claims = e7_mlp.claims(result)
-    assert by_words(claims, "stays near 0").verdict == REPRODUCED
-    assert by_words(claims, "not sufficient").verdict == REPRODUCED
-    assert by_words(claims, "within 500 steps").verdict == REPRODUCED
-    assert by_words(claims, "remains near 0").verdict == REPRODUCED
-    assert by_words(claims, "remains near 0").ours.startswith("at the end 0.20 to 0.20")
-    assert by_words(claims, "grows after").verdict == REPRODUCED
+    assert claims["e7.mlp"].verdict == Verdict.REPRODUCED
+    assert claims["e7.insufficient"].verdict == Verdict.REPRODUCED
+    assert claims["e7.memorised_by"].verdict == Verdict.REPRODUCED
+    assert claims["e7.alignment"].verdict == Verdict.REPRODUCED
+    assert claims["e7.alignment"].ours.startswith("at the end 0.20 to 0.20")
+    assert claims["e7.alignment_grows"].verdict == Verdict.REPRODUCED
     assert "concatenated, 512-128, summed, 512-128" in e7_mlp.headline(result)
 
 
@@ -95,31 +95,31 @@ def test_mlps_that_grok_do_not(transformers):
     runs = [mlp(job, seed, test=GROKS, spectra=SPECTRA) for job in (CONCAT, SUM) for seed in range(3)]
     result = e7_mlp.analyse([*transformers, *runs])
     claims = e7_mlp.claims(result)
-    assert by_words(claims, "stays near 0").verdict == NOT_REPRODUCED
-    assert by_words(claims, "not sufficient").verdict == NOT_REPRODUCED
-    assert by_words(claims, "is necessary").verdict == REPRODUCED
-    assert by_words(claims, "remains near 0").verdict == NOT_REPRODUCED
-    assert "T_grok 800 on average" in by_words(claims, "stays near 0").ours
+    assert claims["e7.mlp"].verdict == Verdict.NOT_REPRODUCED
+    assert claims["e7.insufficient"].verdict == Verdict.NOT_REPRODUCED
+    assert claims["e7.necessary"].verdict == Verdict.REPRODUCED
+    assert claims["e7.alignment"].verdict == Verdict.NOT_REPRODUCED
+    assert "T_grok 800 on average" in claims["e7.mlp"].ours
     assert "6 of 6 MLP runs grok" in e7_mlp.headline(result)
 
 
 def test_one_setting_in_which_some_runs_collapse_without_generalising_is_sufficiency_in_part(transformers):
     result = e7_mlp.analyse([*transformers, mlp(CONCAT, 0), mlp(CONCAT, 1, test=GROKS)])
     claims = e7_mlp.claims(result)
-    assert by_words(claims, "not sufficient").verdict == IN_PART
-    assert by_words(claims, "stays near 0").verdict == IN_PART
+    assert claims["e7.insufficient"].verdict == Verdict.IN_PART
+    assert claims["e7.mlp"].verdict == Verdict.IN_PART
 
 
 def test_crossing_h_star_for_a_while_without_generalising_is_sufficiency_denied_in_part(transformers):
     result = e7_mlp.analyse([*transformers, *(mlp(CONCAT, seed, entropy=DIPS) for seed in range(3))])
-    claim = by_words(e7_mlp.claims(result), "not sufficient")
-    assert claim.verdict == IN_PART
+    claim = e7_mlp.claims(result)["e7.insufficient"]
+    assert claim.verdict == Verdict.IN_PART
     assert "no run generalises: concatenated, 512-128" in claim.ours
 
 
 def test_grokking_without_a_fall_of_entropy_denies_necessity(transformers):
     result = e7_mlp.analyse([*transformers, mlp(CONCAT, 0, test=GROKS, entropy=STAYS)])
-    assert by_words(e7_mlp.claims(result), "is necessary").verdict == NOT_REPRODUCED
+    assert e7_mlp.claims(result)["e7.necessary"].verdict == Verdict.NOT_REPRODUCED
 
 
 def test_alignment_is_dated_after_memorising_by_two_evaluations_above_the_null(transformers):
@@ -155,8 +155,8 @@ def test_without_transformers_that_grok_nothing_is_said_of_a_collapse(transforme
     result = e7_mlp.analyse([*transformer, mlp(CONCAT, 0), mlp(CONCAT, 1, test=GROKS)])
     assert outcomes(result)["concatenated, 512-128"] == (OUTCOMES[-1], "groks")
     claims = e7_mlp.claims(result)
-    assert by_words(claims, "stays near 0").verdict == NOT_RUN
-    assert by_words(claims, "not sufficient").verdict == NOT_RUN
+    assert claims["e7.mlp"].verdict == Verdict.NOT_RUN
+    assert claims["e7.insufficient"].verdict == Verdict.NOT_RUN
     assert "no H* to say" in e7_mlp.headline(result)
     assert e7_mlp.section(result).anchor == "e7"
     e7_mlp.side_by_side(result)

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from planted_columns import by_words, planted, tables
+from planted_columns import planted, tables
 
 from fastent.grokking.experiments import e8_probes, figures
-from fastent.grokking.experiments.claims import IN_PART, NOT_REPRODUCED, NOT_RUN, REPRODUCED
+from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.train.presets import preset
 
@@ -92,34 +92,32 @@ def test_spread_over_the_runs_falls_with_the_square_root_of_the_law():
 
 def test_claims_judge_the_planted_probes(result):
     claims = e8_probes.claims(result)
-    assert by_words(claims, "differ by little").verdict == REPRODUCED
-    assert (
-        by_words(claims, "highly correlated").verdict == IN_PART
-    )  # r is 1: Fisher's interval does not exist
-    assert by_words(claims, "no artefact").verdict == REPRODUCED
-    assert by_words(claims, "512 pairs suffice").verdict == REPRODUCED  # 4 (1/512 - 1/2823) + 0.001 = 0.0074
+    assert claims["e8.close"].verdict == Verdict.REPRODUCED
+    assert claims["e8.correlated"].verdict == Verdict.IN_PART  # r is 1: Fisher's interval does not exist
+    assert claims["e8.artefact"].verdict == Verdict.REPRODUCED
+    assert claims["e8.enough"].verdict == Verdict.REPRODUCED  # 4 (1/512 - 1/2823) + 0.001 = 0.0074
 
 
 def test_a_small_but_certain_difference_is_in_part():
     claims = e8_probes.claims(e8_probes.analyse([run(seed, lower=[0.015] * 12) for seed in range(6)]))
-    assert by_words(claims, "differ by little").verdict == IN_PART
+    assert claims["e8.close"].verdict == Verdict.IN_PART
 
 
 def test_a_test_probe_far_from_the_training_probe_is_said_to_be():
     claims = e8_probes.claims(e8_probes.analyse([run(seed, lower=[0.3] * 12) for seed in range(6)]))
-    assert by_words(claims, "differ by little").verdict == NOT_REPRODUCED
+    assert claims["e8.close"].verdict == Verdict.NOT_REPRODUCED
     # Its own threshold is as much lower, so it crosses at the same step.
-    assert by_words(claims, "no artefact").verdict == REPRODUCED
+    assert claims["e8.artefact"].verdict == Verdict.REPRODUCED
 
 
 def test_a_test_probe_that_dips_early_does_not_see_the_collapse_when_the_training_probe_does():
     early = [run(seed, lower=[0.5 * (k == 3) for k in range(12)]) for seed in range(6)]
-    assert by_words(e8_probes.claims(e8_probes.analyse(early)), "no artefact").verdict == NOT_REPRODUCED
+    assert e8_probes.claims(e8_probes.analyse(early))["e8.artefact"].verdict == Verdict.NOT_REPRODUCED
 
 
 def test_runs_that_never_grok_leave_nothing_to_compare_at_grokking(undrawn):
     result = e8_probes.analyse([run(seed, groks=99) for seed in range(2)])
-    assert {claim.verdict for claim in e8_probes.claims(result)} == {NOT_RUN}
+    assert {found.verdict for found in e8_probes.claims(result).values()} == {Verdict.NOT_RUN}
     assert "no run groks" in e8_probes.headline(result)
     assert e8_probes.section(result).anchor == "e8"
 
