@@ -26,9 +26,6 @@ from fastent.spectrum import Convention
 from fastent.train.presets import TrainConfig
 from fastent.train.presets import preset as preset_called
 
-EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "pyarrow")
-"""What ``fastent[train]`` installs."""
-
 
 def run(
     experiment: str,
@@ -332,6 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dispatch(arguments)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
+        from fastent.doctor import EXTRA
+
         if package not in EXTRA:
             raise
         _complain(f"this needs {package}, which is not installed: pip install 'fastent[train]'")

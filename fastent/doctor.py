@@ -9,9 +9,11 @@ import platform
 import torch
 
 from fastent import openblas
-from fastent.cli import EXTRA
 from fastent.covariance import triton_obstacle
 from fastent.train.environment import commit, processor
+
+EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "pyarrow")
+"""What ``fastent[train]`` installs."""
 
 
 def examine() -> list[tuple[str, str]]:
