@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from fastent.deferred import DeferredEntropy
+from fastent.interrupts import Interrupts, interrupts_held
 from fastent.records import EntropyRecord, Recording
 from fastent.spectrum import Status
 from fastent.user_warning import warn_user
@@ -49,8 +50,10 @@ class Arrivals:
 
     def collect(self) -> None:
         """Record what is there. Raises for an evaluation that failed, and for NaN or Inf if asked to."""
-        for step, results in self._evaluations.arrived():
-            self._record(step, results)
+        if self._evaluations.pending:
+            with interrupts_held() as interrupts:  # nothing is taken out and not recorded
+                for step, results in self._evaluations.arrived():
+                    self._record(step, results, interrupts)
         record, self._to_raise = self._to_raise, None
         if record is not None:
             raise FloatingPointError(f"layer {record.layer!r} at step {record.step}: {record.message}")
@@ -83,17 +86,18 @@ class Arrivals:
         self._waiting.clear()
         self._to_raise = None
 
-    def _record(self, step: int, results: Mapping[str, Evaluated]) -> None:
+    def _record(self, step: int, results: Mapping[str, Evaluated], interrupts: Interrupts) -> None:
         records = [EntropyRecord.of(step, layer, *evaluated) for layer, evaluated in results.items()]
         for record in records:
             self._recording.add(record)
             self._waiting.append(record)
             if record.status is Status.NONFINITE and self._on_nonfinite == "raise":
                 self._to_raise = self._to_raise or record
-        for record in records:  # kept by now, in case a warning is made an error
-            self._log(record)
-        for record in records:
-            self._warn_of_ceiling(record)
+        with interrupts.second_at_once():
+            for record in records:  # kept by now, in case a warning is made an error
+                self._log(record)
+            for record in records:
+                self._warn_of_ceiling(record)
 
     def _warn_of_ceiling(self, record: EntropyRecord) -> None:
         if record.layer in self._ceiling_known or record.status in (Status.TOO_FEW_ROWS, Status.NOT_RUN):

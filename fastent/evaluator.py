@@ -19,6 +19,7 @@ from fastent.activations import TooFewRows, rows_of
 from fastent.axes import Axes, Reading
 from fastent.deferred import DeferredEntropy, Opened
 from fastent.entropy import checked, spectral_entropy
+from fastent.interrupts import interrupts_held
 from fastent.moments import Moments
 from fastent.records import Recording
 from fastent.sampling import sampling_error
@@ -121,7 +122,11 @@ class Evaluator:
         merged = self._merged
         if not merged.moments or next_step == merged.step:
             return
-        self._merged = _Merged()
+        with interrupts_held():
+            self._merged = _Merged()
+            self._evaluate(merged)
+
+    def _evaluate(self, merged: _Merged) -> None:
         evaluation = self._evaluations.open(merged.step, needs_room=False)
         if evaluation is not None:
             with evaluation:

@@ -19,20 +19,17 @@ threads too. While another thread lives, the pass draws torch's random numbers f
 what such a thread draws meanwhile is kept; Python's and NumPy's global generators cannot be told apart by
 thread and are then left where they are. Training the very model in another thread meanwhile is not covered.
 
-Ctrl-C during a pass is raised when the pass is over and all is put back; a second one, while the model runs,
-at once.
+Ctrl-C during a pass is raised when the pass is over and all is put back (`fastent.interrupts`).
 """
 
 from __future__ import annotations
 
 import functools
 import random
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -41,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fastent.interrupts import Interrupts, interrupts_held
 from fastent.snapshot import FIELDS, Snapshot
 from fastent.worker import THREAD_NAME
 
@@ -60,7 +58,7 @@ def undisturbed(model: nn.Module) -> Iterator[Interrupts]:
     Yields
     ------
     Interrupts
-        Its `second_at_once` is for the time in which the model runs, its `apart` for what is not the model's in it.
+        Its `second_at_once` is for the time in which the model runs.
     """
     modules = list(model.modules())
     for module in fsdp1_modules(modules):  # parents first; what a first forward pass sets up is to stay
@@ -75,7 +73,7 @@ def undisturbed(model: nn.Module) -> Iterator[Interrupts]:
                 "(torch.distributed.fsdp.fully_shard)"
             )
     with ExitStack() as stack:
-        interrupts = stack.enter_context(_interrupts_held())
+        interrupts = stack.enter_context(interrupts_held())
         stack.enter_context(_alone(modules))
         if "torch._dynamo" in sys.modules:  # else nothing can be compiled, and the import takes a second
             stack.enter_context(_EAGER)
@@ -90,81 +88,18 @@ def undisturbed(model: nn.Module) -> Iterator[Interrupts]:
         yield interrupts
 
 
-class Interrupts:
-    """Ctrl-C while a pass is prepared, run and undone: kept for later.
+def apart(function: Callable[P, R], interrupts: Interrupts) -> Callable[P, R]:
+    """Let `function` run in the middle of a pass as it would outside: no dispatch mode sees its operations.
 
-    It could come between any two instructions and leave half of what was changed. Only the main thread gets it.
+    A few of torch's operations take another way, with other roundings, under a mode.
     """
 
-    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
-        self._handler = handler
-        self._waiting = self._at_once = False
+    @functools.wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with interrupts.all_held(), _disable_current_modes():
+            return function(*args, **kwargs)
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle the signal."""
-        if not (self._waiting and self._at_once):
-            self._waiting = True
-            return
-        self._waiting = self._at_once = False  # if it raises, what is undone from here on is not interrupted
-        self._handler(number, frame)
-        self._at_once = True
-
-    @contextmanager
-    def second_at_once(self) -> Iterator[None]:
-        """Hand on a second one without waiting, for a pass that takes too long."""
-        self._at_once = True
-        try:
-            yield
-        finally:
-            self._at_once = False
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep a second one too, for work in the pass that is not the model's."""
-        before, self._at_once = self._at_once, False
-        try:
-            yield
-        finally:
-            self._at_once = before
-
-    def apart(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Let `function` run in the middle of a pass as it would outside: no mode sees its operations.
-
-        A few of torch's operations take another way, with other roundings, under a dispatch mode.
-        """
-
-        @functools.wraps(function)
-        def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self.held(), _disable_current_modes():
-                return function(*args, **kwargs)
-
-        return alone
-
-    def release(self) -> None:
-        """Put the handler back, and hand on what waited."""
-        installed: Any = signal.getsignal(signal.SIGINT)
-        if installed is self:  # not the model's own
-            signal.signal(signal.SIGINT, self._handler)
-        if self._waiting:
-            self._waiting = False
-            self._handler(signal.SIGINT, sys._getframe())
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[Interrupts]:
-    handler = signal.getsignal(signal.SIGINT)
-    held = Interrupts(handler if callable(handler) else _nothing)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield held
-        return
-    try:
-        signal.signal(signal.SIGINT, held)
-        yield held
-    finally:
-        held.release()
-
-
-def _nothing(number: int, frame: FrameType | None) -> None: ...
+    return alone
 
 
 _owners: dict[int, int] = {}  # from a module's id to the thread whose pass runs it
@@ -196,7 +131,7 @@ class _Switch:
         self._throw = throw
         self._lock = threading.Lock()
         self._users = 0
-        self._put_back: Callable[[], object] = _nothing  # type: ignore[assignment]
+        self._put_back: Callable[[], object] = dict
 
     def __enter__(self) -> None:
         with self._lock:
@@ -395,7 +330,7 @@ class _OwnDraws(TorchDispatchMode):
             draws = self._random[func] = torch.Tag.nondeterministic_seeded in tags
         if not draws:
             return func(*args, **(kwargs or {}))
-        with self._interrupts.held():
+        with self._interrupts.all_held():
             theirs = _TorchStates.now()
             self._states.put_back()
             try:

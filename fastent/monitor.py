@@ -26,6 +26,7 @@ from fastent.axes import Axes, SamplesAxis
 from fastent.deferred import DeferredEntropy, OnFull
 from fastent.devices import in_line
 from fastent.evaluator import Evaluator
+from fastent.interrupts import interrupts_held
 from fastent.power_law import PowerLaw
 from fastent.probing import Inputs, Layers
 from fastent.readings import Readings
@@ -242,11 +243,12 @@ class SpectralEntropyMonitor(Readings):
             raise RuntimeError("step needs a model, a probe and layers; without them call observe")
         self._arrivals.collect()
         if self._is_due(step):
-            self._last_called, self._unfinished = step, step
-            self._watched.probe.check()
-            self._evaluator.run(step, self._watched)
-            self._unfinished = None
-            self._arrivals.collect()
+            with interrupts_held():  # a step is evaluated and recorded, or it is not
+                self._last_called, self._unfinished = step, step
+                self._watched.probe.check()
+                self._evaluator.run(step, self._watched)
+                self._unfinished = None
+                self._arrivals.collect()
         self._last_called = step
         return self._arrivals.take()
 
@@ -288,8 +290,9 @@ class SpectralEntropyMonitor(Readings):
         """
         step = self._advance(step)
         self._arrivals.collect()
-        self._evaluator.observe(step, str(layer), h, merge)
-        self._arrivals.collect()
+        with interrupts_held():
+            self._evaluator.observe(step, str(layer), h, merge)
+            self._arrivals.collect()
 
     @property
     def pending(self) -> int:
@@ -357,13 +360,14 @@ class SpectralEntropyMonitor(Readings):
             recording.load_state_dict(state)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"nothing is loaded: {_reason(error)}") from error
-        self._arrivals.forget()
-        self._recording.become(recording)
-        self._last_step, self._last_called, self._unfinished = last_step, called, unfinished
-        if self._watched is not None:
-            self._watched.restore(ran)
-        self._evaluator.forget()
-        self._evaluations.dropped = dropped
+        with interrupts_held():
+            self._arrivals.forget()
+            self._recording.become(recording)
+            self._last_step, self._last_called, self._unfinished = last_step, called, unfinished
+            if self._watched is not None:
+                self._watched.restore(ran)
+            self._evaluator.forget()
+            self._evaluations.dropped = dropped
 
     @uncompiled
     def flush(self) -> list[EntropyRecord]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastent.guard import fsdp1_modules, fsdp_modules, undisturbed
+from fastent.guard import apart, fsdp1_modules, fsdp_modules, undisturbed
 from fastent.spread import Spread
 
 R = TypeVar("R")
@@ -260,7 +260,7 @@ def reduce_activations(
         If a layer of a model under tensor parallelism holds only a part (`fastent.spread`).
     """
     with undisturbed(model) as interrupts, Spread(model) as spread:
-        reduce = interrupts.apart(reduce)
+        reduce = apart(reduce, interrupts)
         if callable(layers):
             with interrupts.second_at_once():
                 given = layers(model, probe.inputs)

@@ -1,10 +1,13 @@
 """Ctrl-C at any instruction of a probe: it is raised, and nothing of the probe is left behind."""
 
+import contextlib
+import itertools
 import random
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from fastent import guard
 from fastent.guard import undisturbed
+from fastent.interrupts import interrupts_held
 from fastent.monitor import SpectralEntropyMonitor
 from fastent.snapshot import LARGE
 
@@ -71,7 +75,7 @@ def state(model: nn.Module) -> list[Any]:
     ]
 
 
-WHERE = ("fastent/guard.py", "fastent/probing.py", "fastent/watching.py", "contextlib.py", __file__)
+FOLDERS = (str(Path(guard.__file__).parent), contextlib.__file__, __file__)
 
 
 class Interrupting:
@@ -81,7 +85,7 @@ class Interrupting:
         self.at, self.count = at, 0
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(WHERE):
+        if not frame.f_code.co_filename.startswith(FOLDERS):
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
@@ -108,19 +112,53 @@ def _default_handler() -> Iterator[None]:
 
 def test_ctrl_c_at_any_instruction_is_raised_and_leaves_nothing_behind() -> None:
     model = make_model()
-    monitor = SpectralEntropyMonitor(model, torch.randn(12, 6), ["0", ""], every=1, check=False)
-    watched = monitor._watched
-    assert watched is not None
+    monitor = SpectralEntropyMonitor(model, torch.randn(12, 6), ["0", ""], every=1)
+    monitor.step(0)  # what happens once
     counting = Interrupting(0)
-    counting.run(lambda: watched.run(lambda layer, h: None))
+    counting.run(lambda: monitor.step(1))
     assert counting.count > 3000
     expected = state(model)
     rng = random.Random(12)
+    steps = itertools.count(2)
     for at in sorted(rng.sample(range(1, counting.count + 1), 60)):
+        step = next(steps)
         with pytest.raises(KeyboardInterrupt):
-            Interrupting(at).run(lambda: watched.run(lambda layer, h: None))
+            Interrupting(at).run(lambda step=step: monitor.step(step))
         assert state(model) == expected, f"interrupted at instruction {at}"
-    assert len(monitor.step(1)) == 2
+        monitor.step(step)  # as a cell that is run again
+    monitor.step(next(steps))
+    recorded = [(record.step, record.layer) for record in monitor.history]
+    assert recorded == [(step, layer) for step in range(next(steps)) for layer in ("0", "")]
+
+
+def test_a_third_ctrl_c_is_raised_wherever_it_comes() -> None:
+    raised: list[str] = []
+
+    def press() -> None:
+        with interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            raised.append("not yet")
+            signal.raise_signal(signal.SIGINT)
+            raised.append("too late")
+
+    with pytest.raises(KeyboardInterrupt):
+        press()
+    assert raised == ["not yet"]
+
+
+def test_ctrl_c_in_a_logger_waits_until_the_step_is_recorded() -> None:
+    logged: list[str] = []
+
+    def log(record: Any) -> None:
+        signal.raise_signal(signal.SIGINT) if not logged else None
+        logged.append(record.layer)
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    monitor = SpectralEntropyMonitor(model, torch.randn(12, 6), ["0", "1"], on_record=log)
+    with pytest.raises(KeyboardInterrupt):
+        monitor.step(0)
+    assert logged == [record.layer for record in monitor.history] == ["0", "1"]
 
 
 def test_ctrl_c_is_raised_when_the_pass_is_over_and_a_second_one_at_once() -> None:
