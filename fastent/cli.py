@@ -4,18 +4,21 @@ Every setting of `fastent.train.presets.TrainConfig` is an option of ``run``, wi
 default. Exit status: 0 done; 1 failed or refused, with the reason on standard error; 2 wrong usage; 130 and
 143 stopped by SIGINT or SIGTERM, saved.
 
-The parser and what it calls come with the extra ``fastent[train]`` and are imported when they are needed.
+The parser and what it calls come with the extra ``train`` (``pip install '.[train]'`` in a clone) and are imported
+when they are needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,8 +26,11 @@ import torch
 from fastent.activations import Tokens
 from fastent.entropy import spectral_entropy
 from fastent.spectrum import Convention
-from fastent.train.presets import TrainConfig
+from fastent.train.presets import TrainConfig, own_fraction
 from fastent.train.presets import preset as preset_called
+
+if TYPE_CHECKING:
+    from fastent.train.runs import Job
 
 
 def run(
@@ -63,21 +69,15 @@ def run(
     force : bool
         Go on with runs of another configuration or of a newer fastent, saying what is ignored.
     """
-    from fastent.grokking.experiments.jobs import JOBS
     from fastent.grokking.experiments.report import print_summary
     from fastent.train.progress import ProgressBar
-    from fastent.train.runs import plan_stacks
     from fastent.train.signals import StopRequest
     from fastent.train.sweep import run_jobs
 
-    if experiment not in (*JOBS, "all"):
-        raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
-    numbers = parse_seeds(seeds)
-    if workers is None:
-        workers = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
-    asked = [job for name in JOBS if experiment in (name, "all") for job in JOBS[name](config, numbers)]
-    # Experiments share runs: each is trained once.
-    jobs = [stack for job in dict.fromkeys(asked) for stack in plan_stacks(job, out, workers)]
+    with _wrong_usage():
+        if workers is None:
+            workers = 1 if device.startswith("cuda") else torch.get_num_threads()
+        jobs = _planned(experiment, config, preset, parse_seeds(seeds), out, workers, device, force)
     with StopRequest() as stop, ProgressBar(jobs, quiet=quiet) as bar:
         outcomes = run_jobs(
             jobs, out, workers=workers, device=device, force=force, observers=[bar], stop=stop
@@ -94,21 +94,55 @@ def run(
     return 1 if failed else 0
 
 
+def _planned(
+    experiment: str,
+    config: TrainConfig,
+    preset: str,
+    seeds: tuple[int, ...],
+    out: Path,
+    workers: int,
+    device: str,
+    force: bool,
+) -> list[Job]:
+    """Return the stacks to train, each rule checked that can be checked before the first of them starts."""
+    from fastent.grokking.experiments.jobs import JOBS
+    from fastent.train.rules import check_jobs
+    from fastent.train.runs import plan_stacks
+
+    if experiment not in (*JOBS, "all"):
+        raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
+    base, asked = preset_called(preset), []
+    for name in JOBS:
+        for job in JOBS[name](config, seeds) if experiment in (name, "all") else []:
+            fraction = own_fraction(config, job.config.task, base)
+            asked.append(
+                dataclasses.replace(job, config=dataclasses.replace(job.config, train_fraction=fraction))
+            )
+    # Experiments share runs: each is trained once.
+    asked = list(dict.fromkeys(asked))
+    check_jobs(asked, out, workers=workers, device=device, force=force)
+    return [stack for job in asked for stack in plan_stacks(job, out, workers)]
+
+
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Read "0-2,5" as (0, 1, 2, 5).
 
     Raises
     ------
     ValueError
-        If `text` is no such list, or names a seed twice.
+        If `text` is no such list, names a seed twice, or more of them or larger ones than can be trained.
     """
-    seeds: list[int] = []
-    try:
+    from fastent.train.rules import check_seeds
+
+    ranges: list[range] = []
+    with contextlib.suppress(ValueError):
         for part in text.split(","):
             first, dash, last = part.partition("-")
-            seeds += range(int(first), int(last if dash else first) + 1)
-    except ValueError:
-        seeds = []
+            ranges.append(range(int(first), int(last if dash else first) + 1))
+    if len(ranges) < text.count(",") + 1 or not all(r.stop > r.start >= 0 for r in ranges):
+        ranges = []
+    check_seeds(sum(r.stop - r.start for r in ranges), max((r.stop - 1 for r in ranges), default=0))
+    seeds = [seed for r in ranges for seed in r]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(
             f"seeds must be numbers and ranges without repetition, such as 0-2 or 0,3,7-9; got {text!r}"
@@ -324,16 +358,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _any_encoding():
             warnings.showwarning = _show_warning
             return _dispatch(arguments)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        from fastent.doctor import EXTRA
+        from fastent.doctor import EXTRA, INSTALL
 
         if package not in EXTRA:
             raise
-        _complain(f"this needs {package}, which is not installed: pip install 'fastent[train]'")
+        _complain(f"this needs {package}, which is not installed: {INSTALL}")
         return 1
 
 
@@ -344,7 +378,7 @@ def _dispatch(arguments: list[str]) -> int:
 
     try:
         commands: dict[str, Callable[..., int]] = {
-            "run": functools.partial(run, config=preset_called(_named_preset(arguments))),
+            "run": functools.partial(run, config=_default_settings(arguments)),
             "report": report,
             "entropy": entropy,
             "list": list_,
@@ -366,19 +400,54 @@ def _dispatch(arguments: list[str]) -> int:
     except Interrupted as interruption:
         _complain(str(interruption))
         return 128 + interruption.signal
+    except WrongUsage as error:
+        _complain(str(error))
+        return 2
     except (RunError, OSError, ValueError, TypeError) as error:
         _complain(str(error))
         return 1
     return status
 
 
-def _named_preset(arguments: Sequence[str]) -> str:
-    """Find the preset in the arguments before they are parsed: its values are the defaults of the options."""
+def _default_settings(arguments: Sequence[str]) -> TrainConfig:
+    """Find preset and task in the arguments before they are parsed: they decide the defaults of the options."""
+    given = {"--preset": "quick", "--task": ""}
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name == "--preset":
-            return value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "quick")
-    return "quick"
+        if name in given:
+            given[name] = value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
+    with _wrong_usage():
+        base = preset_called(given["--preset"])
+        return dataclasses.replace(base, train_fraction=own_fraction(base, given["--task"], base))
+
+
+class WrongUsage(ValueError):
+    """Options that cannot be served; nothing was begun."""
+
+
+@contextlib.contextmanager
+def _wrong_usage() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise WrongUsage(str(error)) from error
+
+
+@contextlib.contextmanager
+def _any_encoding() -> Iterator[None]:
+    """Let the terminal's encoding show what it lacks as "?": what was computed must not fail at the table of it."""
+    changed = [
+        (stream, stream.errors)
+        for stream in (sys.stdout, sys.stderr)
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape")
+    ]
+    for stream, _ in changed:
+        stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        for stream, errors in changed:
+            stream.reconfigure(errors=errors)
 
 
 def _complain(message: str) -> None:

@@ -13,7 +13,10 @@ from fastent.covariance import triton_obstacle
 from fastent.train.environment import commit, processor
 
 EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "pyarrow")
-"""What ``fastent[train]`` installs."""
+"""What the extra ``train`` installs."""
+
+INSTALL = "pip install '.[train]' in a clone of fastent"
+"""How to get it. Not by the name alone: on the package index that is another project's."""
 
 
 def examine() -> list[tuple[str, str]]:
@@ -52,7 +55,7 @@ def examine() -> list[tuple[str, str]]:
     found += versions.items()
     missing = [name for name, version in versions.items() if version == MISSING]
     if missing:
-        found.append(("to do", f"pip install 'fastent[train]' for {', '.join(missing)}"))
+        found.append(("to do", f"{INSTALL}, for {', '.join(missing)}"))
     return found
 
 

@@ -10,12 +10,16 @@ calibrated on seeds 1000 and above, never on the seeds of the experiments
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 TaskName = Literal["add", "sub", "mul", "mul_nonzero", "s5"]
 ModelName = Literal["transformer", "mlp"]
 MeasureName = Literal["test_probe", "probe_sizes", "fourier", "progress"]
+
+MOST_STEPS = 2**24
+"""Steps that AdamW's count, a float32, tells apart."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ class TrainConfig:
         for name in ("width", "heads", "feedforward", "batch_size", "max_steps", "evaluate_every", "modulus"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
         _require(
+            self.max_steps <= MOST_STEPS,
+            f"max_steps must be at most 2^24 = {MOST_STEPS:,}, as far as AdamW's float32 counts; got {self.max_steps}",
+        )
+        _require(
             0.0 < self.train_fraction < 1.0,
             f"train_fraction must lie strictly between 0 and 1; got {self.train_fraction}",
         )
@@ -109,7 +117,14 @@ class TrainConfig:
         _require(self.probe_size >= 2, f"probe_size must be at least 2; got {self.probe_size}")
         _require(all(0.0 <= beta < 1.0 for beta in self.betas), f"betas must lie in [0, 1); got {self.betas}")
         for name in ("learning_rate", "weight_decay", "init_scale", "run_past_steps", "run_past_share"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")
+            _require(
+                0 <= getattr(self, name) < math.inf,
+                f"{name} must be finite and not negative; got {getattr(self, name)}",
+            )
+        _require(
+            0 < self.epsilon < math.inf,
+            f"epsilon must be finite and over 0, or a gradient of 0 would be divided by 0; got {self.epsilon}",
+        )
         for name in ("criterion", "memorised"):
             _require(
                 0.0 < getattr(self, name) <= 1.0, f"{name} must lie in (0, 1]; got {getattr(self, name)}"
@@ -196,6 +211,24 @@ PRESETS: dict[str, TrainConfig] = {
     **{f"paper-{name}": dataclasses.replace(_PAPER, **changes) for name, changes in CHOICES.items()},
 }
 """Named configurations."""
+
+
+def own_fraction(config: TrainConfig, task: str, base: TrainConfig) -> float:
+    """Share of the pairs that `task` is trained on under `config`, which was made from the preset `base`.
+
+    A share that was asked for goes for every task; otherwise each has its own.
+
+    Examples
+    --------
+    >>> paper = PRESETS["paper"]
+    >>> own_fraction(paper, "s5", paper), own_fraction(preset("paper", train_fraction=0.4), "s5", paper)
+    (0.5, 0.4)
+    """
+    own = {
+        name: TASK_SETTINGS.get(name, {}).get("train_fraction", base.train_fraction)
+        for name in (task, config.task)
+    }
+    return float(own[task] if config.train_fraction == own[config.task] else config.train_fraction)
 
 
 def preset(name: str, **changes: Any) -> TrainConfig:
