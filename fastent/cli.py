@@ -10,10 +10,12 @@ when they are needed.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import functools
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -71,12 +73,13 @@ def run(
     """
     from fastent.grokking.experiments.report import print_summary
     from fastent.train.progress import ProgressBar
+    from fastent.train.rules import most_workers
     from fastent.train.signals import StopRequest
     from fastent.train.sweep import run_jobs
 
     with _wrong_usage():
         if workers is None:
-            workers = 1 if device.startswith("cuda") else torch.get_num_threads()
+            workers = 1 if device.startswith("cuda") else min(torch.get_num_threads(), most_workers())
         jobs = _planned(experiment, config, preset, parse_seeds(seeds), out, workers, device, force)
     with StopRequest() as stop, ProgressBar(jobs, quiet=quiet) as bar:
         outcomes = run_jobs(
@@ -358,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with warnings.catch_warnings(), _any_encoding():
+        with warnings.catch_warnings(), _any_encoding(), _files_only():
             warnings.showwarning = _show_warning
             return _dispatch(arguments)
     except ModuleNotFoundError as error:
@@ -435,19 +438,41 @@ def _wrong_usage() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _any_encoding() -> Iterator[None]:
-    """Let the terminal's encoding show what it lacks as "?": what was computed must not fail at the table of it."""
+    """Let the terminal's encoding show what it lacks as "-" or "?": a result must not fail at the table of it."""
+    codecs.register_error("fastent", _in_ascii)
     changed = [
         (stream, stream.errors)
         for stream in (sys.stdout, sys.stderr)
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape")
     ]
     for stream, _ in changed:
-        stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="fastent")
     try:
         yield
     finally:
         for stream, errors in changed:
             stream.reconfigure(errors=errors)
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join("-" if character in "\u2013\u2014\u2212" else "?" for character in lacking), error.end
+
+
+@contextlib.contextmanager
+def _files_only() -> Iterator[None]:
+    """Draw into files: a notebook's MPLBACKEND names a backend that is not here, and matplotlib would refuse it."""
+    before = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MPLBACKEND"]
+        else:
+            os.environ["MPLBACKEND"] = before
 
 
 def _complain(message: str) -> None:

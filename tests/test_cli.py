@@ -1,6 +1,7 @@
 """The command line, from the arguments to the exit status."""
 
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -67,6 +68,8 @@ def test_run_all_asks_for_every_job_of_every_experiment_once(monkeypatch, tmp_pa
 def test_run_uses_a_process_for_each_thread_of_a_cpu_unless_told(device, workers, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(
         sweep, "run_jobs", lambda jobs, *arguments, **options: seen.append((jobs, options["workers"])) or []
     )
@@ -86,12 +89,134 @@ def test_run_uses_a_process_for_each_thread_of_a_cpu_unless_told(device, workers
         ),
         (["e1", "--preset", "slow"], "no preset is called 'slow'; there are quick, paper"),
         (["e1", "--workers", "0"], "workers must be at least 1; got 0"),
+        (["e1", "--workers", "1000000"], "workers must be at least 1 and at most"),
+        (["e1", "--seeds", "0-99999999999"], "seeds must be at most 10,000 at a time"),
+        (["e1", "--seeds", "18446744073709551616"], "a seed must be below 2^64; got 18446744073709551616"),
+        (
+            ["e1", "--device", "banana"],
+            "device must be cpu, or a CUDA device such as cuda or cuda:0; got 'banana'",
+        ),
+        (
+            ["e1", "--device", "meta"],
+            "device must be cpu, or a CUDA device such as cuda or cuda:0; got 'meta'",
+        ),
+        (["e1", "--device", "cuda:9"], "got 'cuda:9', and torch sees"),
+        (
+            ["e1", "--task", "mul_nonzero", "--modulus", "8"],
+            "e1-baseline-mul_nonzero: mul_nonzero needs a prime",
+        ),
+        (
+            ["e6", "--modulus", "9"],
+            "e6-baseline-mul: characters of products need an odd prime modulus; got 9",
+        ),
+        (["e6", "--modulus", "1"], "modulus must be at least 1; got 0"),
+        (["e1", "--train-fraction", "1e-4"], "e1-baseline-add: train_fraction 0.0001 leaves 1 of 9409 pairs"),
+        (["e1", "--modulus", "1000000000"], "e1-baseline-add: a seed of these settings needs some"),
+        (["e7", "--max-steps", "16777216"], "max_steps must be at most 2^24"),
     ],
 )
 def test_run_says_what_an_argument_must_be(tmp_path, capsys, arguments, message):
-    assert main(["run", *arguments, "--out", str(tmp_path / "runs")]) == 1
-    assert f"fastent: {message}" in capsys.readouterr().err
+    assert main(["run", *arguments, "--out", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastent: ")
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--learning-rate", "inf"), ("--epsilon", "nan")])
+def test_a_setting_out_of_its_range_is_wrong_usage(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "e1", "--out", str(tmp_path / "runs"), option, value])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{option[2:].replace('-', '_')} must be finite" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def jobs_of(monkeypatch, tmp_path, *arguments):
+    seen = []
+    monkeypatch.setattr(sweep, "run_jobs", lambda jobs, *rest, **options: seen.extend(jobs) or [])
+    assert main(["run", *arguments, "--out", str(tmp_path)]) == 0
+    return {(job.config.task, job.condition): job.config.train_fraction for job in seen}
+
+
+def test_s5_trains_at_its_own_fraction_however_it_is_chosen_unless_a_fraction_is_given(monkeypatch, tmp_path):
+    def fractions(*arguments):
+        return jobs_of(monkeypatch, tmp_path, *arguments, "--seeds", "0")
+
+    own = preset("paper", task="s5").train_fraction
+    assert own == 0.5
+    for spelling in (["--task", "s5"], ["--task=s5"]):
+        for name in ("paper", "quick"):
+            assert fractions("e1", *spelling, "--preset", name) == {("s5", "baseline"): 0.5}
+    assert fractions("e1", "--task", "s5", "--preset", "paper", "--train-fraction", "0.7") == {
+        ("s5", "baseline"): 0.7
+    }
+    by_task = fractions("e6", "--preset", "paper")
+    assert by_task.pop(("s5", "baseline")) == 0.5
+    assert set(by_task.values()) == {0.3}
+    assert set(fractions("e6", "--preset", "paper", "--train-fraction", "0.6").values()) == {0.6}
+    by_task = fractions("e6", "--preset", "paper", "--task", "s5")
+    assert by_task.pop(("s5", "baseline")) == 0.5
+    assert set(by_task.values()) == {0.3}
+
+
+def test_runs_of_another_preset_do_not_join_a_folder_unless_forced(monkeypatch, tmp_path, capsys):
+    assert main(["run", "e1", "--seeds", "0", "--out", str(tmp_path), *TINY]) == 0
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["run", "e1", "--seeds", "1", "--out", str(tmp_path), *TINY, "--preset", "paper"]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"fastent: {tmp_path} holds e1-baseline-add-seed0 with other settings (train_fraction 0.4, "
+    )
+    assert error.endswith("give another --out, or --force to have them side by side\n")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main([*arguments, "--force"]) == 0
+    # More seeds of the same settings, and other tasks, are no mixture.
+    assert main(["run", "e1", "--seeds", "2", "--out", str(tmp_path / "a"), *TINY]) == 0
+    for more in (["--seeds", "3"], ["--seeds", "3", "--task", "sub", "--weight-decay", "0.5"]):
+        assert main(["run", "e1", "--out", str(tmp_path / "a"), *TINY, *more]) == 0
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors"),
+    [("ascii", "strict"), ("cp1252", "strict"), ("latin-1", "strict"), ("ascii", "surrogateescape")],
+)
+def test_a_completed_run_ends_with_status_0_in_any_encoding_of_the_terminal(
+    tmp_path, monkeypatch, encoding, errors
+):
+    streams = {}
+    for name in ("stdout", "stderr"):
+        streams[name] = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+        monkeypatch.setattr(sys, name, streams[name])
+    assert main(["run", "e1", "--seeds", "0", "--out", str(tmp_path / "runs"), *TINY]) == 0
+    streams["stdout"].flush()
+    printed = streams["stdout"].buffer.getvalue().decode(encoding)
+    assert re.search(r"0 +\S +\S .* 40 .*max_steps", printed)
+    assert [stream.errors for stream in streams.values()] == [errors] * 2
+
+
+DRAWN = """
+import sys
+from fastent import cli
+def draw(arguments):
+    from fastent.grokking.experiments import figures
+    import matplotlib.pyplot
+    print(matplotlib.get_backend())
+    return 0
+cli._dispatch = draw
+sys.exit(cli.main([]))
+"""
+
+
+def test_figures_are_drawn_into_files_whatever_backend_a_notebook_named():
+    environment = {**os.environ, "MPLBACKEND": "module://no_such_package.backend_inline"}
+    done = subprocess.run([sys.executable, "-c", DRAWN], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip().lower(), done.stderr) == (0, "agg", "")
 
 
 def test_another_configuration_fails_with_the_diff_and_force_goes_on(tmp_path, capsys):
@@ -228,7 +353,10 @@ def test_doctor_says_which_library_serves_the_cpu(preferred, available, said, mo
 
 def test_doctor_ends_with_the_remedy(monkeypatch):
     monkeypatch.setattr(doctor, "EXTRA", ("tyro", "no-such-package"))
-    assert doctor.examine()[-1] == ("to do", "pip install 'fastent[train]' for no-such-package")
+    assert doctor.examine()[-1] == (
+        "to do",
+        "pip install '.[train]' in a clone of fastent, for no-such-package",
+    )
 
 
 WITHOUT = """
@@ -245,7 +373,7 @@ def test_fastent_imports_without_its_extra_and_names_the_remedy_where_it_is_need
     command = [sys.executable, "-c", WITHOUT, str(tmp_path / "runs")]
     error = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     assert error == "".join(
-        f"fastent: this needs {name}, which is not installed: pip install 'fastent[train]'\n1\n"
+        f"fastent: this needs {name}, which is not installed: pip install '.[train]' in a clone of fastent\n1\n"
         for name in ("tyro", "safetensors", "rich")
     )
     assert not (tmp_path / "runs").exists()

@@ -73,7 +73,10 @@ class RunLock:
 
     def _refusal(self, holder: tuple[int, str] | None) -> str:
         who = "another process" if holder is None else f"process {holder[0]} on host {holder[1]}"
-        return f"{self.path.parent} is in use by {who}: wait for it, stop it, or give another --out"
+        refusal = f"{self.path.parent} is in use by {who}: wait for it, stop it, or give another --out"
+        if holder is not None and holder[1] != socket.gethostname():
+            refusal += f"; if that process is gone, which cannot be seen from here, remove {self.path}"
+        return refusal
 
     def release(self) -> None:
         """Give the lock back and remove its file."""

@@ -35,7 +35,7 @@ def check_jobs(jobs: Sequence[Job], out: Path, *, workers: int, device: str, for
         At the first rule that does not hold: the rule, the value, the remedy, and the job where it is one's own.
     """
     check_device(device)
-    most = WORKERS_PER_PROCESSOR * (os.cpu_count() or 1)
+    most = most_workers()
     if not 1 <= workers <= most:
         raise ValueError(
             f"workers must be at least 1{f' and at most {most} on this machine' if workers > 1 else ''}; got {workers}"
@@ -47,6 +47,11 @@ def check_jobs(jobs: Sequence[Job], out: Path, *, workers: int, device: str, for
             raise ValueError(f"{job.experiment}-{job.condition}-{job.config.task}: {error}") from error
     if not force:
         _check_folder(jobs, out)
+
+
+def most_workers() -> int:
+    """Return the number of processes beyond which more of them only take memory here."""
+    return WORKERS_PER_PROCESSOR * (os.cpu_count() or 1)
 
 
 def check_device(device: str) -> None:

@@ -24,6 +24,7 @@ from typing import IO
 
 import torch
 
+import fastent
 from fastent.train.errors import Interrupted, RunError
 from fastent.train.files import read_rows
 from fastent.train.interventions import source_job
@@ -32,6 +33,19 @@ from fastent.train.observers import Observer, Observers
 from fastent.train.runs import Job, mark_failed
 from fastent.train.signals import StopRequest
 from fastent.train.worker import REFUSED, order
+
+START_WORKER = """
+import importlib.util, os, sys
+spec = importlib.util.spec_from_file_location(
+    "fastent", sys.argv[1], submodule_search_locations=[os.path.dirname(sys.argv[1])]
+)
+sys.modules["fastent"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["fastent"])
+from fastent.train.worker import main
+sys.exit(main())
+"""
+"""A worker runs this process's own fastent, installed or not, and with -P nothing that lies in the current folder: a
+file there may have the name of any module."""
 
 ATTEMPTS = 2
 POLL_SECONDS = 0.2
@@ -176,7 +190,7 @@ class _Pool:
     def _start(self, job: Job, attempt: int) -> _Worker:
         messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed when the worker ends
         process = subprocess.Popen(
-            [sys.executable, "-m", "fastent.train.worker"],
+            [sys.executable, "-P", "-c", START_WORKER, fastent.__file__],
             stdin=subprocess.PIPE,
             stderr=messages,
             text=True,

@@ -1,4 +1,4 @@
-"""One stack in a process of its own: what `fastent.train.sweep` starts by ``-m fastent.train.worker``.
+"""One stack in a process of its own: what `fastent.train.sweep` starts.
 
 The first line of standard input says what to train. The rest of it only has to stay open: when it ends, the
 parent is gone, and the worker saves and stops rather than train on unseen.
@@ -63,7 +63,3 @@ def _stop_at_end_of(descriptor: int) -> None:
     while os.read(descriptor, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

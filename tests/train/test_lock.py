@@ -85,8 +85,14 @@ def test_without_flock_a_living_holder_is_refused_and_a_dead_one_recovered(tmp_p
 def test_without_flock_a_holder_on_another_host_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     (tmp_path / "lock").write_text('{"pid": 1, "host": "elsewhere"}')
-    with pytest.raises(RunLocked, match="process 1 on host elsewhere"):
+    with pytest.raises(RunLocked, match="process 1 on host elsewhere") as caught:
         RunLock(tmp_path).acquire()
+    assert f"if that process is gone, which cannot be seen from here, remove {tmp_path / 'lock'}" in str(
+        caught.value
+    )
+    (tmp_path / "lock").unlink()
+    with pytest.warns(RunWarning, match="no locks"), RunLock(tmp_path):
+        pass
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -1,10 +1,11 @@
 import dataclasses
 import json
+import math
 
 import pytest
 import tyro
 
-from fastent.train.presets import PRESETS, SOURCES, TrainConfig, preset
+from fastent.train.presets import PRESETS, SOURCES, TrainConfig, own_fraction, preset
 
 
 def test_every_field_has_a_source_and_no_source_lacks_its_field():
@@ -79,7 +80,9 @@ def test_a_run_goes_past_grokking_by_steps_or_by_share_whichever_is_more_and_nev
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"hidden": (), "model": "mlp"}, "at least one layer"),
         ({"betas": (0.9, 1.0)}, "betas"),
-        ({"learning_rate": -1e-3}, "learning_rate must not be negative"),
+        ({"learning_rate": -1e-3}, "learning_rate must be finite and not negative; got -0.001"),
+        ({"epsilon": 0.0}, "epsilon must be finite and over 0"),
+        ({"max_steps": 2**24 + 1}, "max_steps must be at most 2.24 = 16,777,216"),
         ({"criterion": 1.01}, "criterion"),
         ({"probe_size": 1}, "probe_size must be at least 2"),
     ],
@@ -87,3 +90,26 @@ def test_a_run_goes_past_grokking_by_steps_or_by_share_whichever_is_more_and_nev
 def test_a_value_out_of_range_is_refused_with_its_rule(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "field", [f.name for f in dataclasses.fields(TrainConfig) if f.type in ("float", float)]
+)
+def test_no_setting_is_infinite_or_no_number(field, value):
+    with pytest.raises(ValueError, match=f"{field} must .* got {value}"):
+        TrainConfig(**{field: value})
+
+
+def test_a_share_that_was_asked_for_goes_for_every_task_and_otherwise_each_has_its_own():
+    quick = PRESETS["quick"]
+    for base, task, own in (
+        ("quick", "add", 0.4),
+        ("quick", "s5", 0.5),
+        ("paper", "add", 0.3),
+        ("paper", "s5", 0.5),
+    ):
+        for start in ("add", "s5"):
+            assert own_fraction(preset(base, task=start), task, PRESETS[base]) == own
+            assert own_fraction(preset(base, task=start, train_fraction=0.6), task, PRESETS[base]) == 0.6
+    assert own_fraction(quick, "mul", quick) == quick.train_fraction

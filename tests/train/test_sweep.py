@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from toy_stack import CONFIG, ToyStack
 
+import fastent
 from fastent.train import loop, sweep
 from fastent.train.errors import Interrupted, RunError
 from fastent.train.presets import preset
@@ -131,3 +134,21 @@ def test_an_error_of_a_refused_job_is_told_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "train", refuse)
     assert run_jobs([job(0)], tmp_path) == [Outcome(job(0), 1, "the reason")]
     assert not (tmp_path / job(0).run_name(0) / "FAILED").exists()
+
+
+@pytest.mark.parametrize("name", ["random", "fastent"])
+def test_a_worker_imports_nothing_from_the_current_folder(tmp_path, monkeypatch, name, capfd):
+    (tmp_path / f"{name}.py").write_text("import os\nos._exit(9)\n")
+    monkeypatch.chdir(tmp_path)
+    one = job(0, dataclasses.replace(TINY, max_steps=20))
+    assert run_jobs([one], tmp_path / "runs", workers=2) == [Outcome(one, 1)]
+
+
+def test_a_worker_runs_the_fastent_of_its_parent_where_another_is_installed_or_none(tmp_path, monkeypatch):
+    # A copy beside: the worker is told of it, whatever its own search would find.
+    shutil.copytree(Path(fastent.__file__).parent, tmp_path / "clone" / "fastent")
+    with open(tmp_path / "clone" / "fastent" / "train" / "worker.py", "a") as file:
+        file.write("\n\ndef main():\n    print(__file__, file=sys.stderr)\n    return REFUSED\n")
+    monkeypatch.setattr(fastent, "__file__", str(tmp_path / "clone" / "fastent" / "__init__.py"))
+    (outcome,) = run_jobs([job(0)], tmp_path / "runs", workers=2)
+    assert outcome.error == str(tmp_path / "clone" / "fastent" / "train" / "worker.py")
