@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastent.forks import check_pool
 from fastent.rounding import RESOLUTIONS, Resolution, of_dtype, of_means
 
 Tokens = Literal["flatten", "first", "last", "mean", "skip_first"]
@@ -213,6 +214,7 @@ def rows_of(
     batch_dims: int | None = 0,
 ) -> Tensor:
     """Rows as `matrix_of` gives them, of any number, none included; arguments and other errors are the same."""
+    check_pool()
     _check_kind(h, "h")
     if tokens is not None and tokens not in get_args(Tokens):
         raise ValueError(f"tokens must be one of {', '.join(map(repr, get_args(Tokens)))}; got {tokens!r}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastent import openblas
 from fastent.covariance import CenteredMatrix
+from fastent.forks import check_pool
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -38,6 +39,7 @@ def eigenvalues(centered: CenteredMatrix) -> tuple[Tensor, str]:
     solver : str
         "cusolver" or "lapack", and the matrix in brackets.
     """
+    check_pool()
     # LAPACK is column-major: the upper triangle of the transpose is our lower one, and needs no copy.
     matrix = centered.matrix.mT
     if matrix.device.type == "cuda":

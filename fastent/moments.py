@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastent.activations import Positions, RealTokens, Tokens, resolution_of, rows_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
+from fastent.forks import check_pool
 from fastent.rounding import EXACT, RESOLUTIONS, Resolution, held, squared_relative
 from fastent.spectrum import SpectralEntropy, entropy_of_matrix
 from fastent.spread import device_of_group
@@ -130,6 +131,7 @@ class Moments:
         ValueError
             If d differs.
         """
+        check_pool()
         if other._state is None:
             return self
         if self._state is None:
@@ -279,6 +281,7 @@ class Moments:
             n; rounding; finest relative spacing; shift; mean - shift; the lower triangle of the products, row by
             row. Every element is defined: equal moments give equal bits.
         """
+        check_pool()
         if self._state is None:
             return torch.tensor([0.0, 0.0, self._finest], dtype=torch.float64, device="cpu")
         shift, delta, products, rounding = self._state
@@ -296,6 +299,7 @@ class Moments:
         ValueError
             If it has another dtype or shape, or counts that cannot be.
         """
+        check_pool()
         size = packed.numel() if packed.ndim == 1 else -1
         d = (math.isqrt(25 + 8 * (size - 3)) - 5) // 2 if size >= 3 else 0
         if packed.dtype != torch.float64 or size != 3 + 2 * d + d * (d + 1) // 2:
@@ -346,6 +350,7 @@ class Moments:
         return f"Moments(n={self.n}" + (f", d={len(self._state[0])})" if self._state is not None else ")")
 
     def _filled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        check_pool()
         if self._state is None:
             raise ValueError("these moments have seen no row yet: call update first")
         return self._state

@@ -49,6 +49,12 @@ def available() -> bool:
     return _mkl_is_slow() and _library() is not None
 
 
+def pool() -> int | None:
+    """Threads that it may have started beside its callers; None where it was not found."""
+    library = _library()
+    return None if library is None else library.threads() - 1
+
+
 def empty(m: int) -> Tensor:
     """Uninitialised float64 matrix (m, m), a large one in NumPy's memory, which asks for huge pages."""
     if m >= HUGE_FROM:
