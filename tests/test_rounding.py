@@ -154,7 +154,9 @@ def test_a_mean_over_tokens_resolves_more_than_one_token_unless_all_have_one_val
         )
         < 0.01
     )
-    same = (activations()[:, None].expand(512, 64, D) + 100.0).bfloat16().to(holder)
+    same = (activations()[:, None].repeat(1, 64, 1) + 100.0).bfloat16().to(holder)
+    assert status_of(same, tokens="mean") is UNRESOLVED
+    same[:, :4] += 1.0  # the mean is no bfloat16 any more, and 60 tokens still have one error
     assert status_of(same, tokens="mean") is UNRESOLVED
     padded = same.clone()
     padded[:, 3:] = torch.randn(512, 61, D, generator=generator).to(holder)
