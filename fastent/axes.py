@@ -75,9 +75,9 @@ class Axes:
         self._real: dict[torch.device, RealTokens] = {}
         self._used: str | None = None
         self._warned: set[str] = set()
-        self._samples_at: dict[
-            int, str
-        ] = {}  # axis of the probe that must count samples, and a layer that says so
+        self._tokens_first: dict[str, str | None] = {}
+        self._two_masks = False  # which of them a layer has is open
+        self._samples_at: dict[int, str] = {}  # by axis of the probe: a layer whose samples are along it
         if mask is not None and (watched is None or tokens is None):
             missing = "tokens, which says what to make of the real ones" if watched else "a probe that has it"
             hint = "" if watched else "; for observe give spectral_entropy(h, tokens=..., mask=...)"
@@ -107,7 +107,7 @@ class Axes:
         assert watched is not None
         if _is_odd(h):
             return Reading(h, {})
-        if _is_matrix(h) and not watched.by_function and not self._fits(layer, len(h)):
+        if _is_matrix(h) and not watched.by_function and len(h) not in self._samples():
             h = self._rows_of_tokens(h.flatten(1))
             if _is_matrix(h):
                 return Reading(h, {})
@@ -129,11 +129,15 @@ class Axes:
     def _by_tokens(self, h: Tensor) -> bool:
         return h.ndim == 3 and (self._tokens is not None or self._positions is None)
 
-    def _fits(self, layer: str, size: int) -> bool:
-        """Whether `size` is the number of samples: along the first axis of the probe, or, tokens first, its second."""
+    def _samples(self) -> tuple[int, ...]:
+        """Numbers of samples that the probe may have: along its first axis, or, where tokens come first, its second."""
         assert self._watched is not None
-        counts = self._watched.probe.shape[: 2 if self._samples_axis == 1 else 1]
-        axes = [axis for axis, count in enumerate(counts) if count == size]
+        return self._watched.probe.shape[: 2 if self._samples_axis == 1 else 1]
+
+    def _fits(self, layer: str, size: int) -> bool:
+        """Whether an axis of `layer` counts samples; no other layer may find them along the probe's other axis."""
+        assert self._watched is not None
+        axes = [axis for axis, count in enumerate(self._samples()) if count == size]
         if len(axes) == 1:
             self._samples_at.setdefault(axes[0], layer)
             if len(self._samples_at) == 2:
@@ -182,7 +186,9 @@ class Axes:
                 )
             return h.transpose(0, 1)
         if self._samples_axis is None and self._by_tokens(h):
-            owner = self._watched.tokens_first(layer)
+            if layer not in self._tokens_first:
+                self._tokens_first[layer] = self._watched.tokens_first(layer)
+            owner = self._tokens_first[layer]
             if owner is not None:
                 raise ValueError(
                     f"it gave {shape}, and its {owner} has batch_first=False: give samples_axis=1 if that is (tokens, "
@@ -210,8 +216,7 @@ class Axes:
                 self._warned.add(layer)
                 warn_user(f"{seen} in layer {layer!r}: what is padding there counts as tokens", UserWarning)
             return None
-        assert self._watched is not None
-        if self._mask is None and self._watched.has_decoder:
+        if self._two_masks:
             raise ValueError(
                 "the model has an encoder and a decoder, and which mask is its own is open: give "
                 f"mask={_USUAL_MASK!r} for layers of the encoder, the name of the decoder's for its layers (all ones "
@@ -244,9 +249,8 @@ class Axes:
         assert self._watched is not None
         entries = self._watched.probe.entries(self._watched.model)
         entry = entries.get(_USUAL_MASK)
-        samples = self._watched.probe.shape[: 2 if self._samples_axis == 1 else 1]
-        if isinstance(entry, Tensor) and entry.ndim and entry.shape[0] in samples:
-            self._used = _USUAL_MASK
+        if isinstance(entry, Tensor) and entry.ndim and entry.shape[0] in self._samples():
+            self._used, self._two_masks = _USUAL_MASK, self._watched.has_decoder
             try:
                 return RealTokens(entry)
             except ValueError as error:
