@@ -65,6 +65,38 @@ def test_a_step_returns_while_the_device_is_busy_and_its_records_are_right(machi
     monitor.close()
 
 
+@pytest.mark.parametrize("tokens", ["flatten", "first", "last", "mean", "skip_first"])
+def test_padding_is_left_out_without_waiting_for_the_device_and_the_record_says_so(
+    machine: Machine, tokens: Any
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net(machine)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.body(x)
+
+    model, x = Model(), activations(machine, n=240).reshape(48, 5, 6)
+    mask = (torch.arange(5) < torch.arange(48)[:, None] % 5 + 1).to(machine.device)
+    monitor = Monitor(model, {"x": x, "attention_mask": mask}, "body.0", every=1, tokens=tokens)
+    monitor.step(0)  # compiles, allocates, reads the mask
+    machine.release()
+    monitor.flush()
+    machine.hold()
+    with machine.no_wait():
+        assert monitor.step(1) == []
+    machine.release()
+    (record,) = monitor.flush()
+    with torch.no_grad():
+        h = model.body[0](x).cpu()
+    expected = spectral_entropy(h, tokens=tokens, mask=mask.cpu())
+    assert record.mask == "attention_mask"
+    assert record.n == expected.n
+    assert record.normalized == pytest.approx(expected.normalized, abs=1e-12)
+    monitor.close()
+
+
 def test_a_full_ring_drops_and_counts_while_the_device_is_busy(machine: Machine) -> None:
     evaluations = DeferredEntropy(capacity=3)
     inputs = [activations(machine, seed) for seed in range(3)]
