@@ -30,7 +30,7 @@ class EntropyRecord:
     layer : str
         Name of the layer.
     normalized, entropy, effective_rank, participation_ratio, total_variance, ceiling : float
-        As in `fastent.SpectralEntropy`.
+        As in `fastent.SpectralEntropy`; all NaN for `too_few_rows` and `not_run`.
     status : Status
         What to distrust; crossings, stopping and forecasts use only a `usable` one.
     flags : tuple of Status
@@ -38,7 +38,7 @@ class EntropyRecord:
     message : str
         The flags in sentences; empty when all is well.
     n, d : int
-        Samples and features.
+        Samples (rows; 0 of a layer that did not run) and features.
     bias, standard_error : float or None
         Sampling errors of `normalized` as in `fastent.SamplingError`; None where they were not asked for.
     mask : str or None
@@ -157,12 +157,15 @@ class Recording:
         self._layers: dict[str, _Layer] = {}
         self._expected: dict[str, tuple[int, int]] = {}  # width and newest step
         self._count = 0
+        self._ordered: list[EntropyRecord] | None = None
 
     @property
     def records(self) -> list[EntropyRecord]:
         """All records kept, in the order of arrival."""
-        kept = (item for layer in self._layers.values() for item in layer.records)
-        return [record for _, record in sorted(kept, key=lambda item: item[0])]
+        if self._ordered is None:  # sorted once for each evaluation: a policy may ask at every step
+            kept = (item for layer in self._layers.values() for item in layer.records)
+            self._ordered = [record for _, record in sorted(kept, key=lambda item: item[0])]
+        return list(self._ordered)
 
     @property
     def layers(self) -> set[str]:
@@ -219,6 +222,7 @@ class Recording:
         self._note_crossing(layer, record)
         layer.records.append((self._count, record))
         self._count += 1
+        self._ordered = None
 
     def state_dict(self) -> dict[str, Any]:
         """State as plain JSON values."""
@@ -271,10 +275,12 @@ class Recording:
                     self._note_crossing(layer, record)
             layers[name] = layer
         self._layers, self._expected, self._count = layers, {}, len(records)
+        self._ordered = None
 
     def become(self, other: Recording) -> None:
         """Keep what `other` keeps, and nothing else."""
         self._layers, self._expected, self._count = other._layers, other._expected, other._count
+        self._ordered = None
 
     def empty(self) -> Recording:
         """Make one of the same size and threshold."""
