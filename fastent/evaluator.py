@@ -79,7 +79,7 @@ class Evaluator:
                 self._expect(step, evaluation)
         elif every_rank:  # its part of the forward pass: the other ranks wait for it
             with self._pass(f"in the pass of the monitor's probe at step {step}"):
-                watched.run(lambda layer, h: None)
+                watched.run(functools.partial(self._examine, watched.may_have_few_rows))
 
     def observe(self, step: int, layer: str, h: Tensor | SpectralEntropy, merge: bool) -> None:
         """Evaluate activations that are at hand, or take their entropy, or keep rows until the step is over."""

@@ -145,13 +145,13 @@ class Watched:
         """Whether a pass needs every rank: FSDP2 or tensor parallelism; rank 0 alone records then."""
         return is_sharded(plain_module(self._model))
 
-    def run(self, reduce: Callable[[str, Tensor], int | None]) -> dict[str, int]:
+    def run(self, reduce: Callable[[str, Tensor], int]) -> dict[str, int]:
         """Pass the probe through the model.
 
         Parameters
         ----------
         reduce : callable
-            Gets each layer's name and activation as it appears and returns its width; None where nothing is recorded.
+            Gets each layer's name and activation as it appears and returns its width.
 
         Returns
         -------
@@ -166,8 +166,7 @@ class Watched:
         model = plain_module(self._model)
         widths = reduce_activations(model, self.probe, self._layers, reduce, self.ran)
         for layer, d in widths.items():
-            if d is not None:
-                self.ran.setdefault(layer, d)
+            self.ran.setdefault(layer, d)
         idle = {layer: d for layer, d in self.ran.items() if layer not in widths}
         self._warn_of_idle([layer for layer in self.order if layer not in widths and layer not in idle])
         return idle

@@ -1,7 +1,9 @@
 """What a layer may do at a later probe, and a hook with activations: a status, never the end of training."""
 
+import copy
 import json
 import math
+import pickle
 import warnings
 from typing import Any
 
@@ -152,6 +154,34 @@ def test_idle_evaluations_are_unusable_for_a_diagnosis_and_do_not_change_what_is
     evidence = monitor.diagnose(layer="experts.1").evidence
     assert evidence["unusable"] == 2
     assert evidence["entropy"] == monitor.history[1].normalized
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_rank_that_does_not_record_knows_which_layers_may_be_idle(
+    monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    from fastent import evaluator, watching
+
+    monkeypatch.setattr(watching, "is_sharded", lambda module: True)
+    monkeypatch.setattr(evaluator, "_rank", lambda: 1)
+    model = Mixture()
+    monitor = Monitor(model, inputs(), NAMES, every=1, check=checked)
+    monitor.step(0)
+    for step, rows in enumerate((None, slice(0, 0)), 1):
+        model.routes[1] = rows
+        assert monitor.step(step) == []
+    assert monitor.state_dict()["ran"] == {"experts.0": 6, "experts.1": 7, "experts.2": 8}
+
+
+def test_a_copy_checks_nothing_and_knows_what_ran() -> None:
+    model = Mixture()
+    monitor = Monitor(model, inputs(), NAMES, every=1)
+    monitor.step(0)
+    monitor.observe(0, inputs(), layer="a", merge=True)
+    model.routes[1] = None  # what a check would refuse
+    for twin in (copy.deepcopy(monitor), pickle.loads(pickle.dumps(monitor))):
+        assert [r.layer for r in twin.history] == [*NAMES, "a"]
+        assert [r.status for r in twin.step(1)][-2:] == [Status.NOT_RUN, Status.OK]
 
 
 # Names and order
