@@ -1,7 +1,5 @@
 """Sessions of the project; `nox -l` lists them with the first line of each docstring."""
 
-import os
-
 import nox
 
 nox.options.default_venv_backend = "virtualenv"
@@ -49,12 +47,9 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Type-check the installed wheel with mypy, strict."""
-    # The wheel, from elsewhere: `fastent.kernels` exists only once it is installed.
-    session.install(".[train]", *nox.project.dependency_groups(PROJECT, "types"))
-    config = os.path.abspath("pyproject.toml")
-    session.chdir(session.create_tmp())
-    session.run("mypy", "--config-file", config)
+    """Type-check the package with mypy, strict."""
+    install(session, "types")
+    session.run("mypy")
 
 
 @nox.session
@@ -68,7 +63,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build a wheel, install it elsewhere and use it."""
+    """Use a wheel where the tree is not, and a clone alone, beside a wheel and as an editable install."""
     install(session, "test")
     session.run("pytest", "tests/test_packaging.py", "-m", "")
 

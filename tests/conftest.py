@@ -1,5 +1,6 @@
 """Set-up shared by all tests: one thread, Triton's interpreter or compiled kernels, and `--device`."""
 
+import importlib.util
 import os
 
 import pytest
@@ -17,6 +18,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if importlib.util.find_spec("fastent.reference") is None:
+        pytest.exit(
+            "this clone has no links fastent/kernels and fastent/reference, so nothing finds these two folders; "
+            "type: pip install -e .",
+            returncode=4,
+        )
     # Before a kernel is decorated, that is before anything imports fastent.kernels. A process either compiles
     # kernels or interprets them: with a GPU, `--device cuda` or `-m gpu` asks for compiled ones.
     asked = config.getoption("--device") == "cuda" or config.getoption("markexpr") == "gpu"

@@ -1,6 +1,12 @@
-"""A wheel built from the tree installs elsewhere and works there, with its mapped packages."""
+"""A wheel works where the tree is not, and a clone works alone, beside a wheel and installed as editable.
+
+The packages `fastent.kernels` and `fastent.reference` lie in the folders kernels and reference. The wheel maps them
+(pyproject.toml); in a clone fastent/kernels and fastent/reference are links to the folders, which Python, editors and
+type checkers follow.
+"""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,11 +16,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-USE = """
-import sys
+# For each program below: an editable install of the tree would step in for what is missing.
+ALONE = """
+import os, sys
 from pathlib import Path
-# An editable install of the tree would step in for what the wheel lacks.
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
+"""
+USE = """
 import torch, fastent, fastent.kernels, fastent.reference.entropy, fastent.train, fastent.grokking.experiments
 here = Path(sys.argv[1])
 for module in (fastent, fastent.kernels, fastent.reference.entropy, fastent.train):
@@ -25,22 +35,128 @@ triton = fastent.spectral_entropy(h, backend="triton").entropy
 assert abs(ours - triton) < 1e-13
 print(ours)
 """
+PYTEST = ALONE + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+PLACES = """
+import fastent, fastent.kernels.launch, fastent.reference.entropy
+for module in (fastent, fastent.kernels.launch, fastent.reference.entropy):
+    print(Path(module.__file__).resolve())
+"""
+CHOSEN = (
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "tests/kernels/test_launch.py",
+    "tests/reference/test_reference_alone.py",
+)
+
+
+def copy_of_the_tree(place: Path) -> Path:
+    """Make a clone: the tracked files as they are now, links as links."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
+    for name in filter(None, files.decode().split("\0")):
+        if (ROOT / name).exists():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name, follow_symlinks=False)
+    return place
+
+
+def built(kind: str, clone: Path, out: Path) -> Path:
+    build = f"import sys, setuptools.build_meta as build; print(build.build_{kind}(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", build, str(out)], cwd=clone, check=True, capture_output=True)
+    (path,) = out.glob("fastent-*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    # A copy of the tracked files: the build leaves its folders where it runs.
-    source = out / "source"
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
-    for name in filter(None, files.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    build = "import sys, setuptools.build_meta as build; print(build.build_wheel(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, check=True, capture_output=True)
-    (path,) = out.glob("fastent-*.whl")
-    return path
+    return built("wheel", copy_of_the_tree(out / "source"), out)  # the build leaves its folders where it runs
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    return copy_of_the_tree(tmp_path / "clone")
+
+
+def places(clone: Path) -> list[str]:
+    """What `PLACES` prints where all is found in a clone."""
+    return [
+        str(clone / name) for name in ("fastent/__init__.py", "kernels/launch.py", "reference/entropy.py")
+    ]
+
+
+def run(
+    program: str, *arguments: str, cwd: Path, site: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program without the folder it runs in on its path, as a command does; `site` is what is installed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": "" if site is None else str(site)}
+    command = [sys.executable, "-P", "-c", program, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def installed_elsewhere(wheel: Path, site: Path) -> Path:
+    """Install the wheel; whoever imports it in the place of the clone is told."""
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "fastent" / "mixing.py").write_text("raise RuntimeError('this is the installed one')")
+    return site
+
+
+def test_a_clone_tests_itself_with_nothing_installed(clone):
+    result = run(PYTEST, *CHOSEN, cwd=clone)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.nightly
+def test_a_clone_tests_itself_beside_a_wheel_installed_elsewhere(clone, wheel, tmp_path):
+    site = installed_elsewhere(wheel, tmp_path / "site")
+    assert "this is the installed one" in run("import fastent", cwd=tmp_path, site=site).stderr
+    result = run(PYTEST, *CHOSEN, cwd=clone, site=site)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_programs_started_in_a_clone_run_what_lies_there_beside_a_wheel(clone, wheel, tmp_path):
+    site = installed_elsewhere(wheel, tmp_path / "site")
+    suite = "import bench.suite; bench.suite.main(['--help'])"
+    started = ALONE + "sys.path.insert(0, os.getcwd())" + PLACES + suite  # `python -m` puts the folder there
+    found = run(started, cwd=clone, site=site)
+    assert found.stdout.split()[:3] == places(clone), found.stderr
+    assert "in_training" in found.stdout, found.stderr
+
+
+@pytest.mark.nightly
+def test_fastent_bench_of_a_wheel_measures_the_clone_that_it_is_called_in(clone, wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    call = "import sys; from fastent.cli import main; sys.exit(main(sys.argv[1:]))"
+    options = ("bench", "--quick", "--only", "forecast", "--out", str(tmp_path / "out"))
+    result = run(ALONE + call, *options, cwd=clone, site=tmp_path / "site")
+    assert result.returncode == 0, result.stderr
+    assert "## Forecast" in (tmp_path / "out" / "cpu" / "report.md").read_text()
+
+
+@pytest.mark.nightly
+def test_an_editable_install_finds_both_folders_from_anywhere(clone, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(built("editable", clone, tmp_path)).extractall(site)
+    program = ALONE + "import site; sys.path.insert(0, sys.argv[1]); site.addsitedir(sys.argv[1])" + PLACES
+    found = run(program, str(site), cwd=tmp_path)
+    assert found.stdout.split() == places(clone), found.stderr
+
+
+@pytest.mark.nightly
+def test_a_clone_without_its_links_says_what_to_type(clone):
+    for name in ("kernels", "reference"):
+        link = clone / "fastent" / name
+        link.unlink()
+        link.write_text(f"../{name}")  # as git writes it where a system has no links
+    result = run(PYTEST, *CHOSEN, cwd=clone)
+    assert result.returncode != 0
+    assert "type: pip install -e ." in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", ["kernels", "reference"])
+def test_editors_and_type_checkers_find_the_folders_under_the_package(name):
+    assert (ROOT / "fastent" / name).resolve() == ROOT / name
 
 
 def test_the_wheel_holds_the_packages_and_no_top_level_module_but_fastent(wheel):
@@ -52,8 +168,6 @@ def test_the_wheel_holds_the_packages_and_no_top_level_module_but_fastent(wheel)
 
 def test_the_wheel_works_where_the_tree_is_not(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-P", "-c", USE, str(tmp_path / "site")]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = run(ALONE + USE, str(tmp_path / "site"), cwd=tmp_path, site=tmp_path / "site")
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) > 1.0
