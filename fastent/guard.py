@@ -15,9 +15,10 @@ adds stay. A buffer of 64 KiB or more must not grow in place (`resize_`) in the 
 
 Threads. Passes through one model, or a part of it, wait for each other. Two switches hold for the whole process
 while a pass runs: compiled code runs eagerly and nn.TransformerEncoder's inference kernels are off, in other
-threads too. While another thread lives, the pass draws torch's random numbers from generators of its own, and
-what such a thread draws meanwhile is kept; Python's and NumPy's global generators cannot be told apart by
-thread and are then left where they are. Training the very model in another thread meanwhile is not covered.
+threads too. While another thread lives, the pass draws torch's random numbers from states of its own, and what such
+a thread draws meanwhile is kept, but for a draw that falls into one of the model's random operations; Python's and
+NumPy's global generators cannot be told apart by thread and are then left where they are. Training the very model in
+another thread meanwhile is not covered.
 
 Ctrl-C during a pass is raised when the pass is over and all is put back (`fastent.interrupts`).
 """

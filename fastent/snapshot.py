@@ -191,7 +191,7 @@ class _Copies:
             return value
         known = self._tensors.get(id(value))
         if known is None:
-            known = self._tensors[id(value)] = self._copy(value.detach())
+            known = self._tensors[id(value)] = self._copy(value)
         return known
 
     def drop(self) -> None:
@@ -206,10 +206,12 @@ class _Copies:
             del storage
             original.data_ptr()
 
-    def _copy(self, tensor: Tensor) -> Tensor:
-        plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
-        if not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
-            return tensor.clone()
+    def _copy(self, value: Tensor) -> Tensor:
+        plain = type(value) is Tensor and value.layout == torch.strided and value.device.type != "meta"
+        if not plain or value.is_nested or value.is_quantized or value.is_conj() or value.is_neg():
+            with torch.no_grad():
+                return value.clone()
+        tensor = value.detach()
         storage = tensor.untyped_storage()
         copied = self._storages.get(storage._cdata)
         if copied is None:

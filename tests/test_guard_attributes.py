@@ -357,6 +357,50 @@ def test_large_buffers_in_memory_that_cannot_be_cloned_lazily_are_copied(memory:
     assert model.written.unique().tolist() == [1.0]
 
 
+def made_in_inference_mode() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(LARGE // 4)
+
+
+ODD: dict[str, Callable[[], Tensor]] = {
+    "inference": made_in_inference_mode,
+    "float8": lambda: torch.ones(8).to(torch.float8_e4m3fn),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "conjugate": lambda: torch.ones(LARGE, dtype=torch.complex64).conj(),
+    "expanded": lambda: torch.ones(1, LARGE).expand(5, LARGE),
+    "empty": lambda: torch.empty(0),
+    "strided": lambda: torch.arange(float(LARGE))[1::3],
+    "channels last": lambda: torch.ones(2, 8, 64, 64).to(memory_format=torch.channels_last),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "not a leaf": lambda: torch.ones(4, requires_grad=True) * 2,
+}
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD.keys())
+def test_tensors_of_every_kind_have_copies_of_their_kind_and_come_back(make: Any, kind: str) -> None:
+    seen: list[Tensor] = []
+
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(self.odd)
+            return x
+
+    model, tensor = Reads(), make()
+    if kind == "buffer":
+        model.register_buffer("odd", tensor)
+    else:
+        model.odd = tensor
+    with undisturbed(model):
+        model(probe())
+    assert model.odd is tensor
+    assert seen[0] is not tensor
+    assert (seen[0].dtype, seen[0].layout, seen[0].shape) == (tensor.dtype, tensor.layout, tensor.shape)
+    if tensor.layout == torch.strided and tensor.device.type == "cpu":
+        assert torch.equal(seen[0].to(torch.complex64), tensor.detach().to(torch.complex64))
+
+
 def test_training_differs_without_the_lazy_copies_of_large_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot._Copies, "of", lambda self, value: value)
     model = Large()
