@@ -54,6 +54,7 @@ class RealTokens:
 
     Examples
     --------
+    >>> import torch
     >>> import fastent
     >>> h = torch.randn(4, 3, 2)
     >>> real = RealTokens(torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]))
@@ -70,7 +71,7 @@ class RealTokens:
             raise ValueError(f"mask must have shape (n, tokens); got {tuple(mask.shape)}{use}")
         mask = mask.detach()
         if mask.dtype == torch.bool:
-            self.mask = mask
+            self.mask = mask.clone()
         else:
             self.mask = mask == 1
             other = mask[~(self.mask | (mask == 0))]

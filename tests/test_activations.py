@@ -297,6 +297,16 @@ def test_every_call_that_takes_activations_takes_a_mask():
         assert first.entropy == second.entropy == plain.entropy
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_mask_checked_once_is_not_changed_by_what_happens_to_the_tensor(dtype):
+    h, mask = activations(12, 4, 2), RIGHT.repeat(4, 1).to(dtype)
+    expected = {tokens: matrix_of(h, tokens=tokens, mask=mask) for tokens in get_args(Tokens)}
+    real = RealTokens(mask)
+    mask.fill_(1)
+    for tokens, rows in expected.items():
+        assert torch.equal(matrix_of(h, tokens=tokens, mask=real), rows), tokens
+
+
 def test_a_sample_without_a_real_token_is_left_out_or_named_where_it_must_give_a_row():
     h, mask = activations(3, 4, 2), RIGHT.clone()
     mask[1] = 0
