@@ -35,7 +35,7 @@ _GENERATORS = (
     np.random.BitGenerator,
     np.random.RandomState,
 )
-_PLAIN, _CONTAINER, _TUPLE, _TENSOR, _GENERATOR = range(5)
+_PLAIN, _CONTAINER, _TUPLE, _TENSOR, _GENERATOR, _GRAPH = range(6)
 _NONE: frozenset[str] = frozenset()
 _MISSING = object()
 
@@ -59,7 +59,9 @@ class Snapshot:
         self._tensors: list[tuple[Any, Any, Any]] = []  # container, key or index, value
         self._put_back_states: list[Callable[[], object]] = []
         self._copies = _Copies()
+        self._graphs = False
         self._seen: set[int] = set()
+        self._buffers = {id(module._buffers) for module in modules}
         self._todo: list[Container] = [module.__dict__ for module in modules]
         self._seen.update(map(id, self._todo))
         while self._todo:
@@ -69,10 +71,12 @@ class Snapshot:
         """Let the pass work on copies of the tensors.
 
         The originals come back untouched: even their version counters, so that a backward pass which is under way
-        still runs, and even where the pass resizes or replaces them.
+        still runs, and even where the pass resizes or replaces them. Where a module keeps a CUDA graph, attributes
+        that are no buffers stay: the graph reads and writes them by their addresses, and a copy would show neither.
         """
         for container, key, value in self._tensors:
-            container[key] = self._copies.of(value)
+            if not self._graphs or id(container) in self._buffers:
+                container[key] = self._copies.of(value)
 
     def put_back(self) -> None:
         """Make everything what it was; written to only where it differs."""
@@ -127,6 +131,9 @@ class Snapshot:
                 self._take(_kind(type(item)), item) for item in value
             ]  # all of them, whatever the first says
             return any(held)
+        if kind == _GRAPH:
+            self._graphs = True
+            return False
         if id(value) not in self._seen:
             self._seen.add(id(value))
             if kind == _CONTAINER:
@@ -145,7 +152,7 @@ def _kind(kind: type) -> int:
         return _TENSOR
     if issubclass(kind, _GENERATORS) and not issubclass(kind, random.SystemRandom):  # which has no state
         return _GENERATOR
-    return _PLAIN
+    return _GRAPH if issubclass(kind, torch.cuda.CUDAGraph) else _PLAIN
 
 
 def _put_back_dict(live: dict[Any, Any], old: dict[Any, Any], skipped: frozenset[str]) -> None:
