@@ -219,3 +219,15 @@ def test_importing_fastent_imports_no_optional_or_heavy_package():
         [sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True
     ).stdout
     assert output.strip() == "[]"
+
+
+@pytest.mark.parametrize("n", [16, 32, 33])
+def test_the_formula_of_the_readme_is_the_entropy_also_where_rounding_leaves_a_negative_eigenvalue(n):
+    h = activations(n, 32)
+    x = h - h.mean(0)
+    p = torch.linalg.eigvalsh(x.T @ x)
+    p = p / p.sum()
+    naive, advised = -(p * p.log()).sum(), torch.special.entr(p.clamp(min=0)).sum()
+    assert bool(naive.isnan()) is bool((p < 0).any())
+    assert n > 16 or bool(naive.isnan())
+    assert float(advised) == pytest.approx(spectral_entropy(h).entropy, abs=1e-10)

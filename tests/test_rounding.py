@@ -229,3 +229,43 @@ def test_what_a_device_finds_in_a_few_rows_is_the_resolution_of_what_they_hold()
         )
     for rows in (h.float(), h.round().float()):
         assert squared_relative(rows, of_dtype(torch.float32)) == RESOLUTIONS[torch.float32].relative ** 2
+
+
+def moved(values: torch.Tensor, offset: float) -> tuple[float, float, Status]:
+    """H of rows with these eigenvalues and spread 1, and what bfloat16 at an offset makes of it."""
+    d = len(values)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))[0]
+    h = (torch.randn(512, d, dtype=torch.float64, generator=generator) * values.sqrt()) @ basis
+    h = h / h.std()
+    rounded = spectral_entropy((h + offset).bfloat16())
+    return spectral_entropy(h).normalized, rounded.normalized, rounded.status
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("flat", 0.0, 1e-4), ("geometric 0.97", 0.003, 0.005), ("power law 1/i", 0.005, 0.008),
+     ("geometric 0.9", 0.014, 0.020), ("power law 1/i^2", 0.020, 0.028), ("rank 4", 0.028, 0.042),
+     ("rank 2", 0.030, 0.042)],
+)  # fmt: skip
+def test_rounding_at_100_times_the_spread_moves_h_as_documented(name, least, most):
+    i = torch.arange(1, 129, dtype=torch.float64)
+    values = {
+        "flat": torch.ones_like(i), "geometric 0.97": 0.97**i, "geometric 0.9": 0.9**i, "power law 1/i": 1 / i,
+        "power law 1/i^2": 1 / i**2, "rank 4": (i <= 4).double(), "rank 2": (i <= 2).double(),
+    }[name]  # fmt: skip
+    h, rounded, status = moved(values, 100.0)
+    assert status is UNRESOLVED
+    assert least <= rounded - h <= most
+    for offset, bound in ((0.0, 2e-5), (10.0, 1e-3), (30.0, 4e-3)):
+        h, rounded, status = moved(values, offset)
+        assert status is Status.OK
+        assert abs(rounded - h) < bound
+
+
+def test_noise_over_all_directions_moves_h_by_its_share_and_the_entropy_of_its_share():
+    h, rounded, _ = moved(torch.tensor([1.0, 1.0] + [0.0] * 126, dtype=torch.float64), 100.0)
+    s = 0.5**2 / 12 / (1 + 0.5**2 / 12)  # bfloat16 has a spacing of 0.5 from 64 to 128
+    noise = -(s * math.log(s) + (1 - s) * math.log1p(-s)) / math.log(128)
+    # Noise of 512 rows is not quite flat in 128 directions.
+    assert rounded == pytest.approx((1 - s) * h + s + noise, abs=0.004)

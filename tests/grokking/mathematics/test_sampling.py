@@ -172,6 +172,13 @@ def test_constant_rows_have_no_error_and_rows_that_are_not_finite_none_known():
     assert sampling_error(one_differs).normalized == 0.0
 
 
+@pytest.mark.parametrize(("n", "left"), [(32, 0.43), (64, 0.22), (96, 0.07), (128, 0.0)])
+def test_what_the_correction_leaves_of_a_flat_bias_at_few_rows_is_as_documented(n, left):
+    _, found = draws("flat", n, 128, 8)
+    share = (found["corrected"].mean() - 1.0) / (found["normalized"].mean() - 1.0)
+    assert share == pytest.approx(left, abs=0.015)
+
+
 def test_few_rows_are_corrected_in_part_and_say_so():
     _, found = draws("flat", 64, 128, 5)
     assert (found["normalized"] < 0.81).all()
