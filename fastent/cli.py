@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import math
 import os
 import sys
 import warnings
@@ -22,11 +23,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
 from fastent.activations import Tokens
-from fastent.entropy import spectral_entropy
 from fastent.spectrum import Convention
 from fastent.train.presets import TrainConfig, own_fraction
 from fastent.train.presets import preset as preset_called
@@ -197,34 +196,33 @@ def report(
 
 
 def entropy(activations: Path, *, tokens: Tokens | None = None, convention: Convention = "relative") -> int:
-    """Print the spectral entropy of activations in a .npy file.
+    """Print the spectral entropy of activations in a file; exit status 1 where there is none (NaN or Inf in them).
 
     Parameters
     ----------
     activations : Path
-        An array of shape (n, d), one sample a row, or (n, tokens, d). A file with pickled objects is refused.
-    tokens : {"flatten", "last", "mean", "skip_first"}, optional
+        A .npy, .npz or .safetensors file of one array of shape (n, d), one sample a row, or (n, tokens, d); larger than
+        memory if need be. A pickle (.pt) is refused.
+    tokens : {"flatten", "first", "last", "mean", "skip_first"}, optional
         What to make of a tokens axis.
     convention : {"relative", "paper"}
         "paper" clamps eigenvalues at 1e-12, for comparison only.
     """
-    array = np.load(activations, allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{activations} holds several arrays: save one of them with numpy.save")
-    native = array.astype(array.dtype.newbyteorder("="), copy=False)
-    result = spectral_entropy(torch.from_numpy(native), tokens=tokens, convention=convention)
+    from fastent.activation_files import entropy_of_file
+
+    result, dtype = entropy_of_file(activations, tokens=tokens, convention=convention)
     lines = {
         "H (normalised)": f"{result.normalized:.6f}   0 to {result.ceiling:.4f}",
         "entropy": f"{result.entropy:.6f}   nats",
         "effective rank": f"{result.effective_rank:.4f}   of {result.d}",
         "participation ratio": f"{result.participation_ratio:.4f}",
         "total variance": f"{result.total_variance:.6g}",
-        "samples, features": f"{result.n}, {result.d}   {array.dtype}",
+        "samples, features": f"{result.n}, {result.d}   {dtype}",
         "status": result.status.value + (f": {result.message}" if result.message else ""),
     }
     for name, value in lines.items():
         print(f"{name:<20} {value}")
-    return 0
+    return 1 if math.isnan(result.normalized) else 0
 
 
 def list_() -> int:

@@ -14,7 +14,7 @@ HOUSES = {
 }
 STUDY = ("fastent.grokking", "fastent.train", "fastent.experiments")
 # Of the command line, which is where the library and the study meet; nothing else of the library imports them.
-COMMANDS = {"fastent.cli", "fastent.doctor"}
+COMMANDS = {"fastent.cli", "fastent.doctor", "fastent.activation_files"}
 CONFIGURATION = {"fastent.train.presets", "fastent.grokking.train.config"}
 
 
