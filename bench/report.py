@@ -5,17 +5,16 @@
 skipped is listed with its reason, so that a rehearsal on a CPU cannot be mistaken for a measurement of a GPU.
 
 ``--readme`` writes the README's tables from the committed rows; they stand between ``<!-- bench: NAME -->`` and
-``<!-- /bench -->``. With ``--check`` nothing is written, and the exit status is 1 where a table does not follow from
-the rows.
+``<!-- bench: end -->``. With ``--check`` nothing is written, and the exit status is 1 where a table does not follow
+from the rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from bench.harness import ROOT, Row, read_rows
 from bench.providers import ENTROPIES
+from fastent.grokking.experiments.document import markdown_table, marked
 from fastent.grokking.experiments.figures import LIGHT
 
 Table = Callable[[list[Row]], str]
@@ -124,7 +124,7 @@ def _machine(rows: list[Row]) -> str:
 
 def listed(cells: Mapping[str, str | Callable[[Row], object]]) -> Table:
     """Table of the rows as they are, one line each: what stands under each heading, a key or what makes it."""
-    return lambda rows: markdown(
+    return lambda rows: markdown_table(
         list(cells),
         [[cell(row) if callable(cell) else _cell(row.get(cell)) for cell in cells.values()] for row in rows],
     )
@@ -144,12 +144,6 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """Make a Markdown table."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-
-
 def ratio_table(rows: list[Row]) -> str:
     """List fastent's time over each provider's, a row for each shape and thread count."""
     names = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "fastent"))
@@ -165,7 +159,7 @@ def ratio_table(rows: list[Row]) -> str:
                 *(interval(by_name[name]) if name in by_name else "-" for name in names),
             ]
         )
-    return markdown(["rows x columns", "threads", "fastent", *names], lines)
+    return markdown_table(["rows x columns", "threads", "fastent", *names], lines)
 
 
 def interval(row: Row) -> str:
@@ -189,7 +183,7 @@ def accuracy_table(rows: list[Row]) -> str:
             if group[0].get("quantity", "entropy") != "entropy":
                 label = f"{name} (its own quantity)"
             lines.append([label, *(_error(by_input[i]) if i in by_input else "-" for i in inputs)])
-        parts.append(markdown([title, *inputs], lines))
+        parts.append(markdown_table([title, *inputs], lines))
     return "\n\n".join(parts)
 
 
@@ -201,7 +195,7 @@ def memory_table(rows: list[Row]) -> str:
         by_shape = {(row["n"], row["d"]): row["extra_bytes"] for row in group}
         sizes = ("?" if by_shape[s] is None else f"{by_shape[s] / 2**20:.1f}" for s in shapes)
         lines.append([name, *sizes, group[0]["host_reads"]])
-    return markdown(
+    return markdown_table(
         ["MiB beside the input", *(f"{n:,} x {d:,}" for n, d in shapes), "reads by the host"], lines
     )
 
@@ -219,7 +213,7 @@ def eigensolve_table(rows: list[Row]) -> str:
                 *(microseconds(by_name[n]["us_p50"]) if n in by_name else "-" for n in names),
             ]
         )
-    return markdown(["m", "threads", *names], lines)
+    return markdown_table(["m", "threads", *names], lines)
 
 
 def monitor_table(rows: list[Row]) -> str:
@@ -243,7 +237,7 @@ def monitor_table(rows: list[Row]) -> str:
             ]
         )
     header = ["loop", "mode", "threads", "step", "one probe", *(f"every {s:,}" for s in strides)]
-    return markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 def _percent(row: Row) -> str:
@@ -258,7 +252,9 @@ def in_training_table(rows: list[Row]) -> str:
     for name, group in _group(rows, lambda row: row["provider"]).items():
         by_column = {(row["loop"], row["threads"]): row for row in group}
         lines.append([name, *(_between(by_column[c]) if c in by_column else "-" for c in columns)])
-    return markdown(["call; the steps after it", *(f"{loop}, {_threads(t)}" for loop, t in columns)], lines)
+    return markdown_table(
+        ["call; the steps after it", *(f"{loop}, {_threads(t)}" for loop, t in columns)], lines
+    )
 
 
 def _between(row: Row) -> str:
@@ -285,7 +281,7 @@ def deferred_table(rows: list[Row]) -> str:
                 interval(costs["worker"]),
             ]
         )
-    return markdown(["d", "step", "in line", "worker", "loop with the worker over in line"], lines)
+    return markdown_table(["d", "step", "in line", "worker", "loop with the worker over in line"], lines)
 
 
 def microseconds(us: float) -> str:
@@ -330,7 +326,7 @@ def correctness_table(rows: list[Row]) -> str:
         "largest error over its gate",
         "largest difference of H",
     )
-    return markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 STYLES = {
@@ -666,12 +662,9 @@ _EXACT_COVARIANCES = ("torch, direct", "torch.cov", "numpy.cov")
 
 def fill(text: str, folder: Path) -> str:
     """Return `text` with each marked table made anew from the rows in `folder`."""
-
-    def table(found: re.Match[str]) -> str:
-        name = found[1]
-        return f"<!-- bench: {name} -->\n{README_TABLES[name](read_rows(folder / f'{name}.jsonl'))}\n<!-- /bench -->"
-
-    return re.sub(r"<!-- bench: (\w+) -->\n.*?<!-- /bench -->", table, text, flags=re.DOTALL)
+    return marked(
+        text, "bench", lambda name: f"{README_TABLES[name](read_rows(folder / f'{name}.jsonl'))}\n"
+    )[0]
 
 
 def _readme_entropy(rows: list[Row]) -> str:
@@ -712,7 +705,7 @@ def _against(rows: list[Row], direct: str, exact: list[str] | tuple[str, ...]) -
     header = ["rows x columns"]
     for count in threads:
         header += [f"{_threads(count)}: over the direct way's", "over the fastest exact peer's"]
-    return markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 README_TABLES: dict[str, Table] = {

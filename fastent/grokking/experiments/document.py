@@ -21,7 +21,7 @@ import base64
 import difflib
 import html
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -303,13 +303,16 @@ def _block_markdown(block: Block, figures: str) -> str:
 
 
 def _table_markdown(table: Table) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
+    columns, *rows = ([_cell_markdown(cell) for cell in row] for row in (table.columns, *table.rows))
+    return f"*{_plain(table.caption)}*\n\n" + markdown_table(columns, rows, table.numbers)
 
-    rule = ["---:" if i in table.numbers else "---" for i in range(len(table.columns))]
-    rows = [[_cell_markdown(cell) for cell in row] for row in table.rows]
-    lines = [line([_cell_markdown(c) for c in table.columns]), line(rule), *(line(row) for row in rows)]
-    return f"*{_plain(table.caption)}*\n\n" + "\n".join(lines)
+
+def markdown_table(
+    columns: Sequence[object], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()
+) -> str:
+    """Write cells as they are as a Markdown table; the columns at `numbers` align right."""
+    rule = ["---:" if i in numbers else "---" for i in range(len(columns))]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (columns, rule, *rows))
 
 
 def _cell_markdown(cell: str | Verdict) -> str:
@@ -326,16 +329,23 @@ def _plain(text: str) -> str:
     )
 
 
-_PLACE = re.compile(
-    r"(?P<begin><!-- fastent report: (?P<anchor>\w+) -->\n)(?P<text>.*?)(?P<end><!-- fastent report: end -->)",
-    re.DOTALL,
-)
+TAG = "fastent report"
+
+
+def marked(text: str, tag: str, make: Callable[[str], str]) -> tuple[str, int]:
+    """Make anew what stands between ``<!-- TAG: NAME -->`` and ``<!-- TAG: end -->``; return the text and the count."""
+    return re.subn(
+        rf"(<!-- {tag}: (\w+) -->\n).*?(<!-- {tag}: end -->)",
+        lambda place: place[1] + make(place[2]) + place[3],
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def documents(root: Path) -> list[Path]:
     """Find the Markdown files of a project, README and docs, that take in parts of the report."""
     found = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
-    return [path for path in found if path.is_file() and _PLACE.search(path.read_text(encoding="utf-8"))]
+    return [path for path in found if path.is_file() and f"<!-- {TAG}: " in path.read_text(encoding="utf-8")]
 
 
 def filled(text: str, sections: Sequence[Section], name: str) -> str:
@@ -348,17 +358,17 @@ def filled(text: str, sections: Sequence[Section], name: str) -> str:
     """
     by_anchor: Mapping[str, Section] = {section.anchor: section for section in sections}
 
-    def part(place: re.Match[str]) -> str:
-        section = by_anchor.get(place["anchor"])
+    def part(anchor: str) -> str:
+        section = by_anchor.get(anchor)
         if section is None:
             raise RunError(
-                f"{name} takes in the section {place['anchor']!r}, which these runs do not give; there are "
+                f"{name} takes in the section {anchor!r}, which these runs do not give; there are "
                 f"{', '.join(by_anchor)}"
             )
         blocks = [block for block in section.blocks if not isinstance(block, Figure)]
-        return f"{place['begin']}\n{blocks_markdown(blocks)}\n\n{place['end']}"
+        return f"\n{blocks_markdown(blocks)}\n\n"
 
-    new, count = _PLACE.subn(part, text)
+    new, count = marked(text, TAG, part)
     if not count:
         raise RunError(
             f"{name} takes in no part of the report: mark the place as <!-- fastent report: summary -->"
