@@ -24,6 +24,7 @@ from torch import Tensor
 from fastent import torch_backend
 from fastent.activations import Positions, RealTokens, Tokens, first_nonfinite, matrix_of
 from fastent.rounding import Resolution, of_dtype
+from fastent.uncompiled import uncompiled
 from fastent.user_warning import warn_of_detached
 
 Backend = Literal["auto", "torch", "triton"]
@@ -73,6 +74,7 @@ class CenteredMatrix:
         )
 
 
+@uncompiled
 def covariance(
     h: Tensor,
     *,

@@ -29,9 +29,11 @@ from fastent.spectrum import (
     summarize,
     unsolved,
 )
+from fastent.uncompiled import uncompiled
 from fastent.user_warning import warn_of_detached
 
 
+@uncompiled
 def spectral_entropy(
     h: Tensor,
     *,

@@ -109,7 +109,7 @@ class History:
         names = list(dict.fromkeys(row.layer for row in rows))
         if layer is None and len(names) > 1:
             raise ValueError(f"the records hold several layers; say which: {', '.join(map(repr, names))}")
-        rows = [row for row in rows if layer is None or row.layer == layer]
+        rows = [row for row in rows if layer is None or row.layer == str(layer)]
         return cls(
             [row.step for row in rows],
             [row.normalized if row.status.usable else math.nan for row in rows],

@@ -21,6 +21,7 @@ from fastent.forks import check_pool
 from fastent.rounding import EXACT, RESOLUTIONS, Resolution, held, squared_relative
 from fastent.spectrum import SpectralEntropy, entropy_of_matrix
 from fastent.spread import device_of_group
+from fastent.uncompiled import uncompiled
 
 
 class Moments:
@@ -70,6 +71,7 @@ class Moments:
         shift, delta, _, _ = self._filled()
         return shift + delta
 
+    @uncompiled
     def update(
         self,
         h: Tensor,
@@ -226,6 +228,7 @@ class Moments:
         self._ranks, self._grown = ranks, False
         return self
 
+    @uncompiled
     def covariance(self, *, correction: int = 0) -> Tensor:
         """Covariance of all rows, shape (d, d), float64, symmetric bit for bit.
 
@@ -246,6 +249,7 @@ class Moments:
             )
         return mirror_lower(products / (self.n - correction))
 
+    @uncompiled
     def spectral_entropy(self) -> SpectralEntropy:
         """Entropy of the covariance of all rows; see `fastent.spectral_entropy`.
 

@@ -137,6 +137,7 @@ class Readings:
     def _course(self, layer: str | None) -> Course:
         """Return what is known of `layer`, or of the only one that is recorded where it is None."""
         recorded = sorted(self._recording.layers)
+        layer = None if layer is None else str(layer)  # as the record has it
         if layer is None and not recorded:
             return Course(self._recording.threshold)
         if layer is None and len(recorded) > 1:

@@ -24,6 +24,7 @@ from fastent.activations import Positions, RealTokens, Tokens, resolution_of
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
 from fastent.entropy import checked, entropy_of_rows
 from fastent.spectrum import SpectralEntropy, Status, entropy_of_matrix
+from fastent.uncompiled import uncompiled
 
 GROUPS = 16
 
@@ -62,6 +63,7 @@ class SamplingError:
     message: str
 
 
+@uncompiled
 def sampling_error(
     h: Tensor,
     *,

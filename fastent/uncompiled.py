@@ -1,5 +1,6 @@
 """Functions that a compiler leaves out: they run as plain Python where a compiled function calls them.
 
+The library calls OpenBLAS by address and reads numbers on the host, which a compiler either breaks up or fails on.
 `torch.compiler.disable` does that too, and imports the compiler, which takes a second; here it is asked only once
 somebody else has imported it, since nothing is compiled before.
 """

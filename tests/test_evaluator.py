@@ -205,6 +205,8 @@ def test_numbers_as_names_are_strings_from_the_start() -> None:
     resumed.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
     assert resumed.history == monitor.history
     assert [r.layer for r in resumed.step(1)] == ["3", "1"]
+    assert resumed.diagnose(layer=3).evidence["steps_observed"] == 1  # type: ignore[arg-type]
+    assert len(fastent.History.from_records(resumed.history, layer=3)) == 2  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="two activations named '1'"):
         Monitor(model, inputs(), lambda net, x: {1: x, "1": x})
 

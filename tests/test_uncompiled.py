@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastent
 from fastent.monitor import SpectralEntropyMonitor as Monitor
 
 
@@ -72,3 +73,19 @@ print("torch._dynamo" in sys.modules, len(m.history))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "2"]
+
+
+FUNCTIONS = {
+    "spectral_entropy": lambda h: fastent.spectral_entropy(h * 1.0).normalized,
+    "covariance": lambda h: fastent.covariance(h * 1.0).sum(),
+    "sampling_error": lambda h: fastent.sampling_error(h * 1.0).standard_error,
+    "Moments": lambda h: fastent.Moments().update(h * 1.0).covariance().sum(),
+}
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_compiled_function_gets_the_same_numbers_as_any_other(name: str) -> None:
+    function = FUNCTIONS[name]
+    h = inputs()
+    assert float(torch.compile(function, backend="eager")(h)) == float(function(h))
