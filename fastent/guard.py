@@ -15,10 +15,10 @@ adds stay. A buffer of 64 KiB or more must not grow in place (`resize_`) in the 
 
 Threads. Passes through one model, or a part of it, wait for each other. Two switches hold for the whole process
 while a pass runs: compiled code runs eagerly and nn.TransformerEncoder's inference kernels are off, in other
-threads too. While another thread lives, the pass draws torch's random numbers from states of its own, and what such
-a thread draws meanwhile is kept, but for a draw that falls into one of the model's random operations; Python's and
-NumPy's global generators cannot be told apart by thread and are then left where they are. Training the very model in
-another thread meanwhile is not covered.
+threads too. While another thread lives, the pass draws torch's random numbers from generators of its own, and what
+such a thread draws meanwhile is kept, unless it falls into an operation of the model that takes no generator;
+Python's and NumPy's global generators cannot be told apart by thread and are then left where they are. Training the
+very model in another thread meanwhile is not covered.
 
 Ctrl-C during a pass is raised when the pass is over and all is put back (`fastent.interrupts`).
 """
@@ -292,53 +292,93 @@ def _other_threads() -> bool:
 
 
 class _TorchStates:
-    """States of torch's global generators, on the CPU and on CUDA devices in use."""
+    """States of torch's global generators by device: the CPU and CUDA devices in use."""
 
-    def __init__(self, cpu: Tensor, cuda: list[Tensor]) -> None:
-        self._cpu, self._cuda = cpu, cuda
+    def __init__(self, states: dict[torch.device, Tensor]) -> None:
+        self._states = states
 
     @classmethod
     def now(cls) -> _TorchStates:
         """Take them as they are."""
         on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else [])
+        cuda = torch.cuda.get_rng_state_all() if on_cuda else []
+        states = {torch.device("cuda", i): state for i, state in enumerate(cuda)}
+        return cls({torch.device("cpu"): torch.get_rng_state(), **states})
 
     def put_back(self) -> None:
         """Make the generators' states these."""
-        torch.set_rng_state(self._cpu)
-        for device, state in enumerate(self._cuda):
-            torch.cuda.set_rng_state(state, device)
+        for device, state in self._states.items():
+            if device.type == "cpu":
+                torch.set_rng_state(state)
+            else:
+                torch.cuda.set_rng_state(state, device)
+
+    def generators(self) -> dict[torch.device, torch.Generator]:
+        """Make new ones in these states."""
+        return {device: torch.Generator(device).set_state(state) for device, state in self._states.items()}
 
 
 class _OwnDraws(TorchDispatchMode):
-    """Random operations of this thread draw from states of their own.
+    """Random operations of this thread draw from generators of their own.
 
-    The global ones change hands for the operation alone: what other threads draw before and after stays drawn,
-    and is drawn once.
+    Where an operation takes no generator, the global ones lend it their place for that long: another thread's draw
+    in that time is from ours.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self, states: _TorchStates, interrupts: Interrupts) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._states, self._interrupts = states, interrupts
-        self._random: dict[Any, bool] = {}  # asked for once for each operation: tags are slow
+        self._generators, self._interrupts = states.generators(), interrupts
+        self._random: dict[Any, tuple[bool, Any]] = {}  # asked for once for each operation: tags are slow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        draws = self._random.get(func)
-        if draws is None:
-            tags = getattr(func, "tags", ())
-            draws = self._random[func] = torch.Tag.nondeterministic_seeded in tags
-        if not draws:
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        known = self._random.get(func)
+        if known is None:
+            draws = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+            known = self._random[func] = draws, _with_generator(func) if draws else None
+        draws, takes_one = known
+        if not draws or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        if takes_one is not None and not types:
+            generator = self._generators.get(_device_of(args, kwargs))
+            if generator is not None:
+                return takes_one(*args, **kwargs, generator=generator)
+        return self._swapped(func, args, kwargs)
+
+    def _swapped(self, func: Any, args: Any, kwargs: Any) -> Any:
         with self._interrupts.all_held():
             theirs = _TorchStates.now()
-            self._states.put_back()
+            _TorchStates({device: own.get_state() for device, own in self._generators.items()}).put_back()
             try:
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
             finally:
-                self._states = _TorchStates.now()
+                self._generators = _TorchStates.now().generators()
                 theirs.put_back()
+
+
+def _with_generator(func: Any) -> Any:
+    """Find the overload of an operation that takes a generator beside the same arguments."""
+
+    def arguments(overload: Any) -> list[tuple[str, str]]:
+        return [(a.name, str(a.type)) for a in overload._schema.arguments if a.name != "generator"]
+
+    for name in func.overloadpacket.overloads():
+        overload = getattr(func.overloadpacket, name)
+        named = any(a.name == "generator" and a.kwarg_only for a in overload._schema.arguments)
+        if named and arguments(overload) == arguments(func):
+            return overload
+    return None
+
+
+def _device_of(args: Any, kwargs: Any) -> torch.device | None:
+    """Device on which an operation runs; None if its arguments do not tell."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    device = tensors[0].device if tensors else kwargs.get("device")
+    if device is None or device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo  # the probe changes the compiler's stance only where it is loaded
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastent.guard import undisturbed
 from fastent.monitor import SpectralEntropyMonitor
@@ -82,7 +83,8 @@ class Draws(nn.Module):
     """Draws in eval mode too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.rand_like(x) + nn.functional.dropout(x, training=True)
+        x = x + torch.rand_like(x) + nn.functional.dropout(x, training=True)
+        return nn.functional.rrelu(x, training=True)  # takes no generator from us
 
 
 # Random numbers
@@ -118,6 +120,28 @@ def test_a_model_that_draws_takes_nothing_from_a_thread_that_draws_meanwhile() -
         take()
         monitor.step(1)
         take()
+    assert served == expected
+
+
+def test_a_draw_that_falls_into_a_random_operation_of_the_model_is_not_drawn_again() -> None:
+    seed()
+    expected = [torch.rand(()).item() for _ in range(4)]
+    seed()
+    served: list[float] = []
+
+    class Within(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                loader.do(lambda: served.append(torch.rand(()).item()))
+            return func(*args, **(kwargs or {}))
+
+    class Random(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(x) + torch.randn(6) + x.clone().uniform_() + torch.randint(3, (6,))
+
+    monitor = SpectralEntropyMonitor(Random(), probe(), "", check=False)
+    with beside() as loader, Within():
+        monitor.step(0)
     assert served == expected
 
 
