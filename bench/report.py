@@ -342,18 +342,30 @@ STYLES = {
     "torchmetrics FID states": (LIGHT.train, "P"),
     "stable-pretraining RankMe": (LIGHT.ink, "x"),
 }
+OTHER_MARKERS = "*hpXd8"
+"""Of providers that have no style of their own yet, in the order in which they come."""
+
+
+def styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each provider of `rows`, those of `STYLES` first and in its order."""
+    names = dict.fromkeys(row["provider"] for row in rows)
+    new = [name for name in names if name not in STYLES]
+    others = {name: (LIGHT.train, OTHER_MARKERS[i % len(OTHER_MARKERS)]) for i, name in enumerate(new)}
+    return {name: style for name, style in (STYLES | others).items() if name in names}
+
+
 SMALLEST = 1e-17  # errors of 0 are drawn here
 WRONG = 3.0  # and answers that are no number here
 
 
 def _accuracy(rows: list[Row], path: Path) -> None:
     rows = [row for row in rows if row["op"] == "accuracy"]
-    inputs = list(dict.fromkeys(row["input"] for row in rows))
+    inputs, drawn = list(dict.fromkeys(row["input"] for row in rows)), styles(rows)
     figure, axes = _figure(3, -(-len(inputs) // 3), height=2.5)
     for ax, name in zip(axes, inputs, strict=False):
         for row in (row for row in rows if row["input"] == name and "us_p50" in row):
             error = WRONG if row["error"] is None else max(row["error"], SMALLEST)
-            colour, marker = STYLES[row["provider"]]
+            colour, marker = drawn[row["provider"]]
             ax.plot(row["us_p50"] / 1e3, error, marker, color=colour, label=row["provider"], markersize=6)
         ax.set(xscale="log", yscale="log", ylim=(SMALLEST / 3, 10), title=name)
         _plain_ticks(ax.xaxis)
@@ -412,7 +424,7 @@ def _cost(rows: list[Row], path: Path) -> None:
             axes[2 * i : 2 * i + 2], ("d", "n"), ("n", "d"), (128, 512), strict=True
         ):
             here = [row for row in chosen if row[fixed] == value]
-            for name, (colour, marker) in STYLES.items():
+            for name, (colour, marker) in styles(here).items():
                 points = sorted((row[moving], row["us_p50"]) for row in here if row["provider"] == name)
                 if points and "no copy" not in name:
                     x, y = np.array(points).T

@@ -270,7 +270,7 @@ def plan(
     itemsize: int = 2,
     link: float = 25.0,
     budget: float = 1.0,
-    probe_time: float = 0.0,
+    probe_time: float | None = None,
 ) -> int:
     """Estimate what monitoring a large model would cost, and say what to choose.
 
@@ -296,23 +296,25 @@ def plan(
         GB per second that a rank sends: an assumption.
     budget : float
         Percent of the training time that a monitor may take.
-    probe_time : float
-        Seconds of the probe's forward pass, which the estimate cannot know.
+    probe_time : float, optional
+        Seconds of the probe's forward pass, which the estimate cannot know: without it the plan says that it is left
+        out.
     """
-    from fastent.plan import describe, make_plan
+    from fastent.plan import check_plan, describe, make_plan
     from fastent.rates import measure_rates
 
     sizes = {"layers": layers, "d": d, "probe": probe, "stride": stride}
-    found = make_plan(
-        measure_rates(),
-        **sizes,
-        ranks=ranks,
-        step_time=step_time,
-        itemsize=itemsize,
-        link=link * 1e9,
-        budget=budget / 100,
-        probe_time=probe_time,
-    )
+    rest: dict[str, Any] = {
+        "ranks": ranks,
+        "step_time": step_time,
+        "itemsize": itemsize,
+        "link": link * 1e9,
+        "budget": budget / 100,
+        "probe_time": probe_time,
+    }
+    with _wrong_usage():
+        check_plan(**sizes, **rest)
+    found = make_plan(measure_rates(), **sizes, **rest)
     print("\n".join(describe(found, **sizes, budget=budget / 100)))
     return 0
 

@@ -125,7 +125,7 @@ def work(n: int, d: int, *, itemsize: int = 4, side: Side | None = None) -> Work
     m, length = (n, d) if side == "gram" else (d, n)
     chunk = _chunk_length(length, m)
     chunks = math.ceil(length / chunk)
-    slabs = [(low, min(low + SLAB, m)) for low in range(0, m, SLAB)]
+    full, rest = divmod(m, SLAB)  # slabs of the lower triangle, each as long as it reaches
     return Work(
         side=side,
         m=m,
@@ -133,10 +133,10 @@ def work(n: int, d: int, *, itemsize: int = 4, side: Side | None = None) -> Work
         # read the input, write the float64 buffer, read it for the means, read and write it to centre;
         # write and read the matrix
         bytes=n * d * (itemsize + 4 * FLOAT64) + 2 * FLOAT64 * m * m,
-        flops=sum(2 * length * (high - low) * high for low, high in slabs),
+        flops=length * (SLAB**2 * full * (full + 1) + 2 * rest * m),
         solve_flops=4 * m**3 // 3,
         memory=FLOAT64 * (chunk * m + 2 * m * m),
-        launches=chunks * len(slabs),
+        launches=chunks * (full + (rest > 0)),
     )
 
 

@@ -68,6 +68,8 @@ class Plan:
         The smallest one at which that share is within the budget.
     other_side : float
         Seconds that the larger of the two matrices would take instead for one layer.
+    probe_time : float or None
+        Seconds of the probe's forward pass that are in `share` and `stride`; None where nobody said.
     """
 
     ways: tuple[Way, ...]
@@ -75,6 +77,56 @@ class Plan:
     share: float
     stride: int
     other_side: float
+    probe_time: float | None
+
+
+MOST = 10**12
+"""Bound of every count: beyond it no estimate means anything."""
+
+SMALLEST, LARGEST = 1e-9, 1e12
+"""Bounds of every time, rate and share."""
+
+
+def check_plan(
+    *,
+    layers: int,
+    d: int,
+    probe: int,
+    ranks: int,
+    stride: int,
+    step_time: float,
+    itemsize: int = 2,
+    link: float = 25e9,
+    budget: float = 0.01,
+    probe_time: float | None = None,
+) -> None:
+    """Check the numbers of a plan, before anything is measured.
+
+    Raises
+    ------
+    ValueError
+        If a count is below 1 (2 for rows and features) or over `MOST`, or a time, rate or share no number of its
+        range.
+    """
+    counts = {
+        "layers": (layers, 1),
+        "d": (d, 2),
+        "probe": (probe, 2),
+        "ranks": (ranks, 1),
+        "stride": (stride, 1),
+    }
+    for name, (count, least) in counts.items():
+        if not least <= count <= MOST:
+            raise ValueError(f"{name} must be from {least} to {MOST:,}; got {count}")
+    if not 1 <= itemsize <= 16:
+        raise ValueError(f"itemsize must be from 1 to 16 bytes; got {itemsize}")
+    for name, value, unit in (("step_time", step_time, "seconds"), ("link", link / 1e9, "GB per second")):
+        if not SMALLEST <= value <= LARGEST:
+            raise ValueError(f"{name} must be from {SMALLEST:g} to {LARGEST:g} {unit}; got {value:g}")
+    if not SMALLEST <= budget <= 1:
+        raise ValueError(f"budget must be over 0 and at most 100 percent; got {100 * budget:g}")
+    if probe_time is not None and not 0 <= probe_time <= LARGEST:
+        raise ValueError(f"probe_time must be from 0 to {LARGEST:g} seconds; got {probe_time:g}")
 
 
 def make_plan(
@@ -89,7 +141,7 @@ def make_plan(
     itemsize: int = 2,
     link: float = 25e9,
     budget: float = 0.01,
-    probe_time: float = 0.0,
+    probe_time: float | None = None,
 ) -> Plan:
     """Estimate every way and choose.
 
@@ -107,17 +159,26 @@ def make_plan(
         Bytes per second that a rank sends.
     budget : float
         Share of the training time that a monitor may take.
-    probe_time : float
-        Seconds of the probe's forward pass.
+    probe_time : float, optional
+        Seconds of the probe's forward pass; without it share and stride are those of the evaluation alone.
 
     Raises
     ------
     ValueError
-        If a number is not positive, or a probe of fewer than 2 rows is asked for.
+        As `check_plan`.
     """
-    for name, value in (("layers", layers), ("ranks", ranks), ("stride", stride), ("step_time", step_time)):
-        if value <= 0:
-            raise ValueError(f"{name} must be positive; got {value}")
+    check_plan(
+        layers=layers,
+        d=d,
+        probe=probe,
+        ranks=ranks,
+        stride=stride,
+        step_time=step_time,
+        itemsize=itemsize,
+        link=link,
+        budget=budget,
+        probe_time=probe_time,
+    )
     whole = work(probe, d, itemsize=itemsize)
     one = estimate(whole, rates)
     activations = probe * d * itemsize
@@ -154,7 +215,7 @@ def make_plan(
             )
         )
     best = min(ways, key=lambda way: way.seconds)
-    cost = best.seconds + probe_time
+    cost = best.seconds + (probe_time or 0.0)
     other = work(probe, d, itemsize=itemsize, side="covariance" if whole.side == "gram" else "gram")
     return Plan(
         ways=tuple(ways),
@@ -162,6 +223,7 @@ def make_plan(
         share=cost / (stride * step_time),
         stride=max(1, math.ceil(cost / (budget * step_time))),
         other_side=estimate(other, rates).seconds,
+        probe_time=probe_time,
     )
 
 
@@ -175,6 +237,7 @@ def describe(plan: Plan, *, layers: int, probe: int, d: int, stride: int, budget
             f"{_time(way.sending):>10} {_size(way.sent):>10} {_size(way.memory):>10}{mark}"
         )
     best, one = plan.best, plan.best.estimate
+    alone = ", the forward pass left out" if plan.probe_time is None else ""
     lines += [
         "",
         f"one layer      {best.work.m:,} x {best.work.m:,} {best.work.side}: {best.work.flops / 1e9:.3g} + "
@@ -183,8 +246,14 @@ def describe(plan: Plan, *, layers: int, probe: int, d: int, stride: int, budget
         f"               convert {_time(one.convert)}, products {_time(one.product)}, "
         f"eigenvalues {_time(one.solve)}, calls {_time(one.call)}",
         f"other matrix   {_time(plan.other_side)} a layer",
-        f"share          {plan.share:.2%} of the training time at stride {stride:,}",
-        f"choose         {best.name}; stride {plan.stride:,} or more keeps it within {budget:.0%}",
+        "forward pass   "
+        + (
+            "not in these numbers: nobody said how long the probe's takes; measure it and give --probe-time"
+            if plan.probe_time is None
+            else f"{_time(plan.probe_time)} for the probe, as given; in share and stride"
+        ),
+        f"share          {plan.share:.2%} of the training time at stride {stride:,}{alone}",
+        f"choose         {best.name}; stride {plan.stride:,} or more keeps it within {100 * budget:g} %{alone}",
     ]
     if probe <= d:
         ceiling = math.log(probe - 1) / math.log(d)

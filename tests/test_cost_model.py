@@ -1,12 +1,15 @@
 """The cost model and the plan made from it, at rates that make the arithmetic plain."""
 
+import itertools
 import math
+import tracemalloc
 
 import pytest
 
 from fastent.cli import main
 from fastent.cost_model import Rates, all_reduce_bytes, estimate, floor, work
 from fastent.plan import describe, make_plan
+from fastent.torch_backend import SLAB
 
 # 1 GB/s, 1 GFLOP/s at any size, a solve that takes (m / 1000)^3 seconds.
 RATES = Rates(
@@ -95,15 +98,86 @@ def test_an_extrapolation_is_called_one():
         assert ("extrapolated" in text) is said
 
 
-@pytest.mark.parametrize("name", ["layers", "ranks", "stride", "step_time"])
-def test_a_plan_refuses_what_is_not_positive(name):
-    with pytest.raises(ValueError, match=f"{name} must be positive; got 0"):
-        make_plan(RATES, **(PLAN | {name: 0}))
+BEYOND = {
+    "layers": (0, -1, 10**20),
+    "d": (1, 10**20),
+    "probe": (1, 10**20),
+    "ranks": (0, 10**20),
+    "stride": (0, 10**20),
+    "itemsize": (0, 17),
+    "step_time": (0.0, -1.0, math.nan, math.inf),
+    "link": (0.0, -1.0, math.nan, math.inf),
+    "budget": (0.0, -1.0, math.nan, math.inf),
+    "probe_time": (-1.0, math.nan, math.inf),
+}
 
 
-def test_a_plan_of_one_row_is_refused():
-    with pytest.raises(ValueError, match="at least 2 rows"):
-        make_plan(RATES, **(PLAN | {"probe": 1}))
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BEYOND.items() for value in values]
+)
+def test_a_plan_refuses_what_is_beyond_a_bound_with_the_rule(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be .*; got "):
+        make_plan(RATES, **(PLAN | {name: value}))
+
+
+def test_the_largest_sizes_that_are_answered_take_no_memory():
+    tracemalloc.start()
+    try:
+        sizes = {"layers": 10**12, "d": 10**12, "probe": 10**12, "stride": 10**12}
+        plan = make_plan(RATES, **sizes, ranks=10**12, step_time=1e-9, link=1.0, budget=1e-9, probe_time=1e12)
+        assert describe(plan, **sizes)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("m", [2, 127, 128, 129, 256, 1000, 1024])
+def test_the_operations_are_those_of_every_slab_of_the_lower_triangle(m):
+    one = work(5000, m, side="covariance")
+    edges = [*range(0, m, SLAB), m]
+    assert one.flops == sum(2 * 5000 * (b - a) * b for a, b in itertools.pairwise(edges))
+    assert one.launches % (len(edges) - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            [],
+            "forward pass   not in these numbers: nobody said how long the probe's takes; measure it and give "
+            "--probe-time",
+        ),
+        (["--probe-time", "0"], "forward pass   0 for the probe, as given; in share and stride"),
+        (["--probe-time", "3"], "forward pass   3 s for the probe, as given; in share and stride"),
+    ],
+)  # fmt: skip
+def test_the_forward_pass_is_named_whether_it_is_counted_or_not(monkeypatch, capsys, given, said):
+    monkeypatch.setattr("fastent.rates.measure_rates", lambda: RATES)
+    assert main(["plan", *given]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert said in lines
+    left_out = [line for line in lines if line.endswith(", the forward pass left out")]
+    assert [line.split()[0] for line in left_out] == ([] if given else ["share", "choose"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["--d", "100000000000000000000"],
+            "d must be from 2 to 1,000,000,000,000; got 100000000000000000000",
+        ),
+        (["--budget", "0"], "budget must be over 0 and at most 100 percent; got 0"),
+        (["--link", "0"], "link must be from 1e-09 to 1e+12 GB per second; got 0"),
+        (["--step-time", "nan"], "step_time must be from 1e-09 to 1e+12 seconds; got nan"),
+    ],
+)
+def test_a_plan_of_wrong_numbers_is_wrong_usage_before_anything_is_measured(
+    monkeypatch, capsys, given, message
+):
+    monkeypatch.setattr("fastent.rates.measure_rates", lambda: pytest.fail("measured"))
+    assert main(["plan", *given]) == 2
+    assert capsys.readouterr().err == f"fastent: {message}\n"
 
 
 def test_the_command_prints_the_ways_and_the_choice(monkeypatch, capsys):

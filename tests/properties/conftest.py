@@ -11,7 +11,8 @@ from properties.backends import backends
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=30, **COMMON)
 settings.register_profile("ci", max_examples=60, derandomize=True, **COMMON)
-settings.register_profile("nightly", max_examples=2000, **COMMON)
+# Not derandomized, also where CI is set and Hypothesis would be: the same examples every night find nothing new.
+settings.register_profile("nightly", max_examples=2000, derandomize=False, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
