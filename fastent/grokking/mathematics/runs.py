@@ -139,6 +139,18 @@ def displacement(
     return result
 
 
+def first_order_update(
+    module: PlainTransformer | PlainMLP, pairs: Tensor, direction: Direction
+) -> NDArray[np.float64]:
+    """Form ``A + A^T`` of Lemma 2, shape (d, d), along a change of the parameters; arguments as of `displacement`."""
+    return covariance_update(represent(module, pairs), displacement(module, pairs, direction))
+
+
+def training_pairs(stack: Stack, seed: int) -> Tensor:
+    """Places of a seed's training pairs among all pairs of the task."""
+    return split(stack.task, stack.config.train_fraction, seed)[0]
+
+
 def loss_gradient(module: PlainTransformer | PlainMLP, pairs: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Gradient of the mean cross-entropy on token pairs, by parameter name."""
     named = dict(module.named_parameters())
@@ -157,7 +169,7 @@ def measured_step(stack: Stack, seed: int) -> StepChange:
         One of its seeds.
     """
     task, config, step = stack.task, stack.config, stack.steps_done
-    train = split(task, config.train_fraction, seed)[0]
+    train = training_pairs(stack, seed)
     probe = task.inputs[probe_index(train, config.probe_size, seed, "probe")]
     batch = train[torch.from_numpy(batch_index(seed, step, len(train), config.batch_size))]
     before = stack.module(seed).double()
@@ -169,25 +181,20 @@ def measured_step(stack: Stack, seed: int) -> StepChange:
     decay = {name: -rate * config.weight_decay * p.detach() for name, p in before.named_parameters()}
     gradient = loss_gradient(before, task.inputs[batch], task.labels[batch])
 
-    h = represent(before, probe)
-    c = covariance(h)
+    c = covariance(represent(before, probe))
     eigenvalues = np.linalg.eigvalsh(c)
     entropy = entropy_of_eigenvalues(eigenvalues)
     c_after = covariance(represent(stack.module(seed).double(), probe))
 
     slope = gradient_matrix(c)
-
-    def update(direction: Direction) -> NDArray[np.float64]:
-        return covariance_update(h, displacement(before, probe, direction))
-
-    aligned = alignment(c, update(moved))
+    aligned = alignment(c, first_order_update(before, probe, moved))
     return StepChange(
         step=step,
         entropy=entropy,
         change=entropy_of_eigenvalues(np.linalg.eigvalsh(c_after)) - entropy,
         predicted=aligned.change,
-        from_decay=float((slope * update(decay)).sum()),
-        along_gradient=-rate * float((slope * update(gradient)).sum()),
+        from_decay=float((slope * first_order_update(before, probe, decay)).sum()),
+        along_gradient=-rate * float((slope * first_order_update(before, probe, gradient)).sum()),
         correlation=aligned.correlation,
         spread_log_p=aligned.spread_log_p,
         spread_growth=aligned.spread_growth,
@@ -282,16 +289,15 @@ def batch_noise(stack: Stack, seed: int, batch_size: int) -> BatchNoise:
         If `batch_size` does not divide the training set.
     """
     task = stack.task
-    train = split(task, stack.config.train_fraction, seed)[0]
+    train = training_pairs(stack, seed)
     if len(train) % batch_size:
         raise ValueError(f"batch_size must divide the {len(train)} training pairs; got {batch_size}")
     module = stack.module(seed).double()
     probe = task.inputs[train]
-    h = represent(module, probe)
 
     def update(pairs: Tensor) -> NDArray[np.float64]:
         gradient = loss_gradient(module, task.inputs[pairs], task.labels[pairs])
-        return covariance_update(h, displacement(module, probe, gradient))
+        return first_order_update(module, probe, gradient)
 
     full = update(train)
     order = np.random.default_rng(0).permutation(len(train)).reshape(-1, batch_size)
@@ -512,7 +518,7 @@ def sampling_of(stack: Stack, seed: int) -> dict[str, float]:
     The parts are drawn from the training pairs, and the errors say so (`population`).
     """
     at = stack.seeds.index(seed)
-    train = split(stack.task, stack.config.train_fraction, seed)[0]
+    train = training_pairs(stack, seed)
     everything = stack.represent(train)[at]
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(train)))
     found: dict[str, float] = {
@@ -534,7 +540,7 @@ def sampling_of(stack: Stack, seed: int) -> dict[str, float]:
 
 def curvature_of(stack: Stack, seed: int) -> Ritz:
     """Largest Hessian eigenvalue of the training loss, over at most `HESSIAN_PAIRS` fixed pairs."""
-    train = split(stack.task, stack.config.train_fraction, seed)[0]
+    train = training_pairs(stack, seed)
     kept = np.random.default_rng(seed).permutation(len(train))[:HESSIAN_PAIRS]
     pairs = train[torch.from_numpy(np.sort(kept))]
     return sharpness(stack.module(seed), stack.task.inputs[pairs], stack.task.labels[pairs])

@@ -32,10 +32,10 @@ from fastent.grokking.mathematics.runs import (
     follow,
     loss_gradient,
     remainders,
+    training_pairs,
 )
 from fastent.train.presets import TaskName, TrainConfig, preset
 from fastent.train.stack import Stack
-from fastent.train.tasks import split
 
 SMALL = preset(
     "quick",
@@ -152,7 +152,7 @@ def covariance_updates() -> Iterator[Evidence]:
         stack = Stack(dataclasses.replace(SMALL, **change), [0])  # type: ignore[arg-type]
         for _ in range(200):
             stack.train_step()
-        train = split(stack.task, SMALL.train_fraction, 0)[0]
+        train = training_pairs(stack, 0)
         module, pairs = stack.module(0).double(), stack.task.inputs[train]
         gradient = loss_gradient(module, pairs, stack.task.labels[train])
         adamw = adamw_direction(stack, 0, gradient)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import fastent
-from fastent.grokking.mathematics import checks
 from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.sampling import grouped_jackknife, sampling_bias, sampling_deviation
 from fastent.sampling import GROUPS, _random_parts, sampling_error
@@ -30,11 +29,6 @@ def draws(name, n, d, count, seed=0):
     errors = [sampling_error(h) for h in rows]
     columns = ("normalized", "corrected", "standard_error")
     return truth, {name: np.array([getattr(e, name) for e in errors]) for name in columns}
-
-
-def test_bias_formula_predicts_the_bias_of_samples():
-    evidence = checks.bias_of_samples()
-    assert evidence.holds, evidence.text
 
 
 def test_bias_of_a_flat_spectrum_is_d_minus_1_times_d_plus_2_over_2_d_n():
@@ -241,15 +235,3 @@ def test_monitor_takes_two_samples_and_given_entropies_without_errors():
     of_tokens.observe(0, h[:, None], layer="t")
     (tokens,) = of_tokens.flush()
     assert tokens.standard_error == sampling_error(h).standard_error
-
-
-def test_table_of_the_documentation_has_a_line_for_each_spectrum_and_size(capsys):
-    checks.main(["--features", "8", "--sizes", "16", "32", "--draws", "40"])
-    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 2 + 2 * len(checks.SPECTRA)
-    assert {len(line) for line in lines} == {8}
-    flat = [cell.strip() for cell in lines[7]]
-    assert flat[:3] == ["32", "flat", "1.000"]
-    assert flat[4] == f"{sampling_bias(np.ones(8), 32) / np.log(8):+.4f}"
-    assert float(flat[3]) == pytest.approx(float(flat[4]), rel=0.25)
-    assert abs(float(flat[5].split("±")[0])) < 0.3 * abs(float(flat[3]))
