@@ -84,11 +84,12 @@ def add_lower_product(lower: Tensor, a: Tensor, scale: float, *, first: bool = F
     m, k = a.shape
     flip = a.T.is_contiguous()
     if not (
-        lower.shape == (m, m)
+        lower.is_cpu
+        and a.is_cpu
+        and lower.dtype is a.dtype is torch.float64
         and lower.is_contiguous()
         and (flip or a.is_contiguous())
-        and lower.dtype == a.dtype == torch.float64
-        and lower.device.type == a.device.type == "cpu"
+        and lower.shape == (m, m)
     ):
         raise TypeError(
             "OpenBLAS needs contiguous float64 on the CPU, (m, m) and (m, k); got "

@@ -69,7 +69,8 @@ EXACT = Resolution(0.0, 0.0)  # integers
 
 # What wider tensors may hold, the coarsest first.
 _HELD = (torch.bfloat16, torch.float16, torch.float32)
-_COARSEST = Resolution(RESOLUTIONS[torch.bfloat16].relative, RESOLUTIONS[torch.float16].absolute)
+COARSEST = Resolution(RESOLUTIONS[torch.bfloat16].relative, RESOLUTIONS[torch.float16].absolute)
+"""As coarse as they are in each way: what it resolves, they all do."""
 # Rows that are looked at before all of them are, and in place of all where there is no time.
 _FEW = 4
 # Tokens of a sample that have one value from which on their errors are one error too.
@@ -95,7 +96,7 @@ def held(rows: Tensor, given: Resolution, offset: float, unit: float) -> torch.d
     offset, unit : float
         As in `Resolution.share`.
     """
-    if _COARSEST.share(offset, unit) <= UNRESOLVED_SHARE:
+    if COARSEST.share(offset, unit) <= UNRESOLVED_SHARE:
         return None
     for dtype in _HELD:
         narrow = RESOLUTIONS[dtype]

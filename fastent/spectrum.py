@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastent.covariance import CenteredMatrix
 from fastent.eigenvalues import EPS, eigenvalues
-from fastent.rounding import RESOLUTIONS, UNRESOLVED_SHARE, Resolution, held
+from fastent.rounding import COARSEST, RESOLUTIONS, UNRESOLVED_SHARE, Resolution, held
 
 Convention = Literal["relative", "paper"]
 CONVENTIONS = get_args(Convention)
@@ -249,12 +249,17 @@ def _offset_and_unit(centered: CenteredMatrix, trace: float) -> tuple[float, flo
 
 def _unresolved(centered: CenteredMatrix, trace: float, rows: Tensor | None) -> str:
     """Sentence on rounding that makes up too much of the variance; empty where it does not."""
-    holder = "its dtype"
     size, unit = _offset_and_unit(centered, trace)
+    resolution, holder = centered.resolution, "its dtype"
     if centered.rounding is not None:
         share, offset = centered.rounding / trace, size > 1.0
+    elif (
+        COARSEST.share(size, unit) <= UNRESOLVED_SHARE
+        and resolution.relative <= COARSEST.relative
+        and resolution.absolute <= COARSEST.absolute
+    ):
+        return ""  # nearly always
     else:
-        resolution = centered.resolution
         narrow = None if rows is None else held(rows, resolution, size, unit)
         if narrow is not None:
             resolution = RESOLUTIONS[narrow]

@@ -10,7 +10,7 @@ import fastent
 from fastent import Moments, Status, sampling_error, spectral_entropy
 from fastent.deferred import DeferredEntropy
 from fastent.devices import Host
-from fastent.forming import TorchFormer
+from fastent.forming import KernelFormer, TorchFormer
 from fastent.ring import Ring
 from fastent.rounding import EXACT, RESOLUTIONS, of_dtype, squared_relative
 
@@ -178,7 +178,9 @@ def evaluated(h: torch.Tensor, device: object, streams: FakeStreams | None = Non
     return results["layer"].entropy
 
 
-@pytest.mark.parametrize("where", ["ring", "worker", "in line"])
+@pytest.mark.parametrize(
+    "where", ["ring", pytest.param("kernels", marks=pytest.mark.interpreter), "worker", "in line"]
+)
 @pytest.mark.parametrize("shape", [(512, 32), (24, 32)])
 def test_a_monitor_knows_the_resolution_wherever_the_eigenvalues_are_taken(where, shape):
     h = activations(*shape)
@@ -190,8 +192,9 @@ def test_a_monitor_knows_the_resolution_wherever_the_eigenvalues_are_taken(where
         "whole": h.round().float() + 100.0,
     }
     for name, case in cases.items():
-        streams = FakeStreams() if where == "ring" else None
-        device = Ring(streams, TorchFormer()) if streams else Host() if where == "worker" else None
+        streams = FakeStreams() if where in ("ring", "kernels") else None
+        former = KernelFormer() if where == "kernels" else TorchFormer()
+        device = Ring(streams, former) if streams else Host() if where == "worker" else None
         seen = evaluated(case, device, streams)
         assert seen.flags == spectral_entropy(case).flags, name
         assert (UNRESOLVED in seen.flags) is (name in ("float8", "underflow", "held")), name
