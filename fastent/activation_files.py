@@ -130,7 +130,7 @@ def _opened(path: Path) -> Iterator[Stored]:
         with _safetensors(path) as stored:
             yield stored
     elif start.startswith(b"\x93NUMPY"):
-        yield _numpy(path, functools.partial(open, path, "rb"), mapped=True)
+        yield _numpy(path, functools.partial(_file, path), mapped=True)
     elif start.startswith(b"PK") and path.suffix not in PICKLES:
         yield _numpy(path, functools.partial(_member, path, _only_member(path)), mapped=False)
     elif path.suffix in PICKLES or start.startswith(b"\x80"):
@@ -154,6 +154,12 @@ def _only_member(path: Path) -> str:
         )
     _check_one(path, [name.removesuffix(".npy") for name in names])
     return names[0]
+
+
+@contextlib.contextmanager
+def _file(path: Path) -> Iterator[IO[bytes]]:
+    with open(path, "rb") as file:
+        yield file
 
 
 @contextlib.contextmanager

@@ -3,11 +3,13 @@
 import importlib.util
 import os
 
+# The products of the tests are small: a second thread costs more than it brings, much more on a busy machine. Before
+# torch is there: which library serves a product is decided then, and a test's processes must have the same.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
-# The products of the tests are small: a second thread costs more than it brings, much more on a busy machine.
-os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
