@@ -317,6 +317,19 @@ def test_rows_of_an_accumulated_batch_merge_and_those_of_a_repeated_pass_do_not_
     assert [r.n for r in monitor.history] == [28, 28]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_on_a_gpu_whose_backward_pass_has_a_thread_of_its_own_a_repeated_pass_counts_once_too(
+    reentrant: bool,
+) -> None:
+    model, monitor = Blocks(reentrant).cuda(), Monitor()
+    model.first.register_forward_hook(
+        lambda module, args, out: monitor.observe(0, out, layer="first", merge=True)
+    )
+    gradients(model, [inputs().cuda(), inputs(1).cuda()])
+    assert [r.n for r in monitor.flush()] == [96]
+
+
 def test_a_second_call_of_a_step_is_ignored_with_one_warning() -> None:
     monitor = Monitor()
     monitor.observe(5, inputs(), layer="a")
