@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import random
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,13 +29,6 @@ Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
 # These very types: a subclass may refuse what putting back does, or do more.
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _CONTAINERS = (*_DICTS, list, set, deque)
-_GENERATORS = (
-    torch.Generator,
-    random.Random,
-    np.random.Generator,
-    np.random.BitGenerator,
-    np.random.RandomState,
-)
 _PLAIN, _CONTAINER, _TUPLE, _TENSOR, _GENERATOR, _GRAPH = range(6)
 _NONE: frozenset[str] = frozenset()
 _MISSING = object()
@@ -143,6 +137,14 @@ class Snapshot:
         return False
 
 
+def _generators() -> tuple[type, ...]:
+    # NumPy loads its own when they are first asked for; before, a module can hold none of them.
+    found: tuple[type, ...] = (torch.Generator, random.Random)
+    if "numpy.random" in sys.modules:
+        found += (np.random.Generator, np.random.BitGenerator, np.random.RandomState)
+    return found
+
+
 def _kind(kind: type) -> int:
     if kind in _CONTAINERS:
         return _CONTAINER
@@ -150,7 +152,7 @@ def _kind(kind: type) -> int:
         return _TUPLE
     if issubclass(kind, Tensor):
         return _TENSOR
-    if issubclass(kind, _GENERATORS) and not issubclass(kind, random.SystemRandom):  # which has no state
+    if issubclass(kind, _generators()) and not issubclass(kind, random.SystemRandom):  # which has no state
         return _GENERATOR
     return _GRAPH if issubclass(kind, torch.cuda.CUDAGraph) else _PLAIN
 
