@@ -21,6 +21,12 @@ from fastent.ring import Ring
 STEPS = 12
 
 
+@pytest.fixture(autouse=True)
+def _no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a plain process: pytest-xdist's workers have a thread of their own (`tests/test_guard_threads.py`)."""
+    monkeypatch.setattr(guard, "_other_threads", lambda: False)
+
+
 class Restless(nn.Module):
     """Changes a buffer and draws from every generator in forward, in eval mode too, and lets both matter."""
 

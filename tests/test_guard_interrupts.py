@@ -104,7 +104,10 @@ class Interrupting:
 
 
 @pytest.fixture(autouse=True)
-def _default_handler() -> Iterator[None]:
+def _plain_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(
+        guard, "_other_threads", lambda: False
+    )  # pytest-xdist's workers have one of their own
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
