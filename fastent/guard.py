@@ -342,9 +342,9 @@ class _OwnDraws(TorchDispatchMode):
         if not draws or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         if takes_one is not None and not types:
-            generator = self._generators.get(_device_of(args, kwargs))
-            if generator is not None:
-                return takes_one(*args, **kwargs, generator=generator)
+            device = _device_of(args, kwargs)
+            if device in self._generators:
+                return takes_one(*args, **kwargs, generator=self._generators[device])
         return self._swapped(func, args, kwargs)
 
     def _swapped(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -372,7 +372,7 @@ def _with_generator(func: Any) -> Any:
     return None
 
 
-def _device_of(args: Any, kwargs: Any) -> torch.device | None:
+def _device_of(args: Any, kwargs: Any) -> Any:
     """Device on which an operation runs; None if its arguments do not tell."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     device = tensors[0].device if tensors else kwargs.get("device")
