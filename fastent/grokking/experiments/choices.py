@@ -8,15 +8,17 @@ E1 is judged under each of them, the paper's numbers included, as each could be 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from fastent.grokking.experiments import e1_lead
-from fastent.grokking.experiments.claims import CLAIMS, Findings, decimal, steps
-from fastent.grokking.experiments.data import StoredRun
+from fastent.grokking.experiments.claims import CLAIMS, NONE, Experiment, Findings, decimal, steps
+from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.e1_lead import PAPER_H_STAR, Baseline
+from fastent.grokking.experiments.e1_lead import PAPER_H_STAR, Baseline, at_moments, led
 from fastent.grokking.experiments.jobs import OTHER_CHOICES
-from fastent.grokking.experiments.leads import Leads
+from fastent.grokking.experiments.statistics import Array
 
 TITLE = "Which claims depend on what the paper leaves open?"
 
@@ -34,19 +36,16 @@ class Setting:
         return e1_lead.claims(self.result)
 
 
-def analyse(runs: Sequence[StoredRun]) -> tuple[Setting, ...] | None:
+def analyse(runs: Runs) -> tuple[Setting, ...] | None:
     """Analyse each setting; None without a complete run of another choice or of the preset's own."""
-    groups = [("as the preset", [run for run in runs if run.experiment == "e1"])]
-    groups += [
-        (choice.label, [r for r in runs if r.experiment == "choices" and r.condition == choice.condition])
-        for choice in OTHER_CHOICES
-    ]
+    groups = {"as the preset": runs.select("e1")}
+    groups |= {choice.label: runs.select("choices", choice.condition) for choice in OTHER_CHOICES}
     settings = tuple(
-        Setting(label, e1_lead.analyse([run.measure() for run in group], comparable=True))
-        for label, group in groups
-        if group
+        Setting(label, result)
+        for label, group in groups.items()
+        if (result := e1_lead.analyse_group(replace(group, judged=True))) is not None
     )
-    return settings if len(settings) > 1 and groups[0][1] else None
+    return settings if len(settings) > 1 and len(groups["as the preset"]) else None
 
 
 def agreed(settings: Sequence[Setting]) -> dict[str, bool]:
@@ -60,7 +59,7 @@ def agreed(settings: Sequence[Setting]) -> dict[str, bool]:
 def headline(settings: Sequence[Setting]) -> str:
     """Say in a few sentences what the runs show."""
     same = agreed(settings)
-    known = [s.result.h_star.value for s in settings if s.result.h_star is not None]
+    known = [s.result.h_star.value for s in settings if s.result.h_star.known]
     said = (
         f"Choices: under {len(settings)} settings that the paper's text allows, {sum(same.values())} of {len(same)} "
         "claims of E1 have one and the same verdict."
@@ -87,26 +86,20 @@ def section(settings: Sequence[Setting]) -> Section:
 def _figures_table(settings: Sequence[Setting]) -> Table:
     rows = []
     for setting in settings:
-        summaries = [run.summary for run in setting.result.runs]
-        norms = [
-            None if s.norm_start is None or s.norm_at_mem is None else s.norm_at_mem / s.norm_start
-            for s in summaries
-        ]
-        rises = [
-            None if s.entropy_max is None or s.entropy_start is None else s.entropy_max - s.entropy_start
-            for s in summaries
-        ]
+        runs = setting.result.runs
+        start, _, highest = at_moments(runs)
+        norms = runs.at(runs.norm, runs.t_mem) / runs.at(runs.norm, runs.start)
         rows.append(
             (
                 setting.label,
-                f"{sum(s.t_grok is not None for s in summaries)} of {len(summaries)}",
-                _span([s.t_mem for s in summaries], 0),
-                _span([s.t_grok for s in summaries], 0),
-                _span([s.h_star for s in summaries]),
-                _span(rises),
+                f"{runs.grokked.sum()} of {len(runs)}",
+                _span(runs.t_mem, 0),
+                _span(runs.t_grok, 0),
+                _span(runs.h_star),
+                _span(highest - start),
                 _span(norms, 2),
-                _led(setting.result.left_out),
-                _led(setting.result.signal),
+                led(setting.result.left_out),
+                led(setting.result.signal),
             )
         )
     columns = (
@@ -134,18 +127,17 @@ def _verdicts_table(settings: Sequence[Setting]) -> Table:
     return Table("E1's claims under each setting, judged as in the summary.", columns, tuple(rows))
 
 
-def _span(values: Sequence[float | None], digits: int = 3) -> str:
-    def worded(value: float) -> str:
-        return steps(value) if digits == 0 else decimal(value, digits)
+def _span(values: Array, digits: int = 3) -> str:
+    known = values[~np.isnan(values)]
+    if not known.size:
+        return NONE
+    mean, low, high = (
+        steps(value) if digits == 0 else decimal(value, digits)
+        for value in (sum(known) / len(known), known.min(), known.max())
+    )
+    return mean if known.min() == known.max() else f"{mean} ({low} to {high})"
 
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    mean = worded(sum(known) / len(known))
-    return mean if min(known) == max(known) else f"{mean} ({worded(min(known))} to {worded(max(known))})"
 
-
-def _led(rule: Leads) -> str:
-    if rule.preceding is None or rule.mean is None:
-        return "–"
-    return f"{round(rule.preceding.value * rule.preceding.n)} of {rule.preceding.n}; {steps(rule.mean.value)}"
+EXPERIMENT = Experiment(
+    "choices", TITLE, ("e1", "choices"), analyse, headline, lambda _: {}, section, of_verdicts=True
+)

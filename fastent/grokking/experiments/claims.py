@@ -14,15 +14,17 @@ not): whether they follow from each other. And what of it is not so, by numbers 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastent.entropy import spectral_entropy
+from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.statistics import Estimate
 from fastent.mixing import mix_representations
@@ -52,7 +54,7 @@ class Claim:
         """Which experiment speaks to it."""
         return self.id.partition(".")[0]
 
-    def judge(self, ours: Estimate | None, *, comparable: bool) -> Verdict:
+    def judge(self, ours: Estimate, *, comparable: bool) -> Verdict:
         """Verdict on its number: reproduced if inside our interval, in part if within the tolerance, else not."""
         return judge_value(self.number, ours, comparable=comparable, tolerance=self.tolerance)
 
@@ -515,78 +517,110 @@ CONTRIBUTIONS = (
 """The paper's contributions (it says five and lists six), with the claims each rests on."""
 
 
-def judge_share(share: Estimate | None) -> Verdict:
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Experiment(Generic[Result]):
+    """An experiment of the paper, as the report asks it.
+
+    `analyse` takes the complete runs of the experiments in `reads` and returns its result, None where they are not
+    enough; of a result `headline` says a few sentences, `claims` gives what the runs say of each of its claims, and
+    `section` its part of the report. `of_verdicts`: it compares verdicts, so it says nothing of runs that differ in
+    their settings, which are not judged.
+    """
+
+    id: str
+    question: str
+    reads: tuple[str, ...]
+    analyse: Callable[[Runs], Result | None]
+    headline: Callable[[Result], str]
+    claims: Callable[[Result], Findings]
+    section: Callable[[Result], Section]
+    of_verdicts: bool = False
+
+
+def judge_share(share: Estimate) -> Verdict:
     """Verdict on "in every run": reproduced at all, not reproduced below one half, in part between."""
-    if share is None:
+    if not share.known:
         return Verdict.NOT_RUN
     if share.value == 1:
         return Verdict.REPRODUCED
     return Verdict.IN_PART if share.value >= 0.5 else Verdict.NOT_REPRODUCED
 
 
-def judge_value(paper: float, ours: Estimate | None, *, comparable: bool, tolerance: float = 0.25) -> Verdict:
+def judge_positive(estimate: Estimate) -> Verdict:
+    """Verdict on "it is more than 0": reproduced if the whole interval is, in part if the value is, else not."""
+    if not estimate.known:
+        return Verdict.NOT_RUN
+    if estimate.low > 0:
+        return Verdict.REPRODUCED
+    return Verdict.IN_PART if estimate.value > 0 else Verdict.NOT_REPRODUCED
+
+
+def judge_value(paper: float, ours: Estimate, *, comparable: bool, tolerance: float = 0.25) -> Verdict:
     """Verdict on a number of the paper: as `Claim.judge`."""
-    if ours is None:
+    if not ours.known:
         return Verdict.NOT_RUN
     if not comparable:
         return Verdict.OTHER_SETTING
-    if ours.low is not None and ours.high is not None and ours.low <= paper <= ours.high:
+    if ours.low <= paper <= ours.high:
         return Verdict.REPRODUCED
     return Verdict.IN_PART if abs(ours.value - paper) <= tolerance * abs(paper) else Verdict.NOT_REPRODUCED
 
 
-def steps(value: float | None) -> str:
-    """Write a step or a number of steps, "1,020"; a dash for None."""
-    return NONE if value is None else f"{value:,.0f}".replace("-", "−")
+def steps(value: float) -> str:
+    """Write a step or a number of steps, "1,020"; a dash for NaN."""
+    return NONE if math.isnan(value) else f"{value:,.0f}".replace("-", "−")
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
-    """Write a number to `digits` places; a dash for None."""
-    return NONE if value is None else f"{value:.{digits}f}".replace("-", "−")
+    """Write a number to `digits` places; a dash for NaN, and for None."""
+    return NONE if value is None or math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
-def percent(value: float | None) -> str:
-    """Write a share in per cent, no decimals; a dash for None."""
-    return NONE if value is None else f"{100 * value:.0f} %"
+def percent(value: float) -> str:
+    """Write a share in per cent, no decimals; a dash for NaN."""
+    return NONE if math.isnan(value) else f"{100 * value:.0f} %"
 
 
-def worded(estimate: Estimate | None, unit: str = "steps", digits: int = 3) -> str:
-    """Write an estimate with interval and n: "1,020 steps (95 % CI 900 to 1,150; n = 10)".
+def worded(
+    estimate: Estimate, unit: str = "steps", digits: int = 3, write: Callable[[float], str] | None = None
+) -> str:
+    """Write an estimate with interval and n: "1,020 steps (95 % CI 900 to 1,150; n = 10)"; a dash if it is unknown.
 
-    `unit` "steps" and "%" choose their format, anything else is written to `digits` places with the unit
-    after it.
+    `unit` "steps" and "%" choose their format, and `write` any other; else it is written to `digits` places. The unit
+    comes after it.
     """
-    if estimate is None:
+    if not estimate.known:
         return NONE
-
-    def number(value: float) -> str:
-        if unit == "steps":
-            return steps(value)
-        return percent(value) if unit == "%" else decimal(value, digits)
-
+    formats = {"steps": steps, "%": percent}
+    number = write or formats.get(unit, functools.partial(decimal, digits=digits))
     after = f" {unit}" if unit not in ("", "%") else ""
-    if estimate.low is None or estimate.high is None:
+    if not estimate.bounded:
         return f"{number(estimate.value)}{after} ({estimate.method})"
-    span = f"{number(estimate.low)} to {number(estimate.high)}"
-    return f"{number(estimate.value)}{after} ({100 * estimate.level:.0f} % CI {span}; n = {estimate.n})"
+    interval = f"{number(estimate.low)} to {number(estimate.high)}"
+    return f"{number(estimate.value)}{after} ({100 * estimate.level:.0f} % CI {interval}; n = {estimate.n})"
 
 
-def span(estimate: Estimate | None, write: Callable[[float | None], str]) -> str:
-    """Write a number with its interval below it, "1,020 [900, 1,150]"; without interval the number alone."""
-    if estimate is None:
+def span(estimate: Estimate, write: Callable[[float], str]) -> str:
+    """Write a number with its interval, "1,020 [900, 1,150]"; without interval the number alone."""
+    if not estimate.bounded:
+        return write(estimate.value)
+    return f"{write(estimate.value)} [{write(estimate.low)}, {write(estimate.high)}]"
+
+
+def of(share: Estimate) -> str:
+    """Write a share of runs: "9 of 10"."""
+    return f"{round(share.value * share.n)} of {share.n}"
+
+
+def counted(share: Estimate) -> str:
+    """Write a share of runs with its interval: "9 of 10 runs (95 % CI 55 % to 100 %)"; a dash if it is unknown."""
+    if not share.known:
         return NONE
-    value = write(estimate.value)
-    if estimate.low is None or estimate.high is None:
-        return value
-    return f"{value} [{write(estimate.low)}, {write(estimate.high)}]"
-
-
-def counted(share: Estimate | None) -> str:
-    """Write a share of runs: "9 of 10 runs (95 % CI 55 % to 100 %)"; a dash for None."""
-    if share is None:
-        return NONE
-    span = f"{100 * share.level:.0f} % CI {percent(share.low)} to {percent(share.high)}"
-    return f"{round(share.value * share.n)} of {share.n} runs ({span})"
+    interval = f"{100 * share.level:.0f} % CI {percent(share.low)} to {percent(share.high)}"
+    return f"{of(share)} runs ({interval})"
 
 
 GRID = 200

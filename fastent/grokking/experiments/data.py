@@ -13,11 +13,12 @@ beside what is there, a run of the same name in the place of the one packed befo
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from fastent.grokking.experiments.statistics import Estimate, bootstrap
+from fastent.grokking.experiments.statistics import Array, Mask, Times
 from fastent.spectrum import Status
 from fastent.train.errors import RunError, RunWarning
 from fastent.train.files import read_rows, write_atomically
 from fastent.train.presets import PRESETS, TASK_SETTINGS, TrainConfig
-from fastent.train.quantities import Levels, MeasuredRun, Trajectory, summarize_run, value_at
+from fastent.train.quantities import SUSTAINED, TAU, WINDOW
 
 
 @dataclass(frozen=True)
@@ -113,26 +113,6 @@ class StoredRun:
             return f"failed at {last}: {self.failed.get('reason', 'no reason recorded')}"
         return f"not complete: {last}"
 
-    def measure(self) -> MeasuredRun:
-        """Its columns and quantities.
-
-        Raises
-        ------
-        ValueError
-            If it holds no evaluation, or rows that do not follow each other.
-        """
-        trajectory = Trajectory.from_rows(self.rows)
-        levels = Levels(self.config["criterion"], self.config["memorised"])
-        return MeasuredRun(
-            name=self.name,
-            seed=self.seed,
-            complete=self.done is not None,
-            evaluate_every=self.config["evaluate_every"],
-            levels=levels,
-            trajectory=trajectory,
-            summary=summarize_run(trajectory, levels),
-        )
-
 
 def _as_json(config: TrainConfig) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
@@ -151,6 +131,232 @@ def _changes(config: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
     keys = [key for key in {**preset, **config} if key not in ("task", "measures")]
     # A setting that is younger than the run is not in its record.
     return {key: config[key] for key in keys if key in config and config[key] != preset.get(key)}
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Runs as arrays: a row for each run, a column for each of its evaluations, NaN where there is none.
+
+    Whatever a run did not reach, record or could not use is NaN: it fails every comparison and no mean takes it in
+    (`fastent.grokking.experiments.statistics.over`). An entropy counts where its status is usable. Times are steps.
+
+    Parameters
+    ----------
+    stored : tuple of StoredRun
+        As they were found, each with at least one evaluation.
+    criterion : float, optional
+        Test accuracy that dates grokking, in [0, 1]; each run's own if it is None.
+    probe : str
+        Column of the entropy: another one shows the runs as a monitor on another probe would have seen them.
+    judged : bool, optional
+        Whether the paper's numbers are judged by them; None: if all were made with the preset `paper` as it is.
+
+    Raises
+    ------
+    ValueError
+        Where arrays are asked for and a run holds no evaluation, or steps that do not increase.
+    """
+
+    stored: tuple[StoredRun, ...]
+    criterion: float | None = None
+    probe: str = "entropy"
+    judged: bool | None = None
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, keep: Mask | Sequence[int]) -> Runs:
+        """Those of a mask, or at indices."""
+        return replace(self, stored=tuple(self.stored[i] for i in np.arange(len(self))[keep]))
+
+    def select(self, experiment: str, condition: str | None = None, task: str | None = None) -> Runs:
+        """Those of an experiment, of one of its conditions and of a task, by seed."""
+        kept = [
+            run
+            for run in self.stored
+            if run.experiment == experiment
+            and condition in (None, run.condition)
+            and task in (None, run.config["task"])
+        ]
+        return replace(self, stored=tuple(sorted(kept, key=lambda run: run.seed)))
+
+    def only(self, seeds: Iterable[int]) -> Runs:
+        """Those of some seeds."""
+        return self[np.isin(self.seeds, list(seeds))]
+
+    def dated_by(self, criterion: float) -> Runs:
+        """Return the same runs with grokking dated by another test accuracy."""
+        return replace(self, criterion=criterion)
+
+    def seen_by(self, probe: str) -> Runs:
+        """Return the same runs with the entropy of another column."""
+        return replace(self, probe=probe)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Their seeds."""
+        return [run.seed for run in self.stored]
+
+    @property
+    def condition(self) -> str:
+        """The condition of the first: of all, where one was selected."""
+        return self.stored[0].condition
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the paper's numbers are judged by them."""
+        return all(run.preset == ("paper", {}) for run in self.stored) if self.judged is None else self.judged
+
+    def setting(self, name: str) -> Array:
+        """Return a number of each run's configuration, (n,)."""
+        return np.array([run.config[name] for run in self.stored], dtype=np.float64)
+
+    def records(self, name: str) -> bool:
+        """Whether each of them recorded a column."""
+        return all(name in run.rows[0] for run in self.stored)
+
+    @functools.cached_property
+    def step(self) -> Array:
+        """Steps of the evaluations, (n, m)."""
+        for run in self.stored:
+            if not run.rows:
+                raise ValueError(f"{run.name} holds no evaluation: its metrics are empty")
+        step = self.column("step")
+        if (np.diff(step) <= 0).any():
+            run, at = np.argwhere(np.diff(step) <= 0)[0]
+            raise ValueError(
+                f"steps must increase from row to row; in {self.stored[run].name} step {step[run, at + 1]:g} follows "
+                f"{step[run, at]:g}"
+            )
+        return step
+
+    def column(self, name: str) -> Array:
+        """Return a column of the metrics, (n, m); an entropy of any probe is NaN where it is not usable."""
+        table = np.full((len(self), max((len(run.rows) for run in self.stored), default=0)), np.nan)
+        status = f"{name}_status"
+        for values, run in zip(table, self.stored, strict=True):
+            for i, row in enumerate(run.rows):
+                if row.get(name) is not None and (status not in row or Status(row[status]).usable):
+                    values[i] = row[name]
+        return table
+
+    @functools.cached_property
+    def entropy(self) -> Array:
+        """Normalised entropy, (n, m)."""
+        return self.column(self.probe)
+
+    @functools.cached_property
+    def train_accuracy(self) -> Array:
+        """Share of the training set that is right, (n, m)."""
+        return self.column("train_accuracy")
+
+    @functools.cached_property
+    def test_accuracy(self) -> Array:
+        """Share of the test set that is right, (n, m)."""
+        return self.column("test_accuracy")
+
+    @functools.cached_property
+    def norm(self) -> Array:
+        """Euclidean norm of all parameters, (n, m)."""
+        return self.column("parameter_norm")
+
+    @property
+    def criteria(self) -> Array:
+        """Test accuracy that dates each run's grokking, (n,)."""
+        return self.setting("criterion") if self.criterion is None else np.full(len(self), self.criterion)
+
+    @functools.cached_property
+    def t_mem(self) -> Array:
+        """First step with the train accuracy that counts as memorised, (n,)."""
+        return self.first(self.train_accuracy >= self.setting("memorised")[:, None])
+
+    @functools.cached_property
+    def t_grok(self) -> Array:
+        """First step with test accuracy at the criterion, (n,)."""
+        return self.first(self.test_accuracy >= self.criteria[:, None])
+
+    @functools.cached_property
+    def t_grok_sustained(self) -> Array:
+        """First step of the first three evaluations in a row with test accuracy at the criterion, (n,)."""
+        return self.first(self.test_accuracy >= self.criteria[:, None], in_a_row=SUSTAINED)
+
+    @functools.cached_property
+    def h_star(self) -> Array:
+        """Entropy at T_grok, (n,)."""
+        return self.at(self.entropy, self.t_grok)
+
+    @property
+    def grokked(self) -> Mask:
+        """Whether each has grokked, (n,)."""
+        return np.isfinite(self.t_grok)
+
+    @functools.cached_property
+    def start(self) -> Array:
+        """First step that was evaluated, (n,)."""
+        return self.step[:, 0] if len(self) else np.empty(0)
+
+    @functools.cached_property
+    def end(self) -> Array:
+        """Last step that was evaluated, (n,)."""
+        return np.nanmax(self.step, axis=1) if len(self) else np.empty(0)
+
+    @property
+    def times(self) -> Times:
+        """T_grok of each, censored at its end."""
+        return Times.of(self.t_grok, self.end)
+
+    def first(self, hit: Mask, in_a_row: int = 1) -> Array:
+        """Step of the first evaluation of each run where `hit` (n, m) holds, or of the first `in_a_row`; (n,)."""
+        if hit.shape[1] < in_a_row:
+            return np.full(len(self), np.nan)
+        all_hit: Mask = np.lib.stride_tricks.sliding_window_view(hit, in_a_row, axis=1).all(axis=2)
+        at = all_hit.argmax(axis=1)
+        rows = np.arange(len(self))
+        return np.where(all_hit[rows, at], self.step[rows, at], np.nan)
+
+    def first_below(self, threshold: Array | float) -> Array:
+        """T_cross: first step of each run with an entropy below a threshold, its own (n,) or one for all; (n,)."""
+        return self.first(self.entropy < np.reshape(threshold, (-1, 1)))
+
+    def first_collapse(self, tau: float = TAU, window: int = WINDOW) -> Array:
+        """T_collapse: first step with an entropy more than `tau` below the largest of `window` evaluations, (n,).
+
+        The evaluations are those that end at the step, its own among them. An entropy that is not usable neither
+        falls nor is fallen from.
+
+        Raises
+        ------
+        ValueError
+            If `window` is below 2: a fall needs two evaluations.
+        """
+        if window < 2:
+            raise ValueError(f"window must be at least 2 evaluations; got {window}")
+        known = np.where(np.isnan(self.entropy), -np.inf, self.entropy)
+        padded = np.pad(known, ((0, 0), (window - 1, 0)), constant_values=-np.inf)
+        highest = np.lib.stride_tricks.sliding_window_view(padded, window, axis=1).max(axis=2)
+        return self.first(highest - self.entropy > tau)
+
+    def at(self, values: Array | str, step: Array) -> Array:
+        """Value of each run at a step that it evaluated, of an array (n, m) or a column by its name; (n,)."""
+        values = self.column(values) if isinstance(values, str) else values
+        hit = self.step == step[:, None]
+        rows, at = (
+            np.arange(len(self)),
+            hit.argmax(axis=1) if hit.size else np.zeros(len(self), dtype=np.int64),
+        )
+        return np.where(hit[rows, at], values[rows, at], np.nan)
+
+    def lines(self, *columns: Array | str) -> Iterator[tuple[Array, ...]]:
+        """For each run its steps and its values of arrays (n, m) or columns, without what lies beyond its end."""
+        tables = [self.step, *(self.column(c) if isinstance(c, str) else c for c in columns)]
+        for row, run in enumerate(self.stored):
+            yield tuple(table[row, : len(run.rows)] for table in tables)
+
+
+def by_condition(runs: Runs) -> dict[str, Runs]:
+    """Group the runs of one experiment by condition, in the order of the names."""
+    kinds = {run.condition: run.experiment for run in runs.stored}
+    return {name: runs.select(kinds[name], name) for name in sorted(kinds)}
 
 
 def read_runs(root: Path) -> list[StoredRun]:
@@ -343,45 +549,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
-Array = NDArray[np.float64]
-
-
-def column(run: StoredRun, name: str) -> Array | None:
-    """Return a column, shape (m,), NaN where the run has no number; None if it was not recorded."""
-    if not run.rows or name not in run.rows[0]:
-        return None
-    return np.array([np.nan if row[name] is None else row[name] for row in run.rows], dtype=np.float64)
-
-
-def entropy_column(run: StoredRun, name: str) -> Array | None:
-    """Return a further entropy, NaN where its status makes it unusable; None if it was not recorded."""
-    values = column(run, name)
-    if values is None:
-        return None
-    usable = [Status(row[f"{name}_status"]).usable for row in run.rows]
-    return np.where(usable, values, np.nan)
-
-
-def with_entropy(run: MeasuredRun, entropy: Array) -> MeasuredRun:
-    """Return `run` as a monitor on another probe would have seen it: the same but for `entropy`, (m,)."""
-    trajectory = replace(run.trajectory, entropy=entropy)
-    return replace(run, trajectory=trajectory, summary=summarize_run(trajectory, run.levels))
-
-
-def values_at(
-    stored: Sequence[StoredRun], measured: Sequence[MeasuredRun], name: str, steps: Sequence[int | None]
-) -> list[float | None]:
-    """Value of a column at one step of each run; None where there is none."""
-    found = []
-    for run, one, at in zip(stored, measured, steps, strict=True):
-        values = column(run, name)
-        found.append(None if values is None else value_at(one.trajectory.step, values, at))
-    return found
-
-
-def over(values: Sequence[float | None]) -> Estimate | None:
-    """Mean of what is known, with its bootstrap interval; None if nothing is."""
-    known = [float(value) for value in values if value is not None and np.isfinite(value)]
-    return bootstrap(known) if known else None

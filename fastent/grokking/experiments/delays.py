@@ -14,13 +14,14 @@ The figures and tables here are those that E2 and E3 share.
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
@@ -29,75 +30,36 @@ from fastent.grokking.experiments.claims import (
     NONE,
     Claim,
     decimal,
+    judge_positive,
+    of,
     percent,
     span,
     steps,
     worded,
 )
-from fastent.grokking.experiments.data import StoredRun, column
+from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Table, Verdict
-from fastent.grokking.experiments.figures import LIGHT, WIDTH, mean_over_runs
+from fastent.grokking.experiments.figures import LIGHT, WIDTH, lines
+from fastent.grokking.experiments.leads import mean_known
 from fastent.grokking.experiments.statistics import (
+    UNKNOWN,
+    Array,
     Comparison,
     Estimate,
-    Times,
-    bootstrap,
     cohens_d,
     holm,
     log_rank,
     mann_whitney,
     mean_delay,
-    proportion,
+    over,
     restricted_mean,
+    share,
     signed_rank,
     stratified_log_rank,
 )
-from fastent.train.quantities import MeasuredRun, first_below
 
 
-@dataclass(frozen=True)
-class Group:
-    """The complete runs of one condition, by seed; `stored` and `measured` are the same runs."""
-
-    condition: str
-    stored: tuple[StoredRun, ...]
-    measured: tuple[MeasuredRun, ...]
-
-    @classmethod
-    def of(cls, condition: str, stored: Sequence[StoredRun]) -> Group:
-        """Measure `stored`."""
-        runs = sorted(stored, key=lambda run: run.seed)
-        return cls(condition, tuple(runs), tuple(run.measure() for run in runs))
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Their seeds, ascending."""
-        return tuple(run.seed for run in self.stored)
-
-    def only(self, seeds: Sequence[int]) -> Group:
-        """Return the runs of `seeds` alone."""
-        kept = [i for i, seed in enumerate(self.seeds) if seed in seeds]
-        return Group(
-            self.condition, tuple(self.stored[i] for i in kept), tuple(self.measured[i] for i in kept)
-        )
-
-    @property
-    def times(self) -> Times:
-        """T_grok of each, censored at its end."""
-        summaries = [run.summary for run in self.measured]
-        return Times.of([s.t_grok for s in summaries], [s.last_step for s in summaries])
-
-
-def groups_of(runs: Sequence[StoredRun], experiment: str) -> dict[str, Group]:
-    """Group the runs of one experiment by condition, in the order of their names."""
-    conditions = sorted({run.condition for run in runs if run.experiment == experiment})
-    return {
-        name: Group.of(name, [r for r in runs if r.experiment == experiment and r.condition == name])
-        for name in conditions
-    }
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Delay:
     """One condition against the baseline.
 
@@ -107,7 +69,7 @@ class Delay:
     runs of both groups that grokked.
     """
 
-    group: Group
+    runs: Runs
     limit: int
     grokked: Estimate
     mean: Estimate
@@ -115,92 +77,76 @@ class Delay:
     rank: Comparison
     survival: Comparison
     paired: tuple[Comparison, ...]
-    effect_size: Estimate | None
+    effect_size: Estimate
     adjusted: float
     events: int
 
     @property
     def condition(self) -> str:
         """Name of the condition."""
-        return self.group.condition
-
-    @property
-    def known(self) -> bool:
-        """Whether any run groks at all, so that there is something to be delayed."""
-        return self.events > 0
+        return self.runs.condition
 
 
-def delays(baseline: Group, treated: Sequence[Group]) -> list[Delay]:
+def delays(baseline: Runs, treated: Sequence[Runs]) -> list[Delay]:
     """Compare each of `treated` with `baseline`; means go to the earliest limit of steps or end without grokking."""
-    compared = [_delay(baseline, group) for group in treated]
+    compared = [_delay(baseline, runs) for runs in treated]
+    # One family: this experiment.
     adjusted = holm({delay.condition: delay.rank.p_value for delay in compared})
-    return [
-        replace(delay, adjusted=adjusted[delay.condition])  # one family: this experiment
-        for delay in compared
-    ]
+    return [replace(delay, adjusted=adjusted[delay.condition]) for delay in compared]
 
 
-def _delay(baseline: Group, group: Group) -> Delay:
-    control, times = baseline.times, group.times
-    limits = [int(run.config["max_steps"]) for run in (*baseline.stored, *group.stored)]
-    summaries = [run.summary for run in (*baseline.measured, *group.measured)]
-    limit = min(*limits, *(s.last_step for s in summaries if s.t_grok is None))
-    shared = [seed for seed in group.seeds if seed in baseline.seeds]
+def _delay(baseline: Runs, runs: Runs) -> Delay:
+    control, times = baseline.times, runs.times
+    limits = (*baseline.setting("max_steps"), *runs.setting("max_steps"))
+    limit = int(min(*limits, control.cut, times.cut))
     survival = log_rank(control, times, limit)
     delay = _without_interval(survival.effect) if min(control.n, times.n) < 3 else survival.effect
     paired: tuple[Comparison, ...] = ()
-    if shared:
-        a, b = baseline.only(shared).times, group.only(shared).times
+    if shared := set(baseline.seeds) & set(runs.seeds):
+        a, b = baseline.only(shared).times, runs.only(shared).times
         paired = (signed_rank(a, b), stratified_log_rank(a, b))
-        delay = mean_delay(a, b, limit) or delay
+        of_pairs = mean_delay(a, b, limit)
+        delay = of_pairs if of_pairs.known else delay
     rank = mann_whitney(control, times)
     return Delay(
-        group=group,
+        runs=runs,
         limit=limit,
-        grokked=proportion(times.n - times.censored, times.n),
-        mean=mean_time(group, limit),
+        grokked=share(times.observed),
+        mean=mean_time(runs, limit),
         delay=delay,
         rank=rank,
         survival=survival,
         paired=paired,
         effect_size=cohens_d(control, times),
         adjusted=rank.p_value,
-        events=sum(control.observed) + sum(times.observed),
+        events=int(control.observed.sum() + times.observed.sum()),
     )
 
 
-def mean_time(group: Group, limit: int) -> Estimate:
-    """Mean T_grok of a group, restricted to `limit` steps; without an interval below three runs."""
-    mean = restricted_mean(group.times, limit)
-    return _without_interval(mean) if group.times.n < 3 else mean
+def mean_time(runs: Runs, limit: int) -> Estimate:
+    """Mean T_grok of runs, restricted to `limit` steps; without an interval below three runs."""
+    mean = restricted_mean(runs.times, limit)
+    return _without_interval(mean) if len(runs) < 3 else mean
 
 
 def _without_interval(estimate: Estimate) -> Estimate:
     # Greenwood's variance of one or two runs is 0 or next to it: that is ignorance, not certainty.
-    return replace(estimate, low=None, high=None, method=f"no interval: n = {estimate.n}")
+    return replace(estimate, low=np.nan, high=np.nan, method=f"no interval: n = {estimate.n}")
 
 
 def judge_later(delay: Delay | None) -> Verdict:
     """Verdict on "it delays grokking": reproduced if the interval of the delay lies above 0, in part if its value."""
     if delay is None:
         return Verdict.NOT_RUN
-    return judge_positive(delay.delay) if delay.known else Verdict.NO_CASE
-
-
-def judge_positive(estimate: Estimate | None) -> Verdict:
-    """Verdict on "it is more than 0": reproduced if the whole interval is, in part if the value is, else not."""
-    if estimate is None:
-        return Verdict.NOT_RUN
-    if estimate.low is not None and estimate.low > 0:
-        return Verdict.REPRODUCED
-    return Verdict.IN_PART if estimate.value > 0 else Verdict.NOT_REPRODUCED
+    # Where no run groks at all there is nothing to be delayed.
+    return judge_positive(delay.delay) if delay.events else Verdict.NO_CASE
 
 
 def tested(delay: Delay | None) -> str:
     """Write the paper's test and effect size: "p = 0.044, with Holm 0.13; d = 0.70 (95 % CI ...)"."""
     if delay is None:
         return NONE
-    size = "undefined, runs are censored" if delay.effect_size is None else worded(delay.effect_size, "", 2)
+    size = worded(delay.effect_size, "", 2) if delay.effect_size.known else "undefined, runs are censored"
     return f"p = {p_value(delay.rank.p_value)}, with Holm {p_value(delay.adjusted)}; d = {size}"
 
 
@@ -214,9 +160,9 @@ def judge_test(delay: Delay | None, claim: Claim, *, comparable: bool) -> Verdic
     return (Verdict.NOT_REPRODUCED, Verdict.IN_PART, Verdict.REPRODUCED)[(delay.adjusted < 0.05) + agrees]
 
 
-def p_value(value: float | None) -> str:
-    """Write a p-value to two significant digits, "0.044" or "5.2e-05"; a dash for None."""
-    if value is None:
+def p_value(value: float) -> str:
+    """Write a p-value to two significant digits, "0.044" or "5.2e-05"; a dash for NaN."""
+    if math.isnan(value):
         return NONE
     return f"{value:.2g}" if value >= 1e-3 else f"{value:.1e}"
 
@@ -250,38 +196,33 @@ def _words(part: str, form: str = "{}, {}") -> str:
     return fixed.get(part, part)
 
 
-Array = NDArray[np.float64]
-
 LOSSES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 1e-4, 1e-5)
 """Training losses, in nats, at which entropies are compared."""
 
 
-def equal_step(baseline: Group, group: Group) -> Estimate | None:
+def pairs(baseline: Runs, runs: Runs) -> tuple[Runs, Runs]:
+    """Return the runs of both whose seeds they share, by seed."""
+    shared = sorted(set(baseline.seeds) & set(runs.seeds))
+    a, b = (each[[each.seeds.index(seed) for seed in shared]] for each in (baseline, runs))
+    return a, b
+
+
+def equal_step(baseline: Runs, runs: Runs) -> Estimate:
     """H of the treated minus H of the baseline run, averaged over the evaluations of the baseline's plateau.
 
     From T_mem of the baseline run to its T_grok (its end, if it has none), at the steps that both runs evaluated;
-    one difference a seed. None if no seed is shared or has such steps.
+    one difference a seed. Unknown if no seed is shared or has such steps.
     """
+    control, treated = pairs(baseline, runs)
+    ends = np.where(control.grokked, control.t_grok, control.end)
+    rows = zip(
+        control.lines(control.entropy), treated.lines(treated.entropy), control.t_mem, ends, strict=True
+    )
     differences = []
-    for control, treated in _pairs(baseline, group):
-        start, end = control.summary.t_mem, control.summary.t_grok or control.summary.last_step
-        if start is None:
-            continue
-        step, a, b = np.intersect1d(control.trajectory.step, treated.trajectory.step, return_indices=True)
-        within = (step >= start) & (step <= end)
-        change = (treated.trajectory.entropy[b] - control.trajectory.entropy[a])[within]
-        if np.isfinite(change).any():
-            differences.append(float(np.nanmean(change)))
-    return bootstrap(differences) if differences else None
-
-
-def _pairs(baseline: Group, group: Group) -> list[tuple[MeasuredRun, MeasuredRun]]:
-    controls = dict(zip(baseline.seeds, baseline.measured, strict=True))
-    return [
-        (controls[seed], run)
-        for seed, run in zip(group.seeds, group.measured, strict=True)
-        if seed in controls
-    ]
+    for (x, h), (y, g), start, end in rows:
+        step, a, b = np.intersect1d(x, y, return_indices=True)
+        differences.append(mean_known((g[b] - h[a])[(step >= start) & (step <= end)]))
+    return over(differences)
 
 
 @dataclass(frozen=True)
@@ -300,55 +241,43 @@ class AtLoss:
     difference: Estimate
 
 
-def equal_loss(baseline: Group, group: Group, losses: Sequence[float] = LOSSES) -> list[AtLoss]:
+def equal_loss(baseline: Runs, runs: Runs, losses: Sequence[float] = LOSSES) -> list[AtLoss]:
     """Compare H at each training loss that runs of at least one shared seed reach under both conditions."""
-    controls, treated_runs = (
-        {run.seed: (run, one) for run, one in zip(each.stored, each.measured, strict=True)}
-        for each in (baseline, group)
-    )
     found = []
     for loss in losses:
-        pairs = [
-            (a, b)
-            for seed, run in treated_runs.items()
-            if seed in controls
-            and (a := entropy_at_loss(*controls[seed], loss)) is not None
-            and (b := entropy_at_loss(*run, loss)) is not None
-        ]
-        if pairs:
-            control, treated = [a for a, _ in pairs], [b for _, b in pairs]
+        (step, h), (other_step, other_h) = (entropy_at_loss(each, loss) for each in pairs(baseline, runs))
+        both = ~np.isnan(h + other_h)
+        if both.any():
             found.append(
                 AtLoss(
                     loss=loss,
-                    control=bootstrap([h for _, h in control]),
-                    treated=bootstrap([h for _, h in treated]),
-                    control_step=float(np.mean([step for step, _ in control])),
-                    treated_step=float(np.mean([step for step, _ in treated])),
-                    difference=bootstrap([b[1] - a[1] for a, b in pairs]),
+                    control=over(h[both]),
+                    treated=over(other_h[both]),
+                    control_step=float(np.mean(step[both])),
+                    treated_step=float(np.mean(other_step[both])),
+                    difference=over((other_h - h)[both]),
                 )
             )
     return found
 
 
-def entropy_at_loss(stored: StoredRun, run: MeasuredRun, loss: float) -> tuple[float, float] | None:
-    """Step and H where the training loss of a run first falls to `loss`; None if it does not, or without H there.
+def entropy_at_loss(runs: Runs, loss: float) -> tuple[Array, Array]:
+    """Step and H of each run where its training loss first falls to `loss`, (n,) each; NaN if it does not.
 
     A run that begins at or below `loss` has not fallen to it.
     """
-    trajectory, losses = run.trajectory, column(stored, "train_loss")
-    if losses is None:
-        return None
-    reached = np.flatnonzero(losses <= loss)
-    if reached.size == 0 or reached[0] == 0 or not losses[reached[0] - 1] > loss:
-        return None
-    after = int(reached[0])
-    before = after - 1
-    # A loss of exactly 0 (float32 can round to it) is as far below as the interpolation can see.
-    logs = np.log(np.maximum(losses[[before, after]], 1e-12))
-    share = (logs[0] - np.log(loss)) / (logs[0] - logs[1])
-    step = trajectory.step[before] + share * (trajectory.step[after] - trajectory.step[before])
-    h = trajectory.entropy[before] + share * (trajectory.entropy[after] - trajectory.entropy[before])
-    return None if np.isnan(h) else (float(step), float(h))
+    found = []
+    for step, entropy, losses in runs.lines(runs.entropy, "train_loss"):
+        after = int(np.argmax(losses <= loss))
+        if not losses[after] <= loss or after == 0 or not losses[after - 1] > loss:
+            found.append((np.nan, np.nan))
+            continue
+        # A loss of exactly 0 (float32 can round to it) is as far below as the interpolation can see.
+        logs = np.log(np.maximum(losses[[after - 1, after]], 1e-12))
+        part = (logs[0] - np.log(loss)) / (logs[0] - logs[1])
+        found.append(tuple(x[after - 1] + part * (x[after] - x[after - 1]) for x in (step, entropy)))
+    steps_there, h = np.array(found, dtype=np.float64).reshape(-1, 2).T
+    return steps_there, h
 
 
 @dataclass(frozen=True)
@@ -356,46 +285,26 @@ class Collapse:
     """Whether the entropy collapses under a condition all the same.
 
     `below`: share of its grokked runs first below the baseline's H* at or before their own T_grok; `h_star`: H at
-    their own T_grok; `shift`: that minus the baseline run's, over shared seeds. None where nothing is to be told.
+    their own T_grok; `shift`: that minus the baseline run's, over shared seeds.
     """
 
-    below: Estimate | None
-    h_star: Estimate | None
-    shift: Estimate | None
+    below: Estimate
+    h_star: Estimate
+    shift: Estimate
 
 
-def collapse(baseline: Group, group: Group) -> Collapse:
+def collapse(baseline: Runs, runs: Runs) -> Collapse:
     """Judge the treated runs that grokked by the mean H* of the baseline runs."""
-    known = [r.summary.h_star for r in baseline.measured if r.summary.h_star is not None]
-    own = [r.summary.h_star for r in group.measured if r.summary.h_star is not None]
-    shifts = [
-        b.summary.h_star - a.summary.h_star
-        for a, b in _pairs(baseline, group)
-        if a.summary.h_star is not None and b.summary.h_star is not None
-    ]
-    below = None
-    if known:
-        level = float(np.mean(known))
-        answers = [
-            crossed is not None and crossed <= run.summary.t_grok
-            for run in group.measured
-            if run.summary.t_grok is not None
-            for crossed in [first_below(run.trajectory.step, run.trajectory.entropy, level)]
-        ]
-        below = proportion(sum(answers), len(answers)) if answers else None
-    return Collapse(below, bootstrap(own) if own else None, bootstrap(shifts) if shifts else None)
+    a, b = pairs(baseline, runs)
+    level = mean_known(baseline.h_star)
+    below = UNKNOWN if np.isnan(level) else share((runs.first_below(level) <= runs.t_grok)[runs.grokked])
+    return Collapse(below, over(runs.h_star), over(b.h_star - a.h_star))
 
 
-def delays_table(caption: str, baseline: Group, delays: Sequence[Delay]) -> Table:
+def delays_table(caption: str, baseline: Runs, delays: Sequence[Delay]) -> Table:
     """Each condition's T_grok, delay, tests and effect: the paper's Table 1 with what it lacks."""
-    times = baseline.times
     mean = mean_time(baseline, min(delay.limit for delay in delays))
-    row = (
-        words("baseline"),
-        f"{times.n - times.censored} of {times.n}",
-        span(mean, steps),
-        *[NONE] * 8,
-    )
+    row = (words("baseline"), of(share(baseline.grokked)), span(mean, steps), *[NONE] * 8)
     columns = (
         *("condition", "grokked", "T_grok, mean", "later by, mean", "P(later)", "d"),
         *("p Mann-Whitney", "with Holm", "p log-rank", "the same, by seed", "p signed-rank"),
@@ -405,28 +314,17 @@ def delays_table(caption: str, baseline: Group, delays: Sequence[Delay]) -> Tabl
 
 
 def _row(delay: Delay) -> tuple[str, ...]:
-    signed, stratified = delay.paired if delay.paired else (None, None)
+    signed, stratified = (test.p_value for test in delay.paired) if delay.paired else (np.nan, np.nan)
+    effect = delay.effect_size
     return (
         words(delay.condition),
-        f"{round(delay.grokked.value * delay.grokked.n)} of {delay.grokked.n}",
+        of(delay.grokked),
         span(delay.mean, steps),
         span(delay.delay, steps),
         span(delay.rank.effect, percent),
-        "undefined" if delay.effect_size is None else span(delay.effect_size, _two),
-        p_value(delay.rank.p_value),
-        p_value(delay.adjusted),
-        _p(delay.survival),
-        _p(stratified),
-        _p(signed),
+        span(effect, functools.partial(decimal, digits=2)) if effect.known else "undefined",
+        *map(p_value, (delay.rank.p_value, delay.adjusted, delay.survival.p_value, stratified, signed)),
     )
-
-
-def _two(value: float | None) -> str:
-    return decimal(value, 2)
-
-
-def _p(comparison: Comparison | None) -> str:
-    return p_value(None if comparison is None else comparison.p_value)
 
 
 def notes(delays: Sequence[Delay]) -> str:
@@ -456,38 +354,38 @@ LOOKS: tuple[tuple[str, Any], ...] = (
 """Colour and dash of the baseline and of up to four conditions."""
 
 
-def grokking_times(baseline: Group, delays: Sequence[Delay]) -> Figure:
+def grokking_times(baseline: Runs, delays: Sequence[Delay]) -> Figure:
     """T_grok of every run by condition, with the mean restricted to the limit of steps and its interval."""
-    rows = [baseline, *(delay.group for delay in delays)]
+    rows = [baseline, *(delay.runs for delay in delays)]
     figure = Figure(figsize=(WIDTH, 1.1 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for row, group in enumerate(rows):
-        times = group.times
-        for value, seen in zip(times.values, times.observed, strict=True):
+    for row, runs in enumerate(rows):
+        for value, seen in zip(runs.times.values, runs.times.observed, strict=True):
             axes.plot(value, row, "o" if seen else ">", color=LIGHT.signal, alpha=0.65, markeredgewidth=0)
     limit = min(delay.limit for delay in delays)
     for row, mean in enumerate([mean_time(baseline, limit), *(delay.mean for delay in delays)]):
         axes.plot(mean.value, row, "D", color=LIGHT.ink, markersize=6, zorder=3)
-        if mean.low is not None and mean.high is not None:
+        if mean.bounded:
             axes.plot([mean.low, mean.high], [row, row], color=LIGHT.ink, linewidth=1.5)
         if row == 0:
             axes.axvline(mean.value, color=LIGHT.ink, linewidth=1, linestyle=(0, (2, 2)))
-    axes.set_yticks(range(len(rows)), [words(group.condition) for group in rows])
+    axes.set_yticks(range(len(rows)), [words(runs.condition) for runs in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, 1.03 * max(max(group.times.values) for group in rows))
+    axes.set_xlim(0, 1.03 * max(runs.times.values.max() for runs in rows))
     axes.set_xlabel("T_grok (training steps)")
     axes.xaxis.set_major_formatter(THOUSANDS)
     return figure
 
 
-def trajectories(groups: Sequence[Group]) -> Figure:
+def trajectories(groups: Sequence[Runs]) -> Figure:
     """Test accuracy, entropy and norm of up to five conditions: thin lines are runs, thick ones their mean."""
     figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
     a, b, c = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1.3, 0.9))
-    columns = {a: "test_accuracy", b: "entropy", c: "parameter_norm"}
+    columns = {a: "test_accuracy", b: "entropy", c: "norm"}
     for axes, name in columns.items():
-        for group, (colour, dash) in zip(groups, LOOKS, strict=False):
-            _lines(axes, group.measured, name, colour, dash, words(group.condition))
+        for runs, (colour, dash) in zip(groups, LOOKS, strict=False):
+            label = words(runs.condition)
+            lines(axes, runs, name, label, thin=0.7, alpha=0.4, color=colour, linestyle=dash)
     a.set(title="A  Test accuracy", ylabel="accuracy (share)", ylim=(-0.03, 1.05))
     b.set(title="B  Spectral entropy", ylabel="H (normalised, no unit)")
     c.set(title="C  Parameter norm", ylabel="Euclidean norm (no unit)", xlabel="training step")
@@ -495,20 +393,6 @@ def trajectories(groups: Sequence[Group]) -> Figure:
     c.set_xlim(left=0)
     c.xaxis.set_major_formatter(THOUSANDS)
     return figure
-
-
-def _lines(axes: Axes, runs: Sequence[MeasuredRun], name: str, colour: str, dash: Any, label: str) -> None:
-    for run in runs:
-        axes.plot(
-            run.trajectory.step,
-            getattr(run.trajectory, name),
-            color=colour,
-            linewidth=0.7,
-            alpha=0.4,
-            linestyle=dash,
-        )
-    step, mean = mean_over_runs(runs, name)
-    axes.plot(step, mean, color=colour, linewidth=2.2, linestyle=dash, label=label)
 
 
 def at_equal_loss(rows: dict[str, Sequence[AtLoss]]) -> Figure:
@@ -529,7 +413,7 @@ def at_equal_loss(rows: dict[str, Sequence[AtLoss]]) -> Figure:
             label=words(condition),
         )
         for x, level in zip(loss, levels, strict=True):
-            if level.difference.low is not None and level.difference.high is not None:
+            if level.difference.bounded:
                 axes.plot([x, x], [level.difference.low, level.difference.high], color=colour, linewidth=1.5)
     axes.axhline(0, color=LIGHT.ink, linewidth=1)
     axes.set_xscale("log")

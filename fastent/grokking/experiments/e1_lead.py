@@ -25,17 +25,19 @@ from fastent.grokking.experiments import leads
 from fastent.grokking.experiments.claims import (
     CLAIMS,
     NONE,
+    Experiment,
     Finding,
     Findings,
     counted,
     decimal,
     judge_share,
+    of,
     percent,
     steps,
     worded,
 )
-from fastent.grokking.experiments.data import read_runs
-from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
+from fastent.grokking.experiments.data import Runs, read_runs
+from fastent.grokking.experiments.document import Block, Section, Table, Text
 from fastent.grokking.experiments.figures import (
     CROSS,
     FALL,
@@ -48,8 +50,16 @@ from fastent.grokking.experiments.figures import (
     thousands,
 )
 from fastent.grokking.experiments.leads import Leads, Sweep
-from fastent.grokking.experiments.statistics import Estimate, Times, bootstrap, proportion, restricted_mean
-from fastent.train.quantities import TAU, WINDOW, MeasuredRun, value_at
+from fastent.grokking.experiments.statistics import (
+    UNKNOWN,
+    Array,
+    Estimate,
+    Mask,
+    over,
+    restricted_mean,
+    share,
+)
+from fastent.train.quantities import TAU, WINDOW
 
 TITLE = "E1: does the entropy collapse precede grokking?"
 
@@ -62,21 +72,19 @@ TAUS = (0.02, 0.05, 0.10)
 CRITERIA = (0.5, 0.9, 0.99)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Baseline:
     """Analysis of the complete runs of E1.
 
-    `comparable` says whether they were made with the paper's setting, so that its numbers can be judged;
     `own`, `pooled`, `left_out` and `fall` are the leads by the rules of `fastent.grokking.experiments.leads`, and
-    `wide` is `fall` over the paper's 800 steps, if five evaluations span fewer or more of them. `t_grok`
-    is a restricted mean if some runs did not grok.
+    `wide` is `fall` over the paper's 800 steps, None if five evaluations span as many. `t_grok` is a restricted mean if
+    some runs did not grok.
     """
 
-    runs: tuple[MeasuredRun, ...]
-    comparable: bool
-    h_star: Estimate | None
-    t_mem: Estimate | None
-    t_grok: Estimate | None
+    runs: Runs
+    h_star: Estimate
+    t_mem: Estimate
+    t_grok: Estimate
     own: Leads
     pooled: Leads
     left_out: Leads
@@ -96,106 +104,72 @@ class Baseline:
         return self.fall if self.wide is None else self.wide
 
 
-def analyse(runs: Sequence[MeasuredRun], *, comparable: bool) -> Baseline:
-    """Leads by each rule, H* over the seeds and the sweep, from the runs of `runs` that are complete.
+def analyse(runs: Runs) -> Baseline | None:
+    """Leads by each rule, H* over the seeds and the sweep, from the runs of E1; None without any."""
+    return analyse_group(runs.select("e1"))
 
-    Raises
-    ------
-    ValueError
-        If no run is complete.
-    """
-    kept = tuple(run for run in runs if run.complete)
-    if not kept:
-        raise ValueError("no run of E1 is complete")
+
+def analyse_group(runs: Runs) -> Baseline | None:
+    """Analyse runs of one condition, of whatever experiment; None without any."""
+    if not len(runs):
+        return None
+    window = paper_window(runs)
     return Baseline(
-        runs=kept,
-        comparable=comparable,
-        h_star=_over([r.summary.h_star for r in kept]),
-        t_mem=_over([r.summary.t_mem for r in kept]),
-        t_grok=_mean_time(kept),
-        own=leads.own_threshold(kept),
-        pooled=leads.in_sample_threshold(kept),
-        left_out=leads.left_out_threshold(kept),
-        fall=leads.collapse(kept),
-        wide=None if (window := paper_window(kept)) is None else leads.collapse(kept, window=window),
-        sweep=leads.sweep(kept, leads.observed_thresholds(kept)),
+        runs=runs,
+        h_star=over(runs.h_star),
+        t_mem=over(runs.t_mem),
+        t_grok=mean_time(runs),
+        own=leads.own_threshold(runs),
+        pooled=leads.in_sample_threshold(runs),
+        left_out=leads.left_out_threshold(runs),
+        fall=leads.collapse(runs),
+        wide=None if window == WINDOW else leads.collapse(runs, window=window),
+        sweep=leads.sweep(runs, leads.observed_thresholds(runs)),
     )
 
 
-def paper_window(runs: Sequence[MeasuredRun]) -> int | None:
-    """Count the evaluations that span the paper's 800 steps; None if they are five, or the grids differ."""
-    every = {run.evaluate_every for run in runs}
-    window = 1 + PAPER_SPAN // max(every)
-    return None if len(every) > 1 or window in (1, WINDOW) else window
+def paper_window(runs: Runs) -> int:
+    """Count the evaluations that span the paper's 800 steps; five if they do not fit or the grids differ."""
+    every = set(runs.setting("evaluate_every"))
+    window = 1 + PAPER_SPAN // int(max(every, default=1))
+    return WINDOW if len(every) != 1 or window == 1 else window
 
 
-def _over(values: Sequence[float | None]) -> Estimate | None:
-    known = [float(v) for v in values if v is not None]
-    return bootstrap(known) if known else None
-
-
-def _mean_time(runs: Sequence[MeasuredRun]) -> Estimate | None:
+def mean_time(runs: Runs) -> Estimate:
     """Mean T_grok; if some runs did not grok, the restricted mean to the earliest end of those."""
-    times = [r.summary.t_grok for r in runs]
-    ends = [r.summary.last_step for r in runs if r.summary.t_grok is None]
-    if not ends:
-        return _over(times)
-    if len(ends) == len(runs):
-        return None
-    return restricted_mean(Times.of(times, [r.summary.last_step for r in runs]), min(ends))
-
-
-def _share(runs: Sequence[MeasuredRun], holds: Callable[[MeasuredRun], bool | None]) -> Estimate | None:
-    """Share of the runs for which `holds` is true, of those where it is not None."""
-    known = [answer for run in runs if (answer := holds(run)) is not None]
-    return proportion(sum(known), len(known)) if known else None
+    if runs.grokked.all():
+        return over(runs.t_grok)
+    return restricted_mean(runs.times, runs.times.cut) if runs.grokked.any() else UNKNOWN
 
 
 def claims(result: Baseline) -> Findings:
     """Each claim of the paper that E1's runs speak to, beside what they say."""
     runs = result.runs
-
-    def delayed(run: MeasuredRun) -> bool:
-        s = run.summary
-        return s.t_mem is not None and s.t_grok is not None and s.t_grok >= 2 * s.t_mem
-
-    def stable(run: MeasuredRun) -> bool | None:
-        s = run.summary
-        if s.entropy_start is None or s.entropy_at_mem is None:
-            return None
-        return abs(s.entropy_at_mem - s.entropy_start) < TAU
-
-    def falls_from_start(run: MeasuredRun) -> bool | None:
-        s = run.summary
-        if s.entropy_start is None or s.entropy_max is None:
-            return None
-        return s.entropy_max - s.entropy_start < 0.01
-
-    def norm_grows(run: MeasuredRun) -> bool | None:
-        s = run.summary
-        return None if s.norm_start is None or s.norm_at_mem is None else s.norm_at_mem > s.norm_start
-
-    window = paper_window(runs) or WINDOW
-    early = leads.collapse([run.dated_by(0.5) for run in runs], window=window)
-    known = [r.summary.h_star for r in runs if r.summary.h_star is not None]
-    spread = max(known) - min(known) if known else None
-    tight = Verdict.NOT_RUN if spread is None else judge_share(proportion(int(spread < TAU), 1))
-    delay, calm = _share(runs, delayed), _share(runs, stable)
-    monotone, growth = _share(runs, falls_from_start), _share(runs, norm_grows)
-    change = _over([_difference(r.summary.entropy_at_mem, r.summary.entropy_start) for r in runs])
-    rise = _over([_difference(r.summary.entropy_max, r.summary.entropy_start) for r in runs])
-    norm = _over([_ratio(r.summary.norm_at_mem, r.summary.norm_start) for r in runs])
+    start, at_mem, highest = at_moments(runs)
+    norm_start, norm_at_mem = runs.at(runs.norm, runs.start), runs.at(runs.norm, runs.t_mem)
+    early = leads.collapse(runs.dated_by(0.5), window=paper_window(runs))
+    known = runs.h_star[~np.isnan(runs.h_star)]
+    spread = float(np.ptp(known)) if known.size else np.nan
+    delay = share(runs.t_grok >= 2 * runs.t_mem)
+    calm = share(where_known(np.abs(at_mem - start), lambda change: change < TAU))
+    monotone = share(where_known(highest - start, lambda rise: rise < 0.01))
+    growth = share(where_known(norm_at_mem - norm_start, lambda grown: grown > 0))
+    change, rise, norm = over(at_mem - start), over(highest - start), over(norm_at_mem / norm_start)
+    comparable = runs.comparable
     return {
         "e1.memorises_early": Finding(
             f"{counted(delay)}; memorised at {worded(result.t_mem)}", judge_share(delay)
         ),
         "e1.t_grok": Finding(
-            worded(result.t_grok), CLAIMS["e1.t_grok"].judge(result.t_grok, comparable=result.comparable)
+            worded(result.t_grok), CLAIMS["e1.t_grok"].judge(result.t_grok, comparable=comparable)
         ),
         "e1.h_star": Finding(
-            worded(result.h_star, ""), CLAIMS["e1.h_star"].judge(result.h_star, comparable=result.comparable)
+            worded(result.h_star, ""), CLAIMS["e1.h_star"].judge(result.h_star, comparable=comparable)
         ),
-        "e1.h_star_stable": Finding(f"largest minus smallest {decimal(spread)} (n = {len(known)})", tight),
+        "e1.h_star_stable": Finding(
+            f"largest minus smallest {decimal(spread)} (n = {len(known)})",
+            judge_share(share(where_known(np.array([spread]), lambda gap: gap < TAU))),
+        ),
         "e1.precedes": _led(result.pooled),
         "e1.precedes_left_out": _led(result.left_out),
         **{
@@ -215,72 +189,71 @@ def claims(result: Baseline) -> Findings:
     }
 
 
+def at_moments(runs: Runs) -> tuple[Array, Array, Array]:
+    """H at the start, at T_mem and at its largest, (n,) each."""
+    highest = np.array([np.nanmax(h) if np.isfinite(h).any() else np.nan for h in runs.entropy])
+    return runs.at(runs.entropy, runs.start), runs.at(runs.entropy, runs.t_mem), highest
+
+
+def where_known(values: Array, holds: Callable[[Array], Mask]) -> Array:
+    """Whether something holds of values, 1 or 0; NaN where they are."""
+    return np.where(np.isnan(values), np.nan, holds(values))
+
+
 def _led(rule: Leads) -> Finding:
     said = f"{counted(rule.preceding)}; lead {worded(rule.mean)}"
     return Finding(said, judge_share(rule.preceding), {"source": rule.source})
 
 
-def _difference(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None or b == 0 else a / b
-
-
-def training_dynamics(
-    runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads, h_star: float | None
-) -> Figure:
+def training_dynamics(runs: Runs, crossing: Leads, fall: Leads, h_star: float) -> Figure:
     """Accuracies, entropy and parameter norm against the step: the paper's Figure 1.
 
     `crossing` and `fall` give T_cross, whose thresholds are drawn as a band, and T_collapse; `h_star` is the
-    mean over the seeds, None draws no line.
+    mean over the seeds, NaN draws no line.
     """
     figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
     a, b, c = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 1.35, 0.85))
-    lines(a, runs, "train_accuracy", colour=LIGHT.train, dash=(0, (5, 2)), label="train")
-    lines(a, runs, "test_accuracy", colour=LIGHT.test, dash="solid", label="test")
+    lines(a, runs, "train_accuracy", "train", color=LIGHT.train, linestyle=(0, (5, 2)))
+    lines(a, runs, "test_accuracy", "test", color=LIGHT.test, linestyle="solid")
     a.set(title="A  Accuracy", ylabel="accuracy (share)", ylim=(-0.03, 1.05))
 
-    lines(b, runs, "entropy", colour=LIGHT.entropy, dash="solid", label="H")
-    known = [h for h in crossing.thresholds if h is not None]
-    if known:
+    lines(b, runs, "entropy", "H", color=LIGHT.entropy, linestyle="solid")
+    known = crossing.thresholds[~np.isnan(crossing.thresholds)]
+    if known.size:
         label = f"H* of {crossing.rule}"
-        b.axhspan(min(known), max(known), color=LIGHT.signal, alpha=0.22, linewidth=0, label=label)
-    if h_star is not None:
+        b.axhspan(known.min(), known.max(), color=LIGHT.signal, alpha=0.22, linewidth=0, label=label)
+    if not np.isnan(h_star):
         b.axhline(h_star, color=LIGHT.signal, linewidth=1.2, linestyle=(0, (2, 2)), label="H*, mean")
     b.set(title="B  Spectral entropy", ylabel="H (normalised, no unit)")
 
-    lines(c, runs, "parameter_norm", colour=LIGHT.norm, dash="solid", label="norm")
+    lines(c, runs, "norm", "norm", color=LIGHT.norm, linestyle="solid")
     c.set(title="C  Parameter norm", ylabel="Euclidean norm (no unit)", xlabel="training step")
     c.set_ylim(bottom=0)
-    columns = {a: "test_accuracy", b: "entropy", c: "parameter_norm"}
-    for axes, name in columns.items():
+    for axes, name in {a: "test_accuracy", b: "entropy", c: "norm"}.items():
         _marks(axes, runs, name, crossing, fall)
     for axes in (a, b):
         axes.legend(
             loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=7, borderaxespad=0, columnspacing=1.3
         )
-    c.set_xlim(0, max(int(run.trajectory.step[-1]) for run in runs))
+    c.set_xlim(0, runs.end.max())
     c.xaxis.set_major_formatter(thousands)
     return figure
 
 
-def around_grokking(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads, *, reach: int) -> Figure:
+def around_grokking(runs: Runs, crossing: Leads, fall: Leads, *, reach: int) -> Figure:
     """Test accuracy and entropy against the step counted from each run's own T_grok, `reach` either way."""
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     a, b = figure.subplots(2, 1, sharex=True)
     for axes, name, colour in ((a, "test_accuracy", LIGHT.test), (b, "entropy", LIGHT.entropy)):
-        for run, crossed, fell in zip(runs, crossing.times, fall.times, strict=True):
-            if run.summary.t_grok is None:
+        for i, (step, y) in enumerate(runs.lines(getattr(runs, name))):
+            if not runs.grokked[i]:
                 continue
-            x = run.trajectory.step - run.summary.t_grok
-            y = getattr(run.trajectory, name)
+            x = step - runs.t_grok[i]
             near = np.abs(x) <= reach
             axes.plot(x[near], y[near], color=colour, linewidth=1.2, alpha=0.8)
-            for at, marker in ((crossed, CROSS), (fell, FALL)):
-                if at is not None and abs(at - run.summary.t_grok) <= reach:
-                    here = run.trajectory.step == at
+            for rule, marker in ((crossing, CROSS), (fall, FALL)):
+                if abs(rule.leads[i]) <= reach:
+                    here = step == rule.times[i]
                     axes.plot(x[here], y[here], color=LIGHT.signal, **marker)
         axes.axvline(0, color=LIGHT.ink, linewidth=1)
     b.plot([], [], color=LIGHT.signal, label="T_collapse", **FALL)
@@ -292,25 +265,26 @@ def around_grokking(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads, *
     return figure
 
 
-def per_seed(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads) -> Figure:
+def per_seed(runs: Runs, crossing: Leads, fall: Leads) -> Figure:
     """One panel a run: accuracies and entropy on one scale; the span from the fall of H to T_grok is shaded."""
     columns = min(len(runs), 3)
     rows = -(-len(runs) // columns)
     figure = Figure(figsize=(WIDTH, 0.8 + 2.8 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, run, threshold, fell in zip(grid, runs, crossing.thresholds, fall.times, strict=False):
-        step, t_grok = run.trajectory.step, run.summary.t_grok
-        axes.plot(
-            step, run.trajectory.train_accuracy, color=LIGHT.train, linestyle=(0, (5, 2)), linewidth=1.3
+    columns_of = runs.lines(runs.train_accuracy, runs.test_accuracy, runs.entropy)
+    for i, (axes, (step, train, test, entropy)) in enumerate(zip(grid, columns_of, strict=False)):
+        threshold, fell, t_grok, ahead = (
+            x[i] for x in (crossing.thresholds, fall.times, runs.t_grok, fall.leads)
         )
-        axes.plot(step, run.trajectory.test_accuracy, color=LIGHT.test, linewidth=1.8)
-        axes.plot(step, run.trajectory.entropy, color=LIGHT.entropy, linewidth=1.8)
-        if threshold is not None:
+        axes.plot(step, train, color=LIGHT.train, linestyle=(0, (5, 2)), linewidth=1.3)
+        axes.plot(step, test, color=LIGHT.test, linewidth=1.8)
+        axes.plot(step, entropy, color=LIGHT.entropy, linewidth=1.8)
+        if not np.isnan(threshold):
             axes.axhline(threshold, color=LIGHT.signal, linestyle=(0, (2, 2)), linewidth=1.2)
-        title = f"seed {run.seed}"
-        if fell is not None and t_grok is not None:
+        title = f"seed {runs.seeds[i]}"
+        if not np.isnan(ahead):
             axes.axvspan(min(fell, t_grok), max(fell, t_grok), color=LIGHT.signal, alpha=0.18, linewidth=0)
-            title += f", lead {thousands(t_grok - fell, 0)} steps"
+            title += f", lead {thousands(ahead, 0)} steps"
         axes.set(title=title, ylim=(-0.03, 1.05))
         axes.xaxis.set_major_formatter(thousands)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -321,7 +295,7 @@ def per_seed(runs: Sequence[MeasuredRun], crossing: Leads, fall: Leads) -> Figur
         axes.xaxis.set_tick_params(labelbottom=True)
     for axes in grid[::columns]:
         axes.set_ylabel("accuracy; H (no unit)")
-    grid[0].set_xlim(0, max(int(r.trajectory.step[-1]) for r in runs))
+    grid[0].set_xlim(0, runs.end.max())
     handles = [
         grid[0].plot([], [], color=LIGHT.train, linestyle=(0, (5, 2)), label="train accuracy")[0],
         grid[0].plot([], [], color=LIGHT.test, linewidth=1.8, label="test accuracy")[0],
@@ -340,11 +314,11 @@ def lead_dots(rules: Sequence[Leads]) -> Figure:
     figure = Figure(figsize=(WIDTH, 1.0 + 0.62 * len(rules)), layout="constrained")
     axes = figure.subplots()
     for row, rule in enumerate(rules):
-        known = [x for x in rule.leads if x is not None]
+        known = rule.leads[~np.isnan(rule.leads)]
         axes.plot(known, [row] * len(known), "o", color=LIGHT.signal, alpha=0.65, markeredgewidth=0)
-        if rule.mean is not None:
+        if rule.mean.known:
             axes.plot(rule.mean.value, row, "D", color=LIGHT.ink, markersize=6, zorder=3)
-            if rule.mean.low is not None and rule.mean.high is not None:
+            if rule.mean.bounded:
                 axes.plot([rule.mean.low, rule.mean.high], [row, row], color=LIGHT.ink, linewidth=1.5)
     axes.axvline(0, color=LIGHT.ink, linewidth=1)
     axes.set_yticks(range(len(rules)), [rule.source for rule in rules])
@@ -354,7 +328,7 @@ def lead_dots(rules: Sequence[Leads]) -> Figure:
     return figure
 
 
-def threshold_sweep(result: Sweep, runs: Sequence[MeasuredRun]) -> Figure:
+def threshold_sweep(result: Sweep, runs: Runs) -> Figure:
     """Share of runs preceded, lead, and false and early alarms, against the threshold."""
     figure = Figure(figsize=(WIDTH, 7.2), layout="constrained")
     a, b, c = figure.subplots(3, 1, sharex=True)
@@ -384,22 +358,21 @@ def threshold_sweep(result: Sweep, runs: Sequence[MeasuredRun]) -> Figure:
     for axes in (a, b, c):
         if useful is not None:
             axes.axvspan(*useful, color=LIGHT.norm, alpha=0.18, linewidth=0)
-        for run in runs:
-            if run.summary.h_star is not None:
-                axes.axvline(run.summary.h_star, color=LIGHT.ink, linewidth=0.8, linestyle=(0, (1, 2)))
+        for h_star in runs.h_star:
+            if not np.isnan(h_star):
+                axes.axvline(h_star, color=LIGHT.ink, linewidth=0.8, linestyle=(0, (1, 2)))
     return figure
 
 
-def _marks(axes: Axes, runs: Sequence[MeasuredRun], name: str, crossing: Leads, fall: Leads) -> None:
-    for run, crossed, fell in zip(runs, crossing.times, fall.times, strict=True):
-        y = getattr(run.trajectory, name)
+def _marks(axes: Axes, runs: Runs, name: str, crossing: Leads, fall: Leads) -> None:
+    for i, (step, y) in enumerate(runs.lines(getattr(runs, name))):
         for at, marker, colour in (
-            (fell, FALL, LIGHT.signal),
-            (crossed, CROSS, LIGHT.signal),
-            (run.summary.t_grok, GROK, LIGHT.ink),
+            (fall.times[i], FALL, LIGHT.signal),
+            (crossing.times[i], CROSS, LIGHT.signal),
+            (runs.t_grok[i], GROK, LIGHT.ink),
         ):
-            here = run.trajectory.step == at
-            axes.plot(run.trajectory.step[here], y[here], color=colour, **marker)
+            here = step == at
+            axes.plot(step[here], y[here], color=colour, **marker)
     axes.plot([], [], color=LIGHT.signal, label="T_collapse", **FALL)
     axes.plot([], [], color=LIGHT.signal, label="T_cross", **CROSS)
     axes.plot([], [], color=LIGHT.ink, label="T_grok", **GROK)
@@ -407,17 +380,16 @@ def _marks(axes: Axes, runs: Sequence[MeasuredRun], name: str, crossing: Leads, 
 
 def headline(result: Baseline) -> str:
     """Say in a few sentences what the runs show."""
-    grokked = sum(r.summary.t_grok is not None for r in result.runs)
+    grokked = int(result.runs.grokked.sum())
     said = f"E1: {grokked} of {len(result.runs)} runs grok"
-    if result.t_grok is None or result.h_star is None:
+    if not (result.t_grok.known and result.h_star.known):
         return said + "; there is no lead to measure."
 
     def led(rule: Leads) -> str:
-        if rule.preceding is None or rule.mean is None:
+        if not rule.mean.known:
             return f"in none of {grokked} runs"
-        before = round(rule.preceding.value * rule.preceding.n)
         return (
-            f"before T_grok in {before} of {grokked} runs, with a mean lead of {steps(rule.mean.value)} steps"
+            f"before T_grok in {of(rule.preceding)} runs, with a mean lead of {steps(rule.mean.value)} steps"
         )
 
     return (
@@ -430,8 +402,8 @@ def headline(result: Baseline) -> str:
 def section(result: Baseline) -> Section:
     """E1's part of the report."""
     runs, left_out = result.runs, result.left_out
-    grokked = [r for r in runs if r.summary.t_grok is not None]
-    every = sorted({r.evaluate_every for r in runs})
+    grokked = int(runs.grokked.sum())
+    every = sorted(set(runs.setting("evaluate_every")))
     h_star = result.pooled.thresholds[0]
     blocks: list[Block] = [
         Text(
@@ -440,8 +412,8 @@ def section(result: Baseline) -> Section:
             "way of choosing the threshold; then what every other threshold would have given."
         ),
         Text(
-            f"{len(runs)} complete runs, {len(grokked)} grokked, seeds "
-            f"{', '.join(str(r.seed) for r in runs)}. H is evaluated every {' or '.join(map(steps, every))} "
+            f"{len(runs)} complete runs, {grokked} grokked, seeds "
+            f"{', '.join(map(str, runs.seeds))}. H is evaluated every {' or '.join(map(steps, every))} "
             "steps, and no time below is finer than that.",
             "note",
         ),
@@ -493,7 +465,7 @@ def section(result: Baseline) -> Section:
                 "it does not foretell it."
             ),
         ]
-        near = max(500, round(0.6 * min(r.summary.t_grok or 0 for r in grokked)))
+        near = max(500, round(0.6 * np.nanmin(runs.t_grok)))
         blocks.append(
             drawn(
                 "e1-around",
@@ -507,26 +479,24 @@ def section(result: Baseline) -> Section:
 
 
 def _times_table(result: Baseline) -> Table:
-    rows = []
-    left_out, fall = result.left_out, result.fall
-    for i, run in enumerate(result.runs):
-        s = run.summary
-        rows.append(
-            (
-                str(run.seed),
-                steps(s.t_mem),
-                steps(s.t_grok),
-                steps(s.t_grok_sustained),
-                decimal(left_out.thresholds[i]),
-                steps(left_out.times[i]),
-                steps(left_out.leads[i]),
-                steps(fall.times[i]),
-                steps(fall.leads[i]),
-                percent(_accuracy_at(run, left_out.times[i])),
-                percent(_accuracy_at(run, fall.times[i])),
-                steps(s.last_step),
-            )
+    runs, left_out, fall = result.runs, result.left_out, result.fall
+    rows = [
+        (
+            str(seed),
+            steps(runs.t_mem[i]),
+            steps(runs.t_grok[i]),
+            steps(runs.t_grok_sustained[i]),
+            decimal(left_out.thresholds[i]),
+            steps(left_out.times[i]),
+            steps(left_out.leads[i]),
+            steps(fall.times[i]),
+            steps(fall.leads[i]),
+            percent(runs.at(runs.test_accuracy, left_out.times)[i]),
+            percent(runs.at(runs.test_accuracy, fall.times)[i]),
+            steps(runs.end[i]),
         )
+        for i, seed in enumerate(runs.seeds)
+    ]
     columns = (
         *("seed", "T_mem", "T_grok", "T_grok sustained"),
         *("H* (other seeds)", "T_cross", "lead", "T_collapse", "lead"),
@@ -539,25 +509,23 @@ def _times_table(result: Baseline) -> Table:
     return Table(caption, columns, tuple(rows), tuple(range(12)))
 
 
-def _accuracy_at(run: MeasuredRun, step: int | None) -> float | None:
-    return value_at(run.trajectory.step, run.trajectory.test_accuracy, step)
-
-
 def _values_table(result: Baseline) -> Table:
-    rows = []
-    for run in result.runs:
-        s = run.summary
-        entropies = (s.entropy_start, s.entropy_at_mem, s.entropy_max, s.h_star, s.entropy_end)
-        norms = (s.norm_start, s.norm_at_mem, s.norm_at_grok, s.norm_end)
-        rows.append(
-            (
-                str(run.seed),
-                *(decimal(h) for h in entropies),
-                *(decimal(x, 1) for x in norms),
-                decimal(s.test_accuracy_end, 4),
-                str(s.unusable),
-            )
+    runs = result.runs
+    start, at_mem, highest = at_moments(runs)
+    entropies = (start, at_mem, highest, runs.h_star, runs.at(runs.entropy, runs.end))
+    norms = [runs.at(runs.norm, step) for step in (runs.start, runs.t_mem, runs.t_grok, runs.end)]
+    accuracy = runs.at(runs.test_accuracy, runs.end)
+    unusable = (~np.isnan(runs.step) & np.isnan(runs.entropy)).sum(axis=1)
+    rows = [
+        (
+            str(seed),
+            *(decimal(h[i]) for h in entropies),
+            *(decimal(x[i], 1) for x in norms),
+            decimal(accuracy[i], 4),
+            str(unusable[i]),
         )
+        for i, seed in enumerate(runs.seeds)
+    ]
     columns = (
         *("seed", "H at start", "H at T_mem", "H max", "H at T_grok", "H at end"),
         *("norm at start", "norm at T_mem", "norm at T_grok", "norm at end"),
@@ -570,18 +538,16 @@ def _values_table(result: Baseline) -> Table:
 
 
 def _rules_table(result: Baseline) -> Table:
-    rows = []
+    runs, rows = result.runs, []
     for rule in result.rules:
-        known = [h for h in rule.thresholds if h is not None]
-        threshold = NONE if not known else decimal(min(known))
-        if known and max(known) > min(known):
-            threshold += f" to {decimal(max(known))}"
-        missed = sum(
-            t is None and r.summary.t_grok is not None for t, r in zip(rule.times, result.runs, strict=True)
-        )
-        reached = [_accuracy_at(r, t) for r, t in zip(result.runs, rule.times, strict=True)]
-        there = [a for a in reached if a is not None]
-        accuracy = f"{percent(min(there))} to {percent(max(there))}" if there else NONE
+        known = rule.thresholds[~np.isnan(rule.thresholds)]
+        threshold = decimal(known.min()) if known.size else NONE
+        if known.size and known.max() > known.min():
+            threshold += f" to {decimal(known.max())}"
+        missed = int((np.isnan(rule.times) & runs.grokked).sum())
+        reached = runs.at(runs.test_accuracy, rule.times)
+        there = reached[~np.isnan(reached)]
+        accuracy = f"{percent(there.min())} to {percent(there.max())}" if there.size else NONE
         cells = (counted(rule.preceding), worded(rule.mean), accuracy, str(missed))
         rows.append((rule.source, threshold, *cells))
     caption = (
@@ -596,12 +562,12 @@ def _rules_table(result: Baseline) -> Table:
 
 
 def _sensitivity_table(result: Baseline) -> Table:
-    dated = [[run.dated_by(criterion) for run in result.runs] for criterion in CRITERIA]
+    dated = [result.runs.dated_by(criterion) for criterion in CRITERIA]
     rows = [("H below H* of the other seeds", *(_outcome(leads.left_out_threshold(r), r) for r in dated))]
     for tau in TAUS:
         cells = [_outcome(leads.collapse(runs, tau=tau), runs) for runs in dated]
         rows.append((f"fall of H by more than {tau:g} within {WINDOW} evaluations", *cells))
-    if (window := paper_window(result.runs)) is not None:
+    if (window := paper_window(result.runs)) != WINDOW:
         signal = (
             f"fall of H by more than {TAU:g} within {window} evaluations ({PAPER_SPAN} steps, as the paper)"
         )
@@ -614,13 +580,16 @@ def _sensitivity_table(result: Baseline) -> Table:
     return Table(caption, columns, tuple(rows))
 
 
-def _outcome(rule: Leads, runs: Sequence[MeasuredRun]) -> str:
-    if rule.preceding is None or rule.mean is None:
+def _outcome(rule: Leads, runs: Runs) -> str:
+    if not rule.mean.known:
         return NONE
-    said = f"{round(rule.preceding.value * rule.preceding.n)} of {rule.preceding.n}; {steps(rule.mean.value)}"
-    pairs = zip(rule.times, (run.summary.t_mem for run in runs), strict=True)
-    early = sum(t is not None and (t_mem is None or t < t_mem) for t, t_mem in pairs)
-    return said + (f" ({early} before T_mem)" if early else "")
+    early = int((~np.isnan(rule.times) & ~(rule.times >= runs.t_mem)).sum())
+    return led(rule) + (f" ({early} before T_mem)" if early else "")
+
+
+def led(rule: Leads) -> str:
+    """Write how many runs are preceded and the mean lead: "9 of 10; 1,020"."""
+    return f"{of(rule.preceding)}; {steps(rule.mean.value)}" if rule.mean.known else NONE
 
 
 def _sweep_blocks(result: Baseline) -> list[Block]:
@@ -654,6 +623,11 @@ def _sweep_blocks(result: Baseline) -> list[Block]:
     ]
 
 
+EXPERIMENT = Experiment(
+    "e1", "Does the entropy collapse precede grokking?", ("e1",), analyse, headline, claims, section
+)
+
+
 def main() -> None:
     """Draw the README's picture: one panel for each complete E1 run of a folder of runs."""
     parser = argparse.ArgumentParser(
@@ -662,10 +636,9 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="folder of runs, the --out of `fastent run e1`")
     parser.add_argument("picture", type=Path, help="PNG file to write")
     given = parser.parse_args()
-    runs = [run.measure() for run in read_runs(given.runs) if run.experiment == "e1" and run.done is not None]
-    if not runs:
+    result = analyse(Runs(tuple(run for run in read_runs(given.runs) if run.done is not None)))
+    if result is None:
         parser.error(f"{given.runs} holds no complete run of E1")
-    result = analyse(runs, comparable=False)
     save_png(functools.partial(per_seed, result.runs, result.left_out, result.signal), given.picture)
 
 

@@ -10,7 +10,6 @@ dose-response. A delay shows an effect of mixing; that it acts through the entro
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scipy import stats
@@ -18,21 +17,22 @@ from scipy import stats
 from fastent.grokking.experiments.claims import (
     CLAIMS,
     NONE,
+    Experiment,
     Finding,
     Findings,
     counted,
     decimal,
     judge_share,
+    of,
     span,
     steps,
     worded,
 )
-from fastent.grokking.experiments.data import StoredRun
+from fastent.grokking.experiments.data import Runs, by_condition
 from fastent.grokking.experiments.delays import (
     AtLoss,
     Collapse,
     Delay,
-    Group,
     at_equal_loss,
     collapse,
     delays,
@@ -40,7 +40,6 @@ from fastent.grokking.experiments.delays import (
     equal_loss,
     equal_step,
     grokking_times,
-    groups_of,
     judge_later,
     judge_test,
     notes,
@@ -51,7 +50,7 @@ from fastent.grokking.experiments.delays import (
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.figures import drawn
 from fastent.grokking.experiments.jobs import ALPHA
-from fastent.grokking.experiments.statistics import Estimate, bootstrap
+from fastent.grokking.experiments.statistics import UNKNOWN, Estimate, over
 
 TITLE = "E2: does mixing the representations delay grokking?"
 
@@ -60,17 +59,17 @@ LOSSES, LOGITS = f"losses-{ALPHA:g}", f"logits-{ALPHA:g}"
 """The two readings of the paper's loss, at the alpha that stands for the lost one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixed:
     """One condition of E2: its delay and what became of the entropy."""
 
     delay: Delay
-    equal_step: Estimate | None
+    equal_step: Estimate
     equal_loss: tuple[AtLoss, ...]
     collapse: Collapse
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixing:
     """Analysis of E2: the baseline, every condition by name, and the dose-response.
 
@@ -78,36 +77,27 @@ class Mixing:
     that did not grok is as late as the limit.
     """
 
-    baseline: Group
+    baseline: Runs
     conditions: dict[str, Mixed]
-    dose: Estimate | None
+    dose: Estimate
     comparable: bool
 
 
-def analyse(runs: Sequence[StoredRun], *, comparable: bool) -> Mixing | None:
-    """Compare E2's conditions with E1's baseline; None if either has no run.
-
-    Parameters
-    ----------
-    runs : sequence of StoredRun
-        Complete runs of E1 and E2.
-    comparable : bool
-        Whether they were made with the paper's setting.
-    """
-    baseline = groups_of(runs, "e1").get("baseline")
-    treated = groups_of(runs, "e2")
-    if baseline is None or not treated:
+def analyse(runs: Runs) -> Mixing | None:
+    """Compare E2's conditions with E1's baseline; None if either has no run."""
+    baseline, treated = runs.select("e1", "baseline"), by_condition(runs.select("e2"))
+    if not len(baseline) or not treated:
         return None
     conditions = {
         delay.condition: Mixed(
             delay=delay,
-            equal_step=equal_step(baseline, delay.group),
-            equal_loss=tuple(equal_loss(baseline, delay.group)),
-            collapse=collapse(baseline, delay.group),
+            equal_step=equal_step(baseline, delay.runs),
+            equal_loss=tuple(equal_loss(baseline, delay.runs)),
+            collapse=collapse(baseline, delay.runs),
         )
         for delay in delays(baseline, list(treated.values()))
     }
-    return Mixing(baseline, conditions, _dose(baseline, treated), comparable)
+    return Mixing(baseline, conditions, _dose(baseline, treated), runs.comparable)
 
 
 def alpha_of(condition: str) -> float:
@@ -115,22 +105,22 @@ def alpha_of(condition: str) -> float:
     return 0.0 if condition == "baseline" else float(condition.rpartition("-")[2])
 
 
-def _dose(baseline: Group, treated: dict[str, Group]) -> Estimate | None:
-    doses = [baseline, *(group for name, group in treated.items() if name.startswith("losses-"))]
-    shared = set.intersection(*(set(group.seeds) for group in doses))
+def _dose(baseline: Runs, treated: dict[str, Runs]) -> Estimate:
+    doses = [baseline, *(runs for name, runs in treated.items() if name.startswith("losses-"))]
+    shared = set.intersection(*(set(runs.seeds) for runs in doses))
     if len(doses) < 3 or not shared:
-        return None
-    alphas = [alpha_of(group.condition) for group in doses]
-    times = zip(*(group.only(sorted(shared)).times.values for group in doses), strict=True)
-    taus = [float(stats.kendalltau(alphas, seed).statistic) for seed in times]
-    known = [tau for tau in taus if tau == tau]  # NaN where all times of a seed tie
-    return bootstrap(known) if known else None
+        return UNKNOWN
+    alphas = [alpha_of(runs.condition) for runs in doses]
+    times = zip(*(runs.only(shared).times.values for runs in doses), strict=True)
+    # NaN where all times of a seed tie.
+    return over(float(stats.kendalltau(alphas, seed).statistic) for seed in times)
 
 
 def claims(result: Mixing) -> Findings:
     """Each claim of the paper that E2's runs speak to, beside what they say."""
     losses, logits = result.conditions.get(LOSSES), result.conditions.get(LOGITS)
     delay = None if losses is None else losses.delay
+    mean, grokked = (delay.mean, delay.grokked) if delay else (UNKNOWN, UNKNOWN)
     return {
         "e2.delays": Finding(_delayed(delay), judge_later(delay)),
         "e2.delays_logits": Finding(
@@ -138,13 +128,13 @@ def claims(result: Mixing) -> Findings:
             judge_later(None if logits is None else logits.delay),
         ),
         "e2.t_grok": Finding(
-            NONE if delay is None else worded(delay.mean),
-            CLAIMS["e2.t_grok"].judge(None if delay is None else delay.mean, comparable=result.comparable),
+            worded(mean),
+            CLAIMS["e2.t_grok"].judge(mean, comparable=result.comparable),
         ),
         "e2.test": Finding(tested(delay), judge_test(delay, CLAIMS["e2.test"], comparable=result.comparable)),
         "e2.all_grok": Finding(
-            NONE if delay is None else counted(delay.grokked),
-            judge_share(None if delay is None else delay.grokked),
+            counted(grokked),
+            judge_share(grokked),
         ),
         "e2.kept_up": Finding(_kept_up(result.baseline, losses), judge_kept_up(losses)),
     }
@@ -154,7 +144,7 @@ def _delayed(delay: Delay | None) -> str:
     return NONE if delay is None else worded(delay.delay)
 
 
-def _kept_up(baseline: Group, mixed: Mixed | None) -> str:
+def _kept_up(baseline: Runs, mixed: Mixed | None) -> str:
     if mixed is None:
         return NONE
     said = f"H is higher at equal step by {worded(mixed.equal_step, '')}"
@@ -170,10 +160,10 @@ def _kept_up(baseline: Group, mixed: Mixed | None) -> str:
 
 def judge_kept_up(mixed: Mixed | None) -> Verdict:
     """Judge whether mixing keeps H up, by H at equal step and at grokking."""
-    if mixed is None or mixed.equal_step is None or mixed.collapse.shift is None:
+    if mixed is None or not (mixed.equal_step.known and mixed.collapse.shift.known):
         return Verdict.NOT_RUN
-    higher = [e.low is not None and e.low > 0 for e in (mixed.equal_step, mixed.collapse.shift)]
-    return Verdict.REPRODUCED if all(higher) else Verdict.IN_PART if any(higher) else Verdict.NOT_REPRODUCED
+    higher = (mixed.equal_step.low > 0) + (mixed.collapse.shift.low > 0)
+    return (Verdict.NOT_REPRODUCED, Verdict.IN_PART, Verdict.REPRODUCED)[higher]
 
 
 def headline(result: Mixing) -> str:
@@ -181,13 +171,12 @@ def headline(result: Mixing) -> str:
     mixed = result.conditions.get(LOSSES)
     if mixed is None:
         return f"E2: {len(result.conditions)} conditions of mixing have complete runs, but not the paper's."
-    delay, higher = mixed.delay, mixed.equal_step
     said = (
-        f"E2: mixing with the losses averaged moves T_grok by {worded(delay.delay)}; "
-        f"{round(delay.grokked.value * delay.grokked.n)} of {delay.grokked.n} runs grok."
+        f"E2: mixing with the losses averaged moves T_grok by {worded(mixed.delay.delay)}; "
+        f"{of(mixed.delay.grokked)} runs grok."
     )
-    if higher is not None:
-        said += f" At equal step H differs from the baseline's by {worded(higher, '')}."
+    if mixed.equal_step.known:
+        said += f" At equal step H differs from the baseline's by {worded(mixed.equal_step, '')}."
     return said
 
 
@@ -196,7 +185,7 @@ def section(result: Mixing) -> Section:
     mixed = list(result.conditions.values())
     all_delays = [each.delay for each in mixed]
     main = [result.conditions[name] for name in (LOSSES, LOGITS) if name in result.conditions]
-    shown = [result.baseline, *(each.delay.group for each in main or mixed[:1])]
+    shown = [result.baseline, *(each.delay.runs for each in main or mixed[:1])]
     blocks: list[Block] = [
         Text(
             "The paper mixes each representation of a batch with the next one, h̃ᵢ = (1 − α) hᵢ + α hᵢ₊₁, at every "
@@ -219,7 +208,7 @@ def section(result: Mixing) -> Section:
             "Dots of T_grok of each run by condition.",
         ),
     ]
-    if result.dose is not None:
+    if result.dose.known:
         blocks.append(
             Text(
                 f"Dose-response, losses averaged: Kendall's τ between α (0 included) and T_grok, seed by seed, is "
@@ -309,3 +298,8 @@ def _entropy_blocks(result: Mixing, mixed: list[Mixed]) -> list[Block]:
             ),
         ]
     return blocks
+
+
+EXPERIMENT = Experiment(
+    "e2", "Does mixing the representations delay grokking?", ("e1", "e2"), analyse, headline, claims, section
+)

@@ -14,7 +14,6 @@ all parameters together and tensor by tensor.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from fastent.grokking.experiments.claims import (
     CLAIMS,
     NONE,
+    Experiment,
     Finding,
     Findings,
     counted,
@@ -30,17 +30,15 @@ from fastent.grokking.experiments.claims import (
     steps,
     worded,
 )
-from fastent.grokking.experiments.data import StoredRun
+from fastent.grokking.experiments.data import Runs, by_condition
 from fastent.grokking.experiments.delays import (
     Collapse,
     Delay,
-    Group,
     collapse,
     delays,
     delays_table,
     equal_step,
     grokking_times,
-    groups_of,
     judge_later,
     judge_test,
     notes,
@@ -51,7 +49,7 @@ from fastent.grokking.experiments.delays import (
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.e2_mixing import LOSSES
 from fastent.grokking.experiments.figures import drawn
-from fastent.grokking.experiments.statistics import Estimate, bootstrap
+from fastent.grokking.experiments.statistics import UNKNOWN, Estimate, over
 from fastent.train.interventions import followed
 
 TITLE = "E3: is it the norm?"
@@ -64,14 +62,14 @@ HELD = f"norm-as-{LOSSES}"
 """The fourth cell of the design: the mixed runs' norm without their mixing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Held:
     """One condition of E3. `deviation`: the largest relative distance of its norm from what it was held to."""
 
     delay: Delay
-    equal_step: Estimate | None
+    equal_step: Estimate
     collapse: Collapse
-    deviation: float | None
+    deviation: float
 
     @property
     def mixes(self) -> bool:
@@ -93,88 +91,70 @@ class Factorial:
     n: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Norm:
     """Analysis of E3: the baseline, E2's mixed runs where there are any, and every condition by name."""
 
-    baseline: Group
-    mixed: Group | None
+    baseline: Runs
+    mixed: Runs
     conditions: dict[str, Held]
     factorial: Factorial | None
     comparable: bool
 
 
-def analyse(runs: Sequence[StoredRun], *, comparable: bool) -> Norm | None:
-    """Compare E3's conditions with E1's baseline; None if either has no run.
-
-    Parameters
-    ----------
-    runs : sequence of StoredRun
-        Complete runs of E1, E2 and E3.
-    comparable : bool
-        Whether they were made with the paper's setting.
-    """
-    baseline, mixed = groups_of(runs, "e1").get("baseline"), groups_of(runs, "e2").get(LOSSES)
-    treated = groups_of(runs, "e3")
-    if baseline is None or not treated:
+def analyse(runs: Runs) -> Norm | None:
+    """Compare E3's conditions with E1's baseline; None if either has no run."""
+    baseline, mixed = runs.select("e1", "baseline"), runs.select("e2", LOSSES)
+    treated = by_condition(runs.select("e3"))
+    if not len(baseline) or not treated:
         return None
     sources = {"baseline": baseline, LOSSES: mixed}
     conditions = {
         delay.condition: Held(
             delay=delay,
-            equal_step=equal_step(baseline, delay.group),
-            collapse=collapse(baseline, delay.group),
-            deviation=_deviation(delay.group, sources),
+            equal_step=equal_step(baseline, delay.runs),
+            collapse=collapse(baseline, delay.runs),
+            deviation=_deviation(delay.runs, sources),
         )
         for delay in delays(baseline, list(treated.values()))
     }
     cells = (baseline, mixed, treated.get(CONTROL), treated.get(HELD))
-    return Norm(baseline, mixed, conditions, _factorial(*cells), comparable)
+    return Norm(baseline, mixed, conditions, _factorial(*cells), runs.comparable)
 
 
-def _deviation(group: Group, sources: dict[str, Group | None]) -> float | None:
+def _deviation(runs: Runs, sources: dict[str, Runs]) -> float:
     """Compare the norm of each run with that of the run it follows, or with its own start, at each evaluation."""
-    follows = followed(group.condition)
-    worst: float | None = None
-    for seed, run in zip(group.seeds, group.measured, strict=True):
-        own = run.trajectory
+    follows = followed(runs.condition)
+    source = None if follows is None else sources.get(follows)
+    gaps = []
+    for i, (step, norm) in enumerate(runs.lines(runs.norm)):
         if follows is None:
-            wanted = np.full(own.step.size, own.parameter_norm[0])
+            wanted = np.full(step.size, norm[0])
+        elif source is None or runs.seeds[i] not in source.seeds:
+            continue
         else:
-            source = sources.get(follows)
-            if source is None or seed not in source.seeds:
-                continue
-            other = source.measured[source.seeds.index(seed)]
-            at = own.step
-            if "norm-mem" in group.condition and other.summary.t_mem is not None:
-                at = np.minimum(at, other.summary.t_mem)
-            path = other.trajectory
-            wanted = np.exp(np.interp(at, path.step, np.log(path.parameter_norm)))
+            other = source.only([runs.seeds[i]])
+            held_from = other.t_mem[0] if "norm-mem" in runs.condition else np.nan
+            ((path_step, path),) = other.lines(other.norm)
+            wanted = np.exp(np.interp(np.fmin(step, held_from), path_step, np.log(path)))
         # The start itself is not held: the first step is.
-        gap = float(np.nanmax(np.abs(own.parameter_norm / wanted - 1)[1:], initial=0.0))
-        worst = gap if worst is None else max(worst, gap)
-    return worst
+        gaps.append(float(np.nanmax(np.abs(norm / wanted - 1)[1:], initial=0.0)))
+    return max(gaps, default=np.nan)
 
 
-def _factorial(
-    baseline: Group, mixed: Group | None, control: Group | None, held: Group | None
-) -> Factorial | None:
-    if mixed is None or control is None or held is None:
+def _factorial(baseline: Runs, mixed: Runs, control: Runs | None, held: Runs | None) -> Factorial | None:
+    if not len(mixed) or control is None or held is None:
         return None
     cells = (baseline, mixed, control, held)
-    shared = sorted(set.intersection(*(set(group.seeds) for group in cells)))
+    shared = set.intersection(*(set(runs.seeds) for runs in cells))
     if not shared:
         return None
-    limit = min(run.config["max_steps"] for group in cells for run in group.stored)
-    bb, mm, mb, bm = (np.minimum(group.only(shared).times.values, limit) for group in cells)
-
-    def over_seeds(effect: np.ndarray) -> Estimate:
-        return bootstrap([float(x) for x in effect])
-
+    limit = min(runs.setting("max_steps").min() for runs in cells)
+    bb, mm, mb, bm = (np.minimum(runs.only(shared).times.values, limit) for runs in cells)
     return Factorial(
-        mixing=over_seeds((mb - bb + mm - bm) / 2),
-        norm=over_seeds((bm - bb + mm - mb) / 2),
-        interaction=over_seeds(mm - mb - bm + bb),
+        mixing=over((mb - bb + mm - bm) / 2),
+        norm=over((bm - bb + mm - mb) / 2),
+        interaction=over(mm - mb - bm + bb),
         n=len(shared),
     )
 
@@ -183,15 +163,15 @@ def claims(result: Norm) -> Findings:
     """Each claim of the paper that E3's runs speak to, beside what they say."""
     control = result.conditions.get(CONTROL)
     delay = None if control is None else control.delay
-    grokked = None if delay is None else delay.grokked
+    later, mean, grokked = (delay.delay, delay.mean, delay.grokked) if delay else (UNKNOWN,) * 3
     return {
-        "e3.delays": Finding(NONE if delay is None else worded(delay.delay), judge_later(delay)),
+        "e3.delays": Finding(worded(later), judge_later(delay)),
         "e3.t_grok": Finding(
-            NONE if delay is None else worded(delay.mean),
-            CLAIMS["e3.t_grok"].judge(None if delay is None else delay.mean, comparable=result.comparable),
+            worded(mean),
+            CLAIMS["e3.t_grok"].judge(mean, comparable=result.comparable),
         ),
         "e3.grok_share": Finding(
-            NONE if grokked is None else counted(grokked),
+            counted(grokked),
             CLAIMS["e3.grok_share"].judge(grokked, comparable=result.comparable),
         ),
         "e3.test": Finding(tested(delay), judge_test(delay, CLAIMS["e3.test"], comparable=result.comparable)),
@@ -217,7 +197,7 @@ def _judge_driver(result: Norm) -> Verdict:
     alone, control = _without_mixing(result), result.conditions.get(CONTROL)
     if not alone or control is None:
         return Verdict.NOT_RUN
-    if not control.delay.known:
+    if not control.delay.events:
         return Verdict.NO_CASE
     moved = [_excludes_zero(held.delay.delay) for held in alone]
     if any(moved):
@@ -226,7 +206,7 @@ def _judge_driver(result: Norm) -> Verdict:
 
 
 def _excludes_zero(estimate: Estimate) -> bool:
-    return estimate.low is not None and estimate.high is not None and not estimate.low <= 0 <= estimate.high
+    return estimate.bounded and not estimate.low <= 0 <= estimate.high
 
 
 def headline(result: Norm) -> str:
@@ -247,9 +227,9 @@ def section(result: Norm) -> Section:
     """E3's part of the report."""
     held = list(result.conditions.values())
     all_delays = [each.delay for each in held]
-    mixed = () if result.mixed is None else (result.mixed,)
-    main = [result.conditions[name].delay.group for name in (CONTROL, HELD) if name in result.conditions]
-    shown = [result.baseline, *mixed, *(main or [held[0].delay.group])]
+    mixed = (result.mixed,) if len(result.mixed) else ()
+    main = [result.conditions[name].delay.runs for name in (CONTROL, HELD) if name in result.conditions]
+    shown = [result.baseline, *mixed, *(main or [held[0].delay.runs])]
     blocks: list[Block] = [
         Text(
             "The paper's control leaves two things open: whether it mixes, and whether the norm is held constant or to "
@@ -294,7 +274,7 @@ def section(result: Norm) -> Section:
             tuple(
                 (
                     words(each.delay.condition),
-                    NONE if each.deviation is None else f"{each.deviation:.1e}",
+                    NONE if np.isnan(each.deviation) else f"{each.deviation:.1e}",
                     span(each.equal_step, decimal),
                     span(each.collapse.h_star, decimal),
                     counted(each.collapse.below),
@@ -337,3 +317,14 @@ def _factorial_blocks(result: Norm) -> list[Block]:
             (1,),
         )
     ]
+
+
+EXPERIMENT = Experiment(
+    "e3",
+    "Is it the norm? Control with the norm held.",
+    ("e1", "e2", "e3"),
+    analyse,
+    headline,
+    claims,
+    section,
+)

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats
 
 from fastent.grokking.experiments.claims import (
     CLAIMS,
     NONE,
+    Experiment,
     Finding,
     Findings,
     decimal,
@@ -36,49 +37,51 @@ from fastent.grokking.experiments.claims import (
     steps,
     worded,
 )
-from fastent.grokking.experiments.delays import THOUSANDS
+from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn
-from fastent.grokking.experiments.statistics import CORRELATION, EXPLAINED, Estimate, bootstrap, jackknife
-from fastent.train.quantities import MeasuredRun
+from fastent.grokking.experiments.leads import mean_known
+from fastent.grokking.experiments.statistics import (
+    CORRELATION,
+    EXPLAINED,
+    UNKNOWN,
+    Array,
+    Estimate,
+    Mask,
+    jackknife,
+    over,
+)
 from fastent.triples import GAMMA_BOUNDS, fit_line
 
 TITLE = "E4: norm against entropy"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictors:
     """Analysis of E4.
 
     `table` is empty with fewer than three runs that grokked; `points` counts the evaluations in its fits.
     """
 
-    runs: tuple[MeasuredRun, ...]
+    runs: Runs
     correlations: Correlations
     pairs: Pairs
     table: tuple[Predictor, ...]
     points: int
-    comparable: bool
 
 
-def analyse(runs: Sequence[MeasuredRun], *, comparable: bool) -> Predictors:
-    """Correlations, pairs of checkpoints and predictors of E1's complete `runs`.
-
-    Raises
-    ------
-    ValueError
-        If there is no run.
-    """
-    if not runs:
-        raise ValueError("no run of E1 is complete")
+def analyse(runs: Runs) -> Predictors | None:
+    """Correlations, pairs of checkpoints and predictors of E1's runs; None without any."""
+    runs = runs.select("e1")
+    if not len(runs):
+        return None
     data = Evaluations.of(runs)
     return Predictors(
-        runs=tuple(runs),
+        runs=runs,
         correlations=correlations(runs),
         pairs=pairs(runs),
         table=table(data),
         points=data.remaining.size,
-        comparable=comparable,
     )
 
 
@@ -86,7 +89,7 @@ def claims(result: Predictors) -> Findings:
     """Each claim of the paper that E4 speaks to, beside what E1's runs say."""
     r = result.correlations
     rows = {row.name: row for row in result.table}
-    gap = rows.get(ENTROPY_GAP)
+    gap = rows[ENTROPY_GAP].in_sample if rows else UNKNOWN
     return {
         "e4.correlation": Finding(
             f"r = {worded(r.overall, '')}; within runs {worded(r.within, '')}; of changes {worded(r.changes, '')}",
@@ -98,8 +101,8 @@ def claims(result: Predictors) -> Findings:
             _judge_pairs(result.pairs),
         ),
         "e4.gap_r2": Finding(
-            NONE if gap is None else worded(gap.in_sample, ""),
-            CLAIMS["e4.gap_r2"].judge(None if gap is None else gap.in_sample, comparable=result.comparable),
+            worded(gap, ""),
+            CLAIMS["e4.gap_r2"].judge(gap, comparable=result.runs.comparable),
         ),
         "e4.beats_norms": Finding(
             "; ".join(
@@ -121,7 +124,7 @@ def claims(result: Predictors) -> Findings:
 
 
 def _judge_weak(r: Estimate) -> Verdict:
-    if np.isnan(r.value):
+    if not r.known:
         return Verdict.NOT_RUN
     if -0.5 < r.value < 0:
         return Verdict.REPRODUCED
@@ -150,8 +153,6 @@ def _judge_clock(rows: dict[str, Predictor]) -> Verdict:
     return Verdict.REPRODUCED if ours > clock else Verdict.NOT_REPRODUCED
 
 
-Array = NDArray[np.float64]
-
 NEARLY_NORM = 0.01
 """Relative difference below which two norms count as nearly identical. Ours: the paper gives none."""
 
@@ -165,14 +166,14 @@ class Correlations:
 
     `overall`: all evaluations of all runs; `within`: mean over runs of each run's own; `plateau`: the same between
     T_mem and T_grok; `changes`: mean over runs of the r of their changes from one evaluation to the next;
-    `changes_plateau`: the same on the plateau; `ranks`: Spearman's rho of all evaluations. None without runs.
+    `changes_plateau`: the same on the plateau; `ranks`: Spearman's rho of all evaluations.
     """
 
     overall: Estimate
-    within: Estimate | None
-    plateau: Estimate | None
-    changes: Estimate | None
-    changes_plateau: Estimate | None
+    within: Estimate
+    plateau: Estimate
+    changes: Estimate
+    changes_plateau: Estimate
     ranks: Estimate
 
 
@@ -210,20 +211,16 @@ def _pearson(a: Array, b: Array) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def _usable(run: MeasuredRun, *, plateau: bool = False) -> tuple[Array, Array]:
-    """Norm and H of the run's usable evaluations, those between T_mem and T_grok alone if `plateau`."""
-    t, s = run.trajectory, run.summary
-    kept = np.isfinite(t.entropy) & np.isfinite(t.parameter_norm)
-    if plateau:
-        end = s.last_step if s.t_grok is None else s.t_grok
-        kept &= (t.step >= (s.last_step if s.t_mem is None else s.t_mem)) & (t.step <= end)
-    return t.parameter_norm[kept], t.entropy[kept]
+def _usable(runs: Runs, within: Mask | None = None) -> list[tuple[Array, Array]]:
+    """Norm and H of each run's usable evaluations, those of a mask (n, m) alone if one is given."""
+    kept = ~np.isnan(runs.entropy + runs.norm) & (True if within is None else within)
+    return [(norm[k], h[k]) for norm, h, k in zip(runs.norm, runs.entropy, kept, strict=True)]
 
 
-def correlations(runs: Sequence[MeasuredRun]) -> Correlations:
+def correlations(runs: Runs) -> Correlations:
     """Correlate norm and H of `runs`, at least one; intervals leave out runs, or are over them."""
-    whole = [_usable(run) for run in runs]
-    plateau = [_usable(run, plateau=True) for run in runs]
+    start, end = (np.where(np.isnan(at), runs.end, at)[:, None] for at in (runs.t_mem, runs.t_grok))
+    whole, plateau = _usable(runs), _usable(runs, (runs.step >= start) & (runs.step <= end))
 
     def pooled(correlate: Callable[[Array, Array], float]) -> Estimate:
         def of(parts: Sequence[tuple[Array, Array]]) -> float:
@@ -234,32 +231,24 @@ def correlations(runs: Sequence[MeasuredRun]) -> Correlations:
 
     return Correlations(
         overall=pooled(_pearson),
-        within=_mean([_pearson(*part) for part in whole]),
-        plateau=_mean([_pearson(*part) for part in plateau]),
-        changes=_mean([_pearson(*map(np.diff, part)) for part in whole]),
-        changes_plateau=_mean([_pearson(*map(np.diff, part)) for part in plateau]),
+        within=over(_pearson(*part) for part in whole),
+        plateau=over(_pearson(*part) for part in plateau),
+        changes=over(_pearson(*map(np.diff, part)) for part in whole),
+        changes_plateau=over(_pearson(*map(np.diff, part)) for part in plateau),
         ranks=pooled(lambda a, b: _pearson(stats.rankdata(a), stats.rankdata(b))),
     )
 
 
-def _mean(values: Sequence[float]) -> Estimate | None:
-    known = [v for v in values if np.isfinite(v)]
-    return bootstrap(known) if known else None
-
-
-def pairs(runs: Sequence[MeasuredRun], widest: int = 5) -> Pairs:
+def pairs(runs: Runs, widest: int = 5) -> Pairs:
     """Look at all pairs of evaluations of `runs`; name the `widest`."""
-    tables = [
-        (np.full(t.step.size, run.seed), t.step, t.parameter_norm, t.entropy, t.test_accuracy)
-        for run in runs
-        for t in [run.trajectory]
-    ]
-    rows = np.concatenate([np.array(table, dtype=np.float64) for table in tables], axis=1)
-    rows = rows[:, np.isfinite(rows).all(axis=0)]
+    tables = (runs.step, runs.norm, runs.entropy, runs.test_accuracy)
+    seeds = np.broadcast_to(np.array(runs.seeds, dtype=np.float64)[:, None], runs.step.shape)
+    rows = np.stack([each.ravel() for each in (seeds, *tables)])
+    rows = rows[:, ~np.isnan(rows).any(axis=0)]
     seed, step, norm, entropy, accuracy = rows
     i, j = np.triu_indices(norm.size, 1)
     mirrored = np.abs(entropy[i] - entropy[j]) < NEARLY_ENTROPY
-    same = _share(np.abs(accuracy[i] - accuracy[j])[mirrored] > 0.5)
+    same = _part(np.abs(accuracy[i] - accuracy[j])[mirrored] > 0.5)
     close = np.abs(np.log(norm[i]) - np.log(norm[j])) < NEARLY_NORM
     i, j = i[close], j[close]
     apart = np.abs(entropy[i] - entropy[j])
@@ -274,8 +263,8 @@ def pairs(runs: Sequence[MeasuredRun], widest: int = 5) -> Pairs:
         )
     return Pairs(
         count=int(i.size),
-        far_entropy=_share(apart > 0.1),
-        far_accuracy=_share(np.abs(accuracy[i] - accuracy[j]) > 0.5),
+        far_entropy=_part(apart > 0.1),
+        far_accuracy=_part(np.abs(accuracy[i] - accuracy[j]) > 0.5),
         widest=tuple(chosen.values()),
         same_entropy=same,
     )
@@ -286,12 +275,9 @@ def _checkpoint(row: Array) -> Checkpoint:
     return Checkpoint(int(seed), int(step), norm, entropy, accuracy)
 
 
-def _share(answers: NDArray[np.bool_]) -> float:
+def _part(answers: NDArray[np.bool_]) -> float:
     return float(answers.mean()) if answers.size else float("nan")
 
-
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 NORM, NORM_GAP, ENTROPY, ENTROPY_GAP = "norm", "norm gap, |norm − norm at T_grok|", "H", "H gap, H − H*"
 CLOCK = "clock: mean T_grok of the runs, minus the step"
@@ -307,7 +293,7 @@ class Predictor:
     """One row of Table 2. `in_sample` is R2 with an interval from leaving out runs; `left_out`, R2 on runs left out."""
 
     name: str
-    gamma: float | None
+    gamma: float
     in_sample: Estimate
     left_out: float
 
@@ -329,40 +315,23 @@ class Evaluations:
     t_grok: Array
 
     @classmethod
-    def of(cls, runs: Sequence[MeasuredRun]) -> Evaluations:
+    def of(cls, runs: Runs) -> Evaluations:
         """Collect them; a run without a usable entropy at its grokking takes no part."""
-        ends = [
-            (run, s.t_grok, s.h_star, s.norm_at_grok)
-            for run in runs
-            for s in [run.summary]
-            if s.t_grok is not None and s.h_star is not None and s.norm_at_grok is not None
-        ]
-        h_star = _floats([h for *_, h, _ in ends])
-        parts = [np.empty((5, 0))]
-        for k, (run, t_grok, _, _) in enumerate(ends):
-            t = run.trajectory
-            kept = (t.step < t_grok) & (t.entropy > h_star.mean()) & np.isfinite(t.parameter_norm)
-            step = t.step[kept]
-            parts.append(
-                np.stack(
-                    [np.full(step.size, k), step, t_grok - step, t.entropy[kept], t.parameter_norm[kept]]
-                )
-            )
-        run_number, step, remaining, entropy, norm = np.concatenate(parts, axis=1)
+        norm_star = runs.at(runs.norm, runs.t_grok)
+        known = ~np.isnan(runs.h_star + norm_star)
+        runs, norm_star = runs[known], norm_star[known]
+        remaining = runs.t_grok[:, None] - runs.step
+        kept = (remaining > 0) & (runs.entropy > mean_known(runs.h_star)) & ~np.isnan(runs.norm)
         return cls(
-            run=run_number.astype(np.int64),
-            step=step,
-            remaining=remaining,
-            entropy=entropy,
-            norm=norm,
-            h_star=h_star,
-            norm_star=_floats([norm for *_, norm in ends]),
-            t_grok=_floats([t for _, t, *_ in ends]),
+            run=np.nonzero(kept)[0],
+            step=runs.step[kept],
+            remaining=remaining[kept],
+            entropy=runs.entropy[kept],
+            norm=runs.norm[kept],
+            h_star=runs.h_star,
+            norm_star=norm_star,
+            t_grok=runs.t_grok,
         )
-
-
-def _floats(values: ArrayLike) -> Array:
-    return np.asarray(values, dtype=np.float64)
 
 
 Constants = Callable[[Evaluations, Mask], Array]
@@ -384,11 +353,11 @@ def table(data: Evaluations) -> tuple[Predictor, ...]:
     rows = [
         _row(name, data, functools.partial(_fit, data, predictor)) for name, predictor in PREDICTORS.items()
     ]
-    return (*rows, _row(CLOCK, data, lambda used: (None, _clock(data, used))))
+    return (*rows, _row(CLOCK, data, lambda used: (np.nan, _clock(data, used))))
 
 
-Fitted = tuple[float | None, Array]
-"""Gamma, and the forecast at every evaluation of every run."""
+Fitted = tuple[float, Array]
+"""Gamma (NaN without one), and the forecast at every evaluation of every run."""
 
 
 def _row(name: str, data: Evaluations, fit: Callable[[Mask], Fitted]) -> Predictor:
@@ -436,25 +405,19 @@ def _r_squared(forecast: Array, data: Evaluations, used: Mask) -> float:
     return 1 - float(((forecast[kept] - truth) ** 2).sum()) / total if total > 0 else float("nan")
 
 
-def norm_against_entropy(runs: Sequence[MeasuredRun]) -> Figure:
+def norm_against_entropy(runs: Runs) -> Figure:
     """Every run's way through the plane of norm and H; filled once it has grokked, open before."""
     figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
     axes = figure.subplots()
-    for run in runs:
-        t = run.trajectory
-        axes.plot(t.parameter_norm, t.entropy, color=LIGHT.faint, linewidth=0.8, zorder=1)
-        grokked = t.test_accuracy >= run.levels.criterion
-        rising = ~grokked & (t.test_accuracy >= 0.5)
+    columns = runs.lines(runs.norm, runs.entropy, runs.test_accuracy)
+    for criterion, (_, norm, entropy, accuracy) in zip(runs.criteria, columns, strict=True):
+        axes.plot(norm, entropy, color=LIGHT.faint, linewidth=0.8, zorder=1)
+        grokked = accuracy >= criterion
+        rising = ~grokked & (accuracy >= 0.5)
         early = ~grokked & ~rising
-        axes.plot(
-            t.parameter_norm[early], t.entropy[early], "o", color=LIGHT.train, markersize=3, fillstyle="none"
-        )
-        axes.plot(
-            t.parameter_norm[rising], t.entropy[rising], "v", color=LIGHT.signal, markersize=5, zorder=3
-        )
-        axes.plot(
-            t.parameter_norm[grokked], t.entropy[grokked], "o", color=LIGHT.test, markersize=3.5, zorder=2
-        )
+        axes.plot(norm[early], entropy[early], "o", color=LIGHT.train, markersize=3, fillstyle="none")
+        axes.plot(norm[rising], entropy[rising], "v", color=LIGHT.signal, markersize=5, zorder=3)
+        axes.plot(norm[grokked], entropy[grokked], "o", color=LIGHT.test, markersize=3.5, zorder=2)
     for marker, colour, style, label in (
         ("o", LIGHT.train, "none", "test accuracy below 0.5"),
         ("v", LIGHT.signal, "full", "0.5 up to the criterion"),
@@ -473,7 +436,7 @@ def explained(table: Sequence[Predictor]) -> Figure:
     for row, predictor in enumerate(table):
         value = predictor.in_sample
         axes.plot(value.value, row - 0.12, "D", color=LIGHT.entropy, markersize=6)
-        if value.low is not None and value.high is not None:
+        if value.bounded:
             axes.plot([value.low, value.high], [row - 0.12, row - 0.12], color=LIGHT.entropy, linewidth=1.5)
         axes.plot(
             max(predictor.left_out, -1.0), row + 0.16, "o", color=LIGHT.test, markersize=6, fillstyle="none"
@@ -486,22 +449,6 @@ def explained(table: Sequence[Predictor]) -> Figure:
     axes.set_xlim(-1.05, 1.02)
     axes.set_xlabel("R² of the steps that remain")
     figure.legend(handles=axes.get_legend_handles_labels()[0], loc="outside upper right", ncols=2)
-    return figure
-
-
-def remaining_against_gap(
-    gap: Sequence[np.ndarray], remaining: Sequence[np.ndarray], curve: tuple[np.ndarray, np.ndarray]
-) -> Figure:
-    """Draw the steps that remain against H − H*, one line a run, with the fitted law."""
-    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
-    axes = figure.subplots()
-    for x, y in zip(gap, remaining, strict=True):
-        axes.plot(x, y, "o-", color=LIGHT.entropy, markersize=3, linewidth=0.6, alpha=0.6)
-    axes.plot([], [], "o-", color=LIGHT.entropy, markersize=3, linewidth=0.6, label="runs")
-    axes.plot(*curve, color=LIGHT.ink, linewidth=2.2, label="fitted law")
-    axes.set(xlabel="H − H* (no unit)", ylabel="steps until T_grok", ylim=(0, None), xlim=(0, None))
-    axes.yaxis.set_major_formatter(THOUSANDS)
-    axes.legend(loc="best")
     return figure
 
 
@@ -536,7 +483,7 @@ def section(result: Predictors) -> Section:
             "over runs with a BCa interval.",
             ("over", "r", "runs"),
             tuple(
-                (name, span(value, decimal), NONE if value is None else str(value.n))
+                (name, span(value, decimal), str(value.n) if value.known else NONE)
                 for name, value in (
                     ("all evaluations of all runs", r.overall),
                     ("the same, of ranks (Spearman)", r.ranks),
@@ -563,7 +510,7 @@ def section(result: Predictors) -> Section:
 
 def _without_interval(estimates: dict[str, Estimate]) -> list[Block]:
     """Say which of a table's jackknife estimates have no interval, and why; nothing where all have one."""
-    reasons = [f"{name}: {e.method}" for name, e in estimates.items() if e.low is None]
+    reasons = [f"{name}: {e.method}" for name, e in estimates.items() if e.known and not e.bounded]
     return [Text("; ".join(reasons) + ".", "note")] if reasons else []
 
 
@@ -615,7 +562,7 @@ def _predictor_blocks(result: Predictors) -> list[Block]:
             row.name,
             span(row.in_sample, decimal),
             decimal(row.left_out),
-            NONE if row.gamma is None else decimal(row.gamma, 2),
+            decimal(row.gamma, 2),
         )
         for row in result.table
     )
@@ -641,3 +588,8 @@ def _predictor_blocks(result: Predictors) -> list[Block]:
             "the remaining steps rewards whatever falls with time, and time itself most of all."
         ),
     ]
+
+
+EXPERIMENT = Experiment(
+    "e4", "Norm against entropy as predictors.", ("e1",), analyse, headline, claims, section
+)

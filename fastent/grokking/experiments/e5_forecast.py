@@ -28,33 +28,35 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from fastent.diagnosis import Phase, diagnose
-from fastent.grokking.experiments import e4_predictors
 from fastent.grokking.experiments.claims import (
     CLAIMS,
     NONE,
+    Experiment,
     Finding,
     Findings,
     counted,
     decimal,
+    judge_positive,
     judge_share,
     percent,
     span,
     steps,
     worded,
 )
-from fastent.grokking.experiments.data import StoredRun, over
-from fastent.grokking.experiments.delays import judge_positive
+from fastent.grokking.experiments.data import Runs
+from fastent.grokking.experiments.delays import THOUSANDS
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.figures import drawn
-from fastent.grokking.experiments.leads import left_out_threshold
-from fastent.grokking.experiments.statistics import Estimate, proportion
+from fastent.grokking.experiments.e1_lead import where_known
+from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn
+from fastent.grokking.experiments.leads import left_out_threshold, mean_known
+from fastent.grokking.experiments.statistics import UNKNOWN, Array, Estimate, over, share
 from fastent.history import History
 from fastent.leave_one_out import LeaveOneOut, leave_one_run_out
 from fastent.power_law import PowerLaw, profile_gamma
 from fastent.stopping import StopAfterCrossing
-from fastent.train.quantities import MeasuredRun
 from fastent.triples import Triples
 
 TITLE = "E5: does a power law forecast grokking?"
@@ -73,51 +75,41 @@ class Validation:
     """
 
     runs: LeaveOneOut
-    law: Estimate | None
-    clock: Estimate | None
+    law: Estimate
+    clock: Estimate
     law_r_squared: float
     clock_r_squared: float
-    advantage: Estimate | None
-    better: Estimate | None
-    warning: Estimate | None
+    advantage: Estimate
+    better: Estimate
+    warning: Estimate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Forecasts:
     """Analysis of E5. `law`, `profile` and `validation` are None with fewer than three runs that grokked.
 
     `profile` holds R2 at `GAMMAS`. `long` are the runs that went on to the limit of steps.
     """
 
-    runs: tuple[MeasuredRun, ...]
+    runs: Runs
     histories: tuple[History, ...]
     law: PowerLaw | None
     profile: tuple[float, ...] | None
     validation: Validation | None
     saved: Savings
-    long: tuple[MeasuredRun, ...]
+    long: Runs
     cost: Cost | None
     guide: Guide | None
-    comparable: bool
 
 
-def analyse(runs: Sequence[StoredRun], *, comparable: bool) -> Forecasts | None:
-    """Fit, cross-validate and stop E1's runs; None without any.
-
-    Parameters
-    ----------
-    runs : sequence of StoredRun
-        Complete runs of E1, E5 and, for Table 5 alone, of any other experiment.
-    comparable : bool
-        Whether E1's were made with the paper's setting.
-    """
-    stored = [run for run in runs if run.experiment == "e1"]
-    if not stored:
+def analyse(runs: Runs) -> Forecasts | None:
+    """Fit, cross-validate and stop E1's runs, with E5's and, for Table 5 alone, all others; None without E1's."""
+    everything, runs = runs, runs.select("e1")
+    if not len(runs):
         return None
-    measured = [run.measure() for run in stored]
     histories = [
-        History(m.trajectory.step, m.trajectory.entropy, m.summary.t_grok, norm=m.trajectory.parameter_norm)
-        for m in measured
+        History(step, h, t_grok if np.isfinite(t_grok) else None, norm=norm)
+        for t_grok, (step, h, norm) in zip(runs.t_grok, runs.lines(runs.entropy, runs.norm), strict=True)
     ]
     law: PowerLaw | None = None
     profile: tuple[float, ...] | None = None
@@ -125,134 +117,105 @@ def analyse(runs: Sequence[StoredRun], *, comparable: bool) -> Forecasts | None:
     with contextlib.suppress(ValueError):  # too few runs that grokked, or too few evaluations above H*
         law = PowerLaw.fit(histories)
         profile = tuple(float(r) for r in profile_gamma(histories, GAMMAS))
-        validation = _validate(leave_one_run_out(histories), measured)
+        validation = _validate(leave_one_run_out(histories), runs)
     return Forecasts(
-        runs=tuple(measured),
+        runs=runs,
         histories=tuple(histories),
         law=law,
         profile=profile,
         validation=validation,
-        saved=savings(measured, min(int(run.config["max_steps"]) for run in stored)),
-        long=tuple(run.measure() for run in runs if run.experiment == "e5"),
-        cost=monitor_cost(stored),
-        guide=guide([run.measure() for run in runs if run.experiment != "e5"], measured),
-        comparable=comparable,
+        saved=savings(runs, int(runs.setting("max_steps").min())),
+        long=everything.select("e5"),
+        cost=monitor_cost(runs),
+        guide=guide(everything[[run.experiment != "e5" for run in everything.stored]], runs),
     )
 
 
-def _validate(runs: LeaveOneOut, measured: Sequence[MeasuredRun]) -> Validation:
-    law, clock = runs.score("law"), runs.score("clock")
-    both = np.isfinite(law.mape) & np.isfinite(clock.mape)
-    advantage = clock.mape[both] - law.mape[both]
+def _validate(left_out: LeaveOneOut, runs: Runs) -> Validation:
+    law, clock = left_out.score("law"), left_out.score("clock")
+    advantage = clock.mape - law.mape
     warnings = []
-    for held_out in runs.runs:
-        t_mem = measured[held_out.run].summary.t_mem
-        after = held_out.step[held_out.step >= t_mem] if t_mem is not None else held_out.step[:0]
-        if after.size:
-            warnings.append(held_out.t_grok - float(after[0]))
+    for held_out in left_out.runs:
+        after = held_out.step[held_out.step >= runs.t_mem[held_out.run]]
+        warnings += [held_out.t_grok - float(after[0])] if after.size else []
     return Validation(
-        runs=runs,
-        law=over(law.mape.tolist()),
-        clock=over(clock.mape.tolist()),
+        runs=left_out,
+        law=over(law.mape),
+        clock=over(clock.mape),
         law_r_squared=law.r_squared,
         clock_r_squared=clock.r_squared,
-        advantage=over(advantage.tolist()),
-        better=proportion(int((advantage > 0).sum()), advantage.size) if advantage.size else None,
+        advantage=over(advantage),
+        better=share(where_known(advantage, lambda gain: gain > 0)),
         warning=over(warnings),
     )
 
 
-def parameter(law: PowerLaw | None, name: str) -> Estimate | None:
+def parameter(law: PowerLaw | None, name: str) -> Estimate:
     """Return a law's parameter with its jackknife interval, or without one where the runs do not determine it."""
-    if law is None or getattr(law, name) is None:
-        return None
+    value = getattr(law, name, None)
+    if law is None or value is None:
+        return UNKNOWN
     interval = law.intervals.get(name)
-    low, high = interval or (None, None)
     method = "jackknife over runs" if interval else "not determined by the runs"
-    return Estimate(float(getattr(law, name)), low, high, law.n_runs, method, law.level)
+    return Estimate(float(value), *(interval or (np.nan, np.nan)), law.n_runs, method, law.level)
 
 
 AFTER = StopAfterCrossing().steps
 """Steps between the crossing and the stop; the paper's 1,000."""
 
 
-@dataclass(frozen=True)
-class Stop:
-    """One run stopped by its entropy: `step` of the stop and the test accuracy then; None if it never crosses.
-
-    `final_accuracy` is that at the end of the run, `final_step`. A run that ended before its stop is read at its end.
-    """
-
-    seed: int
-    crossed: int | None
-    step: int | None
-    accuracy: float | None
-    final_accuracy: float
-    final_step: int
-    t_grok: int | None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Savings:
-    """Stopping over runs.
+    """Stopping each run by its entropy, arrays of shape (n,) by run.
+
+    `crossed` is the crossing, `step` the stop and `accuracy` the test accuracy then; NaN for a run that never crosses.
+    A run that ended before its stop is read at its end.
 
     `saved`: share of `budget` saved by the runs that cross (those that do not go on to the budget and save nothing);
     `saved_by_accuracy`: the same for stopping at T_grok; `grokked`: share of stopped runs at the criterion when
     stopped; `within`: share of the runs that cross in which grokking comes after, and within 1,000 steps.
     """
 
-    stops: tuple[Stop, ...]
+    crossed: Array
+    step: Array
+    accuracy: Array
     budget: int
-    saved: Estimate | None
-    saved_by_accuracy: Estimate | None
-    grokked: Estimate | None
-    within: Estimate | None
+    saved: Estimate
+    saved_by_accuracy: Estimate
+    grokked: Estimate
+    within: Estimate
 
 
-def savings(runs: Sequence[MeasuredRun], budget: int) -> Savings:
+def _part(step: Array, budget: int) -> Array:
+    """Share of the budget that stopping at a step saves, (n,); 0 where it never comes."""
+    return 1 - np.fmin(step, budget) / budget
+
+
+def savings(runs: Runs, budget: int) -> Savings:
     """Stop each run 1,000 steps after it falls below the mean H* of the other seeds.
 
     Parameters
     ----------
-    runs : sequence of MeasuredRun
+    runs : Runs
         Complete runs of one configuration, each seed once.
     budget : int
         Steps that a run would otherwise take.
     """
-    stops = [_stop(run, crossed) for run, crossed in zip(runs, left_out_threshold(runs).times, strict=True)]
-    stopped = [stop for stop in stops if stop.step is not None]
-    reached = [
-        stop.accuracy is not None and stop.accuracy >= run.levels.criterion
-        for stop, run in zip(stops, runs, strict=True)
-        if stop.step is not None
-    ]
-    soon = [
-        stop.crossed is not None and stop.t_grok is not None and 0 <= stop.t_grok - stop.crossed <= AFTER
-        for stop in stopped
-    ]
-    return Savings(
-        stops=tuple(stops),
-        budget=budget,
-        saved=over([1 - min(budget if s.step is None else s.step, budget) / budget for s in stops]),
-        saved_by_accuracy=over([1 - min(s.t_grok or budget, budget) / budget for s in stops]),
-        grokked=proportion(sum(reached), len(reached)) if reached else None,
-        within=proportion(sum(soon), len(soon)) if soon else None,
-    )
-
-
-def _stop(run: MeasuredRun, crossed: int | None) -> Stop:
-    t = run.trajectory
-    step = None if crossed is None else crossed + AFTER
+    crossed = left_out_threshold(runs).times
+    step = crossed + AFTER
     # The accuracy that is known when the run stops: at the last evaluation until then.
-    at = None if step is None else int(np.searchsorted(t.step, step, side="right")) - 1
-    return Stop(
-        seed=run.seed,
+    last = np.where(runs.step <= step[:, None], runs.step, -np.inf).max(axis=1, initial=-np.inf)
+    accuracy = runs.at(runs.test_accuracy, last)
+    stopped, ahead = ~np.isnan(step), runs.t_grok - crossed
+    return Savings(
         crossed=crossed,
         step=step,
-        accuracy=None if at is None else float(t.test_accuracy[at]),
-        final_accuracy=float(t.test_accuracy[-1]),
-        final_step=int(t.step[-1]),
-        t_grok=run.summary.t_grok,
+        accuracy=accuracy,
+        budget=budget,
+        saved=over(_part(step, budget)),
+        saved_by_accuracy=over(_part(runs.t_grok, budget)),
+        grokked=share((accuracy >= runs.criteria)[stopped]),
+        within=share(((ahead >= 0) & (ahead <= AFTER))[stopped]),
     )
 
 
@@ -265,10 +228,10 @@ class Cost:
     machines: tuple[str, ...]
 
 
-def monitor_cost(runs: Sequence[StoredRun]) -> Cost | None:
+def monitor_cost(runs: Runs) -> Cost | None:
     """Read the cost off the timing logs; None if none of them has it."""
     shares, milliseconds, machines = [], [], set()
-    for run in runs:
+    for run in runs.stored:
         measured = [row for row in run.timing if "monitor_seconds" in row]
         elapsed = _elapsed(run.timing)
         if not measured or elapsed <= 0:
@@ -277,10 +240,7 @@ def monitor_cost(runs: Sequence[StoredRun]) -> Cost | None:
         milliseconds.append(1e3 * float(np.mean([row["monitor_seconds"] / row["seeds"] for row in measured])))
         device = str(run.environment.get("device", "unknown"))
         machines.add(str(run.environment.get("cpu", "unknown")) if device == "cpu" else device)
-    share, each = over(shares), over(milliseconds)
-    if share is None or each is None:
-        return None
-    return Cost(share, each, tuple(sorted(machines)))
+    return Cost(over(shares), over(milliseconds), tuple(sorted(machines))) if shares else None
 
 
 def _elapsed(timing: Sequence[dict[str, object]]) -> float:
@@ -316,93 +276,84 @@ class Guide:
     runs; `evaluations` counts them. `imminent`: of a run's evaluations "near threshold", the share after which
     grokking came within 1,000 steps, over the runs that have such; `warned`: of the runs that grok, the share that was
     near threshold at some evaluation before, within 1,000 steps of grokking. `given_up`: of the runs called "no
-    collapse" at some evaluation, the share that grokked all the same. None where there is no such run.
+    collapse" at some evaluation, the share that grokked all the same.
     """
 
     n: int
     evaluations: Counter[tuple[Phase, Outcome]]
     shares: dict[tuple[Phase, Outcome], float]
-    imminent: Estimate | None
-    warned: Estimate | None
-    given_up: Estimate | None
+    imminent: Estimate
+    warned: Estimate
+    given_up: Estimate
 
 
-def guide(runs: Sequence[MeasuredRun], baseline: Sequence[MeasuredRun]) -> Guide | None:
+def guide(runs: Runs, baseline: Runs) -> Guide | None:
     """Diagnose `runs` with the H* of `baseline`, the same seed left out; None without an H* or an evaluation."""
-    found = []
-    for run in runs:
-        known = [b.summary.h_star for b in baseline if b.seed != run.seed and b.summary.h_star is not None]
-        if known:
-            found.append((run, _diagnosed(run, float(np.mean(known)))))
-    found = [(run, rows) for run, rows in found if rows]
+    others = (mean_known(baseline.h_star[[seed != own for seed in baseline.seeds]]) for own in runs.seeds)
+    diagnosed = [
+        [] if np.isnan(threshold) else _diagnosed(row, t_grok, threshold, criterion)
+        for row, t_grok, threshold, criterion in zip(
+            runs.lines(runs.entropy, runs.norm, runs.test_accuracy),
+            runs.t_grok,
+            others,
+            runs.criteria,
+            strict=True,
+        )
+    ]
+    found = [(rows, grokked) for rows, grokked in zip(diagnosed, runs.grokked, strict=True) if rows]
     if not found:
         return None
-    evaluations = Counter(row for _, rows in found for row in rows)
-    shares = {key: float(np.mean([rows.count(key) / len(rows) for _, rows in found])) for key in evaluations}
-    near = Phase.NEAR_THRESHOLD
-    hits = [
-        [outcome is Outcome.SOON for phase, outcome in rows if phase is near]
-        for _, rows in found
-        if any(phase is near for phase, _ in rows)
-    ]
-    grokked = [rows for run, rows in found if run.summary.t_grok is not None]
-    doubted = [run for run, rows in found if any(phase is Phase.NO_COLLAPSE for phase, _ in rows)]
-    came = sum(run.summary.t_grok is not None for run in doubted)
+    evaluations = Counter(row for rows, _ in found for row in rows)
+    shares = {key: float(np.mean([rows.count(key) / len(rows) for rows, _ in found])) for key in evaluations}
+    near, doubted = Phase.NEAR_THRESHOLD, Phase.NO_COLLAPSE
+    hits = [[outcome is Outcome.SOON for phase, outcome in rows if phase is near] for rows, _ in found]
     return Guide(
         n=len(found),
         evaluations=evaluations,
         shares=shares,
-        imminent=over([float(np.mean(each)) for each in hits]),
-        warned=proportion(sum((near, Outcome.SOON) in rows for rows in grokked), len(grokked))
-        if grokked
-        else None,
-        given_up=proportion(came, len(doubted)) if doubted else None,
+        imminent=over(float(np.mean(each)) for each in hits if each),
+        warned=share((near, Outcome.SOON) in rows for rows, grokked in found if grokked),
+        given_up=share(grokked for rows, grokked in found if any(phase is doubted for phase, _ in rows)),
     )
 
 
-def _diagnosed(run: MeasuredRun, threshold: float) -> list[tuple[Phase, Outcome]]:
-    t, t_grok = run.trajectory, run.summary.t_grok
-    history = History(t.step, t.entropy, norm=t.parameter_norm)
+def _diagnosed(
+    run: tuple[Array, ...], t_grok: float, threshold: float, criterion: float
+) -> list[tuple[Phase, Outcome]]:
+    step, entropy, norm, accuracy = run
+    history = History(step, entropy, norm=norm)
     rows = []
-    for step, accuracy in zip(t.step.tolist(), t.test_accuracy.tolist(), strict=True):
-        if t_grok is not None and step >= t_grok:
+    for now, reached in zip(step.tolist(), accuracy.tolist(), strict=True):
+        if now >= t_grok:
             break
-        known = None if np.isnan(accuracy) else accuracy
-        phase = diagnose(
-            history.until(step), threshold=threshold, test_accuracy=known, criterion=run.levels.criterion
-        ).phase
-        rows.append((phase, _outcome(step, t_grok)))
+        known = None if np.isnan(reached) else reached
+        read = diagnose(history.until(now), threshold=threshold, test_accuracy=known, criterion=criterion)
+        rows.append((read.phase, _outcome(t_grok - now)))
     return rows
 
 
-def _outcome(step: int, t_grok: int | None) -> Outcome:
-    if t_grok is None:
+def _outcome(ahead: float) -> Outcome:
+    if np.isnan(ahead):
         return Outcome.NEVER
-    return Outcome.SOON if t_grok - step <= IMMINENT else Outcome.LATER
+    return Outcome.SOON if ahead <= IMMINENT else Outcome.LATER
 
 
 def claims(result: Forecasts) -> Findings:
     """Each claim of the paper that E5 speaks to, beside what the runs say."""
-    law, valid, comparable = result.law, result.validation, result.comparable
+    law, valid, comparable = result.law, result.validation, result.runs.comparable
     r_squared, gamma = parameter(law, "r_squared"), parameter(law, "gamma")
+    error, clock, advantage, better, warning = (UNKNOWN,) * 5
+    if valid is not None:
+        error, clock, advantage, better = valid.law, valid.clock, valid.advantage, valid.better
+        warning = valid.warning
+    against = f"clock: {in_percent(clock)}; law better in {counted(better)}"
     cost, table = result.cost, result.guide
     return {
         "e5.r2": Finding(worded(r_squared, ""), CLAIMS["e5.r2"].judge(r_squared, comparable=comparable)),
         "e5.gamma": Finding(worded(gamma, "", 2), CLAIMS["e5.gamma"].judge(gamma, comparable=comparable)),
-        "e5.left_out": Finding(
-            NONE if valid is None else in_percent(valid.law),
-            CLAIMS["e5.left_out"].judge(None if valid is None else valid.law, comparable=comparable),
-        ),
-        "e5.beats_clock": Finding(
-            NONE
-            if valid is None
-            else f"clock: {in_percent(valid.clock)}; law better in {counted(valid.better)}",
-            judge_positive(None if valid is None else valid.advantage),
-        ),
-        "e5.warning": Finding(
-            NONE if valid is None else worded(valid.warning),
-            CLAIMS["e5.warning"].judge(None if valid is None else valid.warning, comparable=comparable),
-        ),
+        "e5.left_out": Finding(in_percent(error), CLAIMS["e5.left_out"].judge(error, comparable=comparable)),
+        "e5.beats_clock": Finding(against if valid else NONE, judge_positive(advantage)),
+        "e5.warning": Finding(worded(warning), CLAIMS["e5.warning"].judge(warning, comparable=comparable)),
         "e5.imminent_at_crossing": Finding(
             f"{counted(result.saved.within)} that cross the H* of the other seeds",
             judge_share(result.saved.within),
@@ -430,14 +381,9 @@ def percent_of(value: float) -> str:
     return f"{decimal(100 * value, 1)} %"
 
 
-def in_percent(estimate: Estimate | None) -> str:
+def in_percent(estimate: Estimate) -> str:
     """Write a share with its interval in per cent with one decimal."""
-    if estimate is None:
-        return NONE
-    if estimate.low is None or estimate.high is None:
-        return f"{percent_of(estimate.value)} ({estimate.method})"
-    span = f"{percent_of(estimate.low)} to {percent_of(estimate.high)}"
-    return f"{percent_of(estimate.value)} ({100 * estimate.level:.0f} % CI {span}; n = {estimate.n})"
+    return worded(estimate, "", write=percent_of)
 
 
 def _cost(cost: Cost) -> str:
@@ -457,32 +403,30 @@ def _imminent(table: Guide | None) -> str:
     if table is None:
         return NONE
     said = f"of the runs that grok, {counted(table.warned)} were called so in the {IMMINENT:,} steps before"
-    if table.imminent is None:
+    if not table.imminent.known:
         return f"no run is called so before it groks; {said}"
     return f"grokking came within {IMMINENT:,} steps after {worded(table.imminent, '%')} of such evaluations; {said}"
 
 
 def _judge_guide(table: Guide | None) -> Verdict:
-    if table is None or table.warned is None:
+    if table is None or not table.warned.known:
         return Verdict.NOT_RUN
-    if table.imminent is None:
-        return Verdict.NOT_REPRODUCED
-    shares = table.imminent.value, table.warned.value
-    if min(shares) >= 0.9:
+    both = min(table.imminent.value, table.warned.value) if table.imminent.known else 0.0
+    if both >= 0.9:
         return Verdict.REPRODUCED
-    return Verdict.IN_PART if min(shares) >= 0.5 else Verdict.NOT_REPRODUCED
+    return Verdict.IN_PART if both >= 0.5 else Verdict.NOT_REPRODUCED
 
 
 def _given_up(table: Guide | None) -> str:
     if table is None:
         return NONE
-    return "no run is called so" if table.given_up is None else f"{counted(table.given_up)} called so grokked"
+    return f"{counted(table.given_up)} called so grokked" if table.given_up.known else "no run is called so"
 
 
 def _judge_given_up(table: Guide | None) -> Verdict:
     if table is None:
         return Verdict.NOT_RUN
-    if table.given_up is None:
+    if not table.given_up.known:
         return Verdict.NO_CASE
     if table.given_up.value <= 0.1:
         return Verdict.REPRODUCED
@@ -492,7 +436,7 @@ def _judge_given_up(table: Guide | None) -> Verdict:
 def headline(result: Forecasts) -> str:
     """Say in a few sentences what the runs show."""
     said, saved = "No run crosses the H* of the other seeds, so none is stopped early.", result.saved
-    if saved.grokked is not None and saved.saved is not None and saved.saved_by_accuracy is not None:
+    if saved.grokked.known:
         said = (
             f"Stopping {steps(AFTER)} steps after H falls below the H* of the other seeds stops "
             f"{counted(saved.grokked)} at the criterion and saves {percent(saved.saved.value)} of the budget; stopping "
@@ -520,6 +464,22 @@ def section(result: Forecasts) -> Section:
             *_guide_blocks(result.guide),
         ),
     )
+
+
+def remaining_against_gap(
+    gap: Sequence[np.ndarray], remaining: Sequence[np.ndarray], curve: tuple[np.ndarray, np.ndarray]
+) -> Figure:
+    """Draw the steps that remain against H − H*, one line a run, with the fitted law."""
+    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
+    axes = figure.subplots()
+    for x, y in zip(gap, remaining, strict=True):
+        axes.plot(x, y, "o-", color=LIGHT.entropy, markersize=3, linewidth=0.6, alpha=0.6)
+    axes.plot([], [], "o-", color=LIGHT.entropy, markersize=3, linewidth=0.6, label="runs")
+    axes.plot(*curve, color=LIGHT.ink, linewidth=2.2, label="fitted law")
+    axes.set(xlabel="H − H* (no unit)", ylabel="steps until T_grok", ylim=(0, None), xlim=(0, None))
+    axes.yaxis.set_major_formatter(THOUSANDS)
+    axes.legend(loc="best")
+    return figure
 
 
 def _law_blocks(result: Forecasts) -> list[Block]:
@@ -559,9 +519,7 @@ def _law_blocks(result: Forecasts) -> list[Block]:
         ),
         drawn(
             "e5-law",
-            functools.partial(
-                e4_predictors.remaining_against_gap, gaps, left, (grid, law.remaining(grid + law.h_star))
-            ),
+            functools.partial(remaining_against_gap, gaps, left, (grid, law.remaining(grid + law.h_star))),
             "In the manner of the paper's Figure 4(b): steps until T_grok against the gap, with the law.",
             "Remaining steps against the entropy gap, one line a run, and the fitted curve.",
         ),
@@ -590,7 +548,7 @@ def _validation_blocks(result: Forecasts) -> list[Block]:
     for k, held_out in enumerate(valid.runs.runs):
         rows.append(
             (
-                str(result.runs[held_out.run].seed),
+                str(result.runs.seeds[held_out.run]),
                 steps(held_out.t_grok),
                 decimal(held_out.law.h_star),
                 decimal(held_out.law.gamma, 2),
@@ -637,25 +595,25 @@ def _savings_blocks(result: Forecasts) -> list[Block]:
         Table(
             "Every run stopped by its entropy. Accuracy at the stop: the last evaluation until then.",
             ("seed", "T_grok", "T_cross", "stopped at", "test accuracy then", "at the end", "saved"),
-            tuple(_stop_row(stop, saved.budget) for stop in saved.stops),
+            _stop_rows(result),
             tuple(range(7)),
         ),
     ]
-    if result.long:
+    if len(long := result.long):
         rows = []
-        for run in result.long:
-            t, s = run.trajectory, run.summary
-            after = t.step >= (s.t_grok_sustained if s.t_grok_sustained is not None else np.inf)
-            worst = float(t.test_accuracy[after].min()) if after.any() else None
-            below = float((t.test_accuracy[after] < run.levels.criterion).mean()) if after.any() else None
-            span_h = (
-                f"{decimal(float(np.nanmin(t.entropy[after])))} to "
-                f"{decimal(float(np.nanmax(t.entropy[after])))}"
-                if after.any() and np.isfinite(t.entropy[after]).any()
-                else NONE
-            )
+        after = long.step >= long.t_grok_sustained[:, None]
+        for i, seed in enumerate(long.seeds):
+            accuracy, h = long.test_accuracy[i][after[i]], long.entropy[i][after[i]]
+            usable = h[~np.isnan(h)]
             rows.append(
-                (str(run.seed), steps(s.t_grok), steps(s.last_step), percent(worst), percent(below), span_h)
+                (
+                    str(seed),
+                    steps(long.t_grok[i]),
+                    steps(long.end[i]),
+                    percent(accuracy.min()) if accuracy.size else NONE,
+                    percent((accuracy < long.criteria[i]).mean()) if accuracy.size else NONE,
+                    f"{decimal(usable.min())} to {decimal(usable.max())}" if usable.size else NONE,
+                )
             )
         blocks.append(
             Table(
@@ -671,15 +629,20 @@ def _savings_blocks(result: Forecasts) -> list[Block]:
     return blocks
 
 
-def _stop_row(stop: Stop, budget: int) -> tuple[str, ...]:
-    return (
-        str(stop.seed),
-        steps(stop.t_grok),
-        steps(stop.crossed),
-        steps(stop.step),
-        percent(stop.accuracy),
-        f"{percent(stop.final_accuracy)} ({steps(stop.final_step)})",
-        percent(0.0 if stop.step is None else 1 - min(stop.step, budget) / budget),
+def _stop_rows(result: Forecasts) -> tuple[tuple[str, ...], ...]:
+    runs, saved = result.runs, result.saved
+    final = runs.at(runs.test_accuracy, runs.end)
+    return tuple(
+        (
+            str(seed),
+            steps(runs.t_grok[i]),
+            steps(saved.crossed[i]),
+            steps(saved.step[i]),
+            percent(saved.accuracy[i]),
+            f"{percent(final[i])} ({steps(runs.end[i])})",
+            percent(_part(saved.step, saved.budget)[i]),
+        )
+        for i, seed in enumerate(runs.seeds)
     )
 
 
@@ -725,3 +688,14 @@ def _guide_blocks(guide: Guide | None) -> list[Block]:
 
 def _tenths(share: float) -> str:
     return f"{decimal(100 * share, 1)} %"
+
+
+EXPERIMENT = Experiment(
+    "e5",
+    "Does a power law forecast the time of grokking?",
+    ("e1", "e2", "e3", "e5", "e7"),
+    analyse,
+    headline,
+    claims,
+    section,
+)

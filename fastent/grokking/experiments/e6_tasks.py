@@ -22,26 +22,35 @@ from fastent.grokking.experiments import leads
 from fastent.grokking.experiments.claims import (
     CLAIMS,
     NONE,
+    Experiment,
     Finding,
     Findings,
     counted,
     decimal,
+    judge_positive,
     judge_share,
     judge_value,
+    of,
     percent,
     span,
     steps,
     worded,
 )
-from fastent.grokking.experiments.data import StoredRun, column, over, values_at
-from fastent.grokking.experiments.delays import Group, judge_positive
+from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.e1_lead import paper_window
 from fastent.grokking.experiments.figures import CROSS, FALL, GROK, LIGHT, WIDTH, drawn
 from fastent.grokking.experiments.leads import Leads
-from fastent.grokking.experiments.statistics import Estimate, log_rank, proportion, restricted_mean, welch
+from fastent.grokking.experiments.statistics import (
+    UNKNOWN,
+    Estimate,
+    log_rank,
+    over,
+    restricted_mean,
+    share,
+    welch,
+)
 from fastent.train.presets import TrainConfig
-from fastent.train.quantities import WINDOW
 from fastent.train.tasks import make_task
 
 TITLE = "E6: do other tasks and groups show the same?"
@@ -71,46 +80,30 @@ class Tasks:
     contrast: Difference | None
 
 
-def analyse(runs: Sequence[StoredRun]) -> Tasks | None:
-    """Set the tasks side by side; None if no run is E6's.
-
-    Parameters
-    ----------
-    runs : sequence of StoredRun
-        Complete runs of E1 and E6.
-    """
-    if not any(run.experiment == "e6" for run in runs):
+def analyse(runs: Runs) -> Tasks | None:
+    """Set the tasks of E6 beside E1's addition; None if no run is E6's."""
+    if not len(runs.select("e6")):
         return None
-
-    def task(name: str, experiment: str = "e6", condition: str = "baseline", of: str = "") -> Task | None:
-        kept = [
-            run
-            for run in runs
-            if (run.experiment, run.config["task"]) == (experiment, of or name)
-            and (
-                run.condition == condition
-                or (condition.endswith("-") and run.condition.startswith(condition))
-            )
-        ]
-        return task_of(name, kept) if kept else None
-
-    found = {"add": task("add", "e1"), **{name: task(name) for name in ("mul", "sub", "s5")}}
-    own = "with-own-tokens"
+    tasks = {"add": runs.select("e1", "baseline", "add")}
+    tasks |= {name: runs.select("e6", "baseline", name) for name in ("mul", "sub", "s5")}
+    found = {name: task_of(name, each) for name, each in tasks.items() if len(each)}
+    own = functools.partial(runs.select, "e6", "with-own-tokens")
+    less = runs.select("e6", task="add")
     pairs = (
-        (
-            task("addition modulo p - 1", condition="with-modulus-", of="add"),
-            task("mul_nonzero"),
-        ),
-        (
-            task("addition, own tokens", condition=own, of="add"),
-            task("subtraction, own tokens", condition=own, of="sub"),
-        ),
+        {
+            "addition modulo p - 1": less[[run.condition.startswith("with-modulus-") for run in less.stored]],
+            "mul_nonzero": runs.select("e6", "baseline", "mul_nonzero"),
+        },
+        {"addition, own tokens": own(task="add"), "subtraction, own tokens": own(task="sub")},
     )
-    add, sub = found["add"], found["sub"]
     return Tasks(
-        tasks={name: each for name, each in found.items() if each is not None},
-        controls=tuple(difference(a, b) for a, b in pairs if a is not None and b is not None),
-        contrast=None if add is None or sub is None else difference(add, sub),
+        tasks=found,
+        controls=tuple(
+            difference(*(task_of(name, each) for name, each in pair.items()))
+            for pair in pairs
+            if all(len(each) for each in pair.values())
+        ),
+        contrast=difference(found["add"], found["sub"]) if {"add", "sub"} <= set(found) else None,
     )
 
 
@@ -142,7 +135,7 @@ def claims(result: Tasks) -> Findings:
     if s5 is not None:
         found["e6.s5_window"] = Finding(
             counted(s5.fall.preceding),
-            CLAIMS["e6.s5_window"].judge(s5.fall.preceding, comparable=s5.comparable),
+            CLAIMS["e6.s5_window"].judge(s5.fall.preceding, comparable=s5.runs.comparable),
         )
     if s5 is not None and add is not None:
         gap = difference(add, s5)
@@ -162,8 +155,8 @@ def _row(name: str, task: Task) -> Finding:
         f"{counted(task.grokked)}; T_grok {worded(task.t_grok)}; H* {worded(task.h_star, '')}",
         _worst(
             judge_share(task.grokked),
-            judge_value(t_grok, task.t_grok, comparable=task.comparable),
-            judge_value(h_star, task.h_star, comparable=task.comparable),
+            judge_value(t_grok, task.t_grok, comparable=task.runs.comparable),
+            judge_value(h_star, task.h_star, comparable=task.runs.comparable),
         ),
     )
 
@@ -178,15 +171,14 @@ def _worst(*verdicts: Verdict) -> Verdict:
     return min(judged, key=order.index)
 
 
-def _pooled(tasks: Sequence[Task]) -> Estimate | None:
-    shares = [task.left_out.preceding for task in tasks if task.left_out.preceding is not None]
-    n = sum(share.n for share in shares)
-    return proportion(round(sum(share.value * share.n for share in shares)), n) if n else None
+def _pooled(tasks: Sequence[Task]) -> Estimate:
+    """Share of the grokked runs of all tasks that are preceded."""
+    return share(x > 0 for task in tasks for x in task.left_out.leads[task.runs.grokked])
 
 
 def _means(result: Tasks) -> dict[str, Estimate]:
     found = {name: result.tasks[name].h_star for name in ("add", "mul", "sub") if name in result.tasks}
-    return {name: h for name, h in found.items() if h is not None}
+    return {name: h for name, h in found.items() if h.known}
 
 
 def _modular(result: Tasks) -> str:
@@ -209,41 +201,32 @@ def _judge_modular(result: Tasks) -> Verdict:
 
 
 def _rows_alike(result: Tasks) -> str:
-    rows = [result.tasks.get(name) for name in ("mul", "sub")]
-    return "; ".join(
-        f"{NAMES[task.name]} {worded(task.t_grok)}, H* {worded(task.h_star, '')}"
-        for task in rows
-        if task is not None
-    )
+    rows = [result.tasks[name] for name in ("mul", "sub") if name in result.tasks]
+    return "; ".join(f"{row.title} {worded(row.t_grok)}, H* {worded(row.h_star, '')}" for row in rows)
 
 
 def _judge_rows(result: Tasks) -> Verdict:
     mul, sub = result.tasks.get("mul"), result.tasks.get("sub")
-    if mul is None or sub is None:
+    if not (mul and sub):
         return Verdict.NOT_RUN
     pairs = ((mul.t_grok, sub.t_grok, 0), (mul.h_star, sub.h_star, 3))
-    if any(a is None or b is None for a, b, _ in pairs):
+    if not all(a.known and b.known for a, b, _ in pairs):
         return Verdict.NOT_RUN
-    if all(a and b and round(a.value, digits) == round(b.value, digits) for a, b, digits in pairs):
+    if all(round(a.value, digits) == round(b.value, digits) for a, b, digits in pairs):
         return Verdict.REPRODUCED
-    return Verdict.IN_PART if all(a and b and _overlap(a, b) for a, b, _ in pairs) else Verdict.NOT_REPRODUCED
-
-
-def _overlap(a: Estimate, b: Estimate) -> bool:
-    if a.low is None or a.high is None or b.low is None or b.high is None:
-        return False
-    return a.low <= b.high and b.low <= a.high
+    overlap = all(a.low <= b.high and b.low <= a.high for a, b, _ in pairs)
+    return Verdict.IN_PART if overlap else Verdict.NOT_REPRODUCED
 
 
 def _judge_controls(controls: Sequence[Difference]) -> Verdict:
-    answers = [agrees(each) for each in controls]
+    answers = [each.agrees for each in controls]
     if False in answers:
         return Verdict.NOT_AS_EXPECTED
     return Verdict.NOT_RUN if None in answers else Verdict.AS_EXPECTED
 
 
 def _worded_difference(each: Difference) -> str:
-    names = f"{title(each.second)} less {title(each.first)}"
+    names = f"{each.second.title} less {each.first.title}"
     return f"{names}: T_grok {worded(each.t_grok)}, H* {worded(each.h_star, '')}"
 
 
@@ -251,14 +234,12 @@ def headline(result: Tasks) -> str:
     """Say in a few sentences what the tasks show."""
     parts = []
     for task in result.tasks.values():
-        runs = len(task.group.stored)
-        grokked = round(task.grokked.value * runs)
-        said = f"{title(task)} {grokked} of {runs}"
-        if task.t_grok is not None and task.h_star is not None:
+        said = f"{task.title} {of(task.grokked)}"
+        if task.t_grok.known and task.h_star.known:
             said += f" at {steps(task.t_grok.value)} steps with H* {decimal(task.h_star.value)}"
         parts.append(said)
     text = f"E6: runs that grok: {'; '.join(parts)}."
-    judged = [answer for each in result.controls if (answer := agrees(each)) is not None]
+    judged = [answer for each in result.controls if (answer := each.agrees) is not None]
     if judged:
         alike = sum(judged)
         text += f" {alike} of {len(judged)} pairs of tasks that are one under other names agree within their intervals."
@@ -274,7 +255,7 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """The runs of one task.
 
@@ -283,85 +264,72 @@ class Task:
     """
 
     name: str
-    group: Group
-    comparable: bool
+    runs: Runs
     grokked: Estimate
-    t_grok: Estimate | None
-    h_star: Estimate | None
+    t_grok: Estimate
+    h_star: Estimate
     left_out: Leads
     fall: Leads
 
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return NAMES.get(self.name, self.name)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Difference:
-    """One task against another: T_grok in steps and H*, the second's less the first's; None where no run groks."""
+    """One task against another: T_grok in steps and H*, the second's less the first's."""
 
     first: Task
     second: Task
-    t_grok: Estimate | None
-    h_star: Estimate | None
+    t_grok: Estimate
+    h_star: Estimate
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether 0 lies in the interval of each of its differences; None if one has no interval."""
+        parts = (self.t_grok, self.h_star)
+        return all(e.low <= 0 <= e.high for e in parts) if all(e.bounded for e in parts) else None
 
 
-def task_of(name: str, runs: Sequence[StoredRun]) -> Task:
-    """Measure the complete runs of a task."""
-    group = Group.of(name, runs)
-    times = group.times
-    t_grok = None
-    if times.censored == 0:
-        t_grok = over(times.values)
-    elif times.censored < times.n:
-        t_grok = restricted_mean(times, _limit(group))
+def task_of(name: str, runs: Runs) -> Task:
+    """Measure the runs of a task."""
+    times = runs.times
+    t_grok = over(times.values)
+    if times.censored:
+        t_grok = (
+            restricted_mean(times, runs.setting("max_steps").min()) if times.censored < times.n else UNKNOWN
+        )
     return Task(
         name=name,
-        group=group,
-        comparable=all(run.preset == ("paper", {}) for run in runs),
-        grokked=proportion(times.n - times.censored, times.n),
+        runs=runs,
+        grokked=share(runs.grokked),
         t_grok=t_grok,
-        h_star=over([run.summary.h_star for run in group.measured]),
-        left_out=leads.left_out_threshold(group.measured),
-        fall=leads.collapse(group.measured, window=paper_window(group.measured) or WINDOW),
+        h_star=over(runs.h_star),
+        left_out=leads.left_out_threshold(runs),
+        fall=leads.collapse(runs, window=paper_window(runs)),
     )
-
-
-def _limit(*groups: Group) -> float:
-    return float(min(run.config["max_steps"] for group in groups for run in group.stored))
 
 
 def difference(first: Task, second: Task) -> Difference:
     """Compare two tasks; their runs share nothing."""
-    a, b = ([r.summary.h_star for r in task.group.measured if r.summary.h_star] for task in (first, second))
-    t_grok = None
+    a, b = (task.runs.h_star[~np.isnan(task.runs.h_star)] for task in (first, second))
+    t_grok = UNKNOWN
     if first.grokked.value == second.grokked.value == 1:
         # Greenwood's interval of a few runs is far too narrow; Welch's is right for normal times.
-        t_grok = welch(first.group.times.values, second.group.times.values)
+        t_grok = welch(first.runs.t_grok, second.runs.t_grok)
     elif first.grokked.value + second.grokked.value > 0:
-        limit = _limit(first.group, second.group)
-        t_grok = log_rank(first.group.times, second.group.times, limit).effect
-    return Difference(first, second, t_grok, welch(a, b) if a and b else None)
+        limit = min(task.runs.setting("max_steps").min() for task in (first, second))
+        t_grok = log_rank(first.runs.times, second.runs.times, limit).effect
+    return Difference(first, second, t_grok, welch(a, b) if a.size and b.size else UNKNOWN)
 
 
-def agrees(difference: Difference) -> bool | None:
-    """Whether 0 lies in the interval of each of its differences; None if one has no interval."""
-    parts = (difference.t_grok, difference.h_star)
-    if any(part is None or part.low is None or part.high is None for part in parts):
-        return None
-    return all(part is not None and (part.low or 0) <= 0 <= (part.high or 0) for part in parts)
-
-
-def title(task: Task) -> str:
-    """Write the name of a task for people."""
-    return NAMES.get(task.name, task.name)
-
-
-def shares_at(task: Task, name: str) -> tuple[Estimate | None, ...]:
+def shares_at(task: Task, name: str) -> tuple[Estimate, ...]:
     """Mean of a column at T_mem, at T_grok and at the end of the task's runs."""
-    group = task.group
-    moments = (
-        [run.summary.t_mem for run in group.measured],
-        [run.summary.t_grok for run in group.measured],
-        [run.summary.last_step for run in group.measured],
+    return tuple(
+        over(task.runs.at(name, step)) for step in (task.runs.t_mem, task.runs.t_grok, task.runs.end)
     )
-    return tuple(over(values_at(group.stored, group.measured, name, at)) for at in moments)
 
 
 def chance_shares() -> dict[str, float]:
@@ -382,23 +350,23 @@ def trajectories(result: Tasks) -> Figure:
     grid = figure.subplots(2, len(tasks), sharex="col", sharey="row", squeeze=False)
     for place, task in enumerate(tasks):
         a, b = grid[:, place]
-        signals = zip(task.group.measured, task.left_out.times, task.fall.times, strict=True)
-        for run, crossed, fell in signals:
-            step = run.trajectory.step
-            a.plot(step, run.trajectory.train_accuracy, color=LIGHT.train, linestyle=DASHED, linewidth=0.9)
-            a.plot(step, run.trajectory.test_accuracy, color=LIGHT.test, linewidth=1.1)
-            b.plot(step, run.trajectory.entropy, color=LIGHT.entropy, linewidth=1.1)
+        runs = task.runs
+        columns = runs.lines(runs.train_accuracy, runs.test_accuracy, runs.entropy)
+        for i, (step, train, test, entropy) in enumerate(columns):
+            a.plot(step, train, color=LIGHT.train, linestyle=DASHED, linewidth=0.9)
+            a.plot(step, test, color=LIGHT.test, linewidth=1.1)
+            b.plot(step, entropy, color=LIGHT.entropy, linewidth=1.1)
             marks = (
-                (fell, FALL, LIGHT.signal),
-                (crossed, CROSS, LIGHT.signal),
-                (run.summary.t_grok, GROK, LIGHT.ink),
+                (task.fall.times[i], FALL, LIGHT.signal),
+                (task.left_out.times[i], CROSS, LIGHT.signal),
+                (runs.t_grok[i], GROK, LIGHT.ink),
             )
             for at, marker, colour in marks:
                 here = step == at
-                b.plot(step[here], run.trajectory.entropy[here], color=colour, **marker)
-        if task.h_star is not None:
+                b.plot(step[here], entropy[here], color=colour, **marker)
+        if task.h_star.known:
             b.axhline(task.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
-        a.set(title=title(task).capitalize() if task.name != "s5" else "S5", ylim=(-0.03, 1.05))
+        a.set(title=task.title.capitalize() if task.name != "s5" else "S5", ylim=(-0.03, 1.05))
         b.set_xlabel("training step")
         b.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         b.xaxis.set_major_locator(MaxNLocator(3))
@@ -423,16 +391,15 @@ def isotypic(task: Task) -> Figure:
     chance = chance_shares()
     figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
-    for axes, (name, share) in zip(panels.ravel(), chance.items(), strict=True):
-        for stored, run in zip(task.group.stored, task.group.measured, strict=True):
-            values = column(stored, f"isotypic_{name}")
-            if values is None:
+    for axes, (name, part) in zip(panels.ravel(), chance.items(), strict=True):
+        for i, (step, values) in enumerate(task.runs.lines(f"isotypic_{name}")):
+            if np.isnan(values).all():
                 continue
-            axes.plot(run.trajectory.step, values, color=LIGHT.norm, linewidth=1.1)
-            here = run.trajectory.step == run.summary.t_grok
-            axes.plot(run.trajectory.step[here], values[here], color=LIGHT.ink, **GROK)
-        axes.axhline(share, color=LIGHT.train, linestyle=DOTTED, linewidth=1.2)
-        axes.set(title=f"({', '.join(name)}), dimension {round(np.sqrt(119 * share))}", ylim=(-0.03, 1.03))
+            axes.plot(step, values, color=LIGHT.norm, linewidth=1.1)
+            here = step == task.runs.t_grok[i]
+            axes.plot(step[here], values[here], color=LIGHT.ink, **GROK)
+        axes.axhline(part, color=LIGHT.train, linestyle=DOTTED, linewidth=1.2)
+        axes.set(title=f"({', '.join(name)}), dimension {round(np.sqrt(119 * part))}", ylim=(-0.03, 1.03))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.xaxis.set_major_locator(MaxNLocator(4))
     for axes in panels[:, 0]:
@@ -471,10 +438,10 @@ def section(result: Tasks) -> Section:
             _pairs_table(pairs, result.contrast),
         ]
     cyclic = [task for task in (*result.tasks.values(), *controls) if task.name != "s5"]
-    if any(estimate is not None for task in cyclic for estimate in shares_at(task, "top_share")):
+    if any(estimate.known for task in cyclic for estimate in shares_at(task, "top_share")):
         blocks.append(_frequencies_table(cyclic))
     s5 = result.tasks.get("s5")
-    if s5 is not None and any(e is not None for e in shares_at(s5, "isotypic_41")):
+    if s5 is not None and any(e.known for e in shares_at(s5, "isotypic_41")):
         blocks += [
             Text(
                 "Functions on S5 fall apart into seven parts, one for each irreducible representation ρ, by "
@@ -499,7 +466,7 @@ def _tasks_table(tasks: Sequence[Task]) -> Table:
         printed = PAPER.get(task.name)
         rows.append(
             (
-                title(task),
+                task.title,
                 "S5, not abelian" if task.name == "s5" else "cyclic",
                 counted(task.grokked),
                 NONE if printed is None else steps(printed[0]),
@@ -526,11 +493,11 @@ def _tasks_table(tasks: Sequence[Task]) -> Table:
 def _pairs_table(pairs: Sequence[Difference], contrast: Difference | None) -> Table:
     rows = [
         (
-            f"{title(pair.second)} less {title(pair.first)}",
+            f"{pair.second.title} less {pair.first.title}",
             "no" if pair is contrast else "yes",
             worded(pair.t_grok),
             worded(pair.h_star, "", 4),
-            {True: "yes", False: "no", None: NONE}[agrees(pair)],
+            {True: "yes", False: "no", None: NONE}[pair.agrees],
         )
         for pair in pairs
     ]
@@ -547,7 +514,7 @@ def _frequencies_table(tasks: Sequence[Task]) -> Table:
     for task in tasks:
         top, frequencies = shares_at(task, "top_share"), shares_at(task, "frequencies")
         label, aligned = shares_at(task, "label_share"), shares_at(task, "alignment")
-        rows.append((title(task), _arrows(label), _arrows(top), _arrows(frequencies, 1), _arrows(aligned)))
+        rows.append((task.title, _arrows(label), _arrows(top), _arrows(frequencies, 1), _arrows(aligned)))
     caption = (
         "Spectra over the group, means over the runs at T_mem → T_grok → the end: share of the variance of test "
         "representations between labels; of that the five strongest frequencies, and how many take part; the "
@@ -572,5 +539,10 @@ def _isotypic_table(task: Task) -> Table:
     return Table(caption, columns, tuple(rows), (1,))
 
 
-def _arrows(estimates: Sequence[Estimate | None], digits: int = 2) -> str:
-    return " → ".join(decimal(None if e is None else e.value, digits) for e in estimates)
+def _arrows(estimates: Sequence[Estimate], digits: int = 2) -> str:
+    return " → ".join(decimal(e.value, digits) for e in estimates)
+
+
+EXPERIMENT = Experiment(
+    "e6", "Do other tasks and groups show the same?", ("e1", "e6"), analyse, headline, claims, section
+)

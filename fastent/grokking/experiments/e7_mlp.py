@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fastent.grokking.experiments import leads
 from fastent.grokking.experiments.claims import (
     NONE,
+    Experiment,
     Finding,
     Findings,
     counted,
@@ -32,15 +34,14 @@ from fastent.grokking.experiments.claims import (
     steps,
     worded,
 )
-from fastent.grokking.experiments.data import StoredRun, column, over, values_at
-from fastent.grokking.experiments.delays import Group
+from fastent.grokking.experiments.data import Runs, StoredRun
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.e1_lead import paper_window
 from fastent.grokking.experiments.figures import GROK, LIGHT, WIDTH, drawn
 from fastent.grokking.experiments.jobs import MLPS
-from fastent.grokking.experiments.statistics import Estimate, proportion
+from fastent.grokking.experiments.statistics import Estimate, Mask, over, share
 from fastent.train.presets import TrainConfig
-from fastent.train.quantities import WINDOW, Array, MeasuredRun, first_below, first_reaching
+from fastent.train.quantities import Array
 from fastent.train.tasks import make_task
 
 TITLE = "E7: is the collapse sufficient?"
@@ -48,75 +49,66 @@ TITLE = "E7: is the collapse sufficient?"
 MEMORISED_BY = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sufficiency:
     """Analysis of the complete runs of E7 beside E1's.
 
-    `h_star` is the Transformers' mean H at T_grok, None if none groks; `mlps` are in the order of `MLPS`, those with
-    no run left out.
+    `h_star` is the Transformers' mean H at T_grok; `mlps` are in the order of `MLPS`, those with no run left out.
     """
 
     transformer: Model
-    h_star: Estimate | None
+    h_star: Estimate
     mlps: tuple[Model, ...]
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """All, the Transformer first."""
+        return (self.transformer, *self.mlps)
 
     @property
     def plainest(self) -> tuple[Model, ...]:
         """MLPs that differ from the Transformer's settings in the model alone."""
         names = [mlp.condition for mlp in MLPS[:2]]
-        return tuple(model for model in self.mlps if model.group.condition in names)
+        return tuple(model for model in self.mlps if model.runs.condition in names)
 
 
-def analyse(runs: Sequence[StoredRun]) -> Sufficiency | None:
-    """Compare the MLPs with the Transformers; None without a run of an MLP.
-
-    Parameters
-    ----------
-    runs : sequence of StoredRun
-        Complete runs of E1 and E7.
-    """
-    base = Group.of("baseline", [r for r in runs if r.experiment == "e1" and r.condition == "baseline"])
-    h_star = over([run.summary.h_star for run in base.measured])
-    mlps = [r for r in runs if r.experiment == "e7"]
-    if not mlps:
+def analyse(runs: Runs) -> Sufficiency | None:
+    """Compare E7's MLPs with E1's Transformers; None without a run of an MLP."""
+    base = runs.select("e1", "baseline")
+    h_star = over(base.h_star)
+    mlps = {mlp.label: runs.select("e7", mlp.condition) for mlp in MLPS}
+    if not len(runs.select("e7")):
         return None
 
-    def model(label: str, group: Group) -> Model:
-        below = tuple(
-            None if h_star is None else first_below(r.trajectory.step, r.trajectory.entropy, h_star.value)
-            for r in group.measured
-        )
-        outcomes = tuple(outcome_of(run, h_star) for run in group.measured)
-        return Model(label, group, below, outcomes)
+    def model(label: str, runs: Runs) -> Model:
+        return Model(label, runs, runs.first_below(h_star.value), outcomes_of(runs, h_star.value))
 
-    groups = [
-        (mlp.label, Group.of(mlp.condition, [r for r in mlps if r.condition == mlp.condition]))
-        for mlp in MLPS
-    ]
     return Sufficiency(
         transformer=model("Transformer", base),
         h_star=h_star,
-        mlps=tuple(model(label, group) for label, group in groups if group.stored),
+        mlps=tuple(model(label, each) for label, each in mlps.items() if len(each)),
     )
 
 
 def claims(result: Sufficiency) -> Findings:
     """Each claim of the paper that E7's runs speak to, beside what they say."""
-    everyone = [result.transformer, *result.mlps]
-    plain = _pooled(result.plainest, lambda model: [o == COLLAPSES for o in model.outcomes])
-    early = _pooled(
-        everyone, lambda m: [None if t is None else t <= MEMORISED_BY for t in _times(m, "t_mem")]
+    plain = share(o == COLLAPSES for model in result.plainest for o in model.outcomes)
+    memorised = np.concatenate([model.runs.t_mem for model in result.models])
+    early = share(memorised[~np.isnan(memorised)] <= MEMORISED_BY)
+    aligned = share(
+        value <= null
+        for model in result.mlps
+        for value, null in zip(model.at_end("alignment"), model.at_end("alignment_null"), strict=True)
+        if not np.isnan(value + null)
     )
-    aligned = _pooled(
-        result.mlps,
-        lambda m: [None if a is None or n is None else a <= n for a, n in _end_and_null(m)],
-    )
-    grows = _pooled([result.transformer], _grows)
-    grokked = _pooled(result.mlps, _fell_first)
+    transformers = result.transformer.runs
+    growth = result.transformer.at_end("alignment") - transformers.at("alignment", transformers.t_grok)
+    grows = share(growth[~np.isnan(growth)] > 0)
+    grokked = share(answer for model in result.mlps for answer in _fell_first(model))
     held = [model.label for model in result.mlps if model.holds.value == 1]
     return {
         "e7.mlp": Finding(
-            _said_of(result.plainest), Verdict.NOT_RUN if result.h_star is None else judge_share(plain)
+            _said_of(result.plainest), Verdict.NOT_RUN if not result.h_star.known else judge_share(plain)
         ),
         "e7.insufficient": Finding(_said_of_some(result, held), _judge_some(result)),
         "e7.necessary": Finding(counted(grokked), judge_share(grokked)),
@@ -128,34 +120,11 @@ def claims(result: Sufficiency) -> Findings:
     }
 
 
-def _pooled(models: Sequence[Model], holds: Callable[[Model], Sequence[bool | None]]) -> Estimate | None:
-    known = [answer for model in models for answer in holds(model) if answer is not None]
-    return proportion(sum(known), len(known)) if known else None
-
-
-def _times(model: Model, name: str) -> list[int | None]:
-    return [getattr(run.summary, name) for run in model.group.measured]
-
-
-def _end_and_null(model: Model) -> list[tuple[float | None, float | None]]:
-    return list(zip(model.at_end("alignment"), model.at_end("alignment_null"), strict=True))
-
-
-def _grows(model: Model) -> list[bool | None]:
-    at = values_at(model.group.stored, model.group.measured, "alignment", _times(model, "t_grok"))
-    pairs = zip(at, model.at_end("alignment"), strict=True)
-    return [None if a is None or b is None else b > a for a, b in pairs]
-
-
-def _fell_first(model: Model) -> list[bool | None]:
-    runs = model.group.measured
-    falls = leads.collapse(runs, window=paper_window(runs) or WINDOW).times
-    answers: list[bool | None] = []
-    for run, below, fell in zip(runs, model.below, falls, strict=True):
-        t_grok = run.summary.t_grok
-        signals = [t for t in (below, fell) if t is not None]
-        answers.append(None if t_grok is None else bool(signals) and min(signals) <= t_grok)
-    return answers
+def _fell_first(model: Model) -> Mask:
+    """Whether H fell below H* or collapsed by T_grok, of each run that grokked."""
+    runs = model.runs
+    signals = np.fmin(model.below, runs.first_collapse(window=paper_window(runs)))
+    return (signals <= runs.t_grok)[runs.grokked]
 
 
 def _said_of(models: Sequence[Model]) -> str:
@@ -165,7 +134,7 @@ def _said_of(models: Sequence[Model]) -> str:
 
 
 def _judge_some(result: Sufficiency) -> Verdict:
-    if result.h_star is None:
+    if not result.h_star.known:
         return Verdict.NOT_RUN
     shares = [model.holds.value for model in result.mlps]
     if max(shares) == 1:
@@ -189,8 +158,9 @@ def _said_of_some(result: Sufficiency, held: Sequence[str]) -> str:
 
 
 def _range(models: Sequence[Model]) -> str:
-    known = [a for model in models for a in model.at_end("alignment") if a is not None]
-    return f"{decimal(min(known), 2)} to {decimal(max(known), 2)}" if known else NONE
+    values = np.concatenate([model.at_end("alignment") for model in models])
+    known = values[~np.isnan(values)]
+    return f"{decimal(known.min(), 2)} to {decimal(known.max(), 2)}" if known.size else NONE
 
 
 def headline(result: Sufficiency) -> str:
@@ -198,7 +168,7 @@ def headline(result: Sufficiency) -> str:
     runs = sum(len(model.outcomes) for model in result.mlps)
     grokked = sum(model.outcomes.count("groks") for model in result.mlps)
     said = f"E7: {grokked} of {runs} MLP runs grok, of {len(result.mlps)} settings."
-    if result.h_star is None:
+    if not result.h_star.known:
         return said + " No Transformer groks, so there is no H* to say whether their entropy collapses."
     held = [model.label for model in result.mlps if model.holds.value == 1]
     if held:
@@ -235,97 +205,71 @@ LAST = 5
 """Evaluations at the end of a run whose median H says whether it has collapsed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """The runs of one model, `outcomes` as in `OUTCOMES` and `below` the first step with H under H*, by run."""
 
     label: str
-    group: Group
-    below: tuple[int | None, ...]
+    runs: Runs
+    below: Array
     outcomes: tuple[str, ...]
 
     @property
     def holds(self) -> Estimate:
         """Share of its runs that do what the paper says of its MLP."""
-        return proportion(self.outcomes.count(COLLAPSES), len(self.outcomes))
+        return share(outcome == COLLAPSES for outcome in self.outcomes)
 
-    def at_end(self, name: str) -> list[float | None]:
+    def at_end(self, name: str) -> Array:
         """Values of a column at the end of each run."""
-        ends = [run.summary.last_step for run in self.group.measured]
-        return values_at(self.group.stored, self.group.measured, name, ends)
+        return self.runs.at(name, self.runs.end)
 
-    def at_mem(self, name: str) -> list[float | None]:
-        """Values of a column at T_mem of each run."""
-        ends = [run.summary.t_mem for run in self.group.measured]
-        return values_at(self.group.stored, self.group.measured, name, ends)
-
-    def aligned(self) -> list[int | None]:
+    def aligned(self) -> Array:
         """First step of each run from which the alignment exceeds its null twice in a row after T_mem."""
-        return [
-            None
-            if run.summary.t_mem is None
-            else _twice(run, column(stored, "alignment"), _null_of(stored, run))
-            for stored, run in zip(self.group.stored, self.group.measured, strict=True)
-        ]
+        memorised = self.runs.step >= self.runs.t_mem[:, None]
+        above = self.runs.column("alignment") > self.runs.column("alignment_null")
+        return self.runs.first(above & memorised, in_a_row=2)
 
-    def signals(self) -> dict[str, list[int | None]]:
+    def signals(self) -> dict[str, Array]:
         """Date, by what it is in words, each thing that may say that a run will grok: a step for each run."""
-        runs = list(zip(self.group.stored, self.group.measured, strict=True))
-        falls = leads.collapse(self.group.measured, window=paper_window(self.group.measured) or WINDOW)
-        chance = [math.log(_classes(stored)) for stored, _ in runs]
+        runs = self.runs
+        fall = leads.collapse(runs, window=paper_window(runs))
+        chance = np.array([math.log(_classes(run)) for run in runs.stored])
         return {
             "alignment above its null": self.aligned(),
-            "half of the variance between labels in five frequencies": [
-                _twice(run, column(stored, "top_share"), 0.5) for stored, run in runs
-            ],
-            "restricted loss below half of chance": [
-                _twice(run, _negative(column(stored, "restricted_loss")), -loss / 2)
-                for (stored, run), loss in zip(runs, chance, strict=True)
-            ],
-            falls.source: list(falls.times),
-            "H below the Transformers' H*": list(self.below),
+            "half of the variance between labels in five frequencies": runs.first(
+                runs.column("top_share") > 0.5, in_a_row=2
+            ),
+            "restricted loss below half of chance": runs.first(
+                runs.column("restricted_loss") < chance[:, None] / 2, in_a_row=2
+            ),
+            fall.source: fall.times,
+            "H below the Transformers' H*": self.below,
         }
-
-
-def _null_of(stored: StoredRun, run: MeasuredRun) -> Array:
-    """Return the alignment's null from T_mem on; before, nothing exceeds it."""
-    null = column(stored, "alignment_null")
-    missing = np.full(len(run.trajectory.step), np.inf)
-    return (
-        missing if null is None else np.where(run.trajectory.step >= (run.summary.t_mem or 0), null, np.inf)
-    )
-
-
-def _negative(values: Array | None) -> Array | None:
-    return None if values is None else -values
-
-
-def _twice(run: MeasuredRun, values: Array | None, level: Array | float) -> int | None:
-    """Step of the first of two evaluations in a row with values above `level`; None if there is none."""
-    if values is None:
-        return None
-    return first_reaching(run.trajectory.step, np.where(values > level, 1.0, 0.0), 1.0, in_a_row=2)
 
 
 def _classes(run: StoredRun) -> int:
     return make_task(TrainConfig(**run.config)).classes
 
 
-def outcome_of(run: MeasuredRun, h_star: Estimate | None) -> str:
-    """Say which of `OUTCOMES` a run has, H* being the Transformers' mean; None if there is none."""
+def outcomes_of(runs: Runs, h_star: float) -> tuple[str, ...]:
+    """Say which of `OUTCOMES` each run has, H* being the Transformers' mean; NaN if there is none."""
     collapses, groks, half_way, dips, stays, never, unjudged = OUTCOMES
-    entropy = run.trajectory.entropy[~np.isnan(run.trajectory.entropy)]
-    if run.summary.t_grok is not None:
-        return groks
-    if run.summary.t_mem is None:
-        return never
-    if np.nanmax(run.trajectory.test_accuracy) > NEAR_ZERO:
-        return half_way
-    if h_star is None or entropy.size == 0:
-        return unjudged
-    if np.median(entropy[-LAST:]) < h_star.value:
-        return collapses
-    return dips if entropy.min() < h_star.value else stays
+    found = []
+    for i, (_, accuracy, entropy) in enumerate(runs.lines(runs.test_accuracy, runs.entropy)):
+        usable = entropy[~np.isnan(entropy)]
+        if runs.grokked[i]:
+            found.append(groks)
+        elif np.isnan(runs.t_mem[i]):
+            found.append(never)
+        elif np.nanmax(accuracy) > NEAR_ZERO:
+            found.append(half_way)
+        elif np.isnan(h_star) or usable.size == 0:
+            found.append(unjudged)
+        elif np.median(usable[-LAST:]) < h_star:
+            found.append(collapses)
+        else:
+            found.append(dips if usable.min() < h_star else stays)
+    return tuple(found)
 
 
 def told(model: Model) -> str:
@@ -335,8 +279,8 @@ def told(model: Model) -> str:
         count = model.outcomes.count(outcome)
         if count:
             parts.append(f"{count} of {len(model.outcomes)} {outcome}")
-    times = over([run.summary.t_grok for run in model.group.measured])
-    if times is not None:
+    times = over(model.runs.t_grok)
+    if times.known:
         parts.append(f"T_grok {steps(times.value)} on average")
     return ", ".join(parts)
 
@@ -350,17 +294,16 @@ def side_by_side(result: Sufficiency) -> Figure:
     models = (result.transformer, *result.plainest)
     figure, grid = _grid(models, 3, 7.8)
     for axes, model in zip(grid[0], models, strict=True):
-        for run in model.group.measured:
-            step = run.trajectory.step
-            axes.plot(step, run.trajectory.train_accuracy, color=LIGHT.train, linestyle=DASHED, linewidth=0.9)
-            axes.plot(step, run.trajectory.test_accuracy, color=LIGHT.test, linewidth=1.1)
+        for step, train, test in model.runs.lines(model.runs.train_accuracy, model.runs.test_accuracy):
+            axes.plot(step, train, color=LIGHT.train, linestyle=DASHED, linewidth=0.9)
+            axes.plot(step, test, color=LIGHT.test, linewidth=1.1)
         axes.set(title=model.label, ylim=(-0.03, 1.05))
     for axes, model in zip(grid[1], models, strict=True):
-        for run in model.group.measured:
-            axes.plot(run.trajectory.step, run.trajectory.entropy, color=LIGHT.entropy, linewidth=1.1)
-            here = run.trajectory.step == run.summary.t_grok
-            axes.plot(run.trajectory.step[here], run.trajectory.entropy[here], color=LIGHT.ink, **GROK)
-        if result.h_star is not None:
+        for i, (step, entropy) in enumerate(model.runs.lines(model.runs.entropy)):
+            axes.plot(step, entropy, color=LIGHT.entropy, linewidth=1.1)
+            here = step == model.runs.t_grok[i]
+            axes.plot(step[here], entropy[here], color=LIGHT.ink, **GROK)
+        if result.h_star.known:
             axes.axhline(result.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
     for axes, model in zip(grid[2], models, strict=True):
         _columns(axes, model, "alignment_null", LIGHT.train, DOTTED)
@@ -418,20 +361,14 @@ def settings(result: Sufficiency) -> Figure:
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     panels = grid.ravel()
     for axes, model in zip(panels, result.mlps, strict=False):
-        for run in model.group.measured:
-            axes.plot(run.trajectory.step, run.trajectory.test_accuracy, color=LIGHT.test, linewidth=1.1)
-            axes.plot(
-                run.trajectory.step,
-                run.trajectory.entropy,
-                color=LIGHT.entropy,
-                linewidth=1.1,
-                linestyle=DASHED,
-            )
-        if result.h_star is not None:
+        for step, test, entropy in model.runs.lines(model.runs.test_accuracy, model.runs.entropy):
+            axes.plot(step, test, color=LIGHT.test, linewidth=1.1)
+            axes.plot(step, entropy, color=LIGHT.entropy, linewidth=1.1, linestyle=DASHED)
+        if result.h_star.known:
             axes.axhline(result.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
         axes.set(title=model.label, ylim=(-0.03, 1.05), xlabel="training step")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.xaxis.set_major_locator(_few())
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     for axes in panels[len(result.mlps) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
@@ -446,27 +383,20 @@ def settings(result: Sufficiency) -> Figure:
     return figure
 
 
-def _few() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(4)
-
-
 def _grid(models: Sequence[Model], rows: int, height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     grid = figure.subplots(rows, len(models), sharex="col", sharey="row", squeeze=False)
     for axes in grid[-1]:
         axes.set_xlabel("training step")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.xaxis.set_major_locator(_few())
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     return figure, grid
 
 
 def _columns(axes: Axes, model: Model, name: str, colour: str, dash: Any) -> None:
-    for stored, run in zip(model.group.stored, model.group.measured, strict=True):
-        values = column(stored, name)
-        if values is not None:
-            axes.plot(run.trajectory.step, values, color=colour, linestyle=dash, linewidth=1.1)
+    for step, values in model.runs.lines(name):
+        if not np.isnan(values).all():
+            axes.plot(step, values, color=colour, linestyle=dash, linewidth=1.1)
 
 
 def _named(axes: Axes, label: str, series: dict[str, tuple[str, Any]]) -> None:
@@ -519,31 +449,25 @@ def section(result: Sufficiency) -> Section:
             "Every MLP, one line a run.",
             "Test accuracy and spectral entropy against the training step, one panel a setting.",
         ),
-        _runs_table([result.transformer, *result.mlps]),
+        _runs_table(result.models),
     ]
     return Section("e7", TITLE, tuple(blocks))
 
 
 def _models_table(result: Sufficiency) -> Table:
     rows = []
-    for model in (result.transformer, *result.mlps):
-        runs = model.group.measured
-        shown = (
-            over([r.summary.entropy_start for r in runs]),
-            over([r.summary.h_star for r in runs]),
-            over([r.summary.entropy_end for r in runs]),
-        )
+    for model in result.models:
+        runs = model.runs
+        shown = (runs.at(runs.entropy, runs.start), runs.h_star, runs.at(runs.entropy, runs.end))
+        ends = (model.at_end(name) for name in ("alignment", "alignment_null", "top_share"))
         rows.append(
             (
                 model.label,
                 told(model),
-                *(span(h, decimal) for h in shown),
-                f"{sum(t is not None for t in model.below)} of {len(runs)}",
-                span(over([r.summary.test_accuracy_end for r in runs]), percent),
-                *(
-                    span(over(model.at_end(name)), _two)
-                    for name in ("alignment", "alignment_null", "top_share")
-                ),
+                *(span(over(h), decimal) for h in shown),
+                f"{(~np.isnan(model.below)).sum()} of {len(runs)}",
+                span(over(runs.at(runs.test_accuracy, runs.end)), percent),
+                *(span(over(values), _two) for values in ends),
             )
         )
     caption = (
@@ -562,23 +486,19 @@ def _models_table(result: Sufficiency) -> Table:
 def _signals_table(models: Sequence[Model]) -> Table:
     rows = []
     for model in models:
-        if not model.group.stored:
+        runs, grokked = model.runs, model.runs.grokked
+        if not len(runs):
             continue
-        grokked = [run.summary.t_grok for run in model.group.measured]
-        n = sum(t is not None for t in grokked)
         for signal, times in model.signals().items():
-            found = [
-                None if t is None or at is None else t - at for t, at in zip(grokked, times, strict=True)
-            ]
-            known = [x for x in found if x is not None]
-            silent = [at for t, at in zip(grokked, times, strict=True) if t is None and at is not None]
+            found = runs.t_grok - times
+            silent = (~np.isnan(times) & ~grokked).sum()
             rows.append(
                 (
                     model.label,
                     signal,
-                    counted(proportion(sum(x > 0 for x in known), n)) if n else NONE,
-                    worded(over(known)),
-                    f"{len(silent)} of {len(grokked) - n}" if n < len(grokked) else NONE,
+                    counted(share(found[grokked] > 0)),
+                    worded(over(found)),
+                    NONE if grokked.all() else f"{silent} of {(~grokked).sum()}",
                 )
             )
     caption = (
@@ -591,42 +511,37 @@ def _signals_table(models: Sequence[Model]) -> Table:
 
 def _null(result: Sufficiency) -> str:
     """Mean over runs and evaluations of what the alignment is for permuted labels."""
-    means = [
-        float(np.nanmean(values))
-        for model in (result.transformer, *result.mlps)
-        for run in model.group.stored
-        if (values := column(run, "alignment_null_mean")) is not None
-    ]
-    return worded(over(means), "", 2)
+    rows = (values for model in result.models for values in model.runs.column("alignment_null_mean"))
+    return worded(over(map(leads.mean_known, rows)), "", 2)
 
 
-def _two(value: float | None) -> str:
+def _two(value: float) -> str:
     return decimal(value, 2)
 
 
 def _runs_table(models: Sequence[Model]) -> Table:
     rows = []
     for model in models:
-        further = {
-            name: (model.at_mem(name), model.at_end(name))
+        runs = model.runs
+        further = [
+            (runs.at(name, runs.t_mem), model.at_end(name))
             for name in ("alignment", "label_share", "top_share", "restricted_loss", "excluded_loss")
-        }
+        ]
         aligned, gini = model.aligned(), model.at_end("embedding_gini")
-        for i, (run, outcome) in enumerate(zip(model.group.measured, model.outcomes, strict=True)):
-            s = run.summary
-            pairs = [f"{_two(mem[i])} → {_two(end[i])}" for mem, end in further.values()]
+        for i, outcome in enumerate(model.outcomes):
+            pairs = [f"{_two(mem[i])} → {_two(end[i])}" for mem, end in further]
             rows.append(
                 (
                     model.label,
-                    str(run.seed),
+                    str(runs.seeds[i]),
                     outcome,
-                    steps(s.t_mem),
-                    steps(s.t_grok),
+                    steps(runs.t_mem[i]),
+                    steps(runs.t_grok[i]),
                     steps(model.below[i]),
                     steps(aligned[i]),
                     *(NONE if pair == f"{NONE} → {NONE}" else pair for pair in pairs),
                     _two(gini[i]),
-                    steps(s.last_step),
+                    steps(runs.end[i]),
                 )
             )
     caption = (
@@ -648,3 +563,14 @@ def _runs_table(models: Sequence[Model]) -> Table:
         *("five frequencies", "restricted loss", "excluded loss", "Gini", "last step"),
     )
     return Table(caption, columns, tuple(rows), (1, 3, 4, 5, 6, 12, 13))
+
+
+EXPERIMENT = Experiment(
+    "e7",
+    "Is the collapse sufficient? MLP against Transformer.",
+    ("e1", "e7"),
+    analyse,
+    headline,
+    claims,
+    section,
+)

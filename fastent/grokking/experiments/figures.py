@@ -12,7 +12,7 @@ import contextlib
 import functools
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,10 +23,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from fastent.grokking.experiments import document
-from fastent.train.quantities import MeasuredRun
+from fastent.grokking.experiments.data import Runs
+from fastent.grokking.experiments.statistics import Array
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,6 @@ class Theme:
 LIGHT = Theme("#ffffff", "#1c2430", "#c9d0d9", "#7a8594", "#0072b2", "#d55e00", "#009e73", "#a3477f")
 DARK = Theme("#12161c", "#e3e8ef", "#3a4452", "#9aa5b4", "#56b4e9", "#f08a3c", "#2fc79a", "#e08fc0")
 
-
-Array = NDArray[np.float64]
 
 WIDTH = 10.0  # inches; the page shows it at up to 1,090 px
 
@@ -138,17 +136,18 @@ def thousands(value: float, _: float) -> str:
     return f"{value:,.0f}".replace("-", "−")
 
 
-def lines(axes: Axes, runs: Sequence[MeasuredRun], name: str, *, colour: str, dash: Any, label: str) -> None:
-    """Draw a column of each run as a thin line, and their mean as a thick one."""
-    for run in runs:
-        y = getattr(run.trajectory, name)
-        axes.plot(run.trajectory.step, y, color=colour, linewidth=0.8, alpha=0.55, linestyle=dash)
-    step, mean = mean_over_runs(runs, name)
-    axes.plot(step, mean, color=colour, linewidth=2.2, linestyle=dash, label=label)
+def lines(
+    axes: Axes, runs: Runs, name: str, label: str = "", *, thin: float = 0.8, alpha: float = 0.55, **look: Any
+) -> None:
+    """Draw an array of each run as a thin line, and with a label their mean as a thick one."""
+    for step, y in runs.lines(getattr(runs, name)):
+        axes.plot(step, y, linewidth=thin, alpha=alpha, **look)
+    if label:
+        axes.plot(*mean_over_runs(runs, name), linewidth=2.2, label=label, **look)
 
 
-def mean_over_runs(runs: Sequence[MeasuredRun], name: str) -> tuple[NDArray[np.int64], Array]:
-    """Return the steps that every run evaluated, and the mean of `name` there; NaN where a run has none."""
-    shared = functools.reduce(np.intersect1d, [run.trajectory.step for run in runs])
-    values = [getattr(run.trajectory, name)[np.isin(run.trajectory.step, shared)] for run in runs]
-    return shared, np.mean(values, axis=0)
+def mean_over_runs(runs: Runs, name: str) -> tuple[Array, Array]:
+    """Return the steps that every run evaluated, and the mean of an array there; NaN where a run has none."""
+    rows = list(runs.lines(getattr(runs, name)))
+    shared = functools.reduce(np.intersect1d, [step for step, _ in rows])
+    return shared, np.mean([values[np.isin(step, shared)] for step, values in rows], axis=0)

@@ -13,100 +13,78 @@ in false alarms alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
-from fastent.grokking.experiments.statistics import Estimate, bootstrap, proportion
-from fastent.train.quantities import TAU, WINDOW, MeasuredRun, first_below, first_collapse, lead
-
-Array = NDArray[np.float64]
+from fastent.grokking.experiments.data import Runs
+from fastent.grokking.experiments.statistics import Array, Estimate, over, proportion
+from fastent.train.quantities import TAU, WINDOW
 
 HORIZON = 1000
 """Steps within which an alarm must come true: the paper's "grokking imminent (1,000 steps)" (Table 5)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Leads:
-    """Leads of all runs by one rule, in the order of the runs.
+    """Leads of all runs by one rule, arrays of shape (n,) in the order of the runs, NaN where a run has none.
 
-    `thresholds` are normalised entropies (None for a run without one), `times` steps of the signal, `leads`
-    steps from the signal to grokking. `preceding` is the share of grokked runs whose lead is positive, `mean`
-    the mean lead of those that grokked and gave the signal at all (negative leads included); None where there
-    is none.
+    `thresholds` are normalised entropies, `times` steps of the signal, `leads` steps from the signal to grokking.
+    `preceding` is the share of grokked runs whose lead is positive, `mean` the mean lead of those that grokked and gave
+    the signal at all (negative leads included).
     """
 
     rule: str
     source: str
-    thresholds: tuple[float | None, ...]
-    times: tuple[int | None, ...]
-    leads: tuple[int | None, ...]
-    preceding: Estimate | None
-    mean: Estimate | None
+    thresholds: Array
+    times: Array
+    leads: Array
+    preceding: Estimate
+    mean: Estimate
 
 
-def own_threshold(runs: Sequence[MeasuredRun]) -> Leads:
+def own_threshold(runs: Runs) -> Leads:
     """Lead of the crossing of each run's own ``H*``: circular, for comparison."""
-    return _crossing(
-        "own run", "the run's own H at T_grok (circular)", runs, [r.summary.h_star for r in runs]
-    )
+    return _crossing("own run", "the run's own H at T_grok (circular)", runs, runs.h_star)
 
 
-def in_sample_threshold(runs: Sequence[MeasuredRun]) -> Leads:
+def in_sample_threshold(runs: Runs) -> Leads:
     """Lead of the crossing of the mean ``H*`` of all runs that grokked, as in the paper."""
-    known = [r.summary.h_star for r in runs if r.summary.h_star is not None]
-    mean = float(np.mean(known)) if known else None
-    return _crossing("all seeds", "mean H* of the same seeds (the paper's)", runs, [mean] * len(runs))
+    everyone = np.full(len(runs), mean_known(runs.h_star))
+    return _crossing("all seeds", "mean H* of the same seeds (the paper's)", runs, everyone)
 
 
-def left_out_threshold(runs: Sequence[MeasuredRun]) -> Leads:
+def left_out_threshold(runs: Runs) -> Leads:
     """Lead of the crossing of the mean ``H*`` of the other runs that grokked."""
-    thresholds: list[float | None] = []
-    for i in range(len(runs)):
-        known = [r.summary.h_star for j, r in enumerate(runs) if j != i and r.summary.h_star is not None]
-        thresholds.append(float(np.mean(known)) if known else None)
-    return _crossing("other seeds", "mean H* of the other seeds (leave-one-out)", runs, thresholds)
+    others = np.array([mean_known(np.delete(runs.h_star, i)) for i in range(len(runs))])
+    return _crossing("other seeds", "mean H* of the other seeds (leave-one-out)", runs, others)
 
 
-def collapse(runs: Sequence[MeasuredRun], *, tau: float = TAU, window: int = WINDOW) -> Leads:
+def mean_known(values: Array) -> float:
+    """Mean of the values that are not NaN; NaN if none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else np.nan
+
+
+def collapse(runs: Runs, *, tau: float = TAU, window: int = WINDOW) -> Leads:
     """Lead of the first fall by more than `tau` within `window` evaluations."""
-    times = [first_collapse(r.trajectory.step, r.trajectory.entropy, tau=tau, window=window) for r in runs]
-    spans = {(window - 1) * r.evaluate_every for r in runs}
+    spans = {(window - 1) * int(every) for every in runs.setting("evaluate_every")}
     source = f"a fall of H by more than {tau:g} within {window} evaluations"
     if len(spans) == 1:
         source += f" ({spans.pop():,} steps)"
-    return _leads("collapse", source, runs, [None] * len(runs), times)
+    times = runs.first_collapse(tau, window)
+    return _leads("collapse", source, runs, np.full(len(runs), np.nan), times)
 
 
-def _crossing(rule: str, source: str, runs: Sequence[MeasuredRun], thresholds: list[float | None]) -> Leads:
-    times = [
-        None if h is None else first_below(r.trajectory.step, r.trajectory.entropy, h)
-        for r, h in zip(runs, thresholds, strict=True)
-    ]
-    return _leads(rule, source, runs, thresholds, times)
+def _crossing(rule: str, source: str, runs: Runs, thresholds: Array) -> Leads:
+    return _leads(rule, source, runs, thresholds, runs.first_below(thresholds))
 
 
-def _leads(
-    rule: str,
-    source: str,
-    runs: Sequence[MeasuredRun],
-    thresholds: list[float | None],
-    times: list[int | None],
-) -> Leads:
-    leads = [lead(r.summary.t_grok, t) for r, t in zip(runs, times, strict=True)]
-    grokked = sum(r.summary.t_grok is not None for r in runs)
-    known = [x for x in leads if x is not None]
-    return Leads(
-        rule,
-        source,
-        tuple(thresholds),
-        tuple(times),
-        tuple(leads),
-        proportion(sum(x > 0 for x in known), grokked) if grokked else None,
-        bootstrap(known) if known else None,
-    )
+def _leads(rule: str, source: str, runs: Runs, thresholds: Array, times: Array) -> Leads:
+    leads = runs.t_grok - times
+    preceding = proportion(int((leads > 0).sum()), int(runs.grokked.sum()))
+    return Leads(rule, source, thresholds, times, leads, preceding, over(leads))
 
 
 @dataclass(frozen=True)
@@ -144,15 +122,13 @@ class Sweep:
         return float(self.thresholds[starts[widest]]), float(self.thresholds[ends[widest]])
 
 
-def sweep(
-    runs: Sequence[MeasuredRun], thresholds: Sequence[float] | Array, *, horizon: int = HORIZON
-) -> Sweep:
+def sweep(runs: Runs, thresholds: ArrayLike, *, horizon: int = HORIZON) -> Sweep:
     """Share preceding, lead and false alarms at each of `thresholds`.
 
     Parameters
     ----------
-    runs : sequence of MeasuredRun
-    thresholds : sequence of floats
+    runs : Runs
+    thresholds : array_like, shape (k,)
         Normalised entropies, ascending.
     horizon : int
         Steps after an alarm within which grokking must come, else the alarm is false.
@@ -161,44 +137,31 @@ def sweep(
     -------
     Sweep
     """
-    rows = [_at_threshold(runs, float(h), horizon) for h in thresholds]
-    preceding, mean, low, high, false, early = np.array(rows, dtype=np.float64).reshape(len(rows), 6).T
     grid = np.asarray(thresholds, dtype=np.float64)
+    rows = np.array([_at_threshold(runs, h, horizon) for h in grid], dtype=np.float64).reshape(-1, 6)
+    preceding, mean, low, high, false, early = rows.T
     return Sweep(grid, preceding, mean, low, high, false, early, horizon)
 
 
-def _at_threshold(runs: Sequence[MeasuredRun], threshold: float, horizon: int) -> tuple[float, ...]:
-    leads: list[int] = []
-    false: list[bool] = []
-    grokked = early = 0
-    for run in runs:
-        t_grok, t_mem = run.summary.t_grok, run.summary.t_mem
-        t_cross = first_below(run.trajectory.step, run.trajectory.entropy, threshold)
-        grokked += t_grok is not None
-        if t_cross is None:
-            continue
-        early += t_mem is None or t_cross < t_mem
-        if t_grok is not None:
-            leads.append(t_grok - t_cross)
-        if t_grok is not None and t_cross < t_grok:
-            false.append(t_grok - t_cross > horizon)
-        elif t_grok is None and run.summary.last_step - t_cross >= horizon:
-            false.append(True)
-    nan = float("nan")
+def _at_threshold(runs: Runs, threshold: float, horizon: int) -> tuple[float, ...]:
+    crossed, grokked = runs.first_below(threshold), runs.grokked
+    leads = runs.t_grok - crossed
+    known = leads[~np.isnan(leads)]
+    early = ~np.isnan(crossed) & ~(crossed >= runs.t_mem)
+    # A run that ended within the horizon without grokking does not say whether its alarm was false.
+    never = (runs.end - crossed)[~grokked] >= horizon
+    judged = np.r_[leads[leads > 0] > horizon, never[never]]
     return (
-        sum(x > 0 for x in leads) / grokked if grokked else nan,
-        sum(leads) / len(leads) if leads else nan,
-        min(leads) if leads else nan,
-        max(leads) if leads else nan,
-        sum(false) / len(false) if false else nan,
-        early / len(runs) if runs else nan,
+        (known > 0).sum() / grokked.sum() if grokked.any() else np.nan,
+        *((known.mean(), known.min(), known.max()) if known.size else (np.nan,) * 3),
+        judged.mean() if judged.size else np.nan,
+        early.sum() / len(runs) if len(runs) else np.nan,
     )
 
 
-def observed_thresholds(runs: Sequence[MeasuredRun], spacing: float = 0.005) -> Array:
+def observed_thresholds(runs: Runs, spacing: float = 0.005) -> Array:
     """Multiples of `spacing` that span every usable entropy of `runs`; empty if there is none."""
-    usable = np.concatenate([r.trajectory.entropy for r in runs]) if runs else np.array([])
-    usable = usable[~np.isnan(usable)]
+    usable = runs.entropy[~np.isnan(runs.entropy)]
     if usable.size == 0:
         return np.array([])
     low, high = np.floor(usable.min() / spacing), np.ceil(usable.max() / spacing)

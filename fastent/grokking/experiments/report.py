@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,14 @@ from fastent.grokking.experiments.claims import (
     CLAIMS,
     CONTRIBUTIONS,
     NONE,
+    Experiment,
     Findings,
     arithmetic_section,
     corrections_section,
     decimal,
     steps,
 )
-from fastent.grokking.experiments.data import PAPER, PRESETS_JSON, StoredRun, read_runs
+from fastent.grokking.experiments.data import PAPER, PRESETS_JSON, Runs, StoredRun, read_runs
 from fastent.grokking.experiments.document import (
     Block,
     Code,
@@ -142,7 +143,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sections(stored: Sequence[StoredRun], runs: Path, out: Path) -> list[Section]:
-    made = {experiment.id: experiment.make_part(stored) for experiment in EXPERIMENTS}
+    made = {experiment.id: make_part(experiment, stored) for experiment in EXPERIMENTS}
     parts = {name: part for name, part in made.items() if part is not None}
     analyses = [
         _with_provenance(parts[experiment.id].section, experiment, stored, runs)
@@ -162,9 +163,9 @@ def _sections(stored: Sequence[StoredRun], runs: Path, out: Path) -> list[Sectio
 
 
 def _with_provenance(
-    section: Section, experiment: Experiment, stored: Sequence[StoredRun], runs: Path
+    section: Section, experiment: Experiment[Any], stored: Sequence[StoredRun], runs: Path
 ) -> Section:
-    text = provenance(experiment.complete(stored), runs)
+    text = provenance(complete_runs(experiment, stored), runs)
     return dataclasses.replace(section, blocks=(*section.blocks, text))
 
 
@@ -308,7 +309,7 @@ def coverage(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path)
         reads = ", ".join(name.upper() for name in experiment.reads if name != experiment.id)
         if experiment.id not in parts:
             state = "no complete run" if mine else "not run"
-            if complete and not of_one_setting(experiment.complete(stored)):
+            if complete and not of_one_setting(complete_runs(experiment, stored)):
                 state = "not reported: its runs, or those it is compared with, differ in their settings"
         elif complete < len(mine):
             state = "reported from its complete runs"
@@ -350,108 +351,37 @@ class Part:
         )
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """An experiment of the paper.
-
-    `part` makes its part from the complete runs of the experiments in `reads` (its own if that is empty); None
-    where this version has no analysis of it.
-    """
-
-    id: str
-    question: str
-    part: Callable[[Sequence[StoredRun]], Part | None] | None = None
-    reads: tuple[str, ...] = ()
-
-    def make_part(self, stored: Sequence[StoredRun]) -> Part | None:
-        """Make its part from those of `stored` that it reads and that are complete; None if it cannot be."""
-        complete = self.complete(stored)
-        part = self.part(complete) if complete and self.part is not None else None
-        return part if part is None or of_one_setting(complete) else part.unjudged()
-
-    def complete(self, stored: Sequence[StoredRun]) -> list[StoredRun]:
-        """Pick the runs that it reads and that are complete."""
-        reads = self.reads or (self.id,)
-        return [run for run in stored if run.experiment in reads and run.done is not None]
-
-
-def _baseline(runs: Sequence[StoredRun]) -> Part:
-    result = e1_lead.analyse([run.measure() for run in runs], comparable=in_papers_setting(runs))
-    return Part(e1_lead.headline(result), e1_lead.claims(result), e1_lead.section(result))
-
-
-def _mixing(runs: Sequence[StoredRun]) -> Part | None:
-    result = e2_mixing.analyse(runs, comparable=in_papers_setting(runs))
-    if result is None:
-        return None
-    return Part(e2_mixing.headline(result), e2_mixing.claims(result), e2_mixing.section(result))
-
-
-def _norm(runs: Sequence[StoredRun]) -> Part | None:
-    result = e3_norm.analyse(runs, comparable=in_papers_setting(runs))
-    if result is None:
-        return None
-    return Part(e3_norm.headline(result), e3_norm.claims(result), e3_norm.section(result))
-
-
-def _predictors(runs: Sequence[StoredRun]) -> Part:
-    result = e4_predictors.analyse([run.measure() for run in runs], comparable=in_papers_setting(runs))
-    return Part(e4_predictors.headline(result), e4_predictors.claims(result), e4_predictors.section(result))
-
-
-def _forecast(runs: Sequence[StoredRun]) -> Part | None:
-    baseline = [run for run in runs if run.experiment == "e1"]
-    result = e5_forecast.analyse(runs, comparable=in_papers_setting(baseline))
-    if result is None:
-        return None
-    return Part(e5_forecast.headline(result), e5_forecast.claims(result), e5_forecast.section(result))
-
-
-def _tasks(runs: Sequence[StoredRun]) -> Part | None:
-    result = e6_tasks.analyse(runs)
-    if result is None:
-        return None
-    return Part(e6_tasks.headline(result), e6_tasks.claims(result), e6_tasks.section(result))
-
-
-def _mlps(runs: Sequence[StoredRun]) -> Part | None:
-    result = e7_mlp.analyse(runs)
-    if result is None:
-        return None
-    return Part(e7_mlp.headline(result), e7_mlp.claims(result), e7_mlp.section(result))
-
-
-def _probes(runs: Sequence[StoredRun]) -> Part | None:
-    result = e8_probes.analyse(runs)
-    if result is None:
-        return None
-    return Part(e8_probes.headline(result), e8_probes.claims(result), e8_probes.section(result))
-
-
-def _choices(runs: Sequence[StoredRun]) -> Part | None:
-    # It compares verdicts, and there are none on runs of different settings.
-    settings = choices.analyse(runs) if of_one_setting(runs) else None
-    return None if settings is None else Part(choices.headline(settings), {}, choices.section(settings))
-
-
-def in_papers_setting(runs: Sequence[StoredRun]) -> bool:
-    """Whether all of `runs` were made with the preset `paper`, so that the paper's numbers can be judged."""
-    return all(run.preset == ("paper", {}) for run in runs)
-
-
-EXPERIMENTS = (
-    Experiment("e1", "Does the entropy collapse precede grokking?", _baseline),
-    Experiment("e2", "Does mixing the representations delay grokking?", _mixing, ("e1", "e2")),
-    Experiment("e3", "Is it the norm? Control with the norm held.", _norm, ("e1", "e2", "e3")),
-    Experiment("e4", "Norm against entropy as predictors.", _predictors, ("e1",)),
-    Experiment(
-        "e5", "Does a power law forecast the time of grokking?", _forecast, ("e1", "e2", "e3", "e5", "e7")
-    ),
-    Experiment("e6", "Do other tasks and groups show the same?", _tasks, ("e1", "e6")),
-    Experiment("e7", "Is the collapse sufficient? MLP against Transformer.", _mlps, ("e1", "e7")),
-    Experiment("e8", "Does the choice of the probe matter?", _probes, ("e1",)),
-    Experiment("choices", choices.TITLE, _choices, ("e1", "choices")),
+EXPERIMENTS: tuple[Experiment[Any], ...] = tuple(
+    module.EXPERIMENT
+    for module in (
+        e1_lead,
+        e2_mixing,
+        e3_norm,
+        e4_predictors,
+        e5_forecast,
+        e6_tasks,
+        e7_mlp,
+        e8_probes,
+        choices,
+    )
 )
+
+
+def complete_runs(experiment: Experiment[Any], stored: Sequence[StoredRun]) -> tuple[StoredRun, ...]:
+    """Pick the runs that an experiment reads and that are complete."""
+    return tuple(run for run in stored if run.experiment in experiment.reads and run.done is not None)
+
+
+def make_part(experiment: Experiment[Any], stored: Sequence[StoredRun]) -> Part | None:
+    """Make an experiment's part from those of `stored` that it reads and that are complete; None if it cannot be."""
+    runs = complete_runs(experiment, stored)
+    result = experiment.analyse(Runs(runs))
+    if result is None:
+        return None
+    part = Part(experiment.headline(result), experiment.claims(result), experiment.section(result))
+    if of_one_setting(runs):
+        return part
+    return None if experiment.of_verdicts else part.unjudged()
 
 
 OURS = "ours: its description is lost"
@@ -727,17 +657,13 @@ def print_summary(out: Path, names: set[str]) -> None:
         for column in ("T_mem", "T_grok", "H at T_grok", "T_cross", "lead", "test", "steps"):
             printed.add_column(column, justify="right")
         printed.add_column("ended")
-        measured = [run.measure() for run in runs]
+        measured = Runs(tuple(runs))
         leads = left_out_threshold(measured)
-        for i, (run, one) in enumerate(zip(runs, measured, strict=True)):
-            s = one.summary
-            numbers = (
-                steps(s.t_mem),
-                steps(s.t_grok),
-                decimal(s.h_star),
-                steps(leads.times[i]),
-                steps(leads.leads[i]),
-            )
+        accuracy = measured.at(measured.test_accuracy, measured.end)
+        for i, run in enumerate(runs):
+            times = (measured.t_mem[i], measured.t_grok[i], leads.times[i], leads.leads[i])
+            t_mem, t_grok, t_cross, ahead = map(steps, times)
+            numbers = (t_mem, t_grok, decimal(measured.h_star[i]), t_cross, ahead)
             ended = run.state if run.done is None else run.done["reason"]
-            printed.add_row(str(run.seed), *numbers, decimal(s.test_accuracy_end), steps(s.last_step), ended)
+            printed.add_row(str(run.seed), *numbers, decimal(accuracy[i]), steps(measured.end[i]), ended)
         console.print(printed)

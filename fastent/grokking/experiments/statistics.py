@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -32,22 +35,37 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its interval and where both come from.
+    """A number, its interval and where both come from; NaN where there is none.
 
-    `low` and `high` are None where no interval of that level exists (`method` says why); `n` counts what the
-    number rests on (runs, unless said otherwise); `level` is the interval's confidence.
+    `low` and `high` are NaN where no interval of that level exists (`method` says why), `value` where nothing is known
+    at all; `n` counts what the number rests on (runs, unless said otherwise); `level` is the interval's confidence. NaN
+    fails every comparison, so no verdict comes of it.
     """
 
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-    method: str
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 0
+    method: str = ""
     level: float = LEVEL
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a number."""
+        return not math.isnan(self.value)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is an interval."""
+        return not math.isnan(self.low)
+
+
+UNKNOWN = Estimate()
+"""The number that no run gives."""
 
 
 def bootstrap(
-    values: Sequence[float],
+    values: ArrayLike,
     statistic: Callable[..., Any] = np.mean,
     *,
     level: float = LEVEL,
@@ -82,15 +100,15 @@ def bootstrap(
 
     Examples
     --------
-    >>> bootstrap([4.0]).low is None
+    >>> bool(np.isnan(bootstrap([4.0]).low))
     True
     """
     x = np.asarray(values, dtype=np.float64)
     if x.size == 0 or not np.isfinite(x).all():
-        raise ValueError(f"values must be finite and at least one; got {list(values)}")
+        raise ValueError(f"values must be finite and at least one; got {x.tolist()}")
     point = float(statistic(x, axis=-1))
     if x.size < 3:
-        return Estimate(point, None, None, x.size, f"no interval: n = {x.size}", level)
+        return Estimate(point, math.nan, math.nan, x.size, f"no interval: n = {x.size}", level)
     if (x == x[0]).all():
         return Estimate(point, point, point, x.size, "no spread: all values equal", level)
     for method, name in (("BCa", "BCa bootstrap"), ("percentile", "percentile bootstrap, BCa undefined")):
@@ -112,18 +130,32 @@ def bootstrap(
 
 
 def proportion(successes: int, n: int, *, level: float = LEVEL) -> Estimate:
-    """Share of `n` runs with the exact (Clopper-Pearson) interval: 3 of 3 reads 1, 0.29 to 1.
+    """Share of `n` runs with the exact (Clopper-Pearson) interval: 3 of 3 reads 1, 0.29 to 1; unknown of none.
 
     Raises
     ------
     ValueError
-        If `n` is not positive or `successes` not in 0 to `n`.
+        If `n` is negative or `successes` not in 0 to `n`.
     """
+    if n == 0 == successes:
+        return UNKNOWN
     interval = stats.binomtest(successes, n).proportion_ci(level, method="exact")
     return Estimate(successes / n, float(interval.low), float(interval.high), n, "Clopper-Pearson", level)
 
 
-def pearson(x: Sequence[float], y: Sequence[float], *, level: float = LEVEL) -> Estimate:
+def over(values: Iterable[float]) -> Estimate:
+    """Mean of the values that are known (not NaN), with its bootstrap interval; unknown if none is."""
+    known = [float(value) for value in values if np.isfinite(value)]
+    return bootstrap(known) if known else UNKNOWN
+
+
+def share(answers: Iterable[float]) -> Estimate:
+    """Share of the answers that are 1 of those that are known (not NaN); unknown if none is."""
+    known = [float(answer) for answer in answers if not np.isnan(answer)]
+    return proportion(sum(answer == 1 for answer in known), len(known))
+
+
+def pearson(x: ArrayLike, y: ArrayLike, *, level: float = LEVEL) -> Estimate:
     """Pearson's r of pairs, one a seed, with Fisher's interval (exact for normal pairs only, from 4 pairs).
 
     Raises
@@ -145,17 +177,17 @@ def pearson(x: Sequence[float], y: Sequence[float], *, level: float = LEVEL) -> 
         raise ValueError(f"r needs two or more pairs; got {a.size} and {b.size} values")
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return Estimate(
-            float("nan"), None, None, a.size, "r is undefined: all values of one are equal", level
+            float("nan"), math.nan, math.nan, a.size, "r is undefined: all values of one are equal", level
         )
     r = float(np.clip(np.corrcoef(a, b)[0, 1], -1.0, 1.0))
     if a.size < 4 or abs(r) == 1:
-        return Estimate(r, None, None, a.size, f"no interval: n = {a.size}, r = {r:.3g}", level)
+        return Estimate(r, math.nan, math.nan, a.size, f"no interval: n = {a.size}, r = {r:.3g}", level)
     half = float(stats.norm.ppf((1 + level) / 2)) / (a.size - 3) ** 0.5
     low, high = (float(np.tanh(np.arctanh(r) + sign * half)) for sign in (-1, 1))
     return Estimate(r, low, high, a.size, "Pearson r, Fisher interval", level)
 
 
-def welch(x: Sequence[float], y: Sequence[float], *, level: float = LEVEL) -> Estimate:
+def welch(x: ArrayLike, y: ArrayLike, *, level: float = LEVEL) -> Estimate:
     """Mean of `y` minus mean of `x`, of runs that share nothing, with Welch's interval.
 
     Raises
@@ -168,7 +200,9 @@ def welch(x: Sequence[float], y: Sequence[float], *, level: float = LEVEL) -> Es
         raise ValueError(f"each group needs a value; got {a.size} and {b.size}")
     gap = float(b.mean() - a.mean())
     if min(a.size, b.size) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
-        return Estimate(gap, None, None, a.size + b.size, f"no interval: n = {a.size} and {b.size}", level)
+        return Estimate(
+            gap, math.nan, math.nan, a.size + b.size, f"no interval: n = {a.size} and {b.size}", level
+        )
     interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(level)
     low, high = float(interval.low), float(interval.high)
     return Estimate(gap, low, high, a.size + b.size, "difference of means, Welch interval", level)
@@ -195,9 +229,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-Array = NDArray[np.float64]
-
-
 @dataclass(frozen=True)
 class Comparison:
     """A test of a control against a treated group, with the size of the effect beside its p-value.
@@ -214,44 +245,48 @@ class Comparison:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Times:
     """Times to an event in steps; where `observed` is False the run ended at that time without the event."""
 
-    values: tuple[float, ...]
-    observed: tuple[bool, ...]
+    values: Array
+    observed: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, times: Sequence[float | None], limits: float | Sequence[float]) -> Times:
-        """From times that are None where the event never came, and the step at which each run (or all) ended.
+    def of(cls, times: ArrayLike, limits: ArrayLike) -> Times:
+        """From times that are NaN (or None) where the event never came, and the step at which each run (or all) ended.
 
         Raises
         ------
         ValueError
             If there are no times, the lengths differ, or a time lies beyond its limit.
         """
-        ends = (
-            [float(limits)] * len(times) if isinstance(limits, (int, float)) else [float(x) for x in limits]
-        )
-        if not times or len(ends) != len(times):
+        values = np.asarray(times, dtype=np.float64)
+        ends = np.asarray(limits, dtype=np.float64)
+        if values.size == 0 or ends.shape not in ((), values.shape):
             raise ValueError(
-                f"times and limits must be as long as each other and not empty; got {len(times)}, {len(ends)}"
+                f"times and limits must be as long as each other and not empty; got {values.size}, {ends.size}"
             )
-        for time, end in zip(times, ends, strict=True):
-            if time is not None and time > end:
-                raise ValueError(f"a time must not lie beyond its run's end; got {time} > {end}")
-        values = tuple(end if t is None else float(t) for t, end in zip(times, ends, strict=True))
-        return cls(values, tuple(t is not None for t in times))
+        ends = np.broadcast_to(ends, values.shape)
+        if (late := values > ends).any():
+            at = int(late.argmax())
+            raise ValueError(f"a time must not lie beyond its run's end; got {values[at]:g} > {ends[at]:g}")
+        return cls(np.where(np.isnan(values), ends, values), ~np.isnan(values))
 
     @property
     def n(self) -> int:
         """Number of runs."""
-        return len(self.values)
+        return self.values.size
 
     @property
     def censored(self) -> int:
         """Number of runs that ended without the event."""
-        return self.n - sum(self.observed)
+        return int((~self.observed).sum())
+
+    @property
+    def cut(self) -> float:
+        """Earliest end of a run without the event; infinite if all had it."""
+        return float(self.values[~self.observed].min(initial=np.inf))
 
 
 def mann_whitney(control: Times, treated: Times, *, level: float = LEVEL) -> Comparison:
@@ -291,16 +326,10 @@ def mann_whitney(control: Times, treated: Times, *, level: float = LEVEL) -> Com
 
 
 def _tied_last(control: Times, treated: Times) -> tuple[Array, Array, str]:
-    ends = [v for t in (control, treated) for v, seen in zip(t.values, t.observed, strict=True) if not seen]
-    if not ends:
-        return np.array(control.values), np.array(treated.values), ""
-    horizon = min(ends)
-
-    def ranked(times: Times) -> Array:
-        pairs = zip(times.values, times.observed, strict=True)
-        return np.array([v if seen and v <= horizon else np.inf for v, seen in pairs])
-
-    x, y = ranked(control), ranked(treated)
+    horizon = min(control.cut, treated.cut)
+    if horizon == np.inf:
+        return control.values, treated.values, ""
+    x, y = (np.where(t.observed & (t.values <= horizon), t.values, np.inf) for t in (control, treated))
     last = int(np.isinf(x).sum() + np.isinf(y).sum())
     return x, y, f"{last} runs not there by step {horizon:g} are tied last"
 
@@ -322,15 +351,13 @@ def signed_rank(control: Times, treated: Times, *, level: float = LEVEL) -> Comp
         raise ValueError(f"pairs need as many control as treated runs; got {control.n} and {treated.n}")
     x, y, note = _tied_last(control, treated)
     if note:
-        horizon = min(
-            v for t in (control, treated) for v, s in zip(t.values, t.observed, strict=True) if not s
-        )
+        horizon = min(control.cut, treated.cut)
         x, y = np.minimum(x, horizon), np.minimum(y, horizon)
         note = f"times are cut at step {horizon:g}"
     difference = y - x
     if (difference == 0).all():
         effect = Estimate(
-            0.0, None, None, control.n, "Hodges-Lehmann shift; no interval: all pairs tie", level
+            0.0, math.nan, math.nan, control.n, "Hodges-Lehmann shift; no interval: all pairs tie", level
         )
         return Comparison("Wilcoxon signed-rank, one-sided", 0.0, 1.0, (control.n, treated.n), effect, note)
     result = stats.wilcoxon(difference, alternative="greater")
@@ -358,7 +385,12 @@ def _hodges_lehmann(difference: Array, level: float) -> Estimate:
     method = "Hodges-Lehmann shift, exact interval"
     if cut == 0:
         return Estimate(
-            float(np.median(walsh)), None, None, n, f"Hodges-Lehmann shift; no interval: n = {n}", level
+            float(np.median(walsh)),
+            math.nan,
+            math.nan,
+            n,
+            f"Hodges-Lehmann shift; no interval: n = {n}",
+            level,
         )
     return Estimate(float(np.median(walsh)), float(walsh[cut - 1]), float(walsh[-cut]), n, method, level)
 
@@ -385,7 +417,7 @@ def restricted_mean(times: Times, limit: float, *, level: float = LEVEL) -> Esti
 
 
 def _area(times: Times, limit: float) -> tuple[float, float]:
-    value, seen = np.array(times.values), np.array(times.observed)
+    value, seen = times.values, times.observed
     if limit <= 0:
         raise ValueError(f"limit must be positive; got {limit}")
     if value.max() < limit and not seen[value == value.max()].all():
@@ -430,23 +462,22 @@ def log_rank(control: Times, treated: Times, limit: float, *, level: float = LEV
 
 
 def _censored(times: Times) -> stats.CensoredData:
-    value, seen = np.array(times.values), np.array(times.observed)
-    return stats.CensoredData(uncensored=value[seen], right=value[~seen])
+    return stats.CensoredData(uncensored=times.values[times.observed], right=times.values[~times.observed])
 
 
-def cohens_d(control: Times, treated: Times, *, level: float = LEVEL) -> Estimate | None:
+def cohens_d(control: Times, treated: Times, *, level: float = LEVEL) -> Estimate:
     """Cohen's d of treated over control: difference of means over the pooled standard deviation.
 
-    The interval inverts the non-central t distribution: exact for normal times. None with a censored run,
-    with fewer than two runs in a group, or without spread: the number is then not defined.
+    The interval inverts the non-central t distribution: exact for normal times. Unknown with a censored run, with
+    fewer than two runs in a group, or without spread: the number is then not defined.
     """
     if control.censored or treated.censored or min(control.n, treated.n) < 2:
-        return None
-    x, y = np.array(control.values), np.array(treated.values)
+        return UNKNOWN
+    x, y = control.values, treated.values
     freedom = x.size + y.size - 2
     pooled = (((x - x.mean()) ** 2).sum() + ((y - y.mean()) ** 2).sum()) / freedom
     if pooled == 0:
-        return None
+        return UNKNOWN
     d = float((y.mean() - x.mean()) / pooled**0.5)
     scale = (x.size * y.size / (x.size + y.size)) ** 0.5
 
@@ -491,36 +522,34 @@ def stratified_log_rank(control: Times, treated: Times, *, level: float = LEVEL)
     """
     if control.n != treated.n:
         raise ValueError(f"pairs need as many control as treated runs; got {control.n} and {treated.n}")
-    later = earlier = 0
-    columns = (control.values, control.observed, treated.values, treated.observed)
-    for a, a_seen, b, b_seen in zip(*columns, strict=True):
-        # An event at the very step of the other run's cut came first: the other was still without it.
-        later += a_seen and (a < b or (a == b and not b_seen))
-        earlier += b_seen and (b < a or (a == b and not a_seen))
+    a, a_seen, b, b_seen = control.values, control.observed, treated.values, treated.observed
+    # An event at the very step of the other run's cut came first: the other was still without it.
+    later = int((a_seen & ((a < b) | ((a == b) & ~b_seen))).sum())
+    earlier = int((b_seen & ((b < a) | ((b == a) & ~a_seen))).sum())
     known = later + earlier
     silent = control.n - known
     note = f"{silent} of {control.n} pairs tie or are cut before either groks" if silent else ""
     n = (control.n, treated.n)
     test = "log-rank stratified by seed, one-sided, exact"
     if known == 0:
-        effect = Estimate(0.5, None, None, 0, "share of pairs, treated later; no pair says anything", level)
+        effect = Estimate(
+            0.5, math.nan, math.nan, 0, "share of pairs, treated later; no pair says anything", level
+        )
         return Comparison(test, 0.0, 1.0, n, effect, note)
     p_value = float(stats.binomtest(later, known, alternative="greater").pvalue)
     statistic = (later - known / 2) / (known / 4) ** 0.5
     return Comparison(test, statistic, p_value, n, proportion(later, known, level=level), note)
 
 
-def mean_delay(control: Times, treated: Times, limit: float, *, level: float = LEVEL) -> Estimate | None:
+def mean_delay(control: Times, treated: Times, limit: float, *, level: float = LEVEL) -> Estimate:
     """Mean over pairs of ``min(treated, limit) - min(control, limit)`` in steps, with a BCa interval over seeds.
 
-    That is the difference of the restricted means to `limit`. None if a run was cut before `limit` without the
+    That is the difference of the restricted means to `limit`. Unknown if a run was cut before `limit` without the
     event: its restricted time is then unknown.
     """
-    for times in (control, treated):
-        if any(value < limit and not seen for value, seen in zip(times.values, times.observed, strict=True)):
-            return None
-    pairs = zip(control.values, treated.values, strict=True)
-    return bootstrap([min(b, limit) - min(a, limit) for a, b in pairs], level=level)
+    if min(control.cut, treated.cut) < limit:
+        return UNKNOWN
+    return bootstrap(np.minimum(treated.values, limit) - np.minimum(control.values, limit), level=level)
 
 
 EXACT = 1e-12
@@ -583,7 +612,7 @@ def jackknife(
     n = len(left_out)
 
     def without(reason: str) -> Estimate:
-        return Estimate(value, None, None, n, f"no interval: {reason}", level)
+        return Estimate(value, math.nan, math.nan, n, f"no interval: {reason}", level)
 
     if n < 3:
         return without(f"n = {n}")

@@ -246,13 +246,13 @@ def spread_of_thresholds(h_star: Mapping[str, Sequence[float]], origin: str) -> 
 
 def stored_thresholds(folder: Path) -> Evidence:
     """Heuristic 2 from runs without intervention that exist, by task."""
-    from fastent.grokking.experiments.data import read_runs
+    from fastent.grokking.experiments.data import Runs, read_runs
 
     h_star: dict[str, list[float]] = {}
-    for run in read_runs(folder):
+    runs = Runs(tuple(run for run in read_runs(folder) if run.rows))
+    for run, value in zip(runs.stored, runs.h_star.tolist(), strict=True):
         task = str(run.config["task"])
-        value = run.measure().summary.h_star if run.rows else None
-        if run.condition in ("baseline", task) and value is not None:
+        if run.condition in ("baseline", task) and not np.isnan(value):
             h_star.setdefault(task, []).append(value)
     kept = {task: values for task, values in h_star.items() if len(values) > 1}
     return spread_of_thresholds(
