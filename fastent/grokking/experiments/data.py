@@ -309,7 +309,7 @@ class Runs:
         """Step of the first evaluation of each run where `hit` (n, m) holds, or of the first `in_a_row`; (n,)."""
         if hit.shape[1] < in_a_row:
             return np.full(len(self), np.nan)
-        all_hit: Mask = np.lib.stride_tricks.sliding_window_view(hit, in_a_row, axis=1).all(axis=2)
+        all_hit = np.all(np.lib.stride_tricks.sliding_window_view(hit, in_a_row, axis=1), axis=2)
         at = all_hit.argmax(axis=1)
         rows = np.arange(len(self))
         return np.where(all_hit[rows, at], self.step[rows, at], np.nan)

@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from fastent.grokking.experiments.data import PRESETS_JSON, StoredRun
 from fastent.train.presets import preset
-from fastent.train.quantities import Levels, MeasuredRun, Trajectory, summarize_run
 from fastent.train.runs import Job
 
 EVERY = 50
@@ -83,21 +83,22 @@ def three_runs(tmp_path: Path) -> Path:
 
 def measured(
     entropy: Sequence[float], test: Sequence[float], *, seed: int = 0, every: int = 100, t_mem: int = 0
-) -> MeasuredRun:
-    step = every * np.arange(len(entropy))
-    trajectory = Trajectory(
-        step,
-        np.where(step >= t_mem, 1.0, 0.0),
-        np.array(test, dtype=float),
-        np.array(entropy, dtype=float),
-        np.full(len(entropy), 10.0),
+) -> StoredRun:
+    config = {**PRESETS_JSON["quick"], "evaluate_every": every, "criterion": 0.99, "memorised": 0.99}
+    rows = tuple(
+        {
+            **row_at(every * i, seed, None),
+            "train_accuracy": float(every * i >= t_mem),
+            "test_accuracy": reached,
+            "entropy": None if math.isnan(h) else h,
+            "parameter_norm": 10.0,
+        }
+        for i, (h, reached) in enumerate(zip(entropy, test, strict=True))
     )
-    levels = Levels(0.99, 0.99)
-    return MeasuredRun(
-        f"seed{seed}", seed, True, every, levels, trajectory, summarize_run(trajectory, levels)
-    )
+    record = {"experiment": "e1", "condition": "baseline", "seed": seed, "config": config}
+    return StoredRun(Path(f"seed{seed}"), record, {}, rows, (), {"reason": "planted"}, None)
 
 
 @pytest.fixture
-def measure() -> Callable[..., MeasuredRun]:
+def measure() -> Callable[..., StoredRun]:
     return measured

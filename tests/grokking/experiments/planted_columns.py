@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from fastent.grokking.experiments.data import StoredRun
@@ -45,3 +46,8 @@ def planted(job, seed, *, test, entropy, train=None, **columns):
 def tables(section):
     """Tables of a section by the beginning of their captions."""
     return {b.caption.split(",")[0].split(".")[0]: b for b in section.blocks if hasattr(b, "columns")}
+
+
+def listed(values):
+    """A list of an array, None for NaN."""
+    return [None if math.isnan(value) else value for value in values]

@@ -6,8 +6,9 @@ import pytest
 from planted_columns import planted, tables
 
 from fastent.grokking.experiments import choices
+from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.jobs import JOBS, TO_THE_END
-from fastent.grokking.experiments.report import EXPERIMENTS
+from fastent.grokking.experiments.report import EXPERIMENTS, make_part
 from fastent.train.presets import CHOICES, PRESETS, preset
 
 E1, *OTHERS = JOBS["choices"](preset("paper"), range(10))
@@ -25,7 +26,7 @@ def runs_of(job, entropy, test):
 @pytest.fixture
 def settings():
     stored = [*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS), *runs_of(MEAN, STAYS, GROKS)]
-    return choices.analyse(stored)
+    return choices.analyse(Runs(tuple(stored)))
 
 
 def test_every_choice_is_trained_with_the_rest_as_it_is():
@@ -50,7 +51,7 @@ def test_a_claim_depends_on_the_choice_where_its_verdict_does(settings):
 
 
 def test_a_setting_that_differs_in_nothing_changes_no_verdict():
-    settings = choices.analyse([*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS)])
+    settings = choices.analyse(Runs((*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS))))
     assert all(choices.agreed(settings).values())
     assert f"{len(choices.agreed(settings))} of {len(choices.agreed(settings))} claims" in choices.headline(
         settings
@@ -58,7 +59,7 @@ def test_a_setting_that_differs_in_nothing_changes_no_verdict():
 
 
 def test_a_setting_that_never_groks_has_no_h_star_and_is_left_out_of_what_it_cannot_judge():
-    settings = choices.analyse([*runs_of(E1, FALLS, GROKS), *runs_of(EQUALS, FALLS, STUCK)])
+    settings = choices.analyse(Runs((*runs_of(E1, FALLS, GROKS), *runs_of(EQUALS, FALLS, STUCK))))
     figures, verdicts = tables(choices.section(settings)).values()
     assert figures.rows[1][1:5] == ("0 of 3", figures.rows[0][2], "–", "–")
     unjudged = [row for row in verdicts.rows if row[-1] == "–"]
@@ -66,12 +67,12 @@ def test_a_setting_that_never_groks_has_no_h_star_and_is_left_out_of_what_it_can
 
 
 def test_without_runs_of_another_choice_or_of_the_preset_there_is_nothing_to_say():
-    assert choices.analyse(runs_of(E1, FALLS, GROKS)) is None
-    assert choices.analyse(runs_of(UNIT, FALLS, GROKS)) is None
+    assert choices.analyse(Runs(tuple(runs_of(E1, FALLS, GROKS)))) is None
+    assert choices.analyse(Runs(tuple(runs_of(UNIT, FALLS, GROKS)))) is None
 
 
 def test_the_report_takes_the_part():
     (experiment,) = (each for each in EXPERIMENTS if each.id == "choices")
-    part = experiment.make_part([*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS)])
+    part = make_part(experiment, [*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS)])
     assert part is not None
     assert part.section.title == choices.TITLE

@@ -34,7 +34,7 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.report import EXPERIMENTS, together
-from fastent.grokking.experiments.statistics import Estimate, bootstrap, proportion
+from fastent.grokking.experiments.statistics import UNKNOWN, Estimate, bootstrap, proportion
 from fastent.reference.entropy import entropy_of_eigenvalues
 
 
@@ -59,7 +59,7 @@ def test_a_share_is_reproduced_only_at_all_and_not_below_half(successes, verdict
         (110, 105, 115, Verdict.IN_PART),
         (125, 120, 130, Verdict.IN_PART),
         (126, 120, 130, Verdict.NOT_REPRODUCED),
-        (100, None, None, Verdict.IN_PART),  # without an interval there is nothing to lie in
+        (100, math.nan, math.nan, Verdict.IN_PART),  # without an interval there is nothing to lie in
     ],
 )
 def test_a_number_is_reproduced_inside_the_interval_and_in_part_within_a_quarter(value, low, high, verdict):
@@ -68,8 +68,8 @@ def test_a_number_is_reproduced_inside_the_interval_and_in_part_within_a_quarter
 
 def test_a_number_of_another_setting_is_not_judged_and_no_run_is_not_run():
     assert judge_value(100, Estimate(1, 0, 2, 5, "m"), comparable=False) == Verdict.OTHER_SETTING
-    assert judge_value(100, None, comparable=True) == Verdict.NOT_RUN
-    assert judge_share(None) == Verdict.NOT_RUN
+    assert judge_value(100, UNKNOWN, comparable=True) == Verdict.NOT_RUN
+    assert judge_share(UNKNOWN) == Verdict.NOT_RUN
 
 
 def test_numbers_are_worded_with_interval_n_and_unit():
@@ -77,9 +77,9 @@ def test_numbers_are_worded_with_interval_n_and_unit():
     assert worded(Estimate(0.5, 0.25, 0.75, 4, "m"), "%") == "50 % (95 % CI 25 % to 75 %; n = 4)"
     assert worded(Estimate(0.64, 0.6, 0.7, 3, "m"), "", 2) == "0.64 (95 % CI 0.60 to 0.70; n = 3)"
     assert worded(bootstrap([5.0, 7.0])) == "6 steps (no interval: n = 2)"
-    assert worded(None) == "–"
+    assert worded(UNKNOWN) == "–"
     assert counted(proportion(3, 3)) == "3 of 3 runs (95 % CI 29 % to 100 %)"
-    assert (steps(None), decimal(None), percent(None), counted(None)) == ("–",) * 4
+    assert (steps(math.nan), decimal(math.nan), percent(math.nan), counted(UNKNOWN)) == ("–",) * 4
     assert (steps(-1500), decimal(-0.12345), percent(0.999)) == ("−1,500", "−0.123", "100 %")
 
 
@@ -131,7 +131,7 @@ def test_every_experiment_has_a_claim_that_must_be_named():
 
 def test_a_number_is_judged_within_the_tolerance_of_its_claim():
     claim = claims.Claim("e1.x", "§1", "x is 100", "", number=100, tolerance=0.1)
-    near, far = (Estimate(value, None, None, 5, "m") for value in (110, 111))
+    near, far = (Estimate(value, n=5) for value in (110, 111))
     assert claim.judge(near, comparable=True) is Verdict.IN_PART
     assert claim.judge(far, comparable=True) is Verdict.NOT_REPRODUCED
     assert claim.judge(near, comparable=False) is Verdict.OTHER_SETTING

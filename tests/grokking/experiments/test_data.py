@@ -9,7 +9,7 @@ import re
 import pyarrow.parquet as pq
 import pytest
 
-from fastent.grokking.experiments.data import main, pack, read_runs, unpack
+from fastent.grokking.experiments.data import Runs, main, pack, read_runs, unpack
 from fastent.grokking.experiments.report import write_report
 from fastent.train.errors import RunError, RunWarning
 
@@ -38,7 +38,7 @@ def test_a_run_that_has_only_begun_has_no_rows_and_cannot_be_measured(tmp_path, 
     (run,) = read_runs(tmp_path)
     assert (run.rows, run.state) == ((), "not complete: no evaluation yet")
     with pytest.raises(ValueError, match="no evaluation"):
-        run.measure()
+        _ = Runs((run,)).step
 
 
 def test_preset_is_the_nearest_with_what_differs_from_it(tmp_path, writer):
@@ -126,7 +126,7 @@ def test_packing_adds_to_what_is_there_replaces_the_same_run_and_leaves_out_inco
         ("e1", 5),
         ("e5", 0),
     ]
-    assert [run.measure().summary.t_grok for run in runs] == [1500, 1600, 2000, 2000, 1500]
+    assert Runs(tuple(runs)).t_grok.tolist() == [1500, 1600, 2000, 2000, 1500]
 
 
 def test_packing_twice_gives_the_same_bytes(three_runs, packed):

@@ -1,15 +1,16 @@
 """E1 on closed-form runs: its analysis, its verdicts and its section."""
 
 import pytest
+from planted_columns import listed
 
 from fastent.grokking.experiments import e1_lead, figures
-from fastent.grokking.experiments.data import read_runs
+from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Table, Text, Verdict
 
 
 @pytest.fixture
 def result(three_runs):
-    return e1_lead.analyse([run.measure() for run in read_runs(three_runs)], comparable=False)
+    return e1_lead.analyse(Runs(tuple(read_runs(three_runs)), judged=False))
 
 
 @pytest.fixture
@@ -23,20 +24,20 @@ def verdicts(result):
 
 
 def test_analysis_has_the_closed_form_times_thresholds_and_leads(result):
-    assert [r.seed for r in result.runs] == [0, 1, 2]
-    assert [r.summary.t_mem for r in result.runs] == [300, 300, 300]
-    assert [r.summary.t_grok for r in result.runs] == [1500, 1600, 1700]
+    assert result.runs.seeds == [0, 1, 2]
+    assert result.runs.t_mem.tolist() == [300, 300, 300]
+    assert result.runs.t_grok.tolist() == [1500, 1600, 1700]
     # H at grokking: 0.85 - 0.01 * 20, 0.86 - 0.01 * 22, 0.87 - 0.01 * 24.
     assert result.h_star.value == pytest.approx((0.65 + 0.64 + 0.63) / 3)
     assert result.left_out.thresholds == pytest.approx((0.635, 0.640, 0.645))
-    assert result.left_out.times == (1600, 1650, 1650)
-    assert result.left_out.leads == (-100, -50, 50)
-    assert result.pooled.leads == (-100, -50, 0)
-    assert result.own.leads == (-50, -50, -50)
+    assert listed(result.left_out.times) == [1600, 1650, 1650]
+    assert listed(result.left_out.leads) == [-100, -50, 50]
+    assert listed(result.pooled.leads) == [-100, -50, 0]
+    assert listed(result.own.leads) == [-50, -50, -50]
     # 0.01 an evaluation: 0.04 in a window of five, less than tau.
-    assert result.fall.times == (None, None, None)
-    assert result.wide.times[:2] == (800, 800)
-    assert result.signal == result.wide
+    assert listed(result.fall.times) == [None, None, None]
+    assert listed(result.wide.times)[:2] == [800, 800]
+    assert result.signal is result.wide
     assert result.t_grok.value == 1600
 
 
@@ -57,25 +58,21 @@ def test_claims_judge_the_closed_form_runs(result):
 
 
 def test_numbers_of_the_paper_are_judged_only_in_its_setting(three_runs):
-    runs = [run.measure() for run in read_runs(three_runs)]
-    got = verdicts(e1_lead.analyse(runs, comparable=True))
+    runs = read_runs(three_runs)
+    got = verdicts(e1_lead.analyse(Runs(tuple(runs), judged=True)))
     assert got["e1.t_grok"] == Verdict.NOT_REPRODUCED
     assert got["e1.h_star"] == Verdict.IN_PART  # 0.64, within 25 %
 
 
-def test_incomplete_runs_take_no_part_and_none_at_all_is_an_error(tmp_path, writer):
-    writer(tmp_path, 0)
-    writer(tmp_path, 1, done=False)
-    runs = [run.measure() for run in read_runs(tmp_path)]
-    assert [r.seed for r in e1_lead.analyse(runs, comparable=False).runs] == [0]
-    with pytest.raises(ValueError, match="no run of E1 is complete"):
-        e1_lead.analyse(runs[1:], comparable=False)
+def test_without_a_run_of_e1_there_is_no_analysis(tmp_path, writer):
+    writer(tmp_path, 0, experiment="e2")
+    assert e1_lead.analyse(Runs(tuple(read_runs(tmp_path)))) is None
 
 
 def test_a_run_that_does_not_grok_is_kept_to_its_end_in_the_mean_time(tmp_path, writer):
     writer(tmp_path, 0, t_grok=1500)
     writer(tmp_path, 1, t_grok=None, last_step=2500)
-    result = e1_lead.analyse([r.measure() for r in read_runs(tmp_path)], comparable=False)
+    result = e1_lead.analyse(Runs(tuple(read_runs(tmp_path)), judged=False))
     assert result.t_grok.value == pytest.approx((1500 + 2500) / 2)
     assert "restricted mean to step 2500" in result.t_grok.method
     assert verdicts(result)["e1.memorises_early"] == Verdict.IN_PART
@@ -84,7 +81,7 @@ def test_a_run_that_does_not_grok_is_kept_to_its_end_in_the_mean_time(tmp_path, 
 def test_runs_that_never_grok_leave_nothing_to_lead(tmp_path, writer, undrawn):
     for seed in range(2):
         writer(tmp_path, seed, t_grok=None)
-    result = e1_lead.analyse([r.measure() for r in read_runs(tmp_path)], comparable=True)
+    result = e1_lead.analyse(Runs(tuple(read_runs(tmp_path)), judged=True))
     got = verdicts(result)
     assert got["e1.t_grok"] == Verdict.NOT_RUN
     assert got["e1.precedes"] == Verdict.NOT_RUN
@@ -124,7 +121,7 @@ def test_a_collapse_amid_the_rise_precedes_the_criterion_but_not_half_the_accura
     # H falls by 0.1 at step 600, when the test accuracy is 0.6 already; it reaches the criterion at 1,000.
     entropy, test = [0.9, 0.9, 0.9, 0.8, 0.7, 0.6], [0, 0, 0.5, 0.6, 0.9, 1.0]
     runs = [measure(entropy, test, seed=s, every=200) for s in range(3)]
-    result = e1_lead.analyse(runs, comparable=False)
+    result = e1_lead.analyse(Runs(tuple(runs), judged=False))
     got = verdicts(result)
     assert result.wide is None  # on the paper's own grid there is one window
     assert got["e1.collapse"] == Verdict.REPRODUCED
@@ -136,7 +133,7 @@ def test_sensitivity_counts_signals_before_memorising_and_adds_the_papers_span(m
     entropy = [0.9, 0.9, 0.87, 0.9, 0.9] + [0.9 - 0.006 * i for i in range(1, 31)]
     test = [0.0] * 34 + [1.0]
     runs = [measure(entropy, test, seed=s, every=50, t_mem=200) for s in range(3)]
-    section = e1_lead.section(e1_lead.analyse(runs, comparable=False))
+    section = e1_lead.section(e1_lead.analyse(Runs(tuple(runs), judged=False)))
     table = next(b for b in section.blocks if isinstance(b, Table) and b.columns[0] == "signal")
     rows = {row[0]: row[3] for row in table.rows}
     assert rows["fall of H by more than 0.02 within 5 evaluations"] == "3 of 3; 1,600 (3 before T_mem)"

@@ -1,10 +1,12 @@
 """E3 on closed-form runs: the two by two design, how well norms were held, and what the control can say."""
 
+import math
+
 import pytest
 from closed_form import write_run
 
 from fastent.grokking.experiments import e3_norm, figures
-from fastent.grokking.experiments.data import read_runs
+from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Table, Verdict
 
 DRIVER = "e3.driver"
@@ -44,13 +46,14 @@ def cells(out, *, mixing, norm, interaction=0, seeds=range(5)):
 
 def verdicts(runs):
     return {
-        name: found.verdict for name, found in e3_norm.claims(e3_norm.analyse(runs, comparable=False)).items()
+        name: found.verdict
+        for name, found in e3_norm.claims(e3_norm.analyse(Runs(tuple(runs), judged=False))).items()
     }
 
 
 def test_factorial_effects_are_those_planted(tmp_path):
     effects = e3_norm.analyse(
-        cells(tmp_path, mixing=500, norm=300, interaction=200), comparable=False
+        Runs(tuple(cells(tmp_path, mixing=500, norm=300, interaction=200)), judged=False)
     ).factorial
     assert effects.n == 5
     assert effects.mixing.value == pytest.approx(600)  # 500 with the baseline's norm, 700 with the other
@@ -59,7 +62,7 @@ def test_factorial_effects_are_those_planted(tmp_path):
 
 
 def test_deviation_is_from_the_run_followed_or_from_the_start(tmp_path):
-    conditions = e3_norm.analyse(cells(tmp_path, mixing=500, norm=0), comparable=False).conditions
+    conditions = e3_norm.analyse(Runs(tuple(cells(tmp_path, mixing=500, norm=0)), judged=False)).conditions
     assert conditions["losses-0.1+norm-as-baseline"].deviation == pytest.approx(1e-7, rel=1e-3)
     assert conditions["norm-as-losses-0.1"].deviation == pytest.approx(0, abs=1e-12)
     assert conditions["norm-start"].deviation == pytest.approx(0.01)
@@ -68,7 +71,7 @@ def test_deviation_is_from_the_run_followed_or_from_the_start(tmp_path):
 def test_norm_held_from_memorising_on_is_compared_with_the_baselines_norm_then(tmp_path):
     cells(tmp_path, mixing=500, norm=0, seeds=range(1))
     write_run(tmp_path, "e3", "norm-mem", 0, t_grok=1000, norm=lambda step: falling(min(step, 300)))
-    held = e3_norm.analyse(read_runs(tmp_path), comparable=False).conditions["norm-mem"]
+    held = e3_norm.analyse(Runs(tuple(read_runs(tmp_path)), judged=False)).conditions["norm-mem"]
     assert held.deviation == pytest.approx(0, abs=1e-12)
 
 
@@ -97,15 +100,15 @@ def test_where_no_run_groks_there_is_nothing_to_judge(tmp_path):
 
 def test_an_incomplete_design_has_no_factorial_and_says_so(tmp_path):
     runs = [run for run in cells(tmp_path, mixing=500, norm=0) if run.experiment != "e2"]
-    result = e3_norm.analyse(runs, comparable=False)
+    result = e3_norm.analyse(Runs(tuple(runs), judged=False))
     assert result.factorial is None
     # What it follows is not among the runs.
-    assert result.conditions["norm-as-losses-0.1"].deviation is None
+    assert math.isnan(result.conditions["norm-as-losses-0.1"].deviation)
     assert any("is not complete" in getattr(b, "text", "") for b in e3_norm.section(result).blocks)
 
 
 def test_section_names_every_condition_in_words(tmp_path):
-    result = e3_norm.analyse(cells(tmp_path, mixing=500, norm=200), comparable=False)
+    result = e3_norm.analyse(Runs(tuple(cells(tmp_path, mixing=500, norm=200)), judged=False))
     table = next(b for b in e3_norm.section(result).blocks if isinstance(b, Table))
     rows = {row[0]: row for row in table.rows}
     assert rows["mixing, α = 0.1, losses averaged; norm as in the baseline"][3] == "500 [500, 500]"

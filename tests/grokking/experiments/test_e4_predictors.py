@@ -1,5 +1,6 @@
 """E4 on runs whose correlations and laws are known."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from closed_form import write_run
 
 from fastent.grokking.experiments import e4_predictors, figures
-from fastent.grokking.experiments.data import read_runs
+from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Table, Verdict
 from fastent.grokking.experiments.statistics import CORRELATION, EXPLAINED, jackknife
 from fastent.history import History
@@ -39,7 +40,7 @@ def runs(out, norm, seeds=range(4), entropy=None):
             entropy=own,
             norm=norm(seed, own),
         )
-    return [run.measure() for run in read_runs(out)]
+    return Runs(tuple(read_runs(out)))
 
 
 def falling(seed, own):
@@ -89,7 +90,7 @@ def test_pairs_of_equal_norm_and_different_entropy_are_counted_and_the_widest_na
         entropy=lambda seed: lambda step: 0.9 - 1.1 * step / 1e4,
     )
     pairs = e4_predictors.pairs(measured)
-    counts = [m.trajectory.step.size for m in measured]
+    counts = (~np.isnan(measured.step)).sum(axis=1).tolist()
     assert pairs.count == sum(n * (n - 1) // 2 for n in counts)
     assert pairs.far_entropy == pytest.approx(
         sum((n - 10) * (n - 9) // 2 for n in counts) / pairs.count  # ten evaluations apart or more
@@ -110,7 +111,10 @@ def test_gap_of_entropy_is_fitted_as_the_power_law_is_and_beats_a_norm_that_says
     assert gap.gamma == pytest.approx(1.5, rel=0.02)
     assert gap.left_out == pytest.approx(1, abs=1e-3)
     assert table[e4_predictors.NORM].in_sample.value < 0.1
-    histories = [History(m.trajectory.step, m.trajectory.entropy, m.summary.t_grok) for m in measured]
+    histories = [
+        History(step, h, t_grok)
+        for t_grok, (step, h) in zip(measured.t_grok, measured.lines(measured.entropy), strict=True)
+    ]
     assert gap.in_sample.value == pytest.approx(PowerLaw.fit(histories).r_squared, abs=1e-4)
 
 
@@ -119,13 +123,12 @@ def test_clock_is_fitted_on_the_other_runs_alone(tmp_path):
     data = e4_predictors.Evaluations.of(measured)
     clock = e4_predictors.table(data)[-1]
     errors, truth = [], []
-    for k, run in enumerate(measured):
-        others = np.mean([m.summary.t_grok for m in measured if m is not run])
-        step = run.trajectory.step[
-            (data.h_star.mean() < run.trajectory.entropy) & (run.trajectory.step < run.summary.t_grok)
-        ]
-        truth += list(run.summary.t_grok - step)
-        errors += list(np.maximum(others - step, 0) - (run.summary.t_grok - step))
+    for k, (at, entropy) in enumerate(measured.lines(measured.entropy)):
+        t_grok = measured.t_grok[k]
+        others = np.delete(measured.t_grok, k).mean()
+        step = at[(data.h_star.mean() < entropy) & (at < t_grok)]
+        truth += list(t_grok - step)
+        errors += list(np.maximum(others - step, 0) - (t_grok - step))
         assert (data.run == k).sum() == step.size
     expected = 1 - np.sum(np.square(errors)) / np.sum(np.square(truth - np.mean(truth)))
     assert clock.left_out == pytest.approx(expected)
@@ -142,7 +145,7 @@ def test_a_norm_that_rises_towards_grokking_is_as_good_as_one_that_falls(tmp_pat
 def test_claims_judge_weak_correlation_pairs_and_predictors(tmp_path):
     rng = np.random.default_rng(1)
     measured = runs(tmp_path, lambda seed, own: lambda step: 50 - 4 * own(step) + rng.normal())
-    result = e4_predictors.analyse(measured, comparable=False)
+    result = e4_predictors.analyse(dataclasses.replace(measured, judged=False))
     verdicts = [found.verdict for found in e4_predictors.claims(result).values()]
     assert verdicts == [
         Verdict.REPRODUCED,
@@ -151,21 +154,21 @@ def test_claims_judge_weak_correlation_pairs_and_predictors(tmp_path):
         Verdict.REPRODUCED,
         Verdict.REPRODUCED,
     ]
-    strong = e4_predictors.analyse(runs(tmp_path / "strong", falling), comparable=True)
+    strong = e4_predictors.analyse(dataclasses.replace(runs(tmp_path / "strong", falling), judged=True))
     verdicts = [found.verdict for found in e4_predictors.claims(strong).values()]
     assert verdicts[0] == Verdict.IN_PART
     assert verdicts[2] == Verdict.NOT_REPRODUCED  # R2 is 1 here
 
 
 def test_two_runs_are_too_few_for_predictors_and_that_is_said(tmp_path):
-    result = e4_predictors.analyse(runs(tmp_path, falling, seeds=range(2)), comparable=True)
+    result = e4_predictors.analyse(dataclasses.replace(runs(tmp_path, falling, seeds=range(2)), judged=True))
     assert result.table == ()
     assert [found.verdict for found in e4_predictors.claims(result).values()][2:] == [Verdict.NOT_RUN] * 3
     assert any("Fewer than three" in getattr(b, "text", "") for b in e4_predictors.section(result).blocks)
 
 
 def test_section_tables_hold_the_closed_form_values(tmp_path):
-    result = e4_predictors.analyse(runs(tmp_path, falling), comparable=False)
+    result = e4_predictors.analyse(dataclasses.replace(runs(tmp_path, falling), judged=False))
     tables = [block for block in e4_predictors.section(result).blocks if isinstance(block, Table)]
     assert tables[0].rows[0][0] == "all evaluations of all runs"
     assert tables[0].rows[0][1].startswith("−1.000")
@@ -182,8 +185,8 @@ def test_jackknife_of_a_mean_is_students_interval():
 
 
 def test_jackknife_gives_no_interval_it_cannot_know():
-    assert jackknife(0.5, [0.4, 0.6]).low is None
-    assert jackknife(0.5, [0.4, 0.6, math.nan]).low is None
+    assert not jackknife(0.5, [0.4, 0.6]).bounded
+    assert not jackknife(0.5, [0.4, 0.6, math.nan]).bounded
     full = jackknife(0.99, [0.985, 0.99, 0.995], CORRELATION)
     assert -1 < full.low < 0.99 < full.high < 1
 
@@ -201,7 +204,7 @@ def test_jackknife_gives_no_interval_it_cannot_know():
 )
 def test_jackknife_at_the_end_of_a_scale_has_no_interval_and_says_why(value, left_out, scale, why):
     e = jackknife(value, left_out, scale)
-    assert (e.value, e.low, e.high, e.method) == (value, None, None, f"no interval: {why}")
+    assert (e.value, e.bounded, e.method) == (value, False, f"no interval: {why}")
 
 
 def test_clock_of_two_runs_that_grok_at_one_step_has_no_interval_and_the_report_says_so(tmp_path):
@@ -211,11 +214,10 @@ def test_clock_of_two_runs_that_grok_at_one_step_has_no_interval_and_the_report_
             entropy=lambda step, t_grok=t_grok: 0.6 + (max(t_grok - step, 0) / 20_000) ** (1 / 1.5),
             norm=lambda step: 50 + math.sin(step),
         )  # fmt: skip
-    result = e4_predictors.analyse([run.measure() for run in read_runs(tmp_path)], comparable=True)
+    result = e4_predictors.analyse(Runs(tuple(read_runs(tmp_path)), judged=True))
     clock = result.table[-1].in_sample
     # With seed 1 left out the clock of the other two is exact: no finite spread of what stays unexplained.
-    assert (clock.low, clock.high, clock.method) == (
-        None, None, "no interval: a perfect fit with a run left out",
+    assert (clock.bounded, clock.method) == (False, "no interval: a perfect fit with a run left out",
     )  # fmt: skip
     said = " ".join(getattr(block, "text", "") for block in e4_predictors.section(result).blocks)
     assert f"{e4_predictors.CLOCK}: no interval: a perfect fit with a run left out" in said

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from closed_form import write_run
+from planted_columns import listed
 
 from fastent.diagnosis import Phase
 from fastent.grokking.experiments import e5_forecast, figures
-from fastent.grokking.experiments.data import read_runs
+from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Table, Verdict
 from fastent.grokking.experiments.e5_forecast import Outcome
 
@@ -39,7 +40,7 @@ def stored(tmp_path):
 
 @pytest.fixture
 def result(stored):
-    return e5_forecast.analyse(stored, comparable=True)
+    return e5_forecast.analyse(Runs(tuple(stored), judged=True))
 
 
 def test_a_planted_law_is_found_and_forecasts_runs_left_out_where_the_clock_cannot(result):
@@ -68,19 +69,19 @@ def test_claims_on_the_planted_law(result):
 
 
 def test_too_few_runs_give_no_law_and_say_so(stored):
-    result = e5_forecast.analyse(stored[:2], comparable=False)
+    result = e5_forecast.analyse(Runs(tuple(stored[:2]), judged=False))
     assert (result.law, result.validation) == (None, None)
     verdicts = [found.verdict for found in e5_forecast.claims(result).values()]
     assert verdicts[:5] == [Verdict.NOT_RUN] * 5
     assert "too few runs" in e5_forecast.headline(result)
     assert any("Fewer than three" in getattr(b, "text", "") for b in e5_forecast.section(result).blocks)
-    assert e5_forecast.analyse([], comparable=False) is None
+    assert e5_forecast.analyse(Runs((), judged=False)) is None
 
 
 def test_runs_that_never_grok_are_not_stopped_and_have_no_law(tmp_path):
     for seed in range(3):
         write_run(tmp_path, "e1", "baseline", seed, t_grok=None)
-    result = e5_forecast.analyse(read_runs(tmp_path), comparable=True)
+    result = e5_forecast.analyse(Runs(tuple(read_runs(tmp_path)), judged=True))
     assert "No run crosses the H* of the other seeds" in e5_forecast.headline(result)
     assert {found.verdict for found in list(e5_forecast.claims(result).values())[:7]} == {Verdict.NOT_RUN}
     e5_forecast.section(result)
@@ -95,11 +96,11 @@ def test_stopping_saves_what_the_crossing_leaves_of_the_budget_and_reads_the_acc
             tmp_path, "e1", "baseline", seed, t_grok=t_grok, last_step=4000, max_steps=4000,
             entropy=lambda step, end=end, at=t_grok: 0.9 if step < end else 0.7 if step == at else 0.5,
         )  # fmt: skip
-    runs = [run.measure() for run in read_runs(tmp_path)]
+    runs = Runs(tuple(read_runs(tmp_path)))
     found = e5_forecast.savings(runs, 4000)
-    assert [stop.crossed for stop in found.stops] == [900, 1000, 1100]
-    assert [stop.step for stop in found.stops] == [1900, 2000, 2100]
-    assert [stop.accuracy for stop in found.stops] == [1.0, 1.0, 0.0]
+    assert found.crossed.tolist() == [900, 1000, 1100]
+    assert found.step.tolist() == [1900, 2000, 2100]
+    assert found.accuracy.tolist() == [1.0, 1.0, 0.0]
     assert found.saved.value == pytest.approx(np.mean([2100, 2000, 1900]) / 4000)
     assert found.saved_by_accuracy.value == pytest.approx((2700 + 2000 + 0) / 3 / 4000)
     assert (found.grokked.value, found.within.value) == (2 / 3, 2 / 3)
@@ -109,8 +110,8 @@ def test_a_run_that_never_crosses_saves_nothing_and_is_not_stopped(measure):
     runs = [measure([0.9] * 5, [0, 0, 0, 1, 1], seed=s) for s in range(2)] + [
         measure([0.9, 0.8, 0.7, 0.6, 0.5], [0] * 5)
     ]
-    found = e5_forecast.savings(runs, 1000)
-    assert [stop.step for stop in found.stops] == [None, None, 1100]
+    found = e5_forecast.savings(Runs(tuple(runs)), 1000)
+    assert listed(found.step) == [None, None, 1100]
     assert found.saved.value == 0
     assert found.grokked.n == 1
 
@@ -130,11 +131,11 @@ def test_cost_is_the_share_of_the_executions_time_and_milliseconds_a_run(tmp_pat
     ]
     write(tmp_path, 0, 2000, timing=[*timing(0.03, 10.0), *again])
     write(tmp_path, 1, 2000)
-    cost = e5_forecast.monitor_cost(read_runs(tmp_path))
+    cost = e5_forecast.monitor_cost(Runs(tuple(read_runs(tmp_path))))
     assert cost.share.value == pytest.approx(8 * 0.03 / 30)
     assert cost.milliseconds.value == pytest.approx(15)
     assert cost.share.n == 1
-    assert e5_forecast.monitor_cost(read_runs(tmp_path)[1:]) is None
+    assert e5_forecast.monitor_cost(Runs(tuple(read_runs(tmp_path)[1:]))) is None
 
 
 def test_table_5_counts_what_was_said_against_what_came(measure):
@@ -143,8 +144,8 @@ def test_table_5_counts_what_was_said_against_what_came(measure):
     test = [0.0] * 35 + [1.0] * 5
     groks = measure(entropy, test, seed=1)
     never = measure(entropy, [0.0] * 40, seed=2)
-    baseline = [measure([0.9, 0.625], [0.0, 1.0], seed=9)]
-    found = e5_forecast.guide([groks, never], baseline)
+    baseline = Runs((measure([0.9, 0.625], [0.0, 1.0], seed=9),))
+    found = e5_forecast.guide(Runs((groks, never)), baseline)
     assert found.n == 2
     assert sum(found.shares.values()) == pytest.approx(1)
     assert found.evaluations[Phase.NEAR_THRESHOLD, Outcome.LATER] == 0
@@ -155,18 +156,18 @@ def test_table_5_counts_what_was_said_against_what_came(measure):
     assert found.imminent.value == pytest.approx(1 / 2)
     assert (found.warned.value, found.warned.n) == (1, 1)
     assert found.evaluations[Phase.NOT_ENOUGH_HISTORY, Outcome.LATER] == 4
-    assert found.given_up is None
+    assert not found.given_up.known
 
 
 def test_table_5_leaves_the_runs_own_threshold_out(measure):
     run = measure([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [0, 0, 0, 0, 0, 1.0], seed=3)
-    assert e5_forecast.guide([run], [run]) is None
+    assert e5_forecast.guide(Runs((run,)), Runs((run,))) is None
 
 
 def test_section_holds_the_long_runs_and_the_confusion_matrix(tmp_path, stored):
     write(tmp_path / "more", 0, 2000, experiment="e5", condition="to-the-end")
     runs = [*stored, *read_runs(tmp_path / "more")]
-    result = e5_forecast.analyse(runs, comparable=False)
+    result = e5_forecast.analyse(Runs(tuple(runs), judged=False))
     tables = {
         block.columns[0]: block for block in e5_forecast.section(result).blocks if isinstance(block, Table)
     }

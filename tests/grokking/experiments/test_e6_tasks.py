@@ -4,6 +4,7 @@ import pytest
 from planted_columns import EVERY, planted, tables
 
 from fastent.grokking.experiments import e6_tasks, figures
+from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.train.presets import TrainConfig, preset
@@ -56,7 +57,7 @@ def controls():
 
 
 def test_rows_hold_the_planted_times_and_thresholds(runs):
-    tasks = e6_tasks.analyse(runs).tasks
+    tasks = e6_tasks.analyse(Runs(tuple(runs))).tasks
     assert {name: (t.t_grok.value, round(t.h_star.value, 4)) for name, t in tasks.items()} == {
         "add": (14_000, 0.605),
         "mul": (21_600, 0.589),
@@ -67,7 +68,7 @@ def test_rows_hold_the_planted_times_and_thresholds(runs):
 
 
 def test_claims_judge_the_rows_by_number_and_share(runs):
-    claims = e6_tasks.claims(e6_tasks.analyse(runs))
+    claims = e6_tasks.claims(e6_tasks.analyse(Runs(tuple(runs))))
     assert claims["e6.add"].verdict == Verdict.REPRODUCED
     assert claims["e6.mul"].verdict == Verdict.REPRODUCED
     assert claims["e6.sub"].verdict == Verdict.NOT_REPRODUCED  # 16,000 for 21,560
@@ -80,44 +81,48 @@ def test_claims_judge_the_rows_by_number_and_share(runs):
 
 def test_equal_rows_are_called_so_and_overlapping_ones_in_part():
     alike = [*some(MUL, 21_600, 0.589), *some(SUB, 21_600, 0.589)]
-    assert e6_tasks.claims(e6_tasks.analyse(alike))["e6.rows_alike"].verdict == Verdict.REPRODUCED
+    assert (
+        e6_tasks.claims(e6_tasks.analyse(Runs(tuple(alike))))["e6.rows_alike"].verdict == Verdict.REPRODUCED
+    )
     near = [*some(MUL, 21_600, 0.589), *some(SUB, 21_800, 0.5895)]
-    assert e6_tasks.claims(e6_tasks.analyse(near))["e6.rows_alike"].verdict == Verdict.IN_PART
+    assert e6_tasks.claims(e6_tasks.analyse(Runs(tuple(near))))["e6.rows_alike"].verdict == Verdict.IN_PART
 
 
 def test_a_run_that_does_not_grok_is_kept_to_the_limit_of_steps():
     stuck = planted(MUL, 5, test=[0.0] * 251, entropy=[0.9] * 251)
-    task = e6_tasks.analyse([*some(MUL, 20_000, 0.6), stuck]).tasks["mul"]
+    task = e6_tasks.analyse(Runs((*some(MUL, 20_000, 0.6), stuck))).tasks["mul"]
     assert task.grokked.value == pytest.approx(5 / 6)
     assert task.t_grok.value == pytest.approx((5 * 20_000 + 50_000) / 6)
 
 
 def test_numbers_of_the_paper_are_judged_only_in_its_setting():
     quick = {job.config.task: job for job in JOBS["e6"](preset("quick"), range(10))[:4]}
-    claims = e6_tasks.claims(e6_tasks.analyse(some(quick["mul"], 21_600, 0.589)))
+    claims = e6_tasks.claims(e6_tasks.analyse(Runs(tuple(some(quick["mul"], 21_600, 0.589)))))
     assert claims["e6.mul"].verdict == Verdict.OTHER_SETTING
 
 
 def test_windows_that_see_the_collapse_in_half_of_the_runs_of_s5_reproduce_the_five_of_ten():
     dips = [2_000] * 5 + [None] * 5
     s5 = [run(S5, s, 4_400, 0.655, dip=dip) for s, dip in enumerate(dips)]
-    claim = e6_tasks.claims(e6_tasks.analyse(s5))["e6.s5_window"]
+    claim = e6_tasks.claims(e6_tasks.analyse(Runs(tuple(s5))))["e6.s5_window"]
     assert claim.ours.startswith("5 of 10")
     assert claim.verdict == Verdict.REPRODUCED
     none = [run(S5, s, 4_400, 0.655) for s in range(10)]
-    assert e6_tasks.claims(e6_tasks.analyse(none))["e6.s5_window"].verdict == Verdict.NOT_REPRODUCED
+    assert (
+        e6_tasks.claims(e6_tasks.analyse(Runs(tuple(none))))["e6.s5_window"].verdict == Verdict.NOT_REPRODUCED
+    )
 
 
 def test_controls_that_agree_and_that_do_not_are_told_apart(runs, controls):
-    result = e6_tasks.analyse([*runs, *controls])
+    result = e6_tasks.analyse(Runs((*runs, *controls)))
     assert [(d.first.name, d.second.name) for d in result.controls] == [
         ("addition modulo p - 1", "mul_nonzero"),
         ("addition, own tokens", "subtraction, own tokens"),
     ]
     assert [d.t_grok.value for d in result.controls] == [-200, 6_000]
-    assert [e6_tasks.agrees(d) for d in result.controls] == [True, False]
+    assert [d.agrees for d in result.controls] == [True, False]
     assert e6_tasks.claims(result)["e6.relabelled"].verdict == Verdict.NOT_AS_EXPECTED
-    alike = e6_tasks.analyse([*runs, *controls[:10]])
+    alike = e6_tasks.analyse(Runs((*runs, *controls[:10])))
     assert e6_tasks.claims(alike)["e6.relabelled"].verdict == Verdict.AS_EXPECTED
     assert alike.contrast.t_grok.value == 2_000
     assert "1 of 2 pairs of tasks that are one under other names agree" in e6_tasks.headline(result)
@@ -129,8 +134,8 @@ def test_where_no_run_groks_nothing_is_compared(undrawn):
         for job in (MUL, SUB, MUL_NONZERO, LESS)
         for seed in range(2)
     ]
-    result = e6_tasks.analyse(stuck)
-    assert result.controls[0].t_grok is None
+    result = e6_tasks.analyse(Runs(tuple(stuck)))
+    assert not result.controls[0].t_grok.known
     claims = e6_tasks.claims(result)
     for name in ("e6.relabelled", "e6.rows_alike", "e6.modular"):
         assert claims[name].verdict == Verdict.NOT_RUN
@@ -139,7 +144,7 @@ def test_where_no_run_groks_nothing_is_compared(undrawn):
 
 
 def test_without_a_run_of_e6_there_is_no_analysis(runs):
-    assert e6_tasks.analyse(some(ADD, 14_000, 0.6)) is None
+    assert e6_tasks.analyse(Runs(tuple(some(ADD, 14_000, 0.6)))) is None
 
 
 def test_share_of_pairs_that_do_not_commute_is_counted():
@@ -154,7 +159,7 @@ def test_shares_without_structure_are_the_squared_dimensions():
 
 
 def test_section_sets_the_rows_beside_the_papers(runs, controls, undrawn):
-    found = tables(e6_tasks.section(e6_tasks.analyse([*runs, *controls])))
+    found = tables(e6_tasks.section(e6_tasks.analyse(Runs((*runs, *controls)))))
     rows = {row[0]: row for row in found["Table 3 with ours"].rows}
     assert rows["multiplication"][3:5] == ("21,560", "21,600 steps (95 % CI 21,360 to 21,840; n = 5)")
     assert rows["multiplication without 0"][3] == "–"
@@ -167,7 +172,7 @@ def test_section_sets_the_rows_beside_the_papers(runs, controls, undrawn):
 
 
 def test_figures_have_a_column_for_each_task_and_a_panel_for_each_representation(runs):
-    result = e6_tasks.analyse(runs)
+    result = e6_tasks.analyse(Runs(tuple(runs)))
     drawn = e6_tasks.trajectories(result)
     titles = [axes.get_title(loc="left") or axes.get_title() for axes in drawn.axes[:4]]
     assert titles == ["Addition", "Multiplication", "Subtraction", "S5"]

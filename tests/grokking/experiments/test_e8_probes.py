@@ -5,6 +5,7 @@ import pytest
 from planted_columns import planted, tables
 
 from fastent.grokking.experiments import e8_probes, figures
+from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.train.presets import preset
@@ -48,7 +49,7 @@ def undrawn(monkeypatch):
 def result():
     # At grokking the test probe reads 0.002 lower, half-way there 0.08 lower.
     lower = [0.0, 0.0, 0.01, 0.03, 0.08, 0.04, 0.02, 0.01, 0.002, 0.0, 0.0, 0.0]
-    return e8_probes.analyse([run(seed, lower=lower) for seed in range(6)])
+    return e8_probes.analyse(Runs(tuple([run(seed, lower=lower) for seed in range(6)])))
 
 
 def test_sizes_are_those_recorded_with_the_training_set_and_all_pairs():
@@ -66,7 +67,8 @@ def test_probes_are_compared_at_grokking_and_along_the_runs(result):
     assert result.test.value == pytest.approx(mean - 0.002)
     assert result.difference.value == pytest.approx(-0.002)
     assert result.correlation.value == pytest.approx(1.0)
-    assert result.largest == tuple((pytest.approx(-0.08), 800) for _ in range(6))
+    assert result.largest == pytest.approx([-0.08] * 6)
+    assert result.largest_at.tolist() == [800] * 6
     x = np.array(entropy(0))
     y = x - np.array([0.0, 0.0, 0.01, 0.03, 0.08, 0.04, 0.02, 0.01, 0.002, 0.0, 0.0, 0.0])
     # T_mem is at step 400, T_grok at 1,600.
@@ -79,12 +81,12 @@ def test_correction_undoes_the_law_of_the_size_and_the_population(result):
     for probe in result.sized[1:-2]:
         assert probe.deficit.value == pytest.approx(4.0 * (1 / probe.n - 1 / TRAIN))
         assert probe.corrected.value == pytest.approx(0, abs=1e-12)
-    assert result.sized[0].corrected is None
+    assert not result.sized[0].corrected.known
     assert result.sized[-1].deficit.value == pytest.approx(-0.001)
 
 
 def test_spread_over_the_runs_falls_with_the_square_root_of_the_law():
-    result = e8_probes.analyse([run(seed, noise=0.05) for seed in range(60)])
+    result = e8_probes.analyse(Runs(tuple([run(seed, noise=0.05) for seed in range(60)])))
     expected = 0.05 * np.sqrt(1 / 64 - 1 / TRAIN)
     assert result.sized[0].spread == pytest.approx(expected, rel=0.3)
     assert e8_probes.rate_of_spread(result) == pytest.approx(0.5, abs=0.12)
@@ -99,12 +101,16 @@ def test_claims_judge_the_planted_probes(result):
 
 
 def test_a_small_but_certain_difference_is_in_part():
-    claims = e8_probes.claims(e8_probes.analyse([run(seed, lower=[0.015] * 12) for seed in range(6)]))
+    claims = e8_probes.claims(
+        e8_probes.analyse(Runs(tuple([run(seed, lower=[0.015] * 12) for seed in range(6)])))
+    )
     assert claims["e8.close"].verdict == Verdict.IN_PART
 
 
 def test_a_test_probe_far_from_the_training_probe_is_said_to_be():
-    claims = e8_probes.claims(e8_probes.analyse([run(seed, lower=[0.3] * 12) for seed in range(6)]))
+    claims = e8_probes.claims(
+        e8_probes.analyse(Runs(tuple([run(seed, lower=[0.3] * 12) for seed in range(6)])))
+    )
     assert claims["e8.close"].verdict == Verdict.NOT_REPRODUCED
     # Its own threshold is as much lower, so it crosses at the same step.
     assert claims["e8.artefact"].verdict == Verdict.REPRODUCED
@@ -112,18 +118,21 @@ def test_a_test_probe_far_from_the_training_probe_is_said_to_be():
 
 def test_a_test_probe_that_dips_early_does_not_see_the_collapse_when_the_training_probe_does():
     early = [run(seed, lower=[0.5 * (k == 3) for k in range(12)]) for seed in range(6)]
-    assert e8_probes.claims(e8_probes.analyse(early))["e8.artefact"].verdict == Verdict.NOT_REPRODUCED
+    assert (
+        e8_probes.claims(e8_probes.analyse(Runs(tuple(early))))["e8.artefact"].verdict
+        == Verdict.NOT_REPRODUCED
+    )
 
 
 def test_runs_that_never_grok_leave_nothing_to_compare_at_grokking(undrawn):
-    result = e8_probes.analyse([run(seed, groks=99) for seed in range(2)])
+    result = e8_probes.analyse(Runs(tuple([run(seed, groks=99) for seed in range(2)])))
     assert {found.verdict for found in e8_probes.claims(result).values()} == {Verdict.NOT_RUN}
     assert "no run groks" in e8_probes.headline(result)
     assert e8_probes.section(result).anchor == "e8"
 
 
 def test_without_the_columns_there_is_no_analysis():
-    assert e8_probes.analyse([planted(JOB, 0, test=[0.0], entropy=[0.9])]) is None
+    assert e8_probes.analyse(Runs((planted(JOB, 0, test=[0.0], entropy=[0.9]),))) is None
 
 
 def test_section_has_the_planted_numbers(result, undrawn):
@@ -139,7 +148,7 @@ def test_section_has_the_planted_numbers(result, undrawn):
 def test_figures_show_the_pairs_at_grokking_and_the_law_through_every_size(result):
     b = e8_probes.two_probes(result).axes[1]
     (dots,) = [line for line in b.lines if line.get_marker() == "o"]
-    np.testing.assert_allclose(np.transpose(dots.get_data()), result.grokked)
+    np.testing.assert_allclose(dots.get_data(), [result.runs.h_star, result.tested.h_star])
     a = e8_probes.probe_sizes(result).axes[0]
     read = next(line for line in a.lines if line.get_label() == "as read").get_ydata()
     law = next(line for line in a.lines if "from the largest" in line.get_label()).get_ydata()

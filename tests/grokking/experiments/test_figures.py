@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 
 from fastent.grokking.experiments import e1_lead, figures, leads
+from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.figures import DARK, LIGHT
 
 
 @pytest.fixture
 def runs(measure):
     fall = [0.9, 0.9, 0.8, 0.7, 0.6, 0.5]
-    return [
-        measure(fall, [0, 0, 0, 0, 1, 1], seed=3),
-        measure([h + 0.02 for h in fall] + [0.5], [0, 0, 0, 0, 0, 1, 1], seed=4),
-    ]
+    return Runs(
+        (
+            measure(fall, [0, 0, 0, 0, 1, 1], seed=3),
+            measure([h + 0.02 for h in fall] + [0.5], [0, 0, 0, 0, 0, 1, 1], seed=4),
+        )
+    )
 
 
 @pytest.fixture
@@ -124,7 +127,7 @@ def test_png_is_written_at_the_asked_resolution(runs, rules, tmp_path):
 
 
 def test_figures_of_runs_that_never_grok_or_have_no_entropy_are_drawn(measure):
-    runs = [measure([np.nan, np.nan], [0, 0]), measure([0.9, 0.9], [0, 0], seed=1)]
+    runs = Runs((measure([np.nan, np.nan], [0, 0]), measure([0.9, 0.9], [0, 0], seed=1)))
     rules = (leads.left_out_threshold(runs), leads.collapse(runs))
     assert figures.both(dynamics(runs, rules))[0].startswith("<svg")
     assert figures.both(functools.partial(e1_lead.per_seed, runs, *rules))[0].startswith("<svg")
