@@ -8,7 +8,7 @@ import sys
 import pytest
 
 FORKED = """
-import json, os, sys, traceback, warnings
+import json, os, signal, sys, warnings
 import torch, fastent
 from fastent import openblas
 
@@ -25,6 +25,7 @@ read, write = os.pipe()
 warnings.simplefilter("ignore")
 child = os.fork()
 if child == 0:
+    signal.alarm(30)  # a child that waits for ever is not left behind
     seen = []
     calls = (
         lambda: fastent.spectral_entropy(h),
