@@ -12,7 +12,7 @@ from fastent import openblas
 from fastent.covariance import triton_obstacle
 from fastent.train.environment import commit, processor
 
-EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "pyarrow")
+EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "pyarrow", "jinja2")
 """What the extra ``train`` installs."""
 
 INSTALL = "pip install '.[train]' in a clone of fastent"

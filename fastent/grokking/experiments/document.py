@@ -29,72 +29,6 @@ from pathlib import Path
 from fastent.train.errors import RunError
 from fastent.train.files import write_atomically
 
-CSS = """
-:root {
-  --paper: #ffffff; --ink: #1c2430; --soft: #5a6675; --line: #d9dee5; --panel: #f5f7f9; --link: #00639c;
-  --yes: #00684b; --part: #8a5300; --no: #a3261b; --none: #5a6675;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --paper: #12161c; --ink: #e3e8ef; --soft: #9aa5b4; --line: #2c3541; --panel: #1a2029; --link: #6fbdf0;
-    --yes: #4fd1a5; --part: #f0b45c; --no: #f58d83; --none: #9aa5b4;
-  }
-}
-* { box-sizing: border-box; }
-html { color-scheme: light dark; scroll-behavior: smooth; }
-body {
-  margin: 0 auto; max-width: 68rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif;
-}
-header h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.01em; }
-header p { margin: 0; color: var(--soft); max-width: 48rem; }
-nav { margin: 1.25rem 0 0; border: solid var(--line); border-width: 1px 0; padding: .6rem 0; font-size: .92rem; }
-nav ol { margin: 0; padding: 0; list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
-a { color: var(--link); text-decoration: none; }
-a:hover, a:focus { text-decoration: underline; }
-section { margin-top: 2.5rem; }
-h2 { font-size: 1.35rem; line-height: 1.3; margin: 0 0 .75rem; }
-p, ul { max-width: 48rem; margin: .6rem 0; }
-ul { padding-left: 1.25rem; }
-li { margin: .25rem 0; }
-p.note { border-left: 3px solid var(--line); padding-left: .9rem; color: var(--soft); font-size: .94rem; }
-code {
-  font: .88em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--panel);
-  padding: .1em .3em; border-radius: .25em; overflow-wrap: anywhere;
-}
-pre {
-  background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; padding: .7rem .9rem;
-  overflow-x: auto;
-}
-pre code { background: none; padding: 0; overflow-wrap: normal; }
-.scroll { overflow-x: auto; margin: 1.1rem 0; }
-table {
-  border-collapse: collapse; max-width: 100%; min-width: min(100%, 30rem); font-size: .9rem; line-height: 1.45;
-}
-table:has(th:nth-child(5)) { min-width: 46rem; }
-caption { text-align: left; color: var(--soft); padding-bottom: .5rem; max-width: 52rem; }
-th, td { text-align: left; vertical-align: top; padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line); }
-thead th { border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; }
-td:last-child, th:last-child { padding-right: 0; }
-.number { text-align: right; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.verdict { font-weight: 600; white-space: nowrap; }
-.verdict.yes { color: var(--yes); }
-.verdict.part { color: var(--part); }
-.verdict.no { color: var(--no); }
-.verdict.none { color: var(--none); font-weight: 400; }
-figure { margin: 1.5rem 0; }
-figure img { display: block; width: 100%; height: auto; }
-figcaption { color: var(--soft); font-size: .92rem; max-width: 52rem; margin-top: .5rem; }
-@media print {
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  nav { display: none; }
-  figure, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
-  .scroll { overflow: visible; }
-}
-"""
-
 
 @dataclass(frozen=True)
 class Text:
@@ -197,80 +131,34 @@ def figures_of(sections: Sequence[Section]) -> Iterator[Figure]:
 
 
 def as_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """One self-contained page."""
-    links = "".join(f'<li><a href="#{_escape(s.anchor)}">{_inline(s.title)}</a></li>' for s in sections)
-    body = "\n".join(_section_html(section) for section in sections)
-    return (
-        "<!DOCTYPE html>\n"
-        '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        f"<header><h1>{_inline(title)}</h1><p>{_inline(subtitle)}</p></header>\n"
-        f"<nav><ol>{links}</ol></nav>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    """Write one self-contained page, by the template beside this module."""
+    import jinja2
+    from markupsafe import Markup
+
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
     )
-
-
-def _section_html(section: Section) -> str:
-    blocks = "\n".join(_block_html(block) for block in section.blocks)
-    return (
-        f'<section id="{_escape(section.anchor)}">\n<h2>{_inline(section.title)}</h2>\n{blocks}\n</section>'
-    )
-
-
-def _block_html(block: Block) -> str:
-    match block:
-        case Text(text, kind):
-            return f'<p class="{kind}">{_inline(text)}</p>' if kind != "plain" else f"<p>{_inline(text)}</p>"
-        case Items(items):
-            return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"
-        case Code(text):
-            return f"<pre><code>{_escape(text)}</code></pre>"
-        case Table():
-            return _table_html(block)
-        case Figure():
-            return _figure_html(block)
-
-
-def _table_html(table: Table) -> str:
-    right = [' class="number"' if i in table.numbers else "" for i in range(len(table.columns))]
-    head = "".join(f'<th scope="col"{c}>{_inline(t)}</th>' for c, t in zip(right, table.columns, strict=True))
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td{c}>{_cell_html(t)}</td>" for c, t in zip(right, row, strict=True)) + "</tr>"
-        for row in table.rows
-    )
-    return (
-        f'<div class="scroll"><table>\n<caption>{_inline(table.caption)}</caption>\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
-    )
-
-
-def _cell_html(cell: str | Verdict) -> str:
-    if isinstance(cell, Verdict):
-        return f'<span class="verdict {cell.kind}">{_inline(cell.label)}</span>'
-    return _inline(cell)
-
-
-def _figure_html(figure: Figure) -> str:
-    dark = f'<source media="screen and (prefers-color-scheme: dark)" srcset="{_data(figure.dark)}">'
-    light = f'<img src="{_data(figure.light)}" alt="{_escape(figure.alt)}">'
-    return (
-        f"<figure><picture>{dark}{light}</picture>\n"
-        f"<figcaption>{_inline(figure.caption)}</figcaption></figure>"
-    )
+    pages.filters |= {
+        "text": lambda text: Markup(html.escape(text)),
+        "inline": lambda text: Markup(_inline(text)),
+        "data": _data,
+        "kind": lambda block: type(block).__name__,
+    }
+    return pages.get_template("page.html.jinja").render(title=title, subtitle=subtitle, sections=sections)
 
 
 def _data(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def _escape(text: str) -> str:
-    return html.escape(text, quote=True)
-
-
 def _inline(text: str) -> str:
     # A number keeps its per cent sign, and n its value, on one line.
-    kept = re.sub(r"(?<=\d) %", "&nbsp;%", _escape(text)).replace("n = ", "n&nbsp;=&nbsp;")
+    kept = re.sub(r"(?<=\d) %", "&nbsp;%", html.escape(text)).replace("n = ", "n&nbsp;=&nbsp;")
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", kept)
 
 

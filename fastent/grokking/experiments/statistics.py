@@ -108,7 +108,7 @@ def bootstrap(
         raise ValueError(f"values must be finite and at least one; got {x.tolist()}")
     point = float(statistic(x, axis=-1))
     if x.size < 3:
-        return Estimate(point, math.nan, math.nan, x.size, f"no interval: n = {x.size}", level)
+        return Estimate(point, n=x.size, method=f"no interval: n = {x.size}", level=level)
     if (x == x[0]).all():
         return Estimate(point, point, point, x.size, "no spread: all values equal", level)
     for method, name in (("BCa", "BCa bootstrap"), ("percentile", "percentile bootstrap, BCa undefined")):
@@ -177,13 +177,14 @@ def pearson(x: ArrayLike, y: ArrayLike, *, level: float = LEVEL) -> Estimate:
         raise ValueError(f"r needs two or more pairs; got {a.size} and {b.size} values")
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return Estimate(
-            float("nan"), math.nan, math.nan, a.size, "r is undefined: all values of one are equal", level
+            float("nan"), n=a.size, method="r is undefined: all values of one are equal", level=level
         )
-    r = float(np.clip(np.corrcoef(a, b)[0, 1], -1.0, 1.0))
-    if a.size < 4 or abs(r) == 1:
-        return Estimate(r, math.nan, math.nan, a.size, f"no interval: n = {a.size}, r = {r:.3g}", level)
-    half = float(stats.norm.ppf((1 + level) / 2)) / (a.size - 3) ** 0.5
-    low, high = (float(np.tanh(np.arctanh(r) + sign * half)) for sign in (-1, 1))
+    found = stats.pearsonr(a, b)
+    r = float(found.statistic)
+    if a.size < 4 or 1 - abs(r) < EXACT:
+        return Estimate(r, n=a.size, method=f"no interval: n = {a.size}, r = {r:.3g}", level=level)
+    interval = found.confidence_interval(level)
+    low, high = float(interval.low), float(interval.high)
     return Estimate(r, low, high, a.size, "Pearson r, Fisher interval", level)
 
 
@@ -200,9 +201,7 @@ def welch(x: ArrayLike, y: ArrayLike, *, level: float = LEVEL) -> Estimate:
         raise ValueError(f"each group needs a value; got {a.size} and {b.size}")
     gap = float(b.mean() - a.mean())
     if min(a.size, b.size) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
-        return Estimate(
-            gap, math.nan, math.nan, a.size + b.size, f"no interval: n = {a.size} and {b.size}", level
-        )
+        return Estimate(gap, n=a.size + b.size, method=f"no interval: n = {a.size} and {b.size}", level=level)
     interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(level)
     low, high = float(interval.low), float(interval.high)
     return Estimate(gap, low, high, a.size + b.size, "difference of means, Welch interval", level)
@@ -357,7 +356,7 @@ def signed_rank(control: Times, treated: Times, *, level: float = LEVEL) -> Comp
     difference = y - x
     if (difference == 0).all():
         effect = Estimate(
-            0.0, math.nan, math.nan, control.n, "Hodges-Lehmann shift; no interval: all pairs tie", level
+            0.0, n=control.n, method="Hodges-Lehmann shift; no interval: all pairs tie", level=level
         )
         return Comparison("Wilcoxon signed-rank, one-sided", 0.0, 1.0, (control.n, treated.n), effect, note)
     result = stats.wilcoxon(difference, alternative="greater")
@@ -533,7 +532,7 @@ def stratified_log_rank(control: Times, treated: Times, *, level: float = LEVEL)
     test = "log-rank stratified by seed, one-sided, exact"
     if known == 0:
         effect = Estimate(
-            0.5, math.nan, math.nan, 0, "share of pairs, treated later; no pair says anything", level
+            0.5, n=0, method="share of pairs, treated later; no pair says anything", level=level
         )
         return Comparison(test, 0.0, 1.0, n, effect, note)
     p_value = float(stats.binomtest(later, known, alternative="greater").pvalue)
@@ -612,7 +611,7 @@ def jackknife(
     n = len(left_out)
 
     def without(reason: str) -> Estimate:
-        return Estimate(value, math.nan, math.nan, n, f"no interval: {reason}", level)
+        return Estimate(value, n=n, method=f"no interval: {reason}", level=level)
 
     if n < 3:
         return without(f"n = {n}")
