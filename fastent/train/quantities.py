@@ -20,7 +20,7 @@ fell from.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -242,32 +242,3 @@ def summarize_run(
         evaluations=int(step.size),
         unusable=int(step.size - usable.size),
     )
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Accuracies that count as grokking (test) and as memorised (train), in [0, 1]."""
-
-    criterion: float
-    memorised: float
-
-
-@dataclass(frozen=True)
-class MeasuredRun:
-    """One run as the experiments see it: what it was, its columns and its quantities.
-
-    `name` is the run folder's name; `complete` says whether it ran to its end.
-    """
-
-    name: str
-    seed: int
-    complete: bool
-    evaluate_every: int
-    levels: Levels
-    trajectory: Trajectory
-    summary: RunSummary
-
-    def dated_by(self, criterion: float) -> MeasuredRun:
-        """Return the same run with grokking dated by another test accuracy."""
-        levels = replace(self.levels, criterion=criterion)
-        return replace(self, levels=levels, summary=summarize_run(self.trajectory, levels))

@@ -88,57 +88,20 @@ CLAIMS: Mapping[str, Claim] = _read_claims()
 """Every claim of the paper that is judged, by its id, in the order of the summary."""
 
 CONTRIBUTIONS = (
-    (
-        "(i)",
-        "two phases: the norm expands, then H collapses",
-        (
-            "e1.norm_grows",
-            "e1.phase_1_stable",
-        ),
-    ),
+    ("(i)", "two phases: the norm expands, then H collapses", ("e1.norm_grows", "e1.phase_1_stable")),
     (
         "(ii)",
         "H falls below H* before generalisation in every run",
-        (
-            "e1.precedes",
-            "e1.precedes_left_out",
-            "e1.collapse_at_half",
-        ),
+        ("e1.precedes", "e1.precedes_left_out", "e1.collapse_at_half"),
     ),
     (
         "(iii)",
         "causal: preventing the collapse delays grokking, and it is not the norm",
-        (
-            "e2.delays",
-            "e2.kept_up",
-            "e3.driver",
-        ),
+        ("e2.delays", "e2.kept_up", "e3.driver"),
     ),
-    (
-        "(iv)",
-        "a power law in H forecasts grokking",
-        (
-            "e5.r2",
-            "e5.left_out",
-            "e5.beats_clock",
-        ),
-    ),
-    (
-        "(v)",
-        "S5 and other tasks show the same",
-        (
-            "e6.pattern",
-            "e6.s5_window",
-        ),
-    ),
-    (
-        "a sixth",
-        "collapse is necessary, not sufficient: MLPs",
-        (
-            "e7.mlp",
-            "e7.insufficient",
-        ),
-    ),
+    ("(iv)", "a power law in H forecasts grokking", ("e5.r2", "e5.left_out", "e5.beats_clock")),
+    ("(v)", "S5 and other tasks show the same", ("e6.pattern", "e6.s5_window")),
+    ("a sixth", "collapse is necessary, not sufficient: MLPs", ("e7.mlp", "e7.insufficient")),
 )
 """The paper's contributions (it says five and lists six), with the claims each rests on."""
 
@@ -332,8 +295,7 @@ def checks() -> list[Check]:
         Check(
             "§3.3, §5, abstract",
             f"mean lead {steps(LEAD)} steps for T_collapse, and for H below H*",
-            f"possible for 10 seeds ({steps(LEAD)} is a multiple of {GRID // 10}); two definitions that "
-            "share a mean",
+            f"possible for 10 seeds ({steps(LEAD)} is a multiple of {GRID // 10}); two definitions that share a mean",
             None if is_mean(LEAD, 10) else False,
         ),
         Check(
@@ -397,11 +359,7 @@ def arithmetic_section() -> Section:
     rows = tuple((c.where, c.prints, c.gives, c.verdict) for c in checks())
     blocks: list[Block] = [
         Text("What the paper's printed numbers and sentences say of each other; no run is needed for it."),
-        Table(
-            "The paper's own arithmetic.",
-            ("Paper", "It prints", "Its own numbers give", ""),
-            rows,
-        ),
+        Table("The paper's own arithmetic.", ("Paper", "It prints", "Its own numbers give", ""), rows),
     ]
     return Section("arithmetic", "The paper's own arithmetic", tuple(blocks))
 
@@ -463,8 +421,7 @@ def corrections_section() -> Section:
             "entropy up, and what it did has to be measured in each run."
         ),
         Table(
-            "Entropy lost by mixing, for the two waves. If the lemma held, the last column would stay "
-            "bounded.",
+            "Entropy lost by mixing, for the two waves. If the lemma held, the last column would stay bounded.",
             ("α", "change of H (nats)", "change / α", "change / α²"),
             tuple(
                 (

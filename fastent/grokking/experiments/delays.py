@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from fastent.grokking.experiments.claims import (
@@ -39,7 +38,7 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Table, Verdict
-from fastent.grokking.experiments.figures import LIGHT, WIDTH, lines
+from fastent.grokking.experiments.figures import LIGHT, WIDTH, lines, thousands
 from fastent.grokking.experiments.leads import mean_known
 from fastent.grokking.experiments.statistics import (
     UNKNOWN,
@@ -63,17 +62,18 @@ from fastent.grokking.experiments.statistics import (
 class Delay:
     """One condition against the baseline.
 
-    `mean` is the mean T_grok restricted to `limit`, `delay` the difference of these means with an interval from
+    `mean` is the mean T_grok restricted to `limit`, `later` the difference of these means with an interval from
     pairs where seeds are shared (else Greenwood's); `paired` holds the tests on shared seeds and is empty without
     them; `adjusted` is the Mann-Whitney p-value after Holm over the conditions of the experiment; `events` counts the
     runs of both groups that grokked.
     """
 
+    baseline: Runs
     runs: Runs
     limit: int
     grokked: Estimate
     mean: Estimate
-    delay: Estimate
+    later: Estimate
     rank: Comparison
     survival: Comparison
     paired: tuple[Comparison, ...]
@@ -85,6 +85,26 @@ class Delay:
     def condition(self) -> str:
         """Name of the condition."""
         return self.runs.condition
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it mixes, and does not only hold the norm."""
+        return self.condition.startswith(("losses-", "logits-"))
+
+    @functools.cached_property
+    def equal_step(self) -> Estimate:
+        """H of its runs minus H of the baseline's at equal step."""
+        return equal_step(self.baseline, self.runs)
+
+    @functools.cached_property
+    def equal_loss(self) -> list[AtLoss]:
+        """H of its runs and of the baseline's at equal training loss."""
+        return equal_loss(self.baseline, self.runs)
+
+    @functools.cached_property
+    def collapse(self) -> Collapse:
+        """What becomes of the entropy of its runs."""
+        return collapse(self.baseline, self.runs)
 
 
 def delays(baseline: Runs, treated: Sequence[Runs]) -> list[Delay]:
@@ -109,11 +129,12 @@ def _delay(baseline: Runs, runs: Runs) -> Delay:
         delay = of_pairs if of_pairs.known else delay
     rank = mann_whitney(control, times)
     return Delay(
+        baseline=baseline,
         runs=runs,
         limit=limit,
         grokked=share(times.observed),
         mean=mean_time(runs, limit),
-        delay=delay,
+        later=delay,
         rank=rank,
         survival=survival,
         paired=paired,
@@ -139,7 +160,7 @@ def judge_later(delay: Delay | None) -> Verdict:
     if delay is None:
         return Verdict.NOT_RUN
     # Where no run groks at all there is nothing to be delayed.
-    return judge_positive(delay.delay) if delay.events else Verdict.NO_CASE
+    return judge_positive(delay.later) if delay.events else Verdict.NO_CASE
 
 
 def tested(delay: Delay | None) -> str:
@@ -320,7 +341,7 @@ def _row(delay: Delay) -> tuple[str, ...]:
         words(delay.condition),
         of(delay.grokked),
         span(delay.mean, steps),
-        span(delay.delay, steps),
+        span(delay.later, steps),
         span(delay.rank.effect, percent),
         span(effect, functools.partial(decimal, digits=2)) if effect.known else "undefined",
         *map(p_value, (delay.rank.p_value, delay.adjusted, delay.survival.p_value, stratified, signed)),
@@ -341,8 +362,6 @@ def notes(delays: Sequence[Delay]) -> str:
         said += " Runs that do not grok are tied last in Mann-Whitney and cut at the limit in the signed-rank test."
     return said
 
-
-THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}".replace("-", "−"))
 
 LOOKS: tuple[tuple[str, Any], ...] = (
     (LIGHT.train, (0, (5, 2))),
@@ -373,7 +392,7 @@ def grokking_times(baseline: Runs, delays: Sequence[Delay]) -> Figure:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1.03 * max(runs.times.values.max() for runs in rows))
     axes.set_xlabel("T_grok (training steps)")
-    axes.xaxis.set_major_formatter(THOUSANDS)
+    axes.xaxis.set_major_formatter(thousands)
     return figure
 
 
@@ -391,7 +410,7 @@ def trajectories(groups: Sequence[Runs]) -> Figure:
     c.set(title="C  Parameter norm", ylabel="Euclidean norm (no unit)", xlabel="training step")
     figure.legend(handles=a.get_legend_handles_labels()[0], loc="outside upper center", ncols=2, fontsize=9)
     c.set_xlim(left=0)
-    c.xaxis.set_major_formatter(THOUSANDS)
+    c.xaxis.set_major_formatter(thousands)
     return figure
 
 

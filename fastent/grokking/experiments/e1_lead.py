@@ -40,12 +40,15 @@ from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text
 from fastent.grokking.experiments.figures import (
     CROSS,
+    DASHED,
+    DOTTED,
     FALL,
     GROK,
     LIGHT,
     WIDTH,
     drawn,
     lines,
+    mark,
     save_png,
     thousands,
 )
@@ -213,7 +216,7 @@ def training_dynamics(runs: Runs, crossing: Leads, fall: Leads, h_star: float) -
     """
     figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
     a, b, c = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 1.35, 0.85))
-    lines(a, runs, "train_accuracy", "train", color=LIGHT.train, linestyle=(0, (5, 2)))
+    lines(a, runs, "train_accuracy", "train", color=LIGHT.train, linestyle=DASHED)
     lines(a, runs, "test_accuracy", "test", color=LIGHT.test, linestyle="solid")
     a.set(title="A  Accuracy", ylabel="accuracy (share)", ylim=(-0.03, 1.05))
 
@@ -276,7 +279,7 @@ def per_seed(runs: Runs, crossing: Leads, fall: Leads) -> Figure:
         threshold, fell, t_grok, ahead = (
             x[i] for x in (crossing.thresholds, fall.times, runs.t_grok, fall.leads)
         )
-        axes.plot(step, train, color=LIGHT.train, linestyle=(0, (5, 2)), linewidth=1.3)
+        axes.plot(step, train, color=LIGHT.train, linestyle=DASHED, linewidth=1.3)
         axes.plot(step, test, color=LIGHT.test, linewidth=1.8)
         axes.plot(step, entropy, color=LIGHT.entropy, linewidth=1.8)
         if not np.isnan(threshold):
@@ -297,7 +300,7 @@ def per_seed(runs: Runs, crossing: Leads, fall: Leads) -> Figure:
         axes.set_ylabel("accuracy; H (no unit)")
     grid[0].set_xlim(0, runs.end.max())
     handles = [
-        grid[0].plot([], [], color=LIGHT.train, linestyle=(0, (5, 2)), label="train accuracy")[0],
+        grid[0].plot([], [], color=LIGHT.train, linestyle=DASHED, label="train accuracy")[0],
         grid[0].plot([], [], color=LIGHT.test, linewidth=1.8, label="test accuracy")[0],
         grid[0].plot([], [], color=LIGHT.entropy, linewidth=1.8, label="spectral entropy H")[0],
         grid[0].plot([], [], color=LIGHT.signal, linestyle=(0, (2, 2)), label=f"H* of {crossing.rule}")[0],
@@ -346,7 +349,7 @@ def threshold_sweep(result: Sweep, runs: Runs) -> Figure:
         h,
         result.early,
         color=LIGHT.train,
-        linestyle=(0, (5, 2)),
+        linestyle=DASHED,
         linewidth=1.5,
         label="before it has memorised",
     )
@@ -360,19 +363,15 @@ def threshold_sweep(result: Sweep, runs: Runs) -> Figure:
             axes.axvspan(*useful, color=LIGHT.norm, alpha=0.18, linewidth=0)
         for h_star in runs.h_star:
             if not np.isnan(h_star):
-                axes.axvline(h_star, color=LIGHT.ink, linewidth=0.8, linestyle=(0, (1, 2)))
+                axes.axvline(h_star, color=LIGHT.ink, linewidth=0.8, linestyle=DOTTED)
     return figure
 
 
 def _marks(axes: Axes, runs: Runs, name: str, crossing: Leads, fall: Leads) -> None:
     for i, (step, y) in enumerate(runs.lines(getattr(runs, name))):
-        for at, marker, colour in (
-            (fall.times[i], FALL, LIGHT.signal),
-            (crossing.times[i], CROSS, LIGHT.signal),
-            (runs.t_grok[i], GROK, LIGHT.ink),
-        ):
-            here = step == at
-            axes.plot(step[here], y[here], color=colour, **marker)
+        mark(axes, step, y, fall.times[i], FALL)
+        mark(axes, step, y, crossing.times[i], CROSS)
+        mark(axes, step, y, runs.t_grok[i], GROK, LIGHT.ink)
     axes.plot([], [], color=LIGHT.signal, label="T_collapse", **FALL)
     axes.plot([], [], color=LIGHT.signal, label="T_cross", **CROSS)
     axes.plot([], [], color=LIGHT.ink, label="T_grok", **GROK)
@@ -412,28 +411,24 @@ def section(result: Baseline) -> Section:
             "way of choosing the threshold; then what every other threshold would have given."
         ),
         Text(
-            f"{len(runs)} complete runs, {grokked} grokked, seeds "
-            f"{', '.join(map(str, runs.seeds))}. H is evaluated every {' or '.join(map(steps, every))} "
-            "steps, and no time below is finer than that.",
+            f"{len(runs)} complete runs, {grokked} grokked, seeds {', '.join(map(str, runs.seeds))}. H is evaluated "
+            f"every {' or '.join(map(steps, every))} steps, and no time below is finer than that.",
             "note",
         ),
         drawn(
             "e1-dynamics",
             functools.partial(training_dynamics, runs, left_out, result.fall, h_star),
-            "In the manner of the paper's Figure 1. Thin lines: runs; thick lines: their mean. Circles: "
-            "T_grok, the first evaluation with test accuracy at the criterion. Triangles: T_cross, H first "
-            "below the H* of the other seeds. Diamonds: T_collapse, the first fall of H by more than 0.05 "
-            "within five evaluations.",
-            "Train and test accuracy, spectral entropy and parameter norm against the training step, one "
-            "line a run.",
+            "In the manner of the paper's Figure 1. Thin lines: runs; thick lines: their mean. Circles: T_grok, the "
+            "first evaluation with test accuracy at the criterion. Triangles: T_cross, H first below the H* of the "
+            "other seeds. Diamonds: T_collapse, the first fall of H by more than 0.05 within five evaluations.",
+            "Train and test accuracy, spectral entropy and parameter norm against the training step, one line a run.",
         ),
         drawn(
             "e1-seeds",
             functools.partial(per_seed, runs, left_out, result.signal),
             "The same runs one by one. Accuracy and H share the scale from 0 to 1. Shaded: from "
             f"{result.signal.source} to T_grok.",
-            "One panel a seed with train accuracy, test accuracy and spectral entropy against the training "
-            "step.",
+            "One panel a seed with train accuracy, test accuracy and spectral entropy against the training step.",
         ),
         _times_table(result),
         _values_table(result),
@@ -459,10 +454,9 @@ def section(result: Baseline) -> Section:
             ),
             _sensitivity_table(result),
             Text(
-                "T_grok is late in the jump: the test accuracy has been rising for a while when it reaches "
-                "the criterion. The table dates grokking by lower accuracies too, with H* taken anew at "
-                "each. A signal that leads the criterion of 99 % but not that of 50 % goes with the jump; "
-                "it does not foretell it."
+                "T_grok is late in the jump: the test accuracy has been rising for a while when it reaches the "
+                "criterion. The table dates grokking by lower accuracies too, with H* taken anew at each. A signal "
+                "that leads the criterion of 99 % but not that of 50 % goes with the jump; it does not foretell it."
             ),
         ]
         near = max(500, round(0.6 * np.nanmin(runs.t_grok)))

@@ -30,15 +30,11 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs, by_condition
 from fastent.grokking.experiments.delays import (
-    AtLoss,
-    Collapse,
     Delay,
     at_equal_loss,
     collapse,
     delays,
     delays_table,
-    equal_loss,
-    equal_step,
     grokking_times,
     judge_later,
     judge_test,
@@ -60,16 +56,6 @@ LOSSES, LOGITS = f"losses-{ALPHA:g}", f"logits-{ALPHA:g}"
 
 
 @dataclass(frozen=True, eq=False)
-class Mixed:
-    """One condition of E2: its delay and what became of the entropy."""
-
-    delay: Delay
-    equal_step: Estimate
-    equal_loss: tuple[AtLoss, ...]
-    collapse: Collapse
-
-
-@dataclass(frozen=True, eq=False)
 class Mixing:
     """Analysis of E2: the baseline, every condition by name, and the dose-response.
 
@@ -78,7 +64,7 @@ class Mixing:
     """
 
     baseline: Runs
-    conditions: dict[str, Mixed]
+    conditions: dict[str, Delay]
     dose: Estimate
     comparable: bool
 
@@ -88,15 +74,7 @@ def analyse(runs: Runs) -> Mixing | None:
     baseline, treated = runs.select("e1", "baseline"), by_condition(runs.select("e2"))
     if not len(baseline) or not treated:
         return None
-    conditions = {
-        delay.condition: Mixed(
-            delay=delay,
-            equal_step=equal_step(baseline, delay.runs),
-            equal_loss=tuple(equal_loss(baseline, delay.runs)),
-            collapse=collapse(baseline, delay.runs),
-        )
-        for delay in delays(baseline, list(treated.values()))
-    }
+    conditions = {delay.condition: delay for delay in delays(baseline, list(treated.values()))}
     return Mixing(baseline, conditions, _dose(baseline, treated), runs.comparable)
 
 
@@ -119,32 +97,19 @@ def _dose(baseline: Runs, treated: dict[str, Runs]) -> Estimate:
 def claims(result: Mixing) -> Findings:
     """Each claim of the paper that E2's runs speak to, beside what they say."""
     losses, logits = result.conditions.get(LOSSES), result.conditions.get(LOGITS)
-    delay = None if losses is None else losses.delay
-    mean, grokked = (delay.mean, delay.grokked) if delay else (UNKNOWN, UNKNOWN)
+    mean, grokked = (losses.mean, losses.grokked) if losses else (UNKNOWN, UNKNOWN)
+    comparable = result.comparable
     return {
-        "e2.delays": Finding(_delayed(delay), judge_later(delay)),
-        "e2.delays_logits": Finding(
-            _delayed(None if logits is None else logits.delay),
-            judge_later(None if logits is None else logits.delay),
-        ),
-        "e2.t_grok": Finding(
-            worded(mean),
-            CLAIMS["e2.t_grok"].judge(mean, comparable=result.comparable),
-        ),
-        "e2.test": Finding(tested(delay), judge_test(delay, CLAIMS["e2.test"], comparable=result.comparable)),
-        "e2.all_grok": Finding(
-            counted(grokked),
-            judge_share(grokked),
-        ),
+        "e2.delays": Finding(worded(losses.later) if losses else NONE, judge_later(losses)),
+        "e2.delays_logits": Finding(worded(logits.later) if logits else NONE, judge_later(logits)),
+        "e2.t_grok": Finding(worded(mean), CLAIMS["e2.t_grok"].judge(mean, comparable=comparable)),
+        "e2.test": Finding(tested(losses), judge_test(losses, CLAIMS["e2.test"], comparable=comparable)),
+        "e2.all_grok": Finding(counted(grokked), judge_share(grokked)),
         "e2.kept_up": Finding(_kept_up(result.baseline, losses), judge_kept_up(losses)),
     }
 
 
-def _delayed(delay: Delay | None) -> str:
-    return NONE if delay is None else worded(delay.delay)
-
-
-def _kept_up(baseline: Runs, mixed: Mixed | None) -> str:
+def _kept_up(baseline: Runs, mixed: Delay | None) -> str:
     if mixed is None:
         return NONE
     said = f"H is higher at equal step by {worded(mixed.equal_step, '')}"
@@ -158,7 +123,7 @@ def _kept_up(baseline: Runs, mixed: Mixed | None) -> str:
     return f"{said}; below the baseline's H* by T_grok: {counted(mixed.collapse.below)}, of the baseline {counted(own)}"
 
 
-def judge_kept_up(mixed: Mixed | None) -> Verdict:
+def judge_kept_up(mixed: Delay | None) -> Verdict:
     """Judge whether mixing keeps H up, by H at equal step and at grokking."""
     if mixed is None or not (mixed.equal_step.known and mixed.collapse.shift.known):
         return Verdict.NOT_RUN
@@ -172,8 +137,8 @@ def headline(result: Mixing) -> str:
     if mixed is None:
         return f"E2: {len(result.conditions)} conditions of mixing have complete runs, but not the paper's."
     said = (
-        f"E2: mixing with the losses averaged moves T_grok by {worded(mixed.delay.delay)}; "
-        f"{of(mixed.delay.grokked)} runs grok."
+        f"E2: mixing with the losses averaged moves T_grok by {worded(mixed.later)}; "
+        f"{of(mixed.grokked)} runs grok."
     )
     if mixed.equal_step.known:
         said += f" At equal step H differs from the baseline's by {worded(mixed.equal_step, '')}."
@@ -183,9 +148,8 @@ def headline(result: Mixing) -> str:
 def section(result: Mixing) -> Section:
     """E2's part of the report."""
     mixed = list(result.conditions.values())
-    all_delays = [each.delay for each in mixed]
     main = [result.conditions[name] for name in (LOSSES, LOGITS) if name in result.conditions]
-    shown = [result.baseline, *(each.delay.runs for each in main or mixed[:1])]
+    shown = [result.baseline, *(each.runs for each in main or mixed[:1])]
     blocks: list[Block] = [
         Text(
             "The paper mixes each representation of a batch with the next one, h̃ᵢ = (1 − α) hᵢ + α hᵢ₊₁, at every "
@@ -196,13 +160,11 @@ def section(result: Mixing) -> Section:
             "lost; 0.1 is ours, and the other values are a dose-response. Evaluation and H see the representations "
             "unmixed."
         ),
-        delays_table(
-            "When each condition groks, in steps, against E1's baseline.", result.baseline, all_delays
-        ),
-        Text(notes(all_delays), "note"),
+        delays_table("When each condition groks, in steps, against E1's baseline.", result.baseline, mixed),
+        Text(notes(mixed), "note"),
         drawn(
             "e2-times",
-            functools.partial(grokking_times, result.baseline, all_delays),
+            functools.partial(grokking_times, result.baseline, mixed),
             "T_grok of every run. Triangles: runs that did not grok, at their end; diamonds and bars: restricted means "
             "with 95 % intervals; dashed: the baseline's mean.",
             "Dots of T_grok of each run by condition.",
@@ -228,7 +190,7 @@ def section(result: Mixing) -> Section:
     return Section("e2", TITLE, tuple(blocks))
 
 
-def _entropy_blocks(result: Mixing, mixed: list[Mixed]) -> list[Block]:
+def _entropy_blocks(result: Mixing, mixed: list[Delay]) -> list[Block]:
     blocks: list[Block] = [
         Text(
             "Does the intervention keep H up, as it is meant to? At equal step, a run that is slower in everything has "
@@ -246,7 +208,7 @@ def _entropy_blocks(result: Mixing, mixed: list[Mixed]) -> list[Block]:
             ),
             tuple(
                 (
-                    words(each.delay.condition),
+                    words(each.condition),
                     span(each.equal_step, decimal),
                     span(each.collapse.h_star, decimal),
                     span(each.collapse.shift, decimal),
@@ -259,7 +221,7 @@ def _entropy_blocks(result: Mixing, mixed: list[Mixed]) -> list[Block]:
     ]
     rows = [
         (
-            words(each.delay.condition),
+            words(each.condition),
             f"{level.loss:g}",
             span(level.control, decimal),
             span(level.treated, decimal),
@@ -290,7 +252,7 @@ def _entropy_blocks(result: Mixing, mixed: list[Mixed]) -> list[Block]:
                 "e2-equal-loss",
                 functools.partial(
                     at_equal_loss,
-                    {each.delay.condition: each.equal_loss for each in mixed[:4] if each.equal_loss},
+                    {each.condition: each.equal_loss for each in mixed[:4] if each.equal_loss},
                 ),
                 "H of the treated minus H of the baseline runs at equal training loss, with 95 % intervals over seeds. "
                 "Above 0 the intervention kept H up.",

@@ -32,12 +32,9 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs, by_condition
 from fastent.grokking.experiments.delays import (
-    Collapse,
     Delay,
-    collapse,
     delays,
     delays_table,
-    equal_step,
     grokking_times,
     judge_later,
     judge_test,
@@ -62,21 +59,6 @@ HELD = f"norm-as-{LOSSES}"
 """The fourth cell of the design: the mixed runs' norm without their mixing."""
 
 
-@dataclass(frozen=True, eq=False)
-class Held:
-    """One condition of E3. `deviation`: the largest relative distance of its norm from what it was held to."""
-
-    delay: Delay
-    equal_step: Estimate
-    collapse: Collapse
-    deviation: float
-
-    @property
-    def mixes(self) -> bool:
-        """Whether it mixes besides holding the norm."""
-        return self.delay.condition.startswith(("losses-", "logits-"))
-
-
 @dataclass(frozen=True)
 class Factorial:
     """Effects in the two by two design, in steps of T_grok restricted to the limit, over the `n` common seeds.
@@ -93,11 +75,15 @@ class Factorial:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """Analysis of E3: the baseline, E2's mixed runs where there are any, and every condition by name."""
+    """Analysis of E3: the baseline, E2's mixed runs where there are any, and every condition by name.
+
+    `deviations`: the largest relative distance of each condition's norm from what it was held to.
+    """
 
     baseline: Runs
     mixed: Runs
-    conditions: dict[str, Held]
+    conditions: dict[str, Delay]
+    deviations: dict[str, float]
     factorial: Factorial | None
     comparable: bool
 
@@ -109,17 +95,10 @@ def analyse(runs: Runs) -> Norm | None:
     if not len(baseline) or not treated:
         return None
     sources = {"baseline": baseline, LOSSES: mixed}
-    conditions = {
-        delay.condition: Held(
-            delay=delay,
-            equal_step=equal_step(baseline, delay.runs),
-            collapse=collapse(baseline, delay.runs),
-            deviation=_deviation(delay.runs, sources),
-        )
-        for delay in delays(baseline, list(treated.values()))
-    }
+    conditions = {delay.condition: delay for delay in delays(baseline, list(treated.values()))}
+    deviations = {name: _deviation(each, sources) for name, each in treated.items()}
     cells = (baseline, mixed, treated.get(CONTROL), treated.get(HELD))
-    return Norm(baseline, mixed, conditions, _factorial(*cells), runs.comparable)
+    return Norm(baseline, mixed, conditions, deviations, _factorial(*cells), runs.comparable)
 
 
 def _deviation(runs: Runs, sources: dict[str, Runs]) -> float:
@@ -161,33 +140,27 @@ def _factorial(baseline: Runs, mixed: Runs, control: Runs | None, held: Runs | N
 
 def claims(result: Norm) -> Findings:
     """Each claim of the paper that E3's runs speak to, beside what they say."""
-    control = result.conditions.get(CONTROL)
-    delay = None if control is None else control.delay
-    later, mean, grokked = (delay.delay, delay.mean, delay.grokked) if delay else (UNKNOWN,) * 3
+    delay = result.conditions.get(CONTROL)
+    later, mean, grokked = (delay.later, delay.mean, delay.grokked) if delay else (UNKNOWN,) * 3
     return {
         "e3.delays": Finding(worded(later), judge_later(delay)),
-        "e3.t_grok": Finding(
-            worded(mean),
-            CLAIMS["e3.t_grok"].judge(mean, comparable=result.comparable),
-        ),
+        "e3.t_grok": Finding(worded(mean), CLAIMS["e3.t_grok"].judge(mean, comparable=result.comparable)),
         "e3.grok_share": Finding(
-            counted(grokked),
-            CLAIMS["e3.grok_share"].judge(grokked, comparable=result.comparable),
+            counted(grokked), CLAIMS["e3.grok_share"].judge(grokked, comparable=result.comparable)
         ),
         "e3.test": Finding(tested(delay), judge_test(delay, CLAIMS["e3.test"], comparable=result.comparable)),
         "e3.driver": Finding(_alone(result), _judge_driver(result)),
     }
 
 
-def _without_mixing(result: Norm) -> list[Held]:
+def _without_mixing(result: Norm) -> list[Delay]:
     return [held for held in result.conditions.values() if not held.mixes]
 
 
 def _alone(result: Norm) -> str:
     return (
         "; ".join(
-            f"{words(held.delay.condition)}: later by {worded(held.delay.delay)}"
-            for held in _without_mixing(result)
+            f"{words(held.condition)}: later by {worded(held.later)}" for held in _without_mixing(result)
         )
         or NONE
     )
@@ -197,12 +170,12 @@ def _judge_driver(result: Norm) -> Verdict:
     alone, control = _without_mixing(result), result.conditions.get(CONTROL)
     if not alone or control is None:
         return Verdict.NOT_RUN
-    if not control.delay.events:
+    if not control.events:
         return Verdict.NO_CASE
-    moved = [_excludes_zero(held.delay.delay) for held in alone]
+    moved = [_excludes_zero(held.later) for held in alone]
     if any(moved):
         return Verdict.NOT_REPRODUCED
-    return Verdict.REPRODUCED if judge_later(control.delay) == Verdict.REPRODUCED else Verdict.IN_PART
+    return Verdict.REPRODUCED if judge_later(control) == Verdict.REPRODUCED else Verdict.IN_PART
 
 
 def _excludes_zero(estimate: Estimate) -> bool:
@@ -214,10 +187,9 @@ def headline(result: Norm) -> str:
     said = []
     for name, held in result.conditions.items():
         if name == CONTROL:
-            said.append(f"E3: mixing with the baseline's norm moves T_grok by {worded(held.delay.delay)}.")
-    alone = [held for held in result.conditions.values() if not held.mixes]
-    for held in alone:
-        said.append(f"Without mixing, {words(held.delay.condition)}: {worded(held.delay.delay)}.")
+            said.append(f"E3: mixing with the baseline's norm moves T_grok by {worded(held.later)}.")
+    for held in _without_mixing(result):
+        said.append(f"Without mixing, {words(held.condition)}: {worded(held.later)}.")
     return (
         " ".join(said) or f"E3: {len(result.conditions)} conditions have complete runs, but not the controls."
     )
@@ -226,10 +198,9 @@ def headline(result: Norm) -> str:
 def section(result: Norm) -> Section:
     """E3's part of the report."""
     held = list(result.conditions.values())
-    all_delays = [each.delay for each in held]
     mixed = (result.mixed,) if len(result.mixed) else ()
-    main = [result.conditions[name].delay.runs for name in (CONTROL, HELD) if name in result.conditions]
-    shown = [result.baseline, *mixed, *(main or [held[0].delay.runs])]
+    main = [result.conditions[name].runs for name in (CONTROL, HELD) if name in result.conditions]
+    shown = [result.baseline, *mixed, *(main or [held[0].runs])]
     blocks: list[Block] = [
         Text(
             "The paper's control leaves two things open: whether it mixes, and whether the norm is held constant or to "
@@ -242,14 +213,12 @@ def section(result: Norm) -> Section:
             "The control that the paper lacks is the norm held without mixing. If that delays grokking as well, a "
             "control that changes both says nothing about the entropy."
         ),
-        delays_table(
-            "When each condition groks, in steps, against E1's baseline.", result.baseline, all_delays
-        ),
-        Text(notes(all_delays), "note"),
+        delays_table("When each condition groks, in steps, against E1's baseline.", result.baseline, held),
+        Text(notes(held), "note"),
         *_factorial_blocks(result),
         drawn(
             "e3-times",
-            functools.partial(grokking_times, result.baseline, all_delays),
+            functools.partial(grokking_times, result.baseline, held),
             "T_grok of every run. Triangles: runs that did not grok, at their end; diamonds and bars: restricted means "
             "with 95 % intervals; dashed: the baseline's mean.",
             "Dots of T_grok of each run by condition.",
@@ -273,8 +242,8 @@ def section(result: Norm) -> Section:
             ),
             tuple(
                 (
-                    words(each.delay.condition),
-                    NONE if np.isnan(each.deviation) else f"{each.deviation:.1e}",
+                    words(each.condition),
+                    NONE if np.isnan(gap := result.deviations[each.condition]) else f"{gap:.1e}",
                     span(each.equal_step, decimal),
                     span(each.collapse.h_star, decimal),
                     counted(each.collapse.below),

@@ -101,8 +101,7 @@ def claims(result: Predictors) -> Findings:
             _judge_pairs(result.pairs),
         ),
         "e4.gap_r2": Finding(
-            worded(gap, ""),
-            CLAIMS["e4.gap_r2"].judge(gap, comparable=result.runs.comparable),
+            worded(gap, ""), CLAIMS["e4.gap_r2"].judge(gap, comparable=result.runs.comparable)
         ),
         "e4.beats_norms": Finding(
             "; ".join(
@@ -558,20 +557,14 @@ def _predictor_blocks(result: Predictors) -> list[Block]:
     if not result.table:
         return [Text("Fewer than three runs grokked: no predictor can be fitted with runs left out.", "note")]
     rows = tuple(
-        (
-            row.name,
-            span(row.in_sample, decimal),
-            decimal(row.left_out),
-            decimal(row.gamma, 2),
-        )
+        (row.name, span(row.in_sample, decimal), decimal(row.left_out), decimal(row.gamma, 2))
         for row in result.table
     )
     clock = next(row for row in result.table if row.name == CLOCK)
     return [
         Table(
-            f"The paper's Table 2: R² of the steps that remain, at the same {result.points:,} evaluations "
-            "before grokking with H above H*, by a power law a x^γ + b of each predictor. The mean as a "
-            "forecast has R² 0.",
+            f"The paper's Table 2: R² of the steps that remain, at the same {result.points:,} evaluations before "
+            "grokking with H above H*, by a power law a x^γ + b of each predictor. The mean as a forecast has R² 0.",
             ("predictor", "R², in sample", "R², runs left out", "γ"),
             rows,
             (1, 2, 3),

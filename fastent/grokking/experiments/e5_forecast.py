@@ -47,10 +47,9 @@ from fastent.grokking.experiments.claims import (
     worded,
 )
 from fastent.grokking.experiments.data import Runs
-from fastent.grokking.experiments.delays import THOUSANDS
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.e1_lead import where_known
-from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn
+from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn, thousands
 from fastent.grokking.experiments.leads import left_out_threshold, mean_known
 from fastent.grokking.experiments.statistics import UNKNOWN, Array, Estimate, over, share
 from fastent.history import History
@@ -477,7 +476,7 @@ def remaining_against_gap(
     axes.plot([], [], "o-", color=LIGHT.entropy, markersize=3, linewidth=0.6, label="runs")
     axes.plot(*curve, color=LIGHT.ink, linewidth=2.2, label="fitted law")
     axes.set(xlabel="H − H* (no unit)", ylabel="steps until T_grok", ylim=(0, None), xlim=(0, None))
-    axes.yaxis.set_major_formatter(THOUSANDS)
+    axes.yaxis.set_major_formatter(thousands)
     axes.legend(loc="best")
     return figure
 

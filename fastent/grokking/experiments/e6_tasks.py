@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -39,7 +38,18 @@ from fastent.grokking.experiments.claims import (
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.e1_lead import paper_window
-from fastent.grokking.experiments.figures import CROSS, FALL, GROK, LIGHT, WIDTH, drawn
+from fastent.grokking.experiments.figures import (
+    CROSS,
+    DASHED,
+    DOTTED,
+    FALL,
+    GROK,
+    LIGHT,
+    WIDTH,
+    drawn,
+    mark,
+    thousands,
+)
 from fastent.grokking.experiments.leads import Leads
 from fastent.grokking.experiments.statistics import (
     UNKNOWN,
@@ -55,12 +65,7 @@ from fastent.train.tasks import make_task
 
 TITLE = "E6: do other tasks and groups show the same?"
 
-PAPER = {
-    "add": (14_040, 0.605),
-    "mul": (21_560, 0.589),
-    "sub": (21_560, 0.589),
-    "s5": (4_380, 0.655),
-}
+PAPER = {"add": (14_040, 0.605), "mul": (21_560, 0.589), "sub": (21_560, 0.589), "s5": (4_380, 0.655)}
 """Its Table 3: T_grok and H*."""
 
 SPREAD = 0.02
@@ -339,10 +344,6 @@ def chance_shares() -> dict[str, float]:
     return {name: d * d / total for name, d in dimensions.items()}
 
 
-DASHED: Any = (0, (5, 2))
-DOTTED: Any = (0, (1, 2))
-
-
 def trajectories(result: Tasks) -> Figure:
     """Test accuracy and H of every run, one column a task."""
     tasks = list(result.tasks.values())
@@ -356,19 +357,14 @@ def trajectories(result: Tasks) -> Figure:
             a.plot(step, train, color=LIGHT.train, linestyle=DASHED, linewidth=0.9)
             a.plot(step, test, color=LIGHT.test, linewidth=1.1)
             b.plot(step, entropy, color=LIGHT.entropy, linewidth=1.1)
-            marks = (
-                (task.fall.times[i], FALL, LIGHT.signal),
-                (task.left_out.times[i], CROSS, LIGHT.signal),
-                (runs.t_grok[i], GROK, LIGHT.ink),
-            )
-            for at, marker, colour in marks:
-                here = step == at
-                b.plot(step[here], entropy[here], color=colour, **marker)
+            mark(b, step, entropy, task.fall.times[i], FALL)
+            mark(b, step, entropy, task.left_out.times[i], CROSS)
+            mark(b, step, entropy, runs.t_grok[i], GROK, LIGHT.ink)
         if task.h_star.known:
             b.axhline(task.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
         a.set(title=task.title.capitalize() if task.name != "s5" else "S5", ylim=(-0.03, 1.05))
         b.set_xlabel("training step")
-        b.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        b.xaxis.set_major_formatter(thousands)
         b.xaxis.set_major_locator(MaxNLocator(3))
     first, second = grid[0, 0], grid[1, 0]
     first.set_ylabel("accuracy (share)")
@@ -396,11 +392,10 @@ def isotypic(task: Task) -> Figure:
             if np.isnan(values).all():
                 continue
             axes.plot(step, values, color=LIGHT.norm, linewidth=1.1)
-            here = step == task.runs.t_grok[i]
-            axes.plot(step[here], values[here], color=LIGHT.ink, **GROK)
+            mark(axes, step, values, task.runs.t_grok[i], GROK, LIGHT.ink)
         axes.axhline(part, color=LIGHT.train, linestyle=DOTTED, linewidth=1.2)
         axes.set(title=f"({', '.join(name)}), dimension {round(np.sqrt(119 * part))}", ylim=(-0.03, 1.03))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_major_formatter(thousands)
         axes.xaxis.set_major_locator(MaxNLocator(4))
     for axes in panels[:, 0]:
         axes.set_ylabel("share of variance")
@@ -527,11 +522,7 @@ def _frequencies_table(tasks: Sequence[Task]) -> Table:
 def _isotypic_table(task: Task) -> Table:
     moments = {name: shares_at(task, f"isotypic_{name}") for name in chance_shares()}
     rows = [
-        (
-            f"({', '.join(name)})",
-            decimal(chance),
-            *(span(estimate, decimal) for estimate in moments[name]),
-        )
+        (f"({', '.join(name)})", decimal(chance), *(span(estimate, decimal) for estimate in moments[name]))
         for name, chance in chance_shares().items()
     ]
     columns = ("representation", "without structure", "at T_mem", "at T_grok", "at the end")

@@ -37,7 +37,7 @@ from fastent.grokking.experiments.claims import (
 from fastent.grokking.experiments.data import Runs, StoredRun
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.e1_lead import paper_window
-from fastent.grokking.experiments.figures import GROK, LIGHT, WIDTH, drawn
+from fastent.grokking.experiments.figures import DASHED, DOTTED, GROK, LIGHT, WIDTH, drawn, mark, thousands
 from fastent.grokking.experiments.jobs import MLPS
 from fastent.grokking.experiments.statistics import Estimate, Mask, over, share
 from fastent.train.presets import TrainConfig
@@ -285,10 +285,6 @@ def told(model: Model) -> str:
     return ", ".join(parts)
 
 
-DASHED: Any = (0, (5, 2))
-DOTTED: Any = (0, (1, 2))
-
-
 def side_by_side(result: Sufficiency) -> Figure:
     """Accuracy, H and alignment of the Transformer and of the plainest MLPs, one column a model."""
     models = (result.transformer, *result.plainest)
@@ -301,8 +297,7 @@ def side_by_side(result: Sufficiency) -> Figure:
     for axes, model in zip(grid[1], models, strict=True):
         for i, (step, entropy) in enumerate(model.runs.lines(model.runs.entropy)):
             axes.plot(step, entropy, color=LIGHT.entropy, linewidth=1.1)
-            here = step == model.runs.t_grok[i]
-            axes.plot(step[here], entropy[here], color=LIGHT.ink, **GROK)
+            mark(axes, step, entropy, model.runs.t_grok[i], GROK, LIGHT.ink)
         if result.h_star.known:
             axes.axhline(result.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
     for axes, model in zip(grid[2], models, strict=True):
@@ -367,7 +362,7 @@ def settings(result: Sufficiency) -> Figure:
         if result.h_star.known:
             axes.axhline(result.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
         axes.set(title=model.label, ylim=(-0.03, 1.05), xlabel="training step")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_major_formatter(thousands)
         axes.xaxis.set_major_locator(MaxNLocator(4))
     for axes in panels[len(result.mlps) :]:
         axes.set_visible(False)
@@ -388,7 +383,7 @@ def _grid(models: Sequence[Model], rows: int, height: float) -> tuple[Figure, An
     grid = figure.subplots(rows, len(models), sharex="col", sharey="row", squeeze=False)
     for axes in grid[-1]:
         axes.set_xlabel("training step")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_major_formatter(thousands)
         axes.xaxis.set_major_locator(MaxNLocator(4))
     return figure, grid
 
@@ -425,9 +420,8 @@ def section(result: Sufficiency) -> Section:
         ),
         Text(
             "The alignment is the largest of some ten thousand correlations, so it is never near 0: for permuted "
-            f"labels it is {_null(result)} in these runs. "
-            "A share of variance has a plain null: with no structure five of 48 frequencies have a tenth, and a "
-            "little more for being the largest."
+            f"labels it is {_null(result)} in these runs. A share of variance has a plain null: with no structure "
+            "five of 48 frequencies have a tenth, and a little more for being the largest."
         ),
         drawn(
             "e7-spectra",

@@ -34,8 +34,7 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs, StoredRun
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.e6_tasks import DASHED
-from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn, lines
+from fastent.grokking.experiments.figures import DASHED, DOTTED, LIGHT, WIDTH, drawn, lines, thousands
 from fastent.grokking.experiments.leads import Leads
 from fastent.grokking.experiments.statistics import UNKNOWN, Array, Estimate, Mask, over, pearson, share
 from fastent.train.presets import TrainConfig
@@ -271,9 +270,9 @@ def two_probes(result: Probes) -> Figure:
         lines(a, runs, "entropy", color=colour, linestyle=dash, thin=1, alpha=1)
         a.plot([], [], color=colour, linestyle=dash, label=f"{name} probe")
     for step in result.runs.t_grok[result.runs.grokked]:
-        a.axvline(step, color=LIGHT.ink, linewidth=0.8, linestyle=(0, (1, 2)))
+        a.axvline(step, color=LIGHT.ink, linewidth=0.8, linestyle=DOTTED)
     a.set(title="A  Along the runs", xlabel="training step", ylabel="H (normalised, no unit)")
-    a.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    a.xaxis.set_major_formatter(thousands)
     a.legend(loc="upper right")
     x, y = result.runs.h_star, result.tested.h_star
     known = ~np.isnan(x + y)

@@ -59,6 +59,9 @@ FALL: dict[str, Any] = {
 }
 GROK: dict[str, Any] = {**CROSS, "marker": "o", "markersize": 6}
 
+DASHED: Any = (0, (5, 2))
+DOTTED: Any = (0, (1, 2))
+
 
 _left_out: ContextVar[bool] = ContextVar("figures left out", default=False)
 
@@ -134,6 +137,14 @@ def _drawn(draw: Callable[[], Figure]) -> Figure:
 def thousands(value: float, _: float) -> str:
     """Write a number of steps as an axis shows it: "1,020"."""
     return f"{value:,.0f}".replace("-", "−")
+
+
+def mark(
+    axes: Axes, step: Array, y: Array, at: float, marker: dict[str, Any], colour: str = LIGHT.signal
+) -> None:
+    """Mark a curve at a step that was evaluated."""
+    here = step == at
+    axes.plot(step[here], y[here], color=colour, **marker)
 
 
 def lines(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,6 +58,7 @@ from fastent.grokking.experiments.document import (
 )
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.grokking.experiments.leads import left_out_threshold
+from fastent.train.files import write_atomically
 from fastent.train.presets import SOURCES, TrainConfig
 
 __all__ = ["EXPERIMENTS", "check_documents", "fill_documents", "write_report"]
@@ -95,10 +95,10 @@ def write_report(runs: Path, out: Path) -> Path:
     )
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for figure in figures_of(sections):
-        _write(out / "figures" / f"{figure.name}.svg", figure.light)
-    _write(out / "report.md", as_markdown(TITLE, subtitle, sections))
+        write_atomically(out / "figures" / f"{figure.name}.svg", figure.light.encode())
+    write_atomically(out / "report.md", as_markdown(TITLE, subtitle, sections).encode())
     page = out / "index.html"
-    _write(page, as_html(TITLE, subtitle, sections))
+    write_atomically(page, as_html(TITLE, subtitle, sections).encode())
     return page
 
 
@@ -133,13 +133,6 @@ def fill_documents(runs: Path, documents: Sequence[Path]) -> None:
 def _words_alone(runs: Path) -> list[Section]:
     with figures.left_out():
         return _sections(read_runs(runs), runs, Path("report"))
-
-
-def _write(path: Path, text: str) -> None:
-    # A reader of the page never finds half of it: written beside, then renamed.
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(beside, path)
 
 
 def _sections(stored: Sequence[StoredRun], runs: Path, out: Path) -> list[Section]:
@@ -458,8 +451,7 @@ def origin_section(stored: Sequence[StoredRun], runs: Path, out: Path) -> Sectio
         last.insert(0, shlex.join(["python", "-m", "fastent.grokking.experiments.data", source, str(runs)]))
     blocks: list[Block] = [
         Text(
-            "The commands that made the runs and this page. The first goes on with runs that are not "
-            "complete."
+            "The commands that made the runs and this page. The first goes on with runs that are not complete."
         ),
         Code("\n".join([*commands(stored, run_folder(stored, runs)), *last])),
         _runs_table(stored),

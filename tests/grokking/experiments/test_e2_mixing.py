@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from closed_form import write_run
 
-from fastent.grokking.experiments import delays, e2_mixing, figures
+from fastent.grokking.experiments import e2_mixing, figures
 from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Table, Verdict
 
@@ -51,27 +51,27 @@ def result(runs):
 
 
 def test_delays_are_means_over_shared_seeds_with_the_censored_run_at_the_limit(result):
-    losses = result.conditions["losses-0.1"].delay
+    losses = result.conditions["losses-0.1"]
     assert losses.limit == 4000
-    assert losses.delay.value == pytest.approx((5 * 600 + (4000 - 1500)) / 6)
+    assert losses.later.value == pytest.approx((5 * 600 + (4000 - 1500)) / 6)
     assert losses.mean.value == pytest.approx((1600 + 1700 + 1800 + 1900 + 2000 + 4000) / 6)
     assert not losses.effect_size.known
     assert (losses.grokked.value, losses.grokked.n) == (5 / 6, 6)
-    logits = result.conditions["logits-0.1"].delay
-    assert (logits.delay.value, logits.delay.low, logits.delay.high) == (300, 300, 300)
+    logits = result.conditions["logits-0.1"]
+    assert (logits.later.value, logits.later.low, logits.later.high) == (300, 300, 300)
     assert logits.effect_size.value == pytest.approx(300 / 187.0828693)  # the spread of 1000, 1100, ..., 1500
-    fewer = result.conditions["losses-0.2"].delay
-    assert (fewer.delay.value, fewer.delay.n, fewer.rank.n) == (1200, 4, (6, 4))
+    fewer = result.conditions["losses-0.2"]
+    assert (fewer.later.value, fewer.later.n, fewer.rank.n) == (1200, 4, (6, 4))
 
 
 def test_tests_use_the_pairing_and_holm_runs_over_the_conditions(result):
-    losses = result.conditions["losses-0.1"].delay
+    losses = result.conditions["losses-0.1"]
     signed, stratified = losses.paired
     assert signed.p_value == stratified.p_value == 1 / 64
     # All later than the latest baseline run: the exact chance of one order of 6 among 12.
     assert losses.rank.p_value < 2e-3
-    p_values = sorted(mixed.delay.rank.p_value for mixed in result.conditions.values())
-    adjusted = sorted(mixed.delay.adjusted for mixed in result.conditions.values())
+    p_values = sorted(mixed.rank.p_value for mixed in result.conditions.values())
+    adjusted = sorted(mixed.adjusted for mixed in result.conditions.values())
     assert adjusted[0] == pytest.approx(4 * p_values[0])
     assert all(a >= p for a, p in zip(adjusted, p_values, strict=True))
 
@@ -120,12 +120,7 @@ def test_claims_judge_the_closed_form_runs(result, runs):
     # H is 0.02 higher at equal step, and lower at grokking, which comes later.
     assert verdicts["e2.kept_up"] == Verdict.IN_PART
     assert e2_mixing.judge_kept_up(result.conditions["logits-0.1"]) == Verdict.REPRODUCED
-    itself = delays.equal_step(result.baseline, result.baseline)
-    none = dataclasses.replace(
-        result.conditions["logits-0.1"],
-        equal_step=itself,
-        collapse=delays.collapse(result.baseline, result.baseline),
-    )
+    none = dataclasses.replace(result.conditions["logits-0.1"], runs=result.baseline)
     assert e2_mixing.judge_kept_up(none) == Verdict.NOT_REPRODUCED
     again = {
         name: found.verdict
@@ -161,11 +156,11 @@ def test_one_run_against_one_has_a_delay_and_no_certainty(tmp_path):
         write_run(tmp_path, "e2", condition, 0, t_grok=t_grok)
     write_run(tmp_path, "e1", "baseline", 0, t_grok=1000)
     result = e2_mixing.analyse(Runs(tuple(read_runs(tmp_path)), judged=False))
-    later, same = (result.conditions[name].delay for name in ("losses-0.1", "logits-0.1"))
-    assert (later.delay.value, later.mean.value) == (500, 1500)
-    assert not later.delay.bounded
+    later, same = (result.conditions[name] for name in ("losses-0.1", "logits-0.1"))
+    assert (later.later.value, later.mean.value) == (500, 1500)
+    assert not later.later.bounded
     assert not later.mean.bounded
-    assert (same.survival.p_value, same.delay.value) == (1.0, 0.0)
+    assert (same.survival.p_value, same.later.value) == (1.0, 0.0)
     verdicts = [found.verdict for found in e2_mixing.claims(result).values()]
     assert verdicts[:2] == [Verdict.IN_PART, Verdict.NOT_REPRODUCED]
     e2_mixing.section(result)

@@ -62,17 +62,17 @@ def test_factorial_effects_are_those_planted(tmp_path):
 
 
 def test_deviation_is_from_the_run_followed_or_from_the_start(tmp_path):
-    conditions = e3_norm.analyse(Runs(tuple(cells(tmp_path, mixing=500, norm=0)), judged=False)).conditions
-    assert conditions["losses-0.1+norm-as-baseline"].deviation == pytest.approx(1e-7, rel=1e-3)
-    assert conditions["norm-as-losses-0.1"].deviation == pytest.approx(0, abs=1e-12)
-    assert conditions["norm-start"].deviation == pytest.approx(0.01)
+    deviations = e3_norm.analyse(Runs(tuple(cells(tmp_path, mixing=500, norm=0)), judged=False)).deviations
+    assert deviations["losses-0.1+norm-as-baseline"] == pytest.approx(1e-7, rel=1e-3)
+    assert deviations["norm-as-losses-0.1"] == pytest.approx(0, abs=1e-12)
+    assert deviations["norm-start"] == pytest.approx(0.01)
 
 
 def test_norm_held_from_memorising_on_is_compared_with_the_baselines_norm_then(tmp_path):
     cells(tmp_path, mixing=500, norm=0, seeds=range(1))
     write_run(tmp_path, "e3", "norm-mem", 0, t_grok=1000, norm=lambda step: falling(min(step, 300)))
-    held = e3_norm.analyse(Runs(tuple(read_runs(tmp_path)), judged=False)).conditions["norm-mem"]
-    assert held.deviation == pytest.approx(0, abs=1e-12)
+    found = e3_norm.analyse(Runs(tuple(read_runs(tmp_path)), judged=False)).deviations
+    assert found["norm-mem"] == pytest.approx(0, abs=1e-12)
 
 
 def test_the_driver_is_the_entropy_only_if_the_norm_alone_does_nothing(tmp_path):
@@ -103,7 +103,7 @@ def test_an_incomplete_design_has_no_factorial_and_says_so(tmp_path):
     result = e3_norm.analyse(Runs(tuple(runs), judged=False))
     assert result.factorial is None
     # What it follows is not among the runs.
-    assert math.isnan(result.conditions["norm-as-losses-0.1"].deviation)
+    assert math.isnan(result.deviations["norm-as-losses-0.1"])
     assert any("is not complete" in getattr(b, "text", "") for b in e3_norm.section(result).blocks)
 
 
