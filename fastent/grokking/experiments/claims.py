@@ -20,7 +20,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -129,33 +129,28 @@ class Experiment(Generic[Result]):
     of_verdicts: bool = False
 
 
+def judge(known: bool, reproduced: bool, in_part: bool) -> Verdict:
+    """Verdict by a rule with two steps: not run where nothing is known, else as far as the steps hold."""
+    if not known:
+        return Verdict.NOT_RUN
+    return Verdict.REPRODUCED if reproduced else Verdict.IN_PART if in_part else Verdict.NOT_REPRODUCED
+
+
 def judge_share(share: Estimate) -> Verdict:
     """Verdict on "in every run": reproduced at all, not reproduced below one half, in part between."""
-    if not share.known:
-        return Verdict.NOT_RUN
-    if share.value == 1:
-        return Verdict.REPRODUCED
-    return Verdict.IN_PART if share.value >= 0.5 else Verdict.NOT_REPRODUCED
+    return judge(share.known, share.value == 1, share.value >= 0.5)
 
 
 def judge_positive(estimate: Estimate) -> Verdict:
     """Verdict on "it is more than 0": reproduced if the whole interval is, in part if the value is, else not."""
-    if not estimate.known:
-        return Verdict.NOT_RUN
-    if estimate.low > 0:
-        return Verdict.REPRODUCED
-    return Verdict.IN_PART if estimate.value > 0 else Verdict.NOT_REPRODUCED
+    return judge(estimate.known, estimate.low > 0, estimate.value > 0)
 
 
 def judge_value(paper: float, ours: Estimate, *, comparable: bool, tolerance: float = 0.25) -> Verdict:
     """Verdict on a number of the paper: as `Claim.judge`."""
-    if not ours.known:
-        return Verdict.NOT_RUN
-    if not comparable:
-        return Verdict.OTHER_SETTING
-    if ours.low <= paper <= ours.high:
-        return Verdict.REPRODUCED
-    return Verdict.IN_PART if abs(ours.value - paper) <= tolerance * abs(paper) else Verdict.NOT_REPRODUCED
+    near = abs(ours.value - paper) <= tolerance * abs(paper)
+    verdict = judge(ours.known, ours.low <= paper <= ours.high, near)
+    return verdict if comparable or not ours.known else Verdict.OTHER_SETTING
 
 
 def steps(value: float) -> str:
@@ -202,6 +197,14 @@ def span(estimate: Estimate, write: Callable[[float], str]) -> str:
 def of(share: Estimate) -> str:
     """Write a share of runs: "9 of 10"."""
     return f"{round(share.value * share.n)} of {share.n}"
+
+
+def by_run(runs: Runs, *columns: tuple[Any, ...]) -> list[tuple[str, ...]]:
+    """Lay out numbers of runs, a row each, after their seeds: a column is a function that writes and arrays (n,)."""
+    written = [(write, values) for write, *arrays in columns for values in arrays]
+    return [
+        (str(seed), *(write(values[i]) for write, values in written)) for i, seed in enumerate(runs.seeds)
+    ]
 
 
 def counted(share: Estimate) -> str:

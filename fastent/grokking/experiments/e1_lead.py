@@ -28,6 +28,7 @@ from fastent.grokking.experiments.claims import (
     Experiment,
     Finding,
     Findings,
+    by_run,
     counted,
     decimal,
     judge_share,
@@ -346,12 +347,7 @@ def threshold_sweep(result: Sweep, runs: Runs) -> Figure:
     label = f"no grokking within {result.horizon:,} steps"
     c.plot(h, result.false, color=LIGHT.signal, linewidth=1.8, label=label)
     c.plot(
-        h,
-        result.early,
-        color=LIGHT.train,
-        linestyle=DASHED,
-        linewidth=1.5,
-        label="before it has memorised",
+        h, result.early, color=LIGHT.train, linestyle=DASHED, linewidth=1.5, label="before it has memorised"
     )
     c.set(title="C  Alarms that are false or too early", ylabel="share", xlabel="threshold on H (no unit)")
     c.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=2, borderaxespad=0)
@@ -474,23 +470,14 @@ def section(result: Baseline) -> Section:
 
 def _times_table(result: Baseline) -> Table:
     runs, left_out, fall = result.runs, result.left_out, result.fall
-    rows = [
-        (
-            str(seed),
-            steps(runs.t_mem[i]),
-            steps(runs.t_grok[i]),
-            steps(runs.t_grok_sustained[i]),
-            decimal(left_out.thresholds[i]),
-            steps(left_out.times[i]),
-            steps(left_out.leads[i]),
-            steps(fall.times[i]),
-            steps(fall.leads[i]),
-            percent(runs.at(runs.test_accuracy, left_out.times)[i]),
-            percent(runs.at(runs.test_accuracy, fall.times)[i]),
-            steps(runs.end[i]),
-        )
-        for i, seed in enumerate(runs.seeds)
-    ]
+    rows = by_run(
+        runs,
+        (steps, runs.t_mem, runs.t_grok, runs.t_grok_sustained),
+        (decimal, left_out.thresholds),
+        (steps, left_out.times, left_out.leads, fall.times, fall.leads),
+        (percent, *(runs.at(runs.test_accuracy, rule.times) for rule in (left_out, fall))),
+        (steps, runs.end),
+    )
     columns = (
         *("seed", "T_mem", "T_grok", "T_grok sustained"),
         *("H* (other seeds)", "T_cross", "lead", "T_collapse", "lead"),
@@ -506,20 +493,16 @@ def _times_table(result: Baseline) -> Table:
 def _values_table(result: Baseline) -> Table:
     runs = result.runs
     start, at_mem, highest = at_moments(runs)
-    entropies = (start, at_mem, highest, runs.h_star, runs.at(runs.entropy, runs.end))
-    norms = [runs.at(runs.norm, step) for step in (runs.start, runs.t_mem, runs.t_grok, runs.end)]
-    accuracy = runs.at(runs.test_accuracy, runs.end)
-    unusable = (~np.isnan(runs.step) & np.isnan(runs.entropy)).sum(axis=1)
-    rows = [
+    rows = by_run(
+        runs,
+        (decimal, start, at_mem, highest, runs.h_star, runs.at(runs.entropy, runs.end)),
         (
-            str(seed),
-            *(decimal(h[i]) for h in entropies),
-            *(decimal(x[i], 1) for x in norms),
-            decimal(accuracy[i], 4),
-            str(unusable[i]),
-        )
-        for i, seed in enumerate(runs.seeds)
-    ]
+            functools.partial(decimal, digits=1),
+            *(runs.at(runs.norm, step) for step in (runs.start, runs.t_mem, runs.t_grok, runs.end)),
+        ),
+        (functools.partial(decimal, digits=4), runs.at(runs.test_accuracy, runs.end)),
+        (str, (~np.isnan(runs.step) & np.isnan(runs.entropy)).sum(axis=1)),
+    )
     columns = (
         *("seed", "H at start", "H at T_mem", "H max", "H at T_grok", "H at end"),
         *("norm at start", "norm at T_mem", "norm at T_grok", "norm at end"),

@@ -22,6 +22,7 @@ from fastent.grokking.experiments.claims import (
     Findings,
     counted,
     decimal,
+    judge,
     judge_share,
     of,
     span,
@@ -125,10 +126,10 @@ def _kept_up(baseline: Runs, mixed: Delay | None) -> str:
 
 def judge_kept_up(mixed: Delay | None) -> Verdict:
     """Judge whether mixing keeps H up, by H at equal step and at grokking."""
-    if mixed is None or not (mixed.equal_step.known and mixed.collapse.shift.known):
+    if mixed is None:
         return Verdict.NOT_RUN
-    higher = (mixed.equal_step.low > 0) + (mixed.collapse.shift.low > 0)
-    return (Verdict.NOT_REPRODUCED, Verdict.IN_PART, Verdict.REPRODUCED)[higher]
+    shifts = (mixed.equal_step, mixed.collapse.shift)
+    return judge(all(e.known for e in shifts), all(e.low > 0 for e in shifts), any(e.low > 0 for e in shifts))
 
 
 def headline(result: Mixing) -> str:
@@ -251,8 +252,7 @@ def _entropy_blocks(result: Mixing, mixed: list[Delay]) -> list[Block]:
             drawn(
                 "e2-equal-loss",
                 functools.partial(
-                    at_equal_loss,
-                    {each.condition: each.equal_loss for each in mixed[:4] if each.equal_loss},
+                    at_equal_loss, {each.condition: each.equal_loss for each in mixed[:4] if each.equal_loss}
                 ),
                 "H of the treated minus H of the baseline runs at equal training loss, with 95 % intervals over seeds. "
                 "Above 0 the intervention kept H up.",

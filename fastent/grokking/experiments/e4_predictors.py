@@ -32,6 +32,7 @@ from fastent.grokking.experiments.claims import (
     Finding,
     Findings,
     decimal,
+    judge,
     percent,
     span,
     steps,
@@ -123,33 +124,22 @@ def claims(result: Predictors) -> Findings:
 
 
 def _judge_weak(r: Estimate) -> Verdict:
-    if not r.known:
-        return Verdict.NOT_RUN
-    if -0.5 < r.value < 0:
-        return Verdict.REPRODUCED
-    return Verdict.IN_PART if r.value < 0.5 else Verdict.NOT_REPRODUCED
+    return judge(r.known, -0.5 < r.value < 0, r.value < 0.5)
 
 
 def _judge_pairs(pairs: Pairs) -> Verdict:
-    if not pairs.count:
-        return Verdict.NOT_RUN
-    return Verdict.REPRODUCED if pairs.far_entropy > 0 and pairs.far_accuracy > 0 else Verdict.NOT_REPRODUCED
+    return judge(pairs.count > 0, pairs.far_entropy > 0 and pairs.far_accuracy > 0, False)
 
 
 def _judge_best(rows: dict[str, Predictor]) -> Verdict:
     if not rows:
         return Verdict.NOT_RUN
     ours, *others = (rows[name].in_sample.value for name in (ENTROPY_GAP, NORM, NORM_GAP))
-    return (Verdict.NOT_REPRODUCED, Verdict.IN_PART, Verdict.REPRODUCED)[
-        sum(ours > other for other in others)
-    ]
+    return judge(True, ours > max(others), ours > min(others))
 
 
 def _judge_clock(rows: dict[str, Predictor]) -> Verdict:
-    if not rows:
-        return Verdict.NOT_RUN
-    ours, clock = (rows[name].left_out for name in _LAST)
-    return Verdict.REPRODUCED if ours > clock else Verdict.NOT_REPRODUCED
+    return judge(bool(rows), bool(rows) and rows[ENTROPY_GAP].left_out > rows[CLOCK].left_out, False)
 
 
 NEARLY_NORM = 0.01

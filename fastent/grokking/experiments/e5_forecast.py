@@ -37,8 +37,10 @@ from fastent.grokking.experiments.claims import (
     Experiment,
     Finding,
     Findings,
+    by_run,
     counted,
     decimal,
+    judge,
     judge_positive,
     judge_share,
     percent,
@@ -394,8 +396,8 @@ def _cost(cost: Cost) -> str:
 
 
 def _judge_cost(cost: Cost) -> Verdict:
-    cheap = cost.milliseconds.value <= CLAIMS["e5.cost"].number, cost.share.value <= 0.01
-    return (Verdict.NOT_REPRODUCED, Verdict.IN_PART, Verdict.REPRODUCED)[sum(cheap)]
+    fast, cheap = cost.milliseconds.value <= CLAIMS["e5.cost"].number, cost.share.value <= 0.01
+    return judge(True, fast and cheap, fast or cheap)
 
 
 def _imminent(table: Guide | None) -> str:
@@ -408,12 +410,10 @@ def _imminent(table: Guide | None) -> str:
 
 
 def _judge_guide(table: Guide | None) -> Verdict:
-    if table is None or not table.warned.known:
+    if table is None:
         return Verdict.NOT_RUN
-    both = min(table.imminent.value, table.warned.value) if table.imminent.known else 0.0
-    if both >= 0.9:
-        return Verdict.REPRODUCED
-    return Verdict.IN_PART if both >= 0.5 else Verdict.NOT_REPRODUCED
+    both = min(table.imminent.value, table.warned.value)
+    return judge(table.warned.known, both >= 0.9, both >= 0.5)
 
 
 def _given_up(table: Guide | None) -> str:
@@ -425,11 +425,8 @@ def _given_up(table: Guide | None) -> str:
 def _judge_given_up(table: Guide | None) -> Verdict:
     if table is None:
         return Verdict.NOT_RUN
-    if not table.given_up.known:
-        return Verdict.NO_CASE
-    if table.given_up.value <= 0.1:
-        return Verdict.REPRODUCED
-    return Verdict.IN_PART if table.given_up.value <= 0.5 else Verdict.NOT_REPRODUCED
+    share = table.given_up
+    return judge(share.known, share.value <= 0.1, share.value <= 0.5) if share.known else Verdict.NO_CASE
 
 
 def headline(result: Forecasts) -> str:
@@ -630,18 +627,18 @@ def _savings_blocks(result: Forecasts) -> list[Block]:
 
 def _stop_rows(result: Forecasts) -> tuple[tuple[str, ...], ...]:
     runs, saved = result.runs, result.saved
-    final = runs.at(runs.test_accuracy, runs.end)
+    ends = [
+        f"{percent(a)} ({steps(t)})"
+        for a, t in zip(runs.at(runs.test_accuracy, runs.end), runs.end, strict=True)
+    ]
     return tuple(
-        (
-            str(seed),
-            steps(runs.t_grok[i]),
-            steps(saved.crossed[i]),
-            steps(saved.step[i]),
-            percent(saved.accuracy[i]),
-            f"{percent(final[i])} ({steps(runs.end[i])})",
-            percent(_part(saved.step, saved.budget)[i]),
+        by_run(
+            runs,
+            (steps, runs.t_grok, saved.crossed, saved.step),
+            (percent, saved.accuracy),
+            (str, ends),
+            (percent, _part(saved.step, saved.budget)),
         )
-        for i, seed in enumerate(runs.seeds)
     )
 
 

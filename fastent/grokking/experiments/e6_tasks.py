@@ -26,6 +26,7 @@ from fastent.grokking.experiments.claims import (
     Findings,
     counted,
     decimal,
+    judge,
     judge_positive,
     judge_share,
     judge_value,
@@ -197,12 +198,8 @@ def _modular(result: Tasks) -> str:
 
 def _judge_modular(result: Tasks) -> Verdict:
     values = [h.value for h in _means(result).values()]
-    if len(values) < 3:
-        return Verdict.NOT_RUN
-    spread = max(values) - min(values)
-    if spread < SPREAD:
-        return Verdict.REPRODUCED
-    return Verdict.IN_PART if spread < 2 * SPREAD else Verdict.NOT_REPRODUCED
+    spread = max(values, default=0.0) - min(values, default=0.0)
+    return judge(len(values) == 3, spread < SPREAD, spread < 2 * SPREAD)
 
 
 def _rows_alike(result: Tasks) -> str:
@@ -215,12 +212,11 @@ def _judge_rows(result: Tasks) -> Verdict:
     if not (mul and sub):
         return Verdict.NOT_RUN
     pairs = ((mul.t_grok, sub.t_grok, 0), (mul.h_star, sub.h_star, 3))
-    if not all(a.known and b.known for a, b, _ in pairs):
-        return Verdict.NOT_RUN
-    if all(round(a.value, digits) == round(b.value, digits) for a, b, digits in pairs):
-        return Verdict.REPRODUCED
-    overlap = all(a.low <= b.high and b.low <= a.high for a, b, _ in pairs)
-    return Verdict.IN_PART if overlap else Verdict.NOT_REPRODUCED
+    return judge(
+        all(a.known and b.known for a, b, _ in pairs),
+        all(round(a.value, digits) == round(b.value, digits) for a, b, digits in pairs),
+        all(a.low <= b.high and b.low <= a.high for a, b, _ in pairs),
+    )
 
 
 def _judge_controls(controls: Sequence[Difference]) -> Verdict:

@@ -28,6 +28,7 @@ from fastent.grokking.experiments.claims import (
     Findings,
     counted,
     decimal,
+    judge,
     judge_share,
     percent,
     span,
@@ -134,12 +135,8 @@ def _said_of(models: Sequence[Model]) -> str:
 
 
 def _judge_some(result: Sufficiency) -> Verdict:
-    if not result.h_star.known:
-        return Verdict.NOT_RUN
-    shares = [model.holds.value for model in result.mlps]
-    if max(shares) == 1:
-        return Verdict.REPRODUCED
-    return Verdict.IN_PART if max(shares) > 0 or _crossing(result) else Verdict.NOT_REPRODUCED
+    most = max(model.holds.value for model in result.mlps)
+    return judge(result.h_star.known, most == 1, most > 0 or bool(_crossing(result)))
 
 
 def _crossing(result: Sufficiency) -> list[str]:

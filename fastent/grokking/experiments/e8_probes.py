@@ -26,8 +26,10 @@ from fastent.grokking.experiments.claims import (
     Experiment,
     Finding,
     Findings,
+    by_run,
     counted,
     decimal,
+    judge,
     judge_share,
     steps,
     worded,
@@ -227,19 +229,12 @@ def _agreement(result: Probes) -> Estimate:
 
 
 def _judge_close(difference: Estimate) -> Verdict:
-    if not difference.known:
-        return Verdict.NOT_RUN
-    if max(abs(difference.low), abs(difference.high)) <= CLOSE:
-        return Verdict.REPRODUCED
-    return Verdict.IN_PART if abs(difference.value) <= 2 * CLOSE else Verdict.NOT_REPRODUCED
+    within = max(abs(difference.low), abs(difference.high)) <= CLOSE
+    return judge(difference.known, within, abs(difference.value) <= 2 * CLOSE)
 
 
 def _judge_correlation(r: Estimate) -> Verdict:
-    if not r.known:
-        return Verdict.NOT_RUN
-    if r.low > 0.5:
-        return Verdict.REPRODUCED
-    return Verdict.IN_PART if r.value > 0.5 else Verdict.NOT_REPRODUCED
+    return judge(r.known, r.low > 0.5, r.value > 0.5)
 
 
 def headline(result: Probes) -> str:
@@ -367,19 +362,15 @@ def section(result: Probes) -> Section:
 
 def _runs_table(result: Probes) -> Table:
     a, b = result.runs, result.tested
-    pairs = [(a.at(a.entropy, step), b.at(b.entropy, step)) for step in (a.start, a.t_mem)]
-    pairs.append((a.h_star, b.h_star))
-    rows = [
-        (
-            str(seed),
-            *(decimal(h[i]) for pair in pairs for h in pair),
-            decimal((b.h_star - a.h_star)[i], 4),
-            f"{decimal(result.largest[i])} at {steps(result.largest_at[i])}",
-            steps(result.by_train.times[i]),
-            steps(result.by_test.times[i]),
-        )
-        for i, seed in enumerate(a.seeds)
-    ]
+    at = [(a.at(a.entropy, step), b.at(b.entropy, step)) for step in (a.start, a.t_mem, a.t_grok)]
+    largest = [f"{decimal(h)} at {steps(t)}" for h, t in zip(result.largest, result.largest_at, strict=True)]
+    rows = by_run(
+        a,
+        (decimal, *(h for pair in at for h in pair)),
+        (functools.partial(decimal, digits=4), b.h_star - a.h_star),
+        (str, largest),
+        (steps, result.by_train.times, result.by_test.times),
+    )
     columns = (
         *("seed", "H at start, train", "test", "H at T_mem, train", "test", "H at T_grok, train", "test"),
         *("test − train", "largest difference", "T_cross, train", "T_cross, test"),

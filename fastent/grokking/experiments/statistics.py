@@ -64,14 +64,7 @@ UNKNOWN = Estimate()
 """The number that no run gives."""
 
 
-def bootstrap(
-    values: ArrayLike,
-    statistic: Callable[..., Any] = np.mean,
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Estimate:
+def bootstrap(values: ArrayLike, statistic: Callable[..., Any] = np.mean) -> Estimate:
     """`statistic` of `values` with a bias-corrected and accelerated bootstrap interval over them.
 
     Below three values no bootstrap means anything and none is made; where BCa is undefined (all values equal,
@@ -84,10 +77,6 @@ def bootstrap(
         Finite.
     statistic : callable
         Takes an array and an `axis`, as `numpy.mean` does.
-    level : float
-        Confidence, in (0, 1).
-    resamples, seed : int
-        Number of resamples and the generator's seed; the same seed gives the same interval.
 
     Raises
     ------
@@ -108,9 +97,9 @@ def bootstrap(
         raise ValueError(f"values must be finite and at least one; got {x.tolist()}")
     point = float(statistic(x, axis=-1))
     if x.size < 3:
-        return Estimate(point, n=x.size, method=f"no interval: n = {x.size}", level=level)
+        return Estimate(point, n=x.size, method=f"no interval: n = {x.size}")
     if (x == x[0]).all():
-        return Estimate(point, point, point, x.size, "no spread: all values equal", level)
+        return Estimate(point, point, point, x.size, "no spread: all values equal")
     for method, name in (("BCa", "BCa bootstrap"), ("percentile", "percentile bootstrap, BCa undefined")):
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)
@@ -118,18 +107,18 @@ def bootstrap(
                 (x,),
                 statistic,
                 axis=-1,
-                n_resamples=resamples,
-                confidence_level=level,
+                n_resamples=RESAMPLES,
+                confidence_level=LEVEL,
                 method=method,
-                random_state=np.random.default_rng(seed),
+                random_state=np.random.default_rng(0),
             )
         low, high = (float(end) for end in result.confidence_interval)
         if np.isfinite([low, high]).all():
-            return Estimate(point, low, high, x.size, name, level)
+            return Estimate(point, low, high, x.size, name)
     raise AssertionError("a percentile interval of finite values is finite")
 
 
-def proportion(successes: int, n: int, *, level: float = LEVEL) -> Estimate:
+def proportion(successes: int, n: int) -> Estimate:
     """Share of `n` runs with the exact (Clopper-Pearson) interval: 3 of 3 reads 1, 0.29 to 1; unknown of none.
 
     Raises
@@ -139,8 +128,8 @@ def proportion(successes: int, n: int, *, level: float = LEVEL) -> Estimate:
     """
     if n == 0 == successes:
         return UNKNOWN
-    interval = stats.binomtest(successes, n).proportion_ci(level, method="exact")
-    return Estimate(successes / n, float(interval.low), float(interval.high), n, "Clopper-Pearson", level)
+    interval = stats.binomtest(successes, n).proportion_ci(LEVEL, method="exact")
+    return Estimate(successes / n, float(interval.low), float(interval.high), n, "Clopper-Pearson")
 
 
 def over(values: Iterable[float]) -> Estimate:
@@ -155,7 +144,7 @@ def share(answers: Iterable[float]) -> Estimate:
     return proportion(sum(answer == 1 for answer in known), len(known))
 
 
-def pearson(x: ArrayLike, y: ArrayLike, *, level: float = LEVEL) -> Estimate:
+def pearson(x: ArrayLike, y: ArrayLike) -> Estimate:
     """Pearson's r of pairs, one a seed, with Fisher's interval (exact for normal pairs only, from 4 pairs).
 
     Raises
@@ -176,19 +165,17 @@ def pearson(x: ArrayLike, y: ArrayLike, *, level: float = LEVEL) -> Estimate:
     if a.shape != b.shape or a.size < 2:
         raise ValueError(f"r needs two or more pairs; got {a.size} and {b.size} values")
     if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return Estimate(
-            float("nan"), n=a.size, method="r is undefined: all values of one are equal", level=level
-        )
+        return Estimate(float("nan"), n=a.size, method="r is undefined: all values of one are equal")
     found = stats.pearsonr(a, b)
     r = float(found.statistic)
     if a.size < 4 or 1 - abs(r) < EXACT:
-        return Estimate(r, n=a.size, method=f"no interval: n = {a.size}, r = {r:.3g}", level=level)
-    interval = found.confidence_interval(level)
+        return Estimate(r, n=a.size, method=f"no interval: n = {a.size}, r = {r:.3g}")
+    interval = found.confidence_interval(LEVEL)
     low, high = float(interval.low), float(interval.high)
-    return Estimate(r, low, high, a.size, "Pearson r, Fisher interval", level)
+    return Estimate(r, low, high, a.size, "Pearson r, Fisher interval")
 
 
-def welch(x: ArrayLike, y: ArrayLike, *, level: float = LEVEL) -> Estimate:
+def welch(x: ArrayLike, y: ArrayLike) -> Estimate:
     """Mean of `y` minus mean of `x`, of runs that share nothing, with Welch's interval.
 
     Raises
@@ -201,10 +188,10 @@ def welch(x: ArrayLike, y: ArrayLike, *, level: float = LEVEL) -> Estimate:
         raise ValueError(f"each group needs a value; got {a.size} and {b.size}")
     gap = float(b.mean() - a.mean())
     if min(a.size, b.size) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
-        return Estimate(gap, n=a.size + b.size, method=f"no interval: n = {a.size} and {b.size}", level=level)
-    interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(level)
+        return Estimate(gap, n=a.size + b.size, method=f"no interval: n = {a.size} and {b.size}")
+    interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(LEVEL)
     low, high = float(interval.low), float(interval.high)
-    return Estimate(gap, low, high, a.size + b.size, "difference of means, Welch interval", level)
+    return Estimate(gap, low, high, a.size + b.size, "difference of means, Welch interval")
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -288,7 +275,7 @@ class Times:
         return float(self.values[~self.observed].min(initial=np.inf))
 
 
-def mann_whitney(control: Times, treated: Times, *, level: float = LEVEL) -> Comparison:
+def mann_whitney(control: Times, treated: Times) -> Comparison:
     """One-sided Mann-Whitney U: are the treated runs later? Censored runs are tied last.
 
     Where runs were cut at different steps, the smallest cut is the horizon for all: a time beyond it is as
@@ -311,14 +298,14 @@ def mann_whitney(control: Times, treated: Times, *, level: float = LEVEL) -> Com
         spread = 1 + half * (1 - theta) / (2 - theta) + half * theta / (1 + theta)
         return theta * (1 - theta) * spread / (m * n)
 
-    z = stats.norm.ppf((1 + level) / 2)
+    z = stats.norm.ppf((1 + LEVEL) / 2)
 
     def excess(theta: float) -> float:
         return float((share - theta) ** 2 - z**2 * variance(theta))
 
     low = 0.0 if share == 0 else optimize.brentq(excess, 0.0, share - 1e-12)
     high = 1.0 if share == 1 else optimize.brentq(excess, share + 1e-12, 1.0)
-    effect = Estimate(share, low, high, m + n, "P(treated later), Newcombe score interval", level)
+    effect = Estimate(share, low, high, m + n, "P(treated later), Newcombe score interval")
     return Comparison(
         "Mann-Whitney U, one-sided", float(result.statistic), float(result.pvalue), (n, m), effect, note
     )
@@ -333,7 +320,7 @@ def _tied_last(control: Times, treated: Times) -> tuple[Array, Array, str]:
     return x, y, f"{last} runs not there by step {horizon:g} are tied last"
 
 
-def signed_rank(control: Times, treated: Times, *, level: float = LEVEL) -> Comparison:
+def signed_rank(control: Times, treated: Times) -> Comparison:
     """One-sided Wilcoxon signed-rank test on pairs that share a seed, "the treated runs are later".
 
     `control` and `treated` hold the same seeds in the same order. With censored runs every time is cut at the
@@ -355,12 +342,10 @@ def signed_rank(control: Times, treated: Times, *, level: float = LEVEL) -> Comp
         note = f"times are cut at step {horizon:g}"
     difference = y - x
     if (difference == 0).all():
-        effect = Estimate(
-            0.0, n=control.n, method="Hodges-Lehmann shift; no interval: all pairs tie", level=level
-        )
+        effect = Estimate(0.0, n=control.n, method="Hodges-Lehmann shift; no interval: all pairs tie")
         return Comparison("Wilcoxon signed-rank, one-sided", 0.0, 1.0, (control.n, treated.n), effect, note)
     result = stats.wilcoxon(difference, alternative="greater")
-    effect = _hodges_lehmann(difference, level)
+    effect = _hodges_lehmann(difference)
     return Comparison(
         "Wilcoxon signed-rank, one-sided",
         float(result.statistic),
@@ -371,30 +356,23 @@ def signed_rank(control: Times, treated: Times, *, level: float = LEVEL) -> Comp
     )
 
 
-def _hodges_lehmann(difference: Array, level: float) -> Estimate:
+def _hodges_lehmann(difference: Array) -> Estimate:
     n = difference.size
     i, j = np.triu_indices(n)
     walsh = np.sort((difference[i] + difference[j]) / 2)
     null = np.ones(1)
-    for rank in range(
-        1, n + 1
-    ):  # the null distribution of the statistic: each rank is positive with chance 1/2
+    # The null distribution of the statistic: each rank is positive with chance 1/2.
+    for rank in range(1, n + 1):
         null = np.convolve(null, np.r_[0.5, np.zeros(rank - 1), 0.5])
-    cut = int(np.searchsorted(np.cumsum(null), (1 - level) / 2, side="right"))
+    centre = float(np.median(walsh))
+    cut = int(np.searchsorted(np.cumsum(null), (1 - LEVEL) / 2, side="right"))
     method = "Hodges-Lehmann shift, exact interval"
     if cut == 0:
-        return Estimate(
-            float(np.median(walsh)),
-            math.nan,
-            math.nan,
-            n,
-            f"Hodges-Lehmann shift; no interval: n = {n}",
-            level,
-        )
-    return Estimate(float(np.median(walsh)), float(walsh[cut - 1]), float(walsh[-cut]), n, method, level)
+        return Estimate(centre, n=n, method=f"Hodges-Lehmann shift; no interval: n = {n}")
+    return Estimate(centre, float(walsh[cut - 1]), float(walsh[-cut]), n, method)
 
 
-def restricted_mean(times: Times, limit: float, *, level: float = LEVEL) -> Estimate:
+def restricted_mean(times: Times, limit: float) -> Estimate:
     """Mean time up to `limit`: the area under the Kaplan-Meier curve, with a normal (Greenwood) interval.
 
     Without censoring before `limit` it is the mean of ``min(time, limit)``.
@@ -410,9 +388,9 @@ def restricted_mean(times: Times, limit: float, *, level: float = LEVEL) -> Esti
     Royston and Parmar, "Restricted mean survival time", BMC Medical Research Methodology 13 (2013).
     """
     area, variance = _area(times, limit)
-    half = float(stats.norm.ppf((1 + level) / 2)) * variance**0.5
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * variance**0.5
     method = f"restricted mean to step {limit:g}, Greenwood interval"
-    return Estimate(area, max(area - half, 0.0), min(area + half, limit), times.n, method, level)
+    return Estimate(area, max(area - half, 0.0), min(area + half, limit), times.n, method)
 
 
 def _area(times: Times, limit: float) -> tuple[float, float]:
@@ -433,20 +411,19 @@ def _area(times: Times, limit: float) -> tuple[float, float]:
     return float(pieces.sum()), float(terms.sum())
 
 
-def log_rank(control: Times, treated: Times, limit: float, *, level: float = LEVEL) -> Comparison:
+def log_rank(control: Times, treated: Times, limit: float) -> Comparison:
     """One-sided log-rank test, "the treated runs are later"; a censored run counts until its cut.
 
     The effect is the difference of the restricted means up to `limit` (treated minus control, in steps), with
     a normal interval. Raises as `restricted_mean`.
     """
-    with np.errstate(
-        invalid="ignore"
-    ):  # 0 / 0 where no event has anyone of the other group at risk beside it
+    # 0 / 0 where no event has anyone of the other group at risk beside it.
+    with np.errstate(invalid="ignore"):
         result = stats.logrank(_censored(treated), _censored(control), alternative="less")
     (a, va), (b, vb) = _area(control, limit), _area(treated, limit)
-    half = float(stats.norm.ppf((1 + level) / 2)) * (va + vb) ** 0.5
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * (va + vb) ** 0.5
     method = f"difference of restricted means to step {limit:g}, Greenwood interval"
-    effect = Estimate(b - a, b - a - half, b - a + half, control.n + treated.n, method, level)
+    effect = Estimate(b - a, b - a - half, b - a + half, control.n + treated.n, method)
     censored = control.censored + treated.censored
     note = f"{censored} runs censored" if censored else ""
     known = np.isfinite(result.statistic)
@@ -464,7 +441,7 @@ def _censored(times: Times) -> stats.CensoredData:
     return stats.CensoredData(uncensored=times.values[times.observed], right=times.values[~times.observed])
 
 
-def cohens_d(control: Times, treated: Times, *, level: float = LEVEL) -> Estimate:
+def cohens_d(control: Times, treated: Times) -> Estimate:
     """Cohen's d of treated over control: difference of means over the pooled standard deviation.
 
     The interval inverts the non-central t distribution: exact for normal times. Unknown with a censored run, with
@@ -490,13 +467,11 @@ def cohens_d(control: Times, treated: Times, *, level: float = LEVEL) -> Estimat
         reach = 10 + abs(d * scale)
         return float(optimize.brentq(gap, d * scale - reach, d * scale + reach) / scale)
 
-    tail = (1 - level) / 2
-    return Estimate(
-        d, bound(1 - tail), bound(tail), x.size + y.size, "Cohen's d, non-central t interval", level
-    )
+    tail = (1 - LEVEL) / 2
+    return Estimate(d, bound(1 - tail), bound(tail), x.size + y.size, "Cohen's d, non-central t interval")
 
 
-def stratified_log_rank(control: Times, treated: Times, *, level: float = LEVEL) -> Comparison:
+def stratified_log_rank(control: Times, treated: Times) -> Comparison:
     """One-sided log-rank test stratified by seed, "the treated run of a pair is later".
 
     In a stratum of two runs only the first event counts, and by then one of two was as likely as the other: the
@@ -531,16 +506,14 @@ def stratified_log_rank(control: Times, treated: Times, *, level: float = LEVEL)
     n = (control.n, treated.n)
     test = "log-rank stratified by seed, one-sided, exact"
     if known == 0:
-        effect = Estimate(
-            0.5, n=0, method="share of pairs, treated later; no pair says anything", level=level
-        )
+        effect = Estimate(0.5, n=0, method="share of pairs, treated later; no pair says anything")
         return Comparison(test, 0.0, 1.0, n, effect, note)
     p_value = float(stats.binomtest(later, known, alternative="greater").pvalue)
     statistic = (later - known / 2) / (known / 4) ** 0.5
-    return Comparison(test, statistic, p_value, n, proportion(later, known, level=level), note)
+    return Comparison(test, statistic, p_value, n, proportion(later, known), note)
 
 
-def mean_delay(control: Times, treated: Times, limit: float, *, level: float = LEVEL) -> Estimate:
+def mean_delay(control: Times, treated: Times, limit: float) -> Estimate:
     """Mean over pairs of ``min(treated, limit) - min(control, limit)`` in steps, with a BCa interval over seeds.
 
     That is the difference of the restricted means to `limit`. Unknown if a run was cut before `limit` without the
@@ -548,7 +521,7 @@ def mean_delay(control: Times, treated: Times, limit: float, *, level: float = L
     """
     if min(control.cut, treated.cut) < limit:
         return UNKNOWN
-    return bootstrap(np.minimum(treated.values, limit) - np.minimum(control.values, limit), level=level)
+    return bootstrap(np.minimum(treated.values, limit) - np.minimum(control.values, limit))
 
 
 EXACT = 1e-12
@@ -574,9 +547,7 @@ EXPLAINED: Scale = (
 """For shares of explained variance, as in `fastent.power_law`."""
 
 
-def jackknife(
-    value: float, left_out: Sequence[float], scale: Scale = PLAIN, *, level: float = LEVEL
-) -> Estimate:
+def jackknife(value: float, left_out: Sequence[float], scale: Scale = PLAIN) -> Estimate:
     """`value` of all runs with an interval from its values with each run left out.
 
     Parameters
@@ -587,8 +558,6 @@ def jackknife(
         Of all runs but one, one for each run.
     scale : pair of functions
         Where the interval is symmetric, and the way back.
-    level : float
-        Confidence, in (0, 1).
 
     Returns
     -------
@@ -611,7 +580,7 @@ def jackknife(
     n = len(left_out)
 
     def without(reason: str) -> Estimate:
-        return Estimate(value, n=n, method=f"no interval: {reason}", level=level)
+        return Estimate(value, n=n, method=f"no interval: {reason}")
 
     if n < 3:
         return without(f"n = {n}")
@@ -623,8 +592,8 @@ def jackknife(
         return without("a perfect fit")
     if not np.isfinite(replicates).all():
         return without("a perfect fit with a run left out")
-    width = float(stats.t.ppf((1 + level) / 2, n - 1)) * math.sqrt((n - 1) * float(replicates.var()))
+    width = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * math.sqrt((n - 1) * float(replicates.var()))
     low, high = float(back(centre - width)), float(back(centre + width))
     if scale is EXPLAINED and low < WORST:
         return without(f"not determined by {n} runs")
-    return Estimate(value, low, high, n, "jackknife over runs", level)
+    return Estimate(value, low, high, n, "jackknife over runs")
