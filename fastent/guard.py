@@ -9,9 +9,11 @@ else, small ones always.
 
 Not covered, since nobody can list it: objects of other kinds that an attribute holds (their own attributes,
 iterators), what a forward pass changes outside the model (closures, globals, class attributes; NumPy arrays),
-the buffers of TorchScript modules. Hooks that the user registered fire: those of weight normalisation or sharding
-must, and no hook says which kind it is. Of a model sharded by FSDP the hooks, submodules and parameters that a pass
-adds stay. A buffer of 64 KiB or more must not grow in place (`resize_`) in the pass: torch fails then.
+the buffers of TorchScript modules. An attribute with more than 10,000 entries (1,000 tensors), counted over all that
+is in it, is taken for data: what the pass adds at the end of its list or dict is taken off, changes within stay. Hooks
+that the user registered fire: those of weight normalisation or sharding must, and no hook says which kind it is. Of a
+model sharded by FSDP the hooks, submodules and parameters that a pass adds stay. A buffer of 64 KiB or more must not
+grow in place (`resize_`) in the pass: torch fails then.
 
 Threads. Passes through one model, or a part of it, wait for each other. Two switches hold for the whole process
 while a pass runs: compiled code runs eagerly and nn.TransformerEncoder's inference kernels are off, in other
@@ -169,11 +171,20 @@ def _eval_mode(modules: list[nn.Module]) -> Iterator[None]:
     training = [module for module in modules if module.training]
     try:
         for module in training:
-            module.training = False
+            _set_mode(module, False)
         yield
     finally:
         for module in training:
-            module.training = True
+            _set_mode(module, True)
+
+
+def _set_mode(module: nn.Module, mode: bool) -> None:
+    fields = module.__dict__
+    # Past nn.Module.__setattr__, which looks for parameters, buffers and modules of that name: 1 us each.
+    if "training" in fields and type(module).__setattr__ is nn.Module.__setattr__:
+        fields["training"] = mode
+    else:
+        module.training = mode
 
 
 @contextmanager

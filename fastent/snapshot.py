@@ -1,12 +1,14 @@
 """What modules keep beside their parameters: a snapshot of it, put back to the very objects.
 
 Attributes, buffers, the containers among them at any depth, the tensors in those, and the states of generators. The
-walk costs about 1 us for each attribute that may hold something, and 0.1 us for any other.
+walk costs about 2 us for each module, and 4 us for each tensor. An attribute with more entries than `MOST` is data
+rather than state, and is not walked: what a pass adds at the end of its list or dict is taken off again, and no more.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import random
 import sys
@@ -20,6 +22,10 @@ from torch import Tensor, nn
 
 # Bytes from which a tensor's storage is copied when it is first written to: a copy below costs as little.
 LARGE = 1 << 16
+
+MOST = 10_000
+"""Entries, over all the containers in it, that an attribute may have to be put back; a tensor counts `TENSOR`."""
+TENSOR = 10
 
 FIELDS = frozenset(nn.Module().__dict__)
 """Attributes of every module: its hooks, parameters, submodules and such."""
@@ -47,19 +53,38 @@ class Snapshot:
 
     def __init__(self, modules: list[nn.Module], skipped: dict[int, frozenset[str]]) -> None:
         self._skipped = skipped
-        self._kinds: dict[type, int] = {}
+        self._kinds = _Kinds()
         self._empty: list[Container] = []
-        self._filled: list[tuple[Container, Any]] = []
+        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # live and old
+        self._others: list[tuple[Any, Any]] = []
+        self._long: list[tuple[Container, int]] = []  # and how long they were
         self._tensors: list[tuple[Any, Any, Any]] = []  # container, key or index, value
         self._put_back_states: list[Callable[[], object]] = []
         self._copies = _Copies()
         self._graphs = False
-        self._seen: set[int] = set()
         self._buffers = {id(module._buffers) for module in modules}
-        self._todo: list[Container] = [module.__dict__ for module in modules]
-        self._seen.update(map(id, self._todo))
-        while self._todo:
-            self._visit(self._todo.pop())
+        self._seen = {id(module.__dict__) for module in modules}
+        self._todo: list[Container] = []
+        self._entries = 0
+        for module in modules:
+            fields = module.__dict__
+            old = fields.copy()
+            self._dicts.append((fields, old))
+            names = skipped.get(id(fields), _NONE)
+            for key, value in self._held(old.items(), old.values()):
+                kind = self._kinds[type(value)]
+                if kind == _CONTAINER and not value:  # most of them: hooks
+                    self._empty.append(value)
+                elif key in names:
+                    continue
+                elif key in FIELDS and kind == _CONTAINER:  # however many parameters there are
+                    if id(value) not in self._seen:
+                        self._seen.add(id(value))
+                        self._visit(value)
+                elif kind == _CONTAINER or (kind == _TUPLE and self._holds_something(value)):
+                    self._attribute(fields, key, kind, value)
+                elif self._take(kind, value):
+                    self._tensors.append((fields, key, value))
 
     def put_copies(self) -> None:
         """Let the pass work on copies of the tensors.
@@ -68,19 +93,26 @@ class Snapshot:
         still runs, and even where the pass resizes or replaces them. Where a module keeps a CUDA graph, attributes
         that are no buffers stay: the graph reads and writes them by their addresses, and a copy would show neither.
         """
-        for container, key, value in self._tensors:
-            if not self._graphs or id(container) in self._buffers:
-                container[key] = self._copies.of(value)
+        copy = self._copies.of
+        with torch.no_grad():
+            for container, key, value in self._tensors:
+                if not self._graphs or id(container) in self._buffers:
+                    container[key] = copy(value)
 
     def put_back(self) -> None:
         """Make everything what it was; written to only where it differs."""
-        for container in self._empty:
-            if container:
-                container.clear()
-        for live, old in self._filled:
-            if isinstance(live, dict):
+        for container in filter(None, self._empty):
+            container.clear()
+        for container, length in self._long:
+            _cut(container, length)
+        for container, key, value in self._tensors:
+            if key in container if isinstance(container, dict) else key < len(container):
+                container[key] = value
+        if self._skipped or not _all_same(self._dicts):
+            for live, old in self._dicts:
                 _put_back_dict(live, old, self._skipped.get(id(live), _NONE))
-            elif isinstance(live, set):
+        for live, old in self._others:
+            if isinstance(live, set):
                 if live != old:
                     live.clear()
                     live.update(old)
@@ -92,26 +124,57 @@ class Snapshot:
         self._tensors = []
         self._copies.drop()
 
+    def _held(self, items: Iterable[Any], values: Iterable[Any]) -> Iterable[Any]:
+        """Leave out what holds nothing, without a step of Python for each."""
+        return itertools.compress(items, map(self._kinds.__getitem__, map(type, values)))
+
+    def _holds_something(self, value: tuple[Any, ...]) -> bool:
+        return len(value) <= MOST and any(map(self._kinds.__getitem__, map(type, value)))
+
+    def _attribute(self, fields: dict[str, Any], key: str, kind: int, value: Any) -> None:
+        """Take an attribute with all that is in it, or nothing of it."""
+        lists: tuple[list[Any], ...] = (
+            self._empty,
+            self._dicts,
+            self._others,
+            self._tensors,
+            self._put_back_states,
+        )
+        lengths = list(map(len, lists))
+        self._entries = 0
+        if self._take(kind, value):
+            self._tensors.append((fields, key, value))
+        self._walk()
+        if self._entries > MOST:
+            for taken, length in zip(lists, lengths, strict=True):
+                del taken[length:]
+            if kind == _CONTAINER:
+                self._long.append((value, len(value)))
+
+    def _walk(self) -> None:
+        while self._todo:
+            container = self._todo.pop()
+            self._entries += len(container)
+            if self._entries > MOST:
+                self._todo.clear()
+            else:
+                self._visit(container)
+
     def _visit(self, container: Container) -> None:
         if isinstance(container, set):  # what it holds is hashable: no container, and compared by ==
-            self._filled.append((container, set(container)))
+            self._others.append((container, set(container)))
             return
-        names = self._skipped.get(id(container), _NONE)
         if isinstance(container, dict):
             old: Any = dict(container)
-            items: Iterable[tuple[Any, Any]] = old.items()
+            self._dicts.append((container, old))
+            items: Iterable[tuple[Any, Any]] = self._held(old.items(), old.values())
         else:
             old = list(container)
-            items = enumerate(old)
-        self._filled.append((container, old))
-        kinds = self._kinds
+            self._others.append((container, old))
+            items = self._held(enumerate(old), old)
         for key, value in items:
-            kind = kinds.get(type(value))
-            if kind is None:
-                kind = self._kinds[type(value)] = _kind(type(value))
-            if kind == _PLAIN or key in names:
-                continue
-            if kind == _CONTAINER and not value:  # most of them: a module's hooks
+            kind = self._kinds[type(value)]
+            if kind == _CONTAINER and not value:
                 self._empty.append(value)
             elif self._take(kind, value):
                 self._tensors.append((container, key, value))
@@ -119,10 +182,14 @@ class Snapshot:
     def _take(self, kind: int, value: Any) -> bool:
         """Note what `value` is or holds; whether that is a tensor to copy."""
         if kind == _TENSOR:
+            self._entries += TENSOR
             return not isinstance(value, nn.Parameter)
         if kind == _TUPLE:
+            self._entries += len(value)
+            if self._entries > MOST:
+                return False
             held = [
-                self._take(_kind(type(item)), item) for item in value
+                self._take(self._kinds[type(item)], item) for item in self._held(value, value)
             ]  # all of them, whatever the first says
             return any(held)
         if kind == _GRAPH:
@@ -135,6 +202,14 @@ class Snapshot:
             elif kind == _GENERATOR:
                 self._put_back_states.append(_state_of(value))
         return False
+
+
+class _Kinds(dict[type, int]):
+    """What each type is, found when it is first asked for."""
+
+    def __missing__(self, kind: type) -> int:
+        self[kind] = found = _kind(kind)
+        return found
 
 
 def _generators() -> tuple[type, ...]:
@@ -150,6 +225,8 @@ def _kind(kind: type) -> int:
         return _CONTAINER
     if kind is tuple:
         return _TUPLE
+    if kind is nn.Parameter:
+        return _PLAIN
     if issubclass(kind, Tensor):
         return _TENSOR
     if issubclass(kind, _generators()) and not issubclass(kind, random.SystemRandom):  # which has no state
@@ -170,6 +247,27 @@ def _put_back_dict(live: dict[Any, Any], old: dict[Any, Any], skipped: frozenset
         live.update(old)
 
 
+def _all_same(dicts: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> bool:
+    """Whether all live ones are as they were, in one sweep: as a rule they are."""
+    live, old = [pair[0] for pair in dicts], [pair[1] for pair in dicts]
+    chain, values = itertools.chain.from_iterable, operator.methodcaller("values")
+    return (
+        list(map(len, live)) == list(map(len, old))
+        and all(map(operator.is_, chain(live), chain(old)))
+        and all(map(operator.is_, chain(map(values, live)), chain(map(values, old))))
+    )
+
+
+def _cut(container: Container, length: int) -> None:
+    if isinstance(container, set):
+        return
+    while len(container) > length:
+        if isinstance(container, dict):
+            container.popitem()
+        else:
+            container.pop()
+
+
 def _same(a: Any, b: Any) -> bool:
     """Whether two collections hold the same objects in the same order."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
@@ -188,7 +286,7 @@ class _Copies:
 
     def __init__(self) -> None:
         self._tensors: dict[int, Tensor] = {}
-        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._whole: dict[int, Tensor] = {}  # by storage, copies that are all of it
         self._lazy: list[tuple[Tensor, torch.UntypedStorage]] = []
 
     def of(self, value: Any) -> Any:
@@ -206,7 +304,7 @@ class _Copies:
     def drop(self) -> None:
         """Give up the copies; the originals have their memory to themselves again, where it was."""
         self._tensors = {}
-        self._storages = {}
+        self._whole = {}
         while self._lazy:
             original, storage = self._lazy.pop()
             kept = torch._C._storage_Use_Count(storage._cdata) > 1
@@ -218,23 +316,27 @@ class _Copies:
     def _copy(self, value: Tensor) -> Tensor:
         plain = type(value) is Tensor and value.layout == torch.strided and value.device.type != "meta"
         if not plain or value.is_nested or value.is_quantized or value.is_conj() or value.is_neg():
-            with torch.no_grad():
-                return value.clone()
-        tensor = value.detach()
-        storage = tensor.untyped_storage()
-        copied = self._storages.get(storage._cdata)
-        if copied is None:
-            if storage.nbytes() < LARGE:
+            return value.clone()
+        storage = value.untyped_storage()
+        whole = self._whole.get(storage._cdata)
+        if whole is None:
+            size = storage.nbytes()
+            if size < LARGE and value.nbytes == size and value.is_contiguous():
+                whole = self._whole[storage._cdata] = value.clone()
+                return whole
+            if size < LARGE:
                 copied = storage.clone()  # type: ignore[no-untyped-call]
+                whole = torch.empty(0, dtype=torch.uint8, device=value.device).set_(copied)
             else:
+                tensor = value.detach()
                 try:
-                    copied = tensor._lazy_clone().untyped_storage()
+                    whole = tensor._lazy_clone()
                 except RuntimeError:
                     return tensor.clone()
-                self._lazy.append((tensor, copied))
-            self._storages[storage._cdata] = copied
-        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return copy.set_(copied, tensor.storage_offset(), tensor.shape, tensor.stride())
+                self._lazy.append((tensor, whole.untyped_storage()))
+            self._whole[storage._cdata] = whole
+        copy = torch.empty(0, dtype=value.dtype, device=value.device)
+        return copy.set_(whole.untyped_storage(), value.storage_offset(), value.shape, value.stride())
 
 
 def _state_of(generator: Any) -> Callable[[], object]:

@@ -198,6 +198,63 @@ def test_training_is_the_same_when_a_module_keeps_things_in_attributes(make: Any
     assert train(make, True, fails) == train(make, False, fails)
 
 
+class Holding(nn.Module):
+    """A layer with data beside, which its forward pass changes."""
+
+    def __init__(self, data: Any, change: Callable[[Any], object]) -> None:
+        super().__init__()
+        self.data, self.change = data, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(self.data)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("data", "change"),
+    [
+        (list(range(30_000)), lambda data: data.append(0)),
+        (dict.fromkeys(range(30_000), 0.5), lambda data: data.update({-1: 0.0, -2: 1.0})),
+        (deque(range(30_000)), lambda data: data.extend("ab")),
+        ({"train": [[0]] * 3, "test": list(range(30_000))}, lambda data: data.update(cached=[1])),
+    ],
+)
+def test_what_a_pass_adds_at_the_end_of_a_large_container_is_taken_off(data: Any, change: Any) -> None:
+    before = data.copy()
+    model = Holding(data, change)
+    with undisturbed(model):
+        model(probe())
+        assert data != before
+    assert data == before
+    assert model.data is data
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set, deque])
+def test_what_a_large_attribute_holds_is_not_walked(kind: Any) -> None:
+    data = kind(range(snapshot.MOST + 1))
+    nested = {"documents": [[[0] * 100 for _ in range(20)] for _ in range(10)], "all": data}
+    small = [torch.zeros(3), [1]]
+    taken = snapshot.Snapshot([Holding(data, len), Holding(nested, len), Holding(small, len)], {})
+    live = [id(container) for container, _ in taken._dicts + taken._others]
+    assert id(small) in live
+    assert id(small[1]) in live
+    assert {id(data), id(nested), id(nested["documents"])}.isdisjoint(live)
+
+
+def test_tensors_in_a_list_of_very_many_are_not_copied_and_those_of_a_module_always() -> None:
+    many = [torch.zeros(1) for _ in range(snapshot.MOST // snapshot.TENSOR + 1)]
+    model = nn.Module()
+    for i in range(len(many)):
+        model.register_buffer(f"b{i}", torch.zeros(1))
+    few = torch.ones(1)
+    model.many, model.few = many, [few]
+    with undisturbed(model):
+        assert model.many[9] is many[9]
+        assert model.few[0] is not few
+        assert all(buffer.add_(1) == 1 for buffer in model.buffers())
+    assert all(buffer == 0 for buffer in model.buffers())
+
+
 def test_containers_and_tensors_are_the_same_objects_afterwards() -> None:
     model = Caching()
     model(probe())
