@@ -163,7 +163,9 @@ def test_the_wheel_holds_the_packages_and_no_top_level_module_but_fastent(wheel)
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names}
     assert top == {"fastent", next(name for name in top if name.endswith(".dist-info"))}
-    assert {"fastent/py.typed", "fastent/kernels/covariance.py", "fastent/reference/entropy.py"} <= set(names)
+    data = (f"fastent/grokking/experiments/{name}" for name in ("claims.toml", "page.html.jinja"))
+    code = ("fastent/py.typed", "fastent/kernels/covariance.py", "fastent/reference/entropy.py")
+    assert {*code, *data} <= set(names)
 
 
 def test_the_wheel_works_where_the_tree_is_not(wheel, tmp_path):
