@@ -211,10 +211,6 @@ class Runs:
         """Return a number of each run's configuration, (n,)."""
         return np.array([run.config[name] for run in self.stored], dtype=np.float64)
 
-    def records(self, name: str) -> bool:
-        """Whether each of them recorded a column."""
-        return all(name in run.rows[0] for run in self.stored)
-
     @functools.cached_property
     def step(self) -> Array:
         """Steps of the evaluations, (n, m)."""

@@ -39,7 +39,6 @@ from fastent.grokking.experiments.claims import (
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Table, Verdict
 from fastent.grokking.experiments.figures import LIGHT, WIDTH, lines, thousands
-from fastent.grokking.experiments.leads import mean_known
 from fastent.grokking.experiments.statistics import (
     UNKNOWN,
     Array,
@@ -50,6 +49,7 @@ from fastent.grokking.experiments.statistics import (
     log_rank,
     mann_whitney,
     mean_delay,
+    mean_known,
     over,
     restricted_mean,
     share,

@@ -1,4 +1,4 @@
-"""The report as data: sections of text, lists, tables, figures and code, written as HTML or as Markdown.
+"""The report as data: sections of text, tables, figures and code, written as HTML or as Markdown.
 
 Text is plain: a pair of backticks marks code and nothing else is markup. Everything is escaped on the way out, so text
 that comes from a file can hold no tag. The HTML is one page without scripts, fonts or links to anything outside it;
@@ -36,13 +36,6 @@ class Text:
 
     text: str
     kind: str = "plain"
-
-
-@dataclass(frozen=True)
-class Items:
-    """A list of sentences."""
-
-    items: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,7 @@ class Figure:
     dark: str
 
 
-Block = Text | Items | Code | Table | Figure
+Block = Text | Code | Table | Figure
 
 
 @dataclass(frozen=True)
@@ -179,8 +172,6 @@ def _block_markdown(block: Block, figures: str) -> str:
     match block:
         case Text(text, kind):
             return _plain(text) if kind == "plain" else f"> {_plain(text)}"
-        case Items(items):
-            return "\n".join(f"- {_plain(item)}" for item in items)
         case Code(text):
             fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
             return f"{fence}\n{text}\n{fence}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +58,10 @@ from fastent.grokking.experiments.statistics import (
     UNKNOWN,
     Array,
     Estimate,
-    Mask,
     over,
     restricted_mean,
     share,
+    where_known,
 )
 from fastent.train.quantities import TAU, WINDOW
 
@@ -197,11 +197,6 @@ def at_moments(runs: Runs) -> tuple[Array, Array, Array]:
     """H at the start, at T_mem and at its largest, (n,) each."""
     highest = np.array([np.nanmax(h) if np.isfinite(h).any() else np.nan for h in runs.entropy])
     return runs.at(runs.entropy, runs.start), runs.at(runs.entropy, runs.t_mem), highest
-
-
-def where_known(values: Array, holds: Callable[[Array], Mask]) -> Array:
-    """Whether something holds of values, 1 or 0; NaN where they are."""
-    return np.where(np.isnan(values), np.nan, holds(values))
 
 
 def _led(rule: Leads) -> Finding:

@@ -41,7 +41,6 @@ from fastent.grokking.experiments.claims import (
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn
-from fastent.grokking.experiments.leads import mean_known
 from fastent.grokking.experiments.statistics import (
     CORRELATION,
     EXPLAINED,
@@ -50,6 +49,7 @@ from fastent.grokking.experiments.statistics import (
     Estimate,
     Mask,
     jackknife,
+    mean_known,
     over,
 )
 from fastent.triples import GAMMA_BOUNDS, fit_line

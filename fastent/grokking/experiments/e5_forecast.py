@@ -50,10 +50,17 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.e1_lead import where_known
 from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn, thousands
-from fastent.grokking.experiments.leads import left_out_threshold, mean_known
-from fastent.grokking.experiments.statistics import UNKNOWN, Array, Estimate, over, share
+from fastent.grokking.experiments.leads import left_out_threshold
+from fastent.grokking.experiments.statistics import (
+    UNKNOWN,
+    Array,
+    Estimate,
+    mean_known,
+    over,
+    share,
+    where_known,
+)
 from fastent.history import History
 from fastent.leave_one_out import LeaveOneOut, leave_one_run_out
 from fastent.power_law import PowerLaw, profile_gamma

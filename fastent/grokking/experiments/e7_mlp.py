@@ -40,7 +40,7 @@ from fastent.grokking.experiments.document import Block, Section, Table, Text, V
 from fastent.grokking.experiments.e1_lead import paper_window
 from fastent.grokking.experiments.figures import DASHED, DOTTED, GROK, LIGHT, WIDTH, drawn, mark, thousands
 from fastent.grokking.experiments.jobs import MLPS
-from fastent.grokking.experiments.statistics import Estimate, Mask, over, share
+from fastent.grokking.experiments.statistics import Estimate, Mask, mean_known, over, share
 from fastent.train.presets import TrainConfig
 from fastent.train.quantities import Array
 from fastent.train.tasks import make_task
@@ -503,7 +503,7 @@ def _signals_table(models: Sequence[Model]) -> Table:
 def _null(result: Sufficiency) -> str:
     """Mean over runs and evaluations of what the alignment is for permuted labels."""
     rows = (values for model in result.models for values in model.runs.column("alignment_null_mean"))
-    return worded(over(map(leads.mean_known, rows)), "", 2)
+    return worded(over(map(mean_known, rows)), "", 2)
 
 
 def _two(value: float) -> str:

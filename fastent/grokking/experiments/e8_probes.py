@@ -38,7 +38,16 @@ from fastent.grokking.experiments.data import Runs, StoredRun
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.figures import DASHED, DOTTED, LIGHT, WIDTH, drawn, lines, thousands
 from fastent.grokking.experiments.leads import Leads
-from fastent.grokking.experiments.statistics import UNKNOWN, Array, Estimate, Mask, over, pearson, share
+from fastent.grokking.experiments.statistics import (
+    UNKNOWN,
+    Array,
+    Estimate,
+    Mask,
+    mean_known,
+    over,
+    pearson,
+    share,
+)
 from fastent.train.presets import TrainConfig
 from fastent.train.tasks import make_task
 
@@ -143,7 +152,7 @@ def _along(a: Array, b: Array) -> float:
 
 def _size(gap: Array, where: Mask) -> float:
     """Mean size of a difference at some evaluations."""
-    return leads.mean_known(np.abs(gap[where]))
+    return mean_known(np.abs(gap[where]))
 
 
 def sizes(run: StoredRun) -> dict[str, int]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastent.grokking.experiments.data import Runs
-from fastent.grokking.experiments.statistics import Array, Estimate, over, proportion
+from fastent.grokking.experiments.statistics import Array, Estimate, mean_known, over, proportion
 from fastent.train.quantities import TAU, WINDOW
 
 HORIZON = 1000
@@ -59,12 +59,6 @@ def left_out_threshold(runs: Runs) -> Leads:
     """Lead of the crossing of the mean ``H*`` of the other runs that grokked."""
     others = np.array([mean_known(np.delete(runs.h_star, i)) for i in range(len(runs))])
     return _crossing("other seeds", "mean H* of the other seeds (leave-one-out)", runs, others)
-
-
-def mean_known(values: Array) -> float:
-    """Mean of the values that are not NaN; NaN if none is."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else np.nan
 
 
 def collapse(runs: Runs, *, tau: float = TAU, window: int = WINDOW) -> Leads:

@@ -138,6 +138,17 @@ def over(values: Iterable[float]) -> Estimate:
     return bootstrap(known) if known else UNKNOWN
 
 
+def mean_known(values: Array) -> float:
+    """Mean of the values that are not NaN; NaN if none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else np.nan
+
+
+def where_known(values: Array, holds: Callable[[Array], Mask]) -> Array:
+    """Whether something holds of values, 1 or 0; NaN where they are."""
+    return np.where(np.isnan(values), np.nan, holds(values))
+
+
 def share(answers: Iterable[float]) -> Estimate:
     """Share of the answers that are 1 of those that are known (not NaN); unknown if none is."""
     known = [float(answer) for answer in answers if not np.isnan(answer)]

@@ -15,7 +15,6 @@ from fastent.cli import main
 from fastent.grokking.experiments.document import (
     Code,
     Figure,
-    Items,
     Section,
     Table,
     Text,
@@ -68,7 +67,7 @@ SECTION = Section(
     (
         Text(EVIL),
         Text("remark", "note"),
-        Items(("one", "two *not bold*")),
+        Text("two *not bold*"),
         Code("fastent run <e1> & ```"),
         Table("Caption", ("a", "b|c"), ((EVIL, Verdict.NOT_REPRODUCED), ("1", "x | y")), numbers=(0,)),
         Figure("picture", "what it shows", 'alt "quoted"', SVG, SVG.replace("M0 0", "M1 1")),
