@@ -172,3 +172,13 @@ def test_the_papers_convention_depends_on_the_unit_and_ours_does_not():
     assert max(ours) - min(ours) < 1e-12
     assert paper[0] == pytest.approx(ours[0], abs=1e-6)
     assert paper[-1] > 0.999
+
+
+def test_what_is_not_known_is_judged_by_no_rule():
+    assert claims.judge(False, True, True) == claims.judge_share(UNKNOWN) == Verdict.NOT_RUN
+    assert (
+        claims.judge_positive(UNKNOWN)
+        == claims.judge_value(1.0, UNKNOWN, comparable=False)
+        == Verdict.NOT_RUN
+    )
+    assert {claim.judge(UNKNOWN, comparable=True) for claim in claims.CLAIMS.values()} == {Verdict.NOT_RUN}

@@ -3,15 +3,21 @@
 Packed runs: nothing lost, nothing incomplete, added to, and as good as folders to the report.
 """
 
+import dataclasses
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fastent.grokking.experiments.data import Runs, main, pack, read_runs, unpack
+from fastent.grokking.experiments.data import PRESETS_JSON, Runs, StoredRun, main, pack, read_runs, unpack
 from fastent.grokking.experiments.report import write_report
+from fastent.grokking.experiments.statistics import over, share
 from fastent.train.errors import RunError, RunWarning
+from fastent.train.presets import preset
+from fastent.train.quantities import summarize_run
 
 
 def test_runs_are_read_in_the_order_of_their_seeds_with_all_that_they_hold(three_runs):
@@ -178,3 +184,65 @@ def test_the_command_packs_and_names_what_it_passed_over(three_runs, tmp_path, w
     printed = capsys.readouterr().out
     assert "e1-baseline-add.parquet  3 runs" in printed
     assert "not complete, not packed: e1-baseline-add-seed9" in printed
+
+
+def ragged(rng, count):
+    """Runs of different lengths, with entropies that are missing or not usable, that grok or do not."""
+    found = []
+    for seed in range(count):
+        m = int(rng.integers(1, 30))
+        entropy = np.cumsum(rng.normal(-0.02, 0.03, m)) + 0.9
+        rows = [
+            {
+                "step": 100 * i,
+                "train_accuracy": float(rng.choice([0.5, 1.0], p=[0.3, 0.7])),
+                "test_accuracy": float(rng.choice([0.2, 0.99, 1.0], p=[0.8, 0.1, 0.1])),
+                "parameter_norm": None if rng.random() < 0.1 else 50.0 - i,
+                "entropy": None if rng.random() < 0.1 else entropy[i],
+                "entropy_status": "zero_variance" if rng.random() < 0.1 else "ok",
+            }
+            for i in range(m)
+        ]
+        record = {"experiment": "e1", "condition": "baseline", "seed": seed, "config": PRESETS_JSON["paper"]}
+        found.append(StoredRun(Path(f"seed{seed}"), record, {}, tuple(rows), (), {}, None))
+    return found
+
+
+def test_runs_as_arrays_have_the_quantities_of_each_run_alone():
+    stored = ragged(np.random.default_rng(0), 200)
+    runs = Runs(tuple(stored))
+    entropies = (runs.h_star, runs.at(runs.entropy, runs.start), runs.at(runs.entropy, runs.t_mem))
+    columns = (runs.t_mem, runs.t_grok, runs.t_grok_sustained, runs.first_collapse(), *entropies, runs.end)
+    columns = (*columns, runs.at(runs.norm, runs.t_grok), runs.first_below(runs.h_star))
+    names = ("t_mem", "t_grok", "t_grok_sustained", "t_collapse", "h_star", "entropy_start", "entropy_at_mem")
+    names = (*names, "last_step", "norm_at_grok", "t_cross")
+    config = preset("paper")
+    for i, run in enumerate(stored):
+        alone = summarize_run(run.rows, config)
+        found = {name: values[i] for name, values in zip(names, columns, strict=True)}
+        assert {name: None if np.isnan(x) else x for name, x in found.items()} == {
+            name: getattr(alone, name) for name in names
+        }
+    assert {len(step) for step, _ in runs.lines(runs.entropy)} == {len(run.rows) for run in stored}
+
+
+def test_a_column_that_a_run_did_not_record_is_nan_and_takes_no_part(tmp_path, writer):
+    writer(tmp_path, 0)
+    runs = Runs(tuple(read_runs(tmp_path)))
+    assert np.isnan(runs.column("alignment")).all()
+    assert not over(runs.at("alignment", runs.end)).known
+    assert np.isnan(runs.seen_by("entropy_test").h_star).all()
+
+
+def test_no_runs_are_arrays_without_a_row():
+    none = Runs(())
+    assert (len(none), none.t_grok.size, none.end.size, none.first_below(0.5).size) == (0, 0, 0, 0)
+    assert not over(none.h_star).known
+    assert not share(none.grokked).known
+
+
+def test_steps_that_do_not_increase_are_refused_by_name():
+    (run,) = ragged(np.random.default_rng(3), 1)
+    twice = dataclasses.replace(run, rows=(run.rows[0], run.rows[0]))
+    with pytest.raises(ValueError, match="steps must increase from row to row; in seed0 step 0 follows 0"):
+        _ = Runs((twice,)).step
