@@ -101,14 +101,9 @@ def device_times(
     ahead; with `graph` they are captured once and replayed, so that short kernels are not timed by their launches;
     with `cold` one call a round, after the second-level cache was overwritten. On the CPU by the clock.
     """
-    call()
     if not session.cuda:
-        seconds = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        return np.array(seconds)
+        return host_times(call, rounds=rounds)
+    call()
     cache = torch.empty(256 * 2**20 if cold else 1, dtype=torch.int8, device=session.device)
     torch.cuda.synchronize()
     start = time.perf_counter()
