@@ -510,7 +510,7 @@ def of_one_setting(stored: Sequence[StoredRun]) -> bool:
     first = list(groups.values())
     ways = [(name, _changes(run, name)) for run in first for name in PRESETS_JSON]
     ways += [run.preset for run in first]
-    return any(all(_made_by(run, *way) for run in first) for way in ways)
+    return not first or any(all(_made_by(run, *way) for run in first) for way in ways)
 
 
 def _made_by(run: StoredRun, preset: str, changes: dict[str, Any]) -> bool:

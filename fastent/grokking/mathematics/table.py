@@ -247,13 +247,18 @@ def spread_of_thresholds(h_star: Mapping[str, Sequence[float]], origin: str) -> 
 def stored_thresholds(folder: Path) -> Evidence:
     """Heuristic 2 from runs without intervention that exist, by task."""
     from fastent.grokking.experiments.data import Runs, read_runs
+    from fastent.grokking.experiments.report import of_one_setting
 
+    plain = [
+        run for run in read_runs(folder) if run.rows and run.condition in ("baseline", run.config["task"])
+    ]
+    if not of_one_setting(plain):
+        return Evidence(False, f"runs in {folder} differ in their settings: their H* say nothing of tasks")
+    runs = Runs(tuple(plain))
     h_star: dict[str, list[float]] = {}
-    runs = Runs(tuple(run for run in read_runs(folder) if run.rows))
     for run, value in zip(runs.stored, runs.h_star.tolist(), strict=True):
-        task = str(run.config["task"])
-        if run.condition in ("baseline", task) and not np.isnan(value):
-            h_star.setdefault(task, []).append(value)
+        if not np.isnan(value):
+            h_star.setdefault(run.config["task"], []).append(value)
     kept = {task: values for task, values in h_star.items() if len(values) > 1}
     return spread_of_thresholds(
         kept, f"runs in {folder}: " + ", ".join(f"{t} {len(v)}" for t, v in h_star.items())

@@ -78,6 +78,12 @@ def test_thresholds_of_stored_runs_are_grouped_by_task_without_interventions(tmp
     assert "add 3, mul 3" in evidence.text
     assert "Mean H*: add 0.620, mul 0.520. Standard deviation over seeds 0.020 " in evidence.text
     assert not spread_of_thresholds({"add": (0.6, 0.7)}, "one task").holds
+    # A run of another preset among them would make a difference of settings one of tasks.
+    head["config"] = dataclasses.asdict(dataclasses.replace(PRESETS["paper"], task="mul"))
+    for seed, folder in ((3, "run3"), (4, "run4"), (5, "run5")):
+        (tmp_path / folder / "config.json").write_text(json.dumps({**head, "condition": "mul", "seed": seed}))
+    mixed = stored_thresholds(tmp_path)
+    assert (mixed.holds, "differ in their settings" in mixed.text) == (False, True)
 
 
 def test_followed_runs_are_written_and_read_back_and_drawn(tmp_path, monkeypatch):
