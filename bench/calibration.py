@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from bench.harness import environment
+from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.stack import Stack
+from fastent.grokking.train.storage import JsonLines
 from fastent.reference.entropy import spectral_entropy
-from fastent.train.files import JsonLines
-from fastent.train.presets import TrainConfig
-from fastent.train.stack import Stack
 
 Changes = dict[str, Any]
 

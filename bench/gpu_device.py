@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bench.harness import Row, environment, write_rows
-from fastent.train.graphs import capture_cuda_graph
+from fastent.grokking.train.stack import capture_cuda_graph
 
 NO_GPU = "no CUDA device: this measures one"
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastent.train import files
-from fastent.train.environment import describe_environment, version
-from fastent.train.files import write_atomically
+from fastent.grokking.train import storage
+from fastent.grokking.train.environment import describe_environment, version
+from fastent.grokking.train.storage import write_atomically
 
 Row = dict[str, Any]
 
@@ -195,7 +195,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of a file, in order; none if there is no such file."""
-    return files.read_rows(path, 0)[0]
+    return storage.read_rows(path, 0)[0]
 
 
 def pinned(threads: int) -> dict[str, str]:

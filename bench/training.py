@@ -29,10 +29,10 @@ from torch.nn import functional
 
 from bench.harness import Row, environment, interleaved, quantiles, ratio
 from fastent.activations import Tokens
-from fastent.train.plain import plain_model
-from fastent.train.presets import TrainConfig, preset
-from fastent.train.stack import Stack
-from fastent.train.tasks import Task, make_task, probe_index, split
+from fastent.grokking.train.config import TrainConfig, preset
+from fastent.grokking.train.models import plain_model
+from fastent.grokking.train.stack import Stack
+from fastent.grokking.train.tasks import Task, make_task, probe_index, split
 
 VARIANTS: dict[str, dict[str, object]] = {
     "paper": {},
@@ -95,7 +95,7 @@ def _pairs(config: TrainConfig, seed: int) -> tuple[Task, Tensor, Callable[[], t
 
 
 def stacked(wrap: Wrap, seed: int) -> Loop:
-    """Train the same by the trainer's own step (`fastent.train.stack`), which is several times as fast."""
+    """Train the same by the trainer's own step (`fastent.grokking.train.stack`), which is several times as fast."""
     stack = Stack(preset("paper"), [seed])
     return Loop(None, stack.train_step, torch.empty(0), None, None, lambda: stack.representations()[0])
 

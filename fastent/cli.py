@@ -1,6 +1,6 @@
 """The command line: ``fastent run``, ``report``, ``entropy``, ``check``, ``list``, ``doctor``, ``plan`` and ``bench``.
 
-Every setting of `fastent.train.presets.TrainConfig` is an option of ``run``, with the preset's value as its
+Every setting of `fastent.grokking.train.config.TrainConfig` is an option of ``run``, with the preset's value as its
 default. Exit status: 0 done; 1 failed or refused, with the reason on standard error; 2 wrong usage; 130 and
 143 stopped by SIGINT or SIGTERM, saved.
 
@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fastent.activations import Tokens
+from fastent.grokking.train.config import TrainConfig, own_fraction
+from fastent.grokking.train.config import preset as preset_called
 from fastent.spectrum import Convention
-from fastent.train.presets import TrainConfig, own_fraction
-from fastent.train.presets import preset as preset_called
 
 if TYPE_CHECKING:
-    from fastent.train.runs import Job
+    from fastent.grokking.train.runs import Job
 
 
 def run(
@@ -71,10 +71,9 @@ def run(
         Go on with runs of another configuration or of a newer fastent, saying what is ignored.
     """
     from fastent.grokking.experiments.report import print_summary
-    from fastent.train.progress import ProgressBar
-    from fastent.train.rules import most_workers
-    from fastent.train.signals import StopRequest
-    from fastent.train.sweep import run_jobs
+    from fastent.grokking.train.progress import ProgressBar
+    from fastent.grokking.train.storage import StopRequest
+    from fastent.grokking.train.sweep import most_workers, run_jobs
 
     with _wrong_usage():
         if workers is None:
@@ -108,8 +107,8 @@ def _planned(
 ) -> list[Job]:
     """Return the stacks to train, each rule checked that can be checked before the first of them starts."""
     from fastent.grokking.experiments.jobs import JOBS
-    from fastent.train.rules import check_jobs
-    from fastent.train.runs import plan_stacks
+    from fastent.grokking.train.runs import plan_stacks
+    from fastent.grokking.train.sweep import check_jobs
 
     if experiment not in (*JOBS, "all"):
         raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
@@ -134,7 +133,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     ValueError
         If `text` is no such list, names a seed twice, or more of them or larger ones than can be trained.
     """
-    from fastent.train.rules import check_seeds
+    from fastent.grokking.train.sweep import check_seeds
 
     ranges: list[range] = []
     with contextlib.suppress(ValueError):
@@ -229,7 +228,7 @@ def list_() -> int:
     """Print the experiments and the presets."""
     from fastent.grokking.experiments.jobs import JOBS
     from fastent.grokking.experiments.report import EXPERIMENTS
-    from fastent.train.presets import PRESETS
+    from fastent.grokking.train.config import PRESETS
 
     print("experiments")
     for experiment in EXPERIMENTS:
@@ -377,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     import tyro
 
-    from fastent.train.errors import Interrupted, RunError
+    from fastent.grokking.train.storage import Interrupted, RunError
 
     try:
         commands: dict[str, Callable[..., int]] = {

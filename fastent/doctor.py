@@ -10,7 +10,7 @@ import torch
 
 from fastent import openblas
 from fastent.covariance import triton_obstacle
-from fastent.train.environment import commit, processor
+from fastent.grokking.train.environment import commit, processor
 
 EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "pyarrow", "jinja2")
 """What the extra ``train`` installs."""

@@ -18,9 +18,9 @@ import torch
 from fastent import doctor, openblas, spectral_entropy
 from fastent.cli import main, parse_seeds
 from fastent.grokking.experiments.jobs import JOBS
-from fastent.train import sweep
-from fastent.train.errors import RunWarning
-from fastent.train.presets import preset
+from fastent.grokking.train import sweep
+from fastent.grokking.train.config import preset
+from fastent.grokking.train.storage import RunWarning
 
 TINY = (
     *("--modulus", "7", "--width", "8", "--feedforward", "8", "--heads", "2", "--batch-size", "8"),

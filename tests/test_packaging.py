@@ -25,9 +25,9 @@ for name in [name for name in sys.modules if name.startswith("__editable__")]:
     del sys.modules[name]
 """
 USE = """
-import torch, fastent, fastent.kernels, fastent.reference.entropy, fastent.train, fastent.grokking.experiments
+import torch, fastent, fastent.kernels, fastent.reference.entropy, fastent.grokking.train, fastent.grokking.experiments
 here = Path(sys.argv[1])
-for module in (fastent, fastent.kernels, fastent.reference.entropy, fastent.train):
+for module in (fastent, fastent.kernels, fastent.reference.entropy, fastent.grokking.train):
     assert Path(module.__file__).is_relative_to(here), module.__file__
 h = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 ours = fastent.spectral_entropy(h).entropy

@@ -12,10 +12,10 @@ HOUSES = {
     "reference": "fastent.reference",
     "bench": "bench",
 }
-STUDY = ("fastent.grokking", "fastent.train", "fastent.experiments")
+STUDY = ("fastent.grokking",)
 # Of the command line, which is where the library and the study meet; nothing else of the library imports them.
 COMMANDS = {"fastent.cli", "fastent.doctor", "fastent.activation_files"}
-CONFIGURATION = {"fastent.train.presets", "fastent.grokking.train.config"}
+CONFIGURATION = {"fastent.grokking.train.config"}
 
 
 def modules() -> dict[str, Path]:

@@ -1,8 +1,8 @@
 """Which claims depend on what the paper leaves open: E1's analysis of settings one choice apart.
 
 The paper does not say where LayerNorm stands, which position is read, how embeddings start, whether the input ends in
-"=", or which nonlinearity it has. `fastent.train.presets.CHOICES` names one other answer to each. Here every claim of
-E1 is judged under each of them, the paper's numbers included, as each could be its setting.
+"=", or which nonlinearity it has. `fastent.grokking.train.config.CHOICES` names one other answer to each. Here every
+claim of E1 is judged under each of them, the paper's numbers included, as each could be its setting.
 """
 
 from __future__ import annotations

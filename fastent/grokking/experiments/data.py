@@ -1,7 +1,7 @@
 """Runs read for analysis: folders, which are never written to, and runs packed into Parquet files.
 
-What a folder holds is told in `fastent.train.runs`; it may belong to a run that is still training. The last line of a
-live log may be half written; it is left out here with a warning, and left alone on disk.
+What a folder holds is told in `fastent.grokking.train.runs`; it may belong to a run that is still training. The last
+line of a live log may be half written; it is left out here with a warning, and left alone on disk.
 
 Packed runs are one file for each experiment, condition and task, its runs by seed. A row is a line of a run's metrics
 or of its timing (column ``log``) with the run's ``seed``; configurations, environments and ends are JSON in the file's
@@ -28,11 +28,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastent.grokking.experiments.statistics import Array, Mask, Times
+from fastent.grokking.train.config import PRESETS, TASK_SETTINGS, TrainConfig
+from fastent.grokking.train.milestones import SUSTAINED, TAU, WINDOW
+from fastent.grokking.train.storage import RunError, RunWarning, read_rows, write_atomically
 from fastent.spectrum import Status
-from fastent.train.errors import RunError, RunWarning
-from fastent.train.files import read_rows, write_atomically
-from fastent.train.presets import PRESETS, TASK_SETTINGS, TrainConfig
-from fastent.train.quantities import SUSTAINED, TAU, WINDOW
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from fastent.train.errors import RunError
-from fastent.train.files import write_atomically
+from fastent.grokking.train.storage import RunError, write_atomically
 
 
 @dataclass(frozen=True)

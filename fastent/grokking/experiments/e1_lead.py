@@ -63,7 +63,7 @@ from fastent.grokking.experiments.statistics import (
     share,
     where_known,
 )
-from fastent.train.quantities import TAU, WINDOW
+from fastent.grokking.train.milestones import TAU, WINDOW
 
 TITLE = "E1: does the entropy collapse precede grokking?"
 

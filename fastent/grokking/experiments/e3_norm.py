@@ -47,7 +47,7 @@ from fastent.grokking.experiments.document import Block, Section, Table, Text, V
 from fastent.grokking.experiments.e2_mixing import LOSSES
 from fastent.grokking.experiments.figures import drawn
 from fastent.grokking.experiments.statistics import UNKNOWN, Estimate, over
-from fastent.train.interventions import followed
+from fastent.grokking.train.conditions import followed
 
 TITLE = "E3: is it the norm?"
 

@@ -61,8 +61,8 @@ from fastent.grokking.experiments.statistics import (
     share,
     welch,
 )
-from fastent.train.presets import TrainConfig
-from fastent.train.tasks import make_task
+from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.tasks import make_task
 
 TITLE = "E6: do other tasks and groups show the same?"
 

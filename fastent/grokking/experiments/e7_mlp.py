@@ -4,7 +4,7 @@ MLPs of `fastent.grokking.experiments.jobs` beside E1's Transformers (paper, sec
 one MLP, which it does not describe, that H collapses well below H* while test accuracy stays near 0 for 80,000 steps,
 and explains it by a Fourier alignment near 0. The claim is about a model, so it is asked of each of ours: does H fall
 below the Transformer's H*, and does the model nonetheless not generalise? The alignment is a maximum over some ten
-thousand correlations and never near 0, so it is set beside its null (`fastent.train.spectra`).
+thousand correlations and never near 0, so it is set beside its null (`fastent.grokking.train.measures`).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from fastent.grokking.experiments.e1_lead import paper_window
 from fastent.grokking.experiments.figures import DASHED, DOTTED, GROK, LIGHT, WIDTH, drawn, mark, thousands
 from fastent.grokking.experiments.jobs import MLPS
 from fastent.grokking.experiments.statistics import Estimate, Mask, mean_known, over, share
-from fastent.train.presets import TrainConfig
-from fastent.train.quantities import Array
-from fastent.train.tasks import make_task
+from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.milestones import Array
+from fastent.grokking.train.tasks import make_task
 
 TITLE = "E7: is the collapse sufficient?"
 

@@ -48,8 +48,8 @@ from fastent.grokking.experiments.statistics import (
     pearson,
     share,
 )
-from fastent.train.presets import TrainConfig
-from fastent.train.tasks import make_task
+from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.tasks import make_task
 
 TITLE = "E8: does the choice of the probe matter?"
 

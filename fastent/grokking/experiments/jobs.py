@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastent.train.presets import CHOICES, TASK_SETTINGS, MeasureName, TrainConfig
-from fastent.train.runs import Job
+from fastent.grokking.train.config import CHOICES, TASK_SETTINGS, MeasureName, TrainConfig
+from fastent.grokking.train.runs import Job
 
 ALPHA = 0.1
 """Weight of the other row in the mixing. Ours: the paper's text lost it."""

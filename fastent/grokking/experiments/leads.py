@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.statistics import Array, Estimate, mean_known, over, proportion
-from fastent.train.quantities import TAU, WINDOW
+from fastent.grokking.train.milestones import TAU, WINDOW
 
 HORIZON = 1000
 """Steps within which an alarm must come true: the paper's "grokking imminent (1,000 steps)" (Table 5)."""

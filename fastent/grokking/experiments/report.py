@@ -58,8 +58,8 @@ from fastent.grokking.experiments.document import (
 )
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.grokking.experiments.leads import left_out_threshold
-from fastent.train.files import write_atomically
-from fastent.train.presets import SOURCES, TrainConfig
+from fastent.grokking.train.config import SOURCES, TrainConfig
+from fastent.grokking.train.storage import write_atomically
 
 __all__ = ["EXPERIMENTS", "check_documents", "fill_documents", "write_report"]
 

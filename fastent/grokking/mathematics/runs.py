@@ -35,16 +35,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastent.entropy import spectral_entropy
 from fastent.grokking.mathematics.checks import entropy_of, slopes_over
+from fastent.grokking.train.config import PRESETS, TrainConfig
+from fastent.grokking.train.models import PlainMLP, PlainTransformer
+from fastent.grokking.train.stack import Stack
+from fastent.grokking.train.storage import read_rows
+from fastent.grokking.train.tasks import batch_index, probe_index, split
 from fastent.reference import mixing
 from fastent.reference.covariance import covariance
 from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.perturbation import alignment, covariance_update, gradient_matrix, lipschitz_local
 from fastent.sampling import sampling_error
-from fastent.train.files import read_rows
-from fastent.train.plain import PlainMLP, PlainTransformer
-from fastent.train.presets import PRESETS, TrainConfig
-from fastent.train.stack import Stack
-from fastent.train.tasks import batch_index, probe_index, split
 
 ALPHA = 0.1
 """Mixing coefficient at which losses are recorded; the paper's text lost its value."""

@@ -34,8 +34,8 @@ from fastent.grokking.mathematics.runs import (
     remainders,
     training_pairs,
 )
-from fastent.train.presets import TaskName, TrainConfig, preset
-from fastent.train.stack import Stack
+from fastent.grokking.train.config import TaskName, TrainConfig, preset
+from fastent.grokking.train.stack import Stack
 
 SMALL = preset(
     "quick",

@@ -5,8 +5,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from fastent.train.presets import preset
-from fastent.train.runs import Job
+from fastent.grokking.train.config import preset
+from fastent.grokking.train.runs import Job
 
 EVERY = 100
 

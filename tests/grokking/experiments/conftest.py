@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fastent.grokking.experiments.data import PRESETS_JSON, StoredRun
-from fastent.train.presets import preset
-from fastent.train.runs import Job
+from fastent.grokking.train.config import preset
+from fastent.grokking.train.runs import Job
 
 EVERY = 50
 T_MEM = 300

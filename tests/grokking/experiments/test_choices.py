@@ -9,7 +9,7 @@ from fastent.grokking.experiments import choices
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.jobs import JOBS, TO_THE_END
 from fastent.grokking.experiments.report import EXPERIMENTS, make_part
-from fastent.train.presets import CHOICES, PRESETS, preset
+from fastent.grokking.train.config import CHOICES, PRESETS, preset
 
 E1, *OTHERS = JOBS["choices"](preset("paper"), range(10))
 FALLS = [0.9, 0.9, 0.8, 0.7, 0.6, 0.5]

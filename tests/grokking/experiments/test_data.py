@@ -15,9 +15,9 @@ import pytest
 from fastent.grokking.experiments.data import PRESETS_JSON, Runs, StoredRun, main, pack, read_runs, unpack
 from fastent.grokking.experiments.report import write_report
 from fastent.grokking.experiments.statistics import over, share
-from fastent.train.errors import RunError, RunWarning
-from fastent.train.presets import preset
-from fastent.train.quantities import summarize_run
+from fastent.grokking.train.config import preset
+from fastent.grokking.train.milestones import summarize_run
+from fastent.grokking.train.storage import RunError, RunWarning
 
 
 def test_runs_are_read_in_the_order_of_their_seeds_with_all_that_they_hold(three_runs):

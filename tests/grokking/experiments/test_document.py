@@ -25,7 +25,7 @@ from fastent.grokking.experiments.document import (
     figures_of,
 )
 from fastent.grokking.experiments.report import check_documents, fill_documents
-from fastent.train.errors import RunError
+from fastent.grokking.train.storage import RunError
 
 EVIL = '<script>alert("x")</script> & <b>'
 VOID = {"meta", "img", "source", "br", "hr", "link", "input"}

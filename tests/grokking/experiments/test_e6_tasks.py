@@ -7,7 +7,7 @@ from fastent.grokking.experiments import e6_tasks, figures
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.jobs import JOBS
-from fastent.train.presets import TrainConfig, preset
+from fastent.grokking.train.config import TrainConfig, preset
 
 ADD, MUL, SUB, S5, MUL_NONZERO, LESS, OWN_SUB, OWN_ADD = JOBS["e6"](preset("paper"), range(10))
 ROWS = 120

@@ -10,7 +10,7 @@ from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.e7_mlp import OUTCOMES
 from fastent.grokking.experiments.jobs import JOBS
-from fastent.train.presets import preset
+from fastent.grokking.train.config import preset
 
 E1, *E7 = JOBS["e7"](preset("paper"), range(5))
 CONCAT, SUM = E7[:2]

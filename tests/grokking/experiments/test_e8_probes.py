@@ -8,7 +8,7 @@ from fastent.grokking.experiments import e8_probes, figures
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.jobs import JOBS
-from fastent.train.presets import preset
+from fastent.grokking.train.config import preset
 
 JOB = JOBS["e1"](preset("paper"), range(6))[0]
 TRAIN, ALL = round(0.3 * 97**2), 97**2

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fastent.grokking.experiments.jobs import FEWER, JOBS, MLPS, controls
-from fastent.train.characters import discrete_logarithm
-from fastent.train.files import read_rows
-from fastent.train.interventions import make_condition
-from fastent.train.loop import train
-from fastent.train.plain import plain_model
-from fastent.train.presets import TrainConfig, preset
-from fastent.train.tasks import make_task
+from fastent.grokking.train.conditions import make_condition
+from fastent.grokking.train.config import TrainConfig, preset
+from fastent.grokking.train.groups import discrete_logarithm
+from fastent.grokking.train.loop import train
+from fastent.grokking.train.models import plain_model
+from fastent.grokking.train.storage import read_rows
+from fastent.grokking.train.tasks import make_task
 
 P = 97
 

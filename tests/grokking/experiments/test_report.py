@@ -23,9 +23,9 @@ from fastent.grokking.experiments.data import read_runs
 from fastent.grokking.experiments.document import Figure, Section
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.grokking.experiments.report import EXPERIMENTS, write_report
-from fastent.train import sweep
-from fastent.train.errors import RunError
-from fastent.train.presets import preset
+from fastent.grokking.train import sweep
+from fastent.grokking.train.config import preset
+from fastent.grokking.train.storage import RunError
 
 
 class Cells(HTMLParser):
@@ -323,7 +323,7 @@ def test_seeds_are_written_as_the_command_line_reads_them():
 
 
 def test_a_run_of_an_unknown_experiment_gets_its_preset_alone(tmp_path):
-    from fastent.train.runs import Job
+    from fastent.grokking.train.runs import Job
 
     write(tmp_path, Job("e99", "baseline", dataclasses.replace(preset("paper"), weight_decay=0.5), (0,)))
     assert report.commands(read_runs(tmp_path), tmp_path) == [
@@ -345,7 +345,7 @@ def test_runs_of_all_experiments_of_one_preset_are_of_one_setting_and_one_run_of
 
 
 def test_runs_of_a_kind_that_no_experiment_asks_for_are_compared_by_their_settings(tmp_path):
-    from fastent.train.runs import Job
+    from fastent.grokking.train.runs import Job
 
     config = dataclasses.replace(preset("paper"), weight_decay=0.5)
     write(tmp_path, Job("e99", "baseline", config, (0, 1)))

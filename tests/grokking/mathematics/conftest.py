@@ -6,7 +6,7 @@ import pytest
 
 from fastent.grokking.mathematics.runs import follow
 from fastent.grokking.mathematics.table import SMALL, SMALL_STEPS
-from fastent.train.stack import Stack
+from fastent.grokking.train.stack import Stack
 
 
 @pytest.fixture(scope="session")

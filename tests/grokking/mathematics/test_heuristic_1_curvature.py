@@ -8,8 +8,8 @@ from torch.func import functional_call
 
 from fastent.grokking.mathematics.collapse import curvature_correlation
 from fastent.grokking.mathematics.runs import FollowedRun, Ritz, follow, largest_eigenvalue, sharpness
-from fastent.train.presets import preset
-from fastent.train.stack import Stack
+from fastent.grokking.train.config import preset
+from fastent.grokking.train.stack import Stack
 
 
 @pytest.mark.parametrize("size", [1, 2, 40])

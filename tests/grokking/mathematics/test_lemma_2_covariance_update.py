@@ -12,8 +12,8 @@ from fastent.grokking.mathematics.runs import (
     remainders,
     represent,
 )
+from fastent.grokking.train.tasks import batch_index, split
 from fastent.reference.perturbation import covariance_update
-from fastent.train.tasks import batch_index, split
 
 RATES = np.geomspace(1e-5, 1e-3, 5)  # two decades, the trainer's own rate at their end
 

@@ -10,7 +10,7 @@ from fastent import cli
 from fastent.grokking.mathematics import figures, runs, table
 from fastent.grokking.mathematics.checks import Evidence
 from fastent.grokking.mathematics.table import Item, items, spread_of_thresholds, stored_thresholds
-from fastent.train.presets import PRESETS, preset
+from fastent.grokking.train.config import PRESETS, preset
 
 TABLE_6 = (
     "Lemma 1",
@@ -111,7 +111,7 @@ def test_followed_runs_are_written_and_read_back_and_drawn(tmp_path, monkeypatch
 
 
 def test_measuring_a_run_leaves_its_training_as_it_is():
-    from fastent.train.stack import Stack
+    from fastent.grokking.train.stack import Stack
 
     config = preset("quick", modulus=11, width=16, heads=2, feedforward=16, batch_size=40, train_fraction=0.7)
     config = dataclasses.replace(config, evaluate_every=5)

@@ -1,0 +1,484 @@
+"""Further columns of a run's metrics, chosen by `TrainConfig.measures`: what each asks of a stack.
+
+- "test_probe": `entropy_test`, H on a probe of test pairs as large as the training probe.
+- "probe_sizes": H on nested training probes of doubling size, `entropy_64`, `entropy_128`, ...; on the whole
+  training set, `entropy_train`; and on all pairs, `entropy_all`. Every entropy has a column ``<name>_status``.
+- "fourier": how far the representation follows the task's group. `alignment`, the paper's measure on the
+  training probe, with `alignment_null` and `alignment_null_mean`, the largest and the mean of what it is for
+  19 permutations of the labels. On all test pairs: `label_share`, the share of variance between labels;
+  of that variance, `top_share`, the part in the five strongest frequencies, and `frequencies`, how many take
+  part (participation). For S5 no alignment; instead of top_share `isotypic_41`, ..., the share of each
+  irreducible representation but the trivial one.
+- "progress": `restricted_loss` and `excluded_loss` (nats) by the key frequencies of that moment, `key_blocks`
+  (their names, ascending), and `embedding_gini`, of the norms of the embedding's components per function of a
+  block, the constant left out.
+
+The frequencies are of labels under addition, and of discrete logarithms for products, where results of 0 are
+left out of "fourier" and "progress". Measures change nothing and are functions of the parameters and the seed,
+so a resumed run has the same columns.
+
+They come from pure functions of float64 tensors with a leading axis of S seeds. `Harmonics`
+(`fastent.grokking.train.groups`) gives the functions on the values of the task; a block is a frequency, or an
+irreducible representation of S5.
+
+- `alignment` is the paper's (section 11): the largest |Pearson r| of a coordinate of the representation with a
+  character of the label. It is a maximum over some ten thousand correlations, so chance alone makes it large:
+  `alignment_null` gives what it is for permuted labels.
+- `label_spectrum` is ours: how the variance between the label means divides over the blocks.
+- `restricted_and_excluded_loss` and `gini` are the progress measures of Nanda et al. 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from fastent.entropy import spectral_entropy
+from fastent.grokking.train.config import MeasureName, TrainConfig
+from fastent.grokking.train.groups import Harmonics, task_harmonics
+from fastent.grokking.train.stack import Stack
+from fastent.grokking.train.stacked import add_in_order
+from fastent.grokking.train.tasks import Task, generator, probe_index, split
+
+
+def alignment(h: Tensor, characters: Tensor) -> Tensor:
+    """Largest |Pearson r| of a column of `h` with a column of `characters`.
+
+    Parameters
+    ----------
+    h : Tensor, shape (S, N, d)
+        Representations.
+    characters : Tensor, shape (S, N, m)
+        Characters of each row's label.
+
+    Returns
+    -------
+    Tensor, shape (S,), float64
+        In [0, 1]; a constant column correlates with nothing.
+    """
+    return _largest(_standardized(h), _standardized(characters))
+
+
+def alignment_null(h: Tensor, characters: Tensor, permutations: Tensor) -> Tensor:
+    """`alignment` after each of Q permutations of the rows of `h` against those of `characters`.
+
+    Parameters
+    ----------
+    h, characters : Tensor
+        As in `alignment`.
+    permutations : Tensor, shape (S, Q, N), int64
+
+    Returns
+    -------
+    Tensor, shape (Q, S), float64
+        With Q = 19 the alignment exceeds the largest of them with a chance of 1 in 20 if labels play no part.
+    """
+    x, y = _standardized(h), _standardized(characters)
+    rows = torch.arange(len(x), device=x.device).unsqueeze(1)
+    return torch.stack([_largest(x[rows, order], y) for order in permutations.unbind(1)])
+
+
+def _standardized(x: Tensor) -> Tensor:
+    x = x.double()
+    x = x - x.mean(1, keepdim=True)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    standardized: Tensor = x / norm.masked_fill(norm == 0, 1.0)
+    return standardized
+
+
+def _largest(x: Tensor, y: Tensor) -> Tensor:
+    return torch.matmul(x.mT, y).abs().flatten(1).amax(1)
+
+
+def label_means(h: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Mean of the rows of each label, and how many there are.
+
+    Parameters
+    ----------
+    h : Tensor, shape (S, N, d)
+    labels : Tensor, shape (S, N), int64
+    classes : int
+
+    Returns
+    -------
+    means : Tensor, shape (S, classes, d), float64
+        The mean over all rows for a label without rows.
+    counts : Tensor, shape (S, classes), float64
+    """
+    h = h.double()
+    counts = h.new_zeros(len(h), classes).scatter_add_(1, labels, h.new_ones(labels.shape))
+    means = h.new_zeros(len(h), classes, h.shape[2])
+    add_in_order(means, labels, h)
+    means /= counts.clamp(min=1).unsqueeze(2)
+    return torch.where(counts.unsqueeze(2) > 0, means, h.mean(1, keepdim=True)), counts
+
+
+def between_share(h: Tensor, means: Tensor, counts: Tensor) -> Tensor:
+    """Share of the variance of `h` that lies between labels, (S,), in [0, 1]; NaN where it has none.
+
+    Without any structure it is about (labels - 1) / (N - 1).
+    """
+    h = h.double()
+    mean = h.mean(1, keepdim=True)
+    between = (counts.unsqueeze(2) * (means - mean).square()).sum((1, 2))
+    return between / (h - mean).square().sum((1, 2))
+
+
+def label_spectrum(means: Tensor, basis: Tensor, block: Tensor) -> Tensor:
+    """Shares of the variance between label means by block.
+
+    Parameters
+    ----------
+    means : Tensor, shape (S, values, d)
+        One row a value; what they have in common plays no part.
+    basis : Tensor, shape (values, m)
+        Orthonormal functions.
+    block : Tensor, shape (m,), int64
+
+    Returns
+    -------
+    Tensor, shape (S, blocks), float64
+        Summing to 1; NaN where the means are all equal.
+    """
+    energy = block_energy(means, basis, block)
+    return energy / energy.sum(1, keepdim=True)
+
+
+def block_energy(functions: Tensor, basis: Tensor, block: Tensor) -> Tensor:
+    """Squared norm of the projection of (S, values, d) on each block: (S, blocks), float64."""
+    parts = torch.matmul(basis.T, functions.double()).square().sum(2)
+    energy = parts.new_zeros(len(parts), int(block.max()) + 1)
+    add_in_order(energy, block.expand_as(parts), parts)
+    return energy
+
+
+def participation(shares: Tensor) -> Tensor:
+    """Effective number of blocks, ``(sum s)^2 / sum s^2``: (S, blocks) to (S,)."""
+    return shares.sum(1).square() / shares.square().sum(1)
+
+
+def strongest(shares: Tensor, count: int) -> Tensor:
+    """Numbers of the `count` largest of (S, blocks), ascending: (S, count); ties to the lower number."""
+    return shares.argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
+
+
+def restricted_and_excluded_loss(
+    weight: Tensor,
+    bias: Tensor,
+    means: Tensor,
+    counts: Tensor,
+    train: Tensor,
+    train_labels: Tensor,
+    *,
+    basis: Tensor,
+    block: Tensor,
+    keys: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy with the logits' key frequencies alone, and without them.
+
+    The logits, as functions of a pair of operands, are projected on the functions of the result alone that
+    lie in the key blocks: for addition the span of cos(w (a + b)) and sin(w (a + b)) of the key frequencies.
+    That projection is the one of the logits' mean over the pairs of each result, so only those are needed.
+    Restricted: that part and the constant, over all pairs. Excluded: the logits less that part, over the
+    training pairs. Logits count up to a term common to all classes, which no loss sees.
+
+    Nanda et al. take the key frequencies from the trained network. Here they are the `keys` strongest in the
+    logits at this moment, since a run does not know its end.
+
+    Parameters
+    ----------
+    weight, bias : Tensor, shapes (S, classes, d), (S, classes)
+        The head.
+    means, counts : Tensor, shapes (S, values, d), (S, values)
+        Mean representation of the pairs of each result, over all pairs, and their number.
+    train, train_labels : Tensor, shapes (S, N, d), (S, N)
+        Representations and results of the training pairs.
+    basis, block : Tensor
+        As in `label_spectrum`.
+    keys : int
+        Number of key blocks.
+
+    Returns
+    -------
+    restricted, excluded : Tensor, shape (S,), float64
+        In nats.
+    key : Tensor, shape (S, keys), int64
+        The blocks, ascending.
+
+    References
+    ----------
+    Nanda, Chan, Lieberum, Smith and Steinhardt, "Progress measures for grokking via mechanistic
+    interpretability", ICLR 2023, section 5.1.
+    """
+    weight, bias = weight.double(), bias.double()
+    weight = weight - weight.mean(1, keepdim=True)
+    bias = (bias - bias.mean(1, keepdim=True)).unsqueeze(1)
+    logits = torch.matmul(means, weight.mT) + bias
+    key = strongest(block_energy(logits, basis, block), keys)
+    chosen = (block == key.unsqueeze(2)).any(1)
+    parts = torch.matmul(basis.T, logits) * chosen.unsqueeze(2)
+    part = torch.matmul(basis, parts)
+    share = counts / counts.sum(1, keepdim=True)
+    constant = (share.unsqueeze(2) * logits).sum(1, keepdim=True)
+    chances = log_softmax(constant + part, 2).diagonal(dim1=1, dim2=2)
+    restricted = -(share * chances).sum(1)
+    places = train_labels.unsqueeze(2)
+    own = part.gather(1, places.expand(-1, -1, part.shape[2]))
+    rest = torch.matmul(train.double(), weight.mT) + bias - own
+    excluded = -log_softmax(rest, 2).gather(2, places).mean((1, 2))
+    return restricted, excluded, key
+
+
+def gini(values: Tensor) -> Tensor:
+    """Gini coefficient of non-negative numbers: (S, k) to (S,), 0 if all are equal, 1 - 1/k if one has all.
+
+    ``sum (2 i - k - 1) v_i / (k sum v)`` over the ascending v, i from 1.
+
+    References
+    ----------
+    Hurley and Rickard, "Comparing measures of sparsity", IEEE Transactions on Information Theory 55 (2009).
+    """
+    ordered = values.double().sort(1).values
+    k = ordered.shape[1]
+    weights = 2 * torch.arange(1, k + 1, dtype=torch.float64, device=values.device) - k - 1
+    return (ordered * weights).sum(1) / (k * ordered.sum(1))
+
+
+Columns = dict[str, list[Any]]
+"""By column, one JSON value a seed of the stack."""
+
+SMALLEST_PROBE = 64
+
+PERMUTATIONS = 19
+"""Permutations of the labels: the alignment exceeds all of them by chance in 1 case of 20."""
+
+KEY_FREQUENCIES = 5
+"""As many as Nanda et al. find in their network, out of (p - 1) / 2."""
+
+KEY_REPRESENTATIONS = 2
+"""The same for S5, out of six; Chughtai et al. 2023 find that networks learn few of them."""
+
+_CHUNK = 2048  # pairs in a forward pass: their hidden units stay in the cache
+
+
+class Measures:
+    """The measures that a configuration names, ready for every evaluation of its stacks.
+
+    Raises
+    ------
+    ValueError
+        If a measure needs characters that the task does not have (`task_harmonics`).
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._pairs: dict[int, _Pairs] = {}
+        grouped = {"fourier", "progress"}.intersection(config.measures)
+        self._harmonics = task_harmonics(config) if grouped else None
+
+    def __call__(self, stack: Stack) -> Columns:
+        """Return the columns of all measures, for the seeds of `stack` in their order."""
+        if not self._config.measures:
+            return {}
+        for seed in stack.seeds:
+            if seed not in self._pairs:
+                self._pairs[seed] = _Pairs(self._config, stack.task, seed, self._harmonics)
+        moment = _Moment(stack, [self._pairs[seed] for seed in stack.seeds], self._harmonics)
+        columns: Columns = {}
+        for name in self._config.measures:
+            columns |= _MEASURES[name](moment)
+        return columns
+
+
+class _Pairs:
+    """What stays the same for a seed: the numbers of its pairs, int64.
+
+    `probe`, `held_out` and `trained` are of pairs whose result is in the group, `permutations` (Q, N) of the
+    places in that probe.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task, seed: int, harmonics: Harmonics | None) -> None:
+        self.train, test = split(task, config.train_fraction, seed)
+        self.test_probe = probe_index(test, config.probe_size, seed, "test")
+        self.sized = {}
+        size = SMALLEST_PROBE
+        while size < len(self.train):
+            self.sized[size] = probe_index(self.train, size, seed, "probe")
+            size *= 2
+        if harmonics is None:
+            return
+        inside = torch.from_numpy(harmonics.members)[task.labels]
+        probe = probe_index(self.train, config.probe_size, seed, "probe")
+        self.probe, self.held_out, self.trained = (part[inside[part]] for part in (probe, test, self.train))
+        orders = [
+            np.argsort(generator(seed, "permuted labels", turn).random_raw(len(self.probe)), kind="stable")
+            for turn in range(PERMUTATIONS)
+        ]
+        self.permutations = torch.from_numpy(np.stack(orders))
+
+
+class _Moment:
+    """The stack at one evaluation; what several measures need is computed once."""
+
+    def __init__(self, stack: Stack, pairs: list[_Pairs], harmonics: Harmonics | None) -> None:
+        self.stack = stack
+        self.pairs = pairs
+        self._harmonics = harmonics
+
+    @cached_property
+    def everything(self) -> Tensor:
+        """Representations of all pairs, (S, M, d)."""
+        pairs = torch.arange(len(self.stack.task.labels))
+        return torch.cat([self.stack.represent(chunk) for chunk in torch.split(pairs, _CHUNK)], dim=1)
+
+    def at(self, index: Callable[[_Pairs], Tensor]) -> Tensor:
+        """Representations, (S, N, d), of pairs that every seed has N of."""
+        numbers = torch.stack([index(pairs) for pairs in self.pairs]).to(self.everything.device)
+        rows = torch.arange(len(numbers), device=numbers.device).unsqueeze(1)
+        return self.everything[rows, numbers]
+
+    @property
+    def harmonics(self) -> Harmonics:
+        """Functions on the values of the task."""
+        assert self._harmonics is not None
+        return self._harmonics
+
+    @cached_property
+    def basis(self) -> Tensor:
+        """Their columns, (values, m), on the device."""
+        return torch.from_numpy(self.harmonics.basis).to(self.everything.device)
+
+    @cached_property
+    def block(self) -> Tensor:
+        """Their blocks, (m,), on the device."""
+        return torch.from_numpy(self.harmonics.block).to(self.everything.device)
+
+    @property
+    def keys(self) -> int:
+        """Number of key blocks."""
+        wanted = KEY_FREQUENCIES if self.harmonics.cyclic else KEY_REPRESENTATIONS
+        return min(wanted, len(self.harmonics.names))
+
+    def parts(self) -> Iterator[_Part]:
+        """All seeds together; one by one where they differ in how many results are in the group."""
+        seeds = len(self.pairs)
+        alone = not bool(self.harmonics.members.all())
+        for s in range(seeds if alone else 1):
+            yield _Part(self, slice(s, s + 1) if alone else slice(0, seeds))
+
+
+class _Part:
+    """Some seeds of a moment, and their pairs whose result is in the group."""
+
+    def __init__(self, moment: _Moment, seeds: slice) -> None:
+        self.moment, self.seeds = moment, seeds
+        self.pairs = moment.pairs[seeds]
+        self.h = moment.everything[seeds]
+        self.device = self.h.device
+        self.task = moment.stack.task
+
+    def of(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Representations (S, N, d) and labels (S, N) of pairs (S, N)."""
+        rows = torch.arange(len(numbers)).unsqueeze(1)
+        return self.h[rows.to(self.device), numbers.to(self.device)], self.task.labels[numbers].to(
+            self.device
+        )
+
+    def means(self, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Label means and counts."""
+        return label_means(h, labels, self.task.classes)
+
+    def parameter(self, name: str) -> Tensor:
+        """Values of a parameter, (S, ...)."""
+        return self.moment.stack.parameter(name)[self.seeds]
+
+
+def _entropy(name: str, h: Tensor) -> Columns:
+    results = spectral_entropy(h, batch_dims=1).unbind()
+    return {name: [r.normalized for r in results], f"{name}_status": [r.status.value for r in results]}
+
+
+def _test_probe(moment: _Moment) -> Columns:
+    return _entropy("entropy_test", moment.at(lambda pairs: pairs.test_probe))
+
+
+def _probe_sizes(moment: _Moment) -> Columns:
+    columns: Columns = {}
+    for size in moment.pairs[0].sized:
+        columns |= _entropy(f"entropy_{size}", moment.at(lambda pairs, size=size: pairs.sized[size]))  # type: ignore[misc]
+    columns |= _entropy("entropy_train", moment.at(lambda pairs: pairs.train))
+    return columns | _entropy("entropy_all", moment.everything)
+
+
+def _fourier(moment: _Moment) -> Columns:
+    found: dict[str, list[Tensor]] = {}
+    for part in moment.parts():
+        columns: dict[str, Tensor] = {}
+        if moment.harmonics.cyclic:
+            h, labels = part.of(torch.stack([pairs.probe for pairs in part.pairs]))
+            orders = torch.stack([pairs.permutations for pairs in part.pairs]).to(part.device)
+            characters = moment.basis[labels]
+            null = alignment_null(h, characters, orders)
+            columns["alignment"] = alignment(h, characters)
+            columns["alignment_null"] = null.amax(0)
+            columns["alignment_null_mean"] = null.mean(0)
+        h, labels = part.of(torch.stack([pairs.held_out for pairs in part.pairs]))
+        means, counts = part.means(h, labels)
+        shares = label_spectrum(means, moment.basis, moment.block)
+        columns["label_share"] = between_share(h, means, counts)
+        if moment.harmonics.cyclic:
+            columns["top_share"] = shares.sort(1, descending=True).values[:, : moment.keys].sum(1)
+            columns["frequencies"] = participation(shares)
+        else:
+            named = zip(moment.harmonics.names, shares.unbind(1), strict=True)
+            columns |= {f"isotypic_{name}": share for name, share in named}
+        for name, column in columns.items():
+            found.setdefault(name, []).append(column)
+    return {name: torch.cat(columns).tolist() for name, columns in found.items()}
+
+
+def _progress(moment: _Moment) -> Columns:
+    columns: Columns = {name: [] for name in ("restricted_loss", "excluded_loss", "key_blocks")}
+    columns["embedding_gini"] = _embedding_gini(moment).tolist()
+    names = moment.harmonics.names
+    inside = torch.from_numpy(moment.harmonics.members)[moment.stack.task.labels]
+    grouped = torch.arange(len(inside))[inside]
+    for part in moment.parts():
+        means, counts = part.means(*part.of(grouped.expand(len(part.pairs), -1)))
+        train, labels = part.of(torch.stack([pairs.trained for pairs in part.pairs]))
+        restricted, excluded, key = restricted_and_excluded_loss(
+            *(part.parameter("head.weight"), part.parameter("head.bias"), means, counts, train, labels),
+            basis=moment.basis,
+            block=moment.block,
+            keys=moment.keys,
+        )
+        columns["restricted_loss"] += restricted.tolist()
+        columns["excluded_loss"] += excluded.tolist()
+        columns["key_blocks"] += [" ".join(names[k] for k in row) for row in key.tolist()]
+    return columns
+
+
+def _embedding_gini(moment: _Moment) -> Tensor:
+    """Mean over the operands' tables of tokens, where they have one each."""
+    task, tokens = moment.stack.task, moment.stack.parameter("tokens.weight")
+    sizes = torch.bincount(moment.block)
+    coefficients = []
+    for start in sorted({0, task.offset}):
+        table = tokens[:, start : start + task.operands]
+        energy = block_energy(table, moment.basis, moment.block)
+        coefficients.append(gini((energy / sizes).sqrt()))
+    return torch.stack(coefficients).mean(0)
+
+
+_MEASURES: dict[MeasureName, Callable[[_Moment], Columns]] = {
+    "test_probe": _test_probe,
+    "probe_sizes": _probe_sizes,
+    "fourier": _fourier,
+    "progress": _progress,
+}

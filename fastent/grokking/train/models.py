@@ -1,0 +1,190 @@
+"""The models by name: parameters and their starting values, head and loss, and each as an ordinary module.
+
+The stacked models (`fastent.grokking.train.stacked`) share the names of their parameters with `PlainTransformer` and
+`PlainMLP`, so a state moves over by `load_state_dict`. Those compute every position in full, by
+`torch.nn.TransformerEncoderLayer` under `torch.nn.Embedding`: what the trainer is tested and timed against.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.stacked import MLP, Parameters, Transformer, into_input, into_weight, linear
+from fastent.grokking.train.tasks import Task, generator
+
+
+class PlainTransformer(nn.Module):
+    """One encoder layer on embedded tokens and positions, and a linear head."""
+
+    def __init__(self, config: TrainConfig, task: Task) -> None:
+        super().__init__()
+        self.readout = config.readout
+        self.equals = task.vocabulary if config.equals_token else None
+        self.tokens = nn.Embedding(task.vocabulary + config.equals_token, config.width)
+        self.positions = nn.Embedding(2 + config.equals_token, config.width)
+        self.layer = nn.TransformerEncoderLayer(
+            config.width,
+            config.heads,
+            config.feedforward,
+            dropout=0.0,
+            activation=config.activation,
+            batch_first=True,
+            norm_first=config.norm_place == "pre",
+        )
+        if config.norm_place == "none":
+            self.layer.norm1 = nn.Identity()  # type: ignore[assignment]
+            self.layer.norm2 = nn.Identity()  # type: ignore[assignment]
+        self.head = nn.Linear(config.width, task.classes)
+
+    def represent(self, pairs: Tensor) -> Tensor:
+        """Representation handed to the head, (N, width), of token pairs (N, 2)."""
+        if self.equals is not None:
+            pairs = torch.cat([pairs, pairs.new_full((len(pairs), 1), self.equals)], dim=1)
+        hidden: Tensor = self.layer(self.tokens(pairs) + self.positions.weight)
+        return hidden[:, -1] if self.readout == "last" else hidden.mean(1)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        """Logits (N, classes) of token pairs (N, 2)."""
+        logits: Tensor = self.head(self.represent(pairs))
+        return logits
+
+
+class PlainMLP(nn.Module):
+    """Hidden layers on the two embeddings, side by side or summed, and a linear head."""
+
+    def __init__(self, config: TrainConfig, task: Task) -> None:
+        super().__init__()
+        self.concat = config.combine == "concat"
+        self.tokens = nn.Embedding(task.vocabulary, config.width)
+        sizes = [config.width * (2 if self.concat else 1), *config.hidden]
+        self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise(sizes))
+        self.activation = nn.ReLU() if config.activation == "relu" else nn.GELU()
+        self.head = nn.Linear(sizes[-1], task.classes)
+
+    def represent(self, pairs: Tensor) -> Tensor:
+        """Last hidden layer, (N, hidden[-1]), of token pairs (N, 2)."""
+        embedded = self.tokens(pairs)
+        hidden: Tensor = embedded.flatten(1) if self.concat else embedded.sum(1)
+        for layer in self.layers:
+            hidden = self.activation(layer(hidden))
+        return hidden
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        """Logits (N, classes) of token pairs (N, 2)."""
+        logits: Tensor = self.head(self.represent(pairs))
+        return logits
+
+
+def plain_model(config: TrainConfig, task: Task) -> PlainTransformer | PlainMLP:
+    """Return the ordinary module of a configuration, with torch's own initial values."""
+    return PlainTransformer(config, task) if config.model == "transformer" else PlainMLP(config, task)
+
+
+class Model(Protocol):
+    """Forward pass and gradients of a model whose parameters, (S, ...) each, are handed in."""
+
+    columns: Tensor
+    """For every pair of the task, (K, M) int64: where it looks things up, and its label last."""
+
+    def table(self, p: Parameters) -> Any:
+        """Compute what depends on one token only."""
+
+    def forward(self, p: Parameters, table: Any, columns: Tensor) -> tuple[Tensor, Any]:
+        """Representation handed to the head, (S, N, d), for columns (K, S, N), and what gradients need."""
+
+    def backward(self, p: Parameters, kept: Any, grad: Tensor) -> Parameters:
+        """Gradients of all parameters but the head's from that of the representation."""
+
+
+def make_model(config: TrainConfig, task: Task, device: torch.device) -> Model:
+    """Return the stacked forward pass and gradients of a configuration's model (it holds no parameters)."""
+    return Transformer(config, task, device) if config.model == "transformer" else MLP(config, task, device)
+
+
+def pair_losses(p: Parameters, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each pair, and whether its class is likelier than every other: (S, N) each."""
+    places = labels.unsqueeze(2)
+    chances = linear(hidden, p["head.weight"], p["head.bias"]).log_softmax(2)
+    own = chances.gather(2, places).squeeze(2)
+    # A quarter of argmax's time; and a tie, as of a head that says nothing, is not right.
+    rival = chances.scatter_(2, places, -math.inf).amax(2)
+    return -own, own > rival
+
+
+def head_gradients(p: Parameters, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Parameters]:
+    """Mean cross-entropy (S,), its gradient in the representation (S, N, d), and the head's gradients."""
+    n = hidden.shape[1]
+    places = labels.unsqueeze(2)
+    chances = linear(hidden, p["head.weight"], p["head.bias"]).log_softmax(2)
+    losses = chances.gather(2, places).mean((1, 2)).neg_()
+    grad = chances.exp_().div_(n)
+    grad.scatter_add_(2, places, grad.new_full((1, 1, 1), -1 / n).expand(places.shape))
+    head = {"head.weight": into_weight(grad, hidden), "head.bias": grad.sum(1)}
+    return losses, into_input(grad, p["head.weight"]), head
+
+
+def parameter_shapes(config: TrainConfig, task: Task) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter by its name in `fastent.grokking.train.models`'s module, in a fixed order."""
+    d, f = config.width, config.feedforward
+    if config.model == "mlp":
+        shapes: dict[str, tuple[int, ...]] = {"tokens.weight": (task.vocabulary, d)}
+        sizes = [d * (2 if config.combine == "concat" else 1), *config.hidden]
+        for k, (m, n) in enumerate(pairwise(sizes)):
+            shapes |= {f"layers.{k}.weight": (n, m), f"layers.{k}.bias": (n,)}
+        return shapes | {"head.weight": (task.classes, sizes[-1]), "head.bias": (task.classes,)}
+    shapes = {
+        "tokens.weight": (task.vocabulary + config.equals_token, d),
+        "positions.weight": (2 + config.equals_token, d),
+        "layer.self_attn.in_proj_weight": (3 * d, d),
+        "layer.self_attn.in_proj_bias": (3 * d,),
+        "layer.self_attn.out_proj.weight": (d, d),
+        "layer.self_attn.out_proj.bias": (d,),
+        "layer.linear1.weight": (f, d),
+        "layer.linear1.bias": (f,),
+        "layer.linear2.weight": (d, f),
+        "layer.linear2.bias": (d,),
+    }
+    if config.norm_place != "none":
+        for norm in ("layer.norm1", "layer.norm2"):
+            shapes |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    return shapes | {"head.weight": (task.classes, d), "head.bias": (task.classes,)}
+
+
+def initial_parameters(config: TrainConfig, task: Task, seed: int) -> dict[str, Tensor]:
+    """Draw a seed's starting values, float64, by the distributions of torch's own layers.
+
+    Embeddings are normal with standard deviation `config.init_scale`; the attention's input projection is
+    Xavier uniform with zero biases; linear layers are uniform within 1 / sqrt(fan-in). Each parameter has a
+    counter-based generator of its own, keyed by seed and name: a variant that lacks one leaves the others as
+    they are.
+    """
+    shapes = parameter_shapes(config, task)
+    return {name: torch.from_numpy(_draw(name, shapes, config, seed)) for name in shapes}
+
+
+def _draw(
+    name: str, shapes: dict[str, tuple[int, ...]], config: TrainConfig, seed: int
+) -> NDArray[np.float64]:
+    shape = shapes[name]
+    if ".norm" in name:
+        return np.full(shape, 1.0 if name.endswith("weight") else 0.0)
+    if name in ("layer.self_attn.in_proj_bias", "layer.self_attn.out_proj.bias"):
+        return np.zeros(shape)
+    # Two uniforms in (0, 1) for each number, from the generator's raw words, which NumPy promises to keep.
+    words = generator(seed, f"start {name}").random_raw(2 * math.prod(shape))
+    first, second = ((words.reshape(2, *shape) >> np.uint64(11)) + 0.5) * 2.0**-53
+    if name in ("tokens.weight", "positions.weight"):
+        normal: NDArray[np.float64] = np.sqrt(-2 * np.log(first)) * np.cos(2 * np.pi * second)
+        return config.init_scale * normal  # Box and Muller 1958
+    fan_in = shapes[name.removesuffix("bias") + "weight"][1] if name.endswith("bias") else shape[1]
+    bound = math.sqrt(6 / sum(shape)) if name.endswith("in_proj_weight") else 1 / math.sqrt(fan_in)
+    uniform: NDArray[np.float64] = 2 * first - 1
+    return bound * uniform

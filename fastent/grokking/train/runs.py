@@ -1,0 +1,419 @@
+"""Run folders: one per seed, with everything needed to continue it, judge it and repeat it.
+
+::
+
+    <out>/<experiment>-<condition>-<task>-seed<k>/
+        config.json         schema, experiment, condition, seed, seeds trained as one stack, every setting
+        environment.json    machine and software of the first start
+        metrics.jsonl       one row an evaluation; a function of the configuration alone, so equal after a resume
+        timing.jsonl        clocks, starts and resumes, and what H cost the stack at each evaluation; all that
+                            differs from one execution to the next
+        checkpoint-<step>.safetensors, .json
+        DONE                why and when the run ended, as JSON; it is complete
+        FAILED              why a sweep gave the run up, as JSON; removed when it goes on
+        lock                pid and host, while a process holds the run
+
+Seeds that started together are resumed together, because a batched matrix product may round differently with the
+number of matrices. What a run has is its own all the same: a seed that lost its folder or its checkpoints is trained
+again, and the files of the others stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fastent.grokking.train.checkpoint import (
+    Checkpoint,
+    checkpoint_steps,
+    keep_last_sound,
+    keep_newest,
+    read_checkpoint,
+    remove_checkpoints,
+    write_checkpoint,
+)
+from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.environment import changes_of_bits
+from fastent.grokking.train.storage import (
+    CheckpointError,
+    JsonLines,
+    RowsLost,
+    RunError,
+    RunLock,
+    RunWarning,
+    dump_json,
+    read_rows,
+    remove_temporaries,
+    write_atomically,
+)
+
+SCHEMA_VERSION = 1
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Runs that share everything but the seed: what an experiment asks the trainer for.
+
+    Attributes
+    ----------
+    experiment : str
+        "e1" to "e8".
+    condition : str
+        What sets the job apart within its experiment, "baseline" where nothing does.
+    config : TrainConfig
+        Every setting.
+    seeds : tuple of int
+        Trained as one stack.
+    """
+
+    experiment: str
+    condition: str
+    config: TrainConfig
+    seeds: tuple[int, ...]
+
+    def run_name(self, seed: int) -> str:
+        """Name of the folder of one seed."""
+        return f"{self.experiment}-{self.condition}-{self.config.task}-seed{seed}"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the configuration as JSON gives it back."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        return values
+
+    @classmethod
+    def of_settings(
+        cls, experiment: str, condition: str, settings: dict[str, Any], seeds: Sequence[int]
+    ) -> Self:
+        """Make a job from what `settings` gave.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `settings` has fields or values that `TrainConfig` does not take.
+        """
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return cls(experiment, condition, TrainConfig(**values), tuple(seeds))
+
+
+def plan_stacks(job: Job, out: Path, workers: int = 1) -> list[Job]:
+    """Split the seeds of `job` into the stacks to train.
+
+    Seeds with a folder stay in the stack that it records, together with the rest of that stack, unless one of these
+    was trained anew in another; new seeds are shared out over `workers` stacks. A folder without a row and without a
+    checkpoint counts as new.
+
+    Raises
+    ------
+    RunError
+        If a folder's config.json cannot be read.
+    ValueError
+        If `workers` is below 1.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1; got {workers}")
+
+    def recorded(seed: int) -> tuple[int, ...] | None:
+        path = out / job.run_name(seed)
+        record = _read_config(path)
+        return None if record is None or not what_counts(path) else tuple(record["stack"])
+
+    stacks: list[tuple[int, ...]] = []
+    started: set[int] = set()
+    for stack in dict.fromkeys(stack for seed in job.seeds if (stack := recorded(seed)) is not None):
+        members = tuple(seed for seed in stack if seed not in started and recorded(seed) in (None, stack))
+        stacks.append(members)
+        started.update(members)
+    new = [seed for seed in job.seeds if seed not in started]
+    share = -(-len(new) // workers)
+    parts = [tuple(new[i : i + share]) for i in range(0, len(new), share)] if new else []
+    extra = sorted(
+        seed for seed in started.difference(job.seeds) if not (out / job.run_name(seed) / "DONE").exists()
+    )
+    if extra:
+        warnings.warn(
+            f"seeds {', '.join(map(str, extra))} of {job.experiment}-{job.condition} started in one stack with "
+            "seeds asked for, so they go on as well",
+            RunWarning,
+            stacklevel=2,
+        )
+    return [dataclasses.replace(job, seeds=stack) for stack in (*stacks, *parts)]
+
+
+class Run:
+    """The folder of one seed, locked while open (``with``).
+
+    Parameters
+    ----------
+    out : Path
+        Folder of all runs; made if it is not there.
+    job : Job
+        Its seeds are the stack.
+    seed : int
+        One of them.
+    environment : dict
+        `describe_environment` of this process.
+    force : bool
+        Go on although the folder was written with another configuration or by a newer fastent; each thing
+        ignored is said in a `RunWarning`.
+
+    Raises
+    ------
+    RunLocked
+        On ``with``, if another process holds the folder.
+    RunError
+        On ``with``, if the folder was written with another configuration or a newer schema, and not `force`.
+    OSError
+        If the folder cannot be written.
+    """
+
+    def __init__(
+        self, out: Path, job: Job, seed: int, environment: dict[str, Any], *, force: bool = False
+    ) -> None:
+        self.job = job
+        self.seed = seed
+        self.name = job.run_name(seed)
+        self.path = out / self.name
+        self.done: dict[str, Any] | None = None
+        self._environment = environment
+        self._force = force
+        self._lock = RunLock(self.path)
+
+    def __enter__(self) -> Self:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        remove_temporaries(self.path)
+        self._check_config()
+        done = self.path / "DONE"
+        if done.exists():
+            self.done = _read_done(done)
+        else:
+            (self.path / "FAILED").unlink(missing_ok=True)
+        self._check_environment()
+        self.metrics = JsonLines(self.path / "metrics.jsonl")
+        self.timing = JsonLines(self.path / "timing.jsonl")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.metrics.close()
+        self.timing.close()
+        self._lock.release()
+
+    def _check_config(self) -> None:
+        now = {
+            "schema_version": SCHEMA_VERSION,
+            "experiment": self.job.experiment,
+            "condition": self.job.condition,
+            "seed": self.seed,
+            "stack": list(self.job.seeds),
+            "config": self.job.settings(),
+        }
+        path = self.path / "config.json"
+        recorded, kept = _read_config(self.path), what_counts(self.path)
+        if recorded is None and kept and not self._force:
+            raise RunError(
+                f"{path} is missing beside {kept}: put it back (another seed's, with this one's number in it), or move "
+                "the folder away to train the seed anew; --force goes on with the settings given now"
+            )
+        if recorded is not None and kept:
+            if self.seed in recorded["stack"]:
+                # Which seeds began together does not change what any of them is.
+                now["stack"] = recorded["stack"]
+            changes = _differences(recorded, now)
+            if changes and not self._force:
+                raise RunError(
+                    f"{path} was written with another configuration:\n  " + "\n  ".join(changes) + "\n"
+                    "Give another --out or the settings of the folder; --force goes on with those given now"
+                )
+            if not changes or (self.path / "DONE").exists():
+                return
+            warnings.warn(
+                f"{self.path}: --force ignores that the folder has\n  " + "\n  ".join(changes),
+                RunWarning,
+                stacklevel=2,
+            )
+            at = max(checkpoint_steps(self.path), default=0)
+            now["forced"] = [*recorded.get("forced", []), {"checkpoint": at, "changes": changes}]
+        write_atomically(path, dump_json(now))
+
+    def _check_environment(self) -> None:
+        path = self.path / "environment.json"
+        if not path.exists() or not what_counts(self.path):
+            write_atomically(path, dump_json(self._environment))
+        elif self.done is None and (
+            changes := changes_of_bits(json.loads(path.read_bytes()), self._environment)
+        ):
+            warnings.warn(
+                f"{self.path}: it began with {'; '.join(changes)}: the last bits of its numbers may differ from "
+                "an uninterrupted run's",
+                RunWarning,
+                stacklevel=2,
+            )
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether a row belongs to `step`: every `evaluate_every` steps, and at the last."""
+        return step % self.job.config.evaluate_every == 0 or step == self.job.config.max_steps
+
+    @property
+    def last_row_step(self) -> int:
+        """Step of the newest row; -1 if there is none."""
+        return int(self.metrics.rows[-1]["step"]) if self.metrics.rows else -1
+
+    def trains_after(self, step: int) -> bool:
+        """Whether the run has steps to make after `step`, as far as is known."""
+        return self.done is None or int(self.done["steps"]) > step
+
+    def newest(self) -> Checkpoint | None:
+        """Read its newest checkpoint that can serve: it and all rows up to it are whole. None if there is none.
+
+        Raises
+        ------
+        RunError
+            If a checkpoint is whole and the rows before it are lost, with no older one to fall back to: they are
+            written as the run trains, and it would have to start again.
+
+        Warns
+        -----
+        RunWarning
+            Of each checkpoint that cannot serve.
+        """
+        whole = None
+        steps = checkpoint_steps(self.path)
+        for step in reversed(steps):
+            try:
+                checkpoint = read_checkpoint(self.path, step)
+                self._check_rows(step)
+            except RowsLost as error:
+                whole, reason = whole or step, str(error)
+            except CheckpointError as error:
+                reason = str(error)
+            else:
+                return checkpoint
+            warnings.warn(f"falls back to the checkpoint before: {reason}", RunWarning, stacklevel=2)
+        if whole is not None:
+            raise RunError(
+                f"{self.path}: checkpoint {whole} is whole and rows before it are lost from {self.metrics.path.name}: "
+                "put them back from a copy, or move the folder away to train the seed anew"
+            )
+        if steps:
+            warnings.warn(
+                f"{self.path}: no checkpoint that can serve, so the seed starts again from step 0",
+                RunWarning,
+                stacklevel=2,
+            )
+        return None
+
+    def _check_rows(self, step: int) -> None:
+        have = [row["step"] for row in self.metrics.rows if row["step"] <= step]
+        due = [s for s in range(step + 1) if self.evaluation_due(s)]
+        if have != due:
+            lost = next((s for s in due if s not in have), step)
+            raise RowsLost(
+                f"{self.metrics.path}: the row of step {lost} is lost, so checkpoint {step} cannot serve"
+            )
+
+    def rewind(self, step: int | None) -> None:
+        """Drop rows and checkpoints after `step`, its newest that can serve; all of them if it is None."""
+        limit = -1 if step is None else step
+        self.metrics.keep(sum(row["step"] <= limit for row in self.metrics.rows))
+        remove_checkpoints(self.path, above=limit)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write `checkpoint`, the rows before it first."""
+        self.metrics.sync()
+        write_checkpoint(self.path, checkpoint)
+
+    def keep_newest(self, count: int) -> None:
+        """Remove all that is older than the `count` newest checkpoints."""
+        keep_newest(self.path, count)
+
+    def keep_last(self) -> None:
+        """Remove all that is older than the newest checkpoint that can be read: what a complete run needs."""
+        keep_last_sound(self.path)
+
+    def finish(self, steps: int, reason: str, quantities: dict[str, Any]) -> None:
+        """Mark the run complete after `steps` steps."""
+        done = {"schema_version": SCHEMA_VERSION, "steps": steps, "reason": reason, **quantities}
+        write_atomically(self.path / "DONE", dump_json(done))
+        self.done = done
+
+
+def mark_failed(out: Path, job: Job, attempts: int, reason: str) -> None:
+    """Leave a FAILED file in the folder of each run of `job` that is not complete."""
+    for seed in job.seeds:
+        path = out / job.run_name(seed)
+        if path.is_dir() and not (path / "DONE").exists():
+            write_atomically(path / "FAILED", dump_json({"attempts": attempts, "reason": reason}))
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    path = path / "config.json"
+    try:
+        recorded = json.loads(path.read_bytes())
+        if not (isinstance(recorded["config"], dict) and isinstance(recorded["stack"], list)):
+            raise TypeError("config or stack")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is not a run's configuration ({error!r}): give another --out") from error
+    return dict(recorded)
+
+
+def _read_done(path: Path) -> dict[str, Any]:
+    try:
+        done = json.loads(path.read_bytes())
+        int(done["steps"]), str(done["reason"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} does not say when and why the run ended ({error!r}): put it back from a copy, or remove it, and "
+            "the run goes on from its last checkpoint"
+        ) from error
+    return dict(done)
+
+
+def what_counts(path: Path) -> str:
+    """Name a file in the run folder `path` that was trained for; "" where nothing has come of the run yet."""
+    if (path / "DONE").exists():
+        return "DONE"
+    if read_rows(path / "metrics.jsonl", 0)[0]:
+        return "metrics.jsonl"
+    steps = checkpoint_steps(path) if path.is_dir() else []
+    return f"checkpoint-{steps[-1]}.json" if steps else ""
+
+
+def _differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each field that differs, in words; fields of `recorded` that this version does not know included."""
+    before, after = _flat(recorded), _flat(now)
+    lines = []
+    if before["schema_version"] > SCHEMA_VERSION:
+        lines.append(
+            f"schema_version: {before['schema_version']}, of a newer fastent; this one knows {SCHEMA_VERSION}"
+        )
+    for key in sorted({*before, *after} - {"schema_version", "forced"}):
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT):
+            lines.append(f"{key}: {before.get(key, _ABSENT)} in the folder, {after.get(key, _ABSENT)} now")
+    return lines
+
+
+_ABSENT = "(absent)"
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    nested = {f"config.{key}": value for key, value in record["config"].items()}
+    return {**{key: value for key, value in record.items() if key != "config"}, **nested}

@@ -1,1 +1,0 @@
-"""The slim trainer: tasks, seed-stacked models, loop and run folders."""

@@ -1,0 +1,133 @@
+"""Row 5 of the faults, and row 3 for single files."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from fastent.grokking.train import storage
+from fastent.grokking.train.storage import (
+    JsonLines,
+    RunWarning,
+    dump_json,
+    remove_temporaries,
+    write_atomically,
+)
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    write_atomically(path, b"old")
+
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device.*config\.json"):
+        write_atomically(path, b"new and longer")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_a_short_write_is_continued(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, bytes(data)[:3]))
+    write_atomically(tmp_path / "x", b"0123456789")
+    assert (tmp_path / "x").read_bytes() == b"0123456789"
+
+
+def test_the_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (order.append(name), real(*a))[1])
+    write_atomically(tmp_path / "x", b"0")
+    assert order == ["fsync", "replace", "fsync"]
+
+
+def test_temporaries_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    for name in ("a.tmp", "checkpoint-5.safetensors.tmp", "metrics.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    remove_temporaries(tmp_path)
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_rows_come_back_as_they_were_appended(tmp_path):
+    rows = [{"step": 0, "loss": 0.1 + 0.2, "entropy": None}, {"step": 50, "loss": 1e-300, "entropy": 0.5}]
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    for row in rows:
+        log.append(row)
+    log.close()
+    assert JsonLines(log.path).rows == rows
+    assert [json.loads(line) for line in log.path.read_text().splitlines()] == rows
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b'{"step": 100',
+        b'{"step": 100}',
+        b"\x00\x00\x00\n",
+        b'{"step": 100}garbage\n{"step": 150}\n',
+        b"[100]\n",
+    ],
+    ids=["cut", "without newline", "zeros after a power cut", "damaged in the middle", "not an object"],
+)
+def test_a_torn_end_is_dropped_with_a_warning_and_can_be_written_again(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"step": 0}\n{"step": 50}\n'
+    path.write_bytes(whole + tail)
+    with pytest.warns(RunWarning, match=rf"metrics\.jsonl: line 3 is torn; {len(tail)} bytes"):
+        log = JsonLines(path)
+    assert path.read_bytes() == whole + tail, "a log that is only read stays as it is"
+    log.append({"step": 100})
+    log.close()
+    assert path.read_bytes() == whole + b'{"step": 100}\n'
+    path.write_bytes(whole + tail)
+    with pytest.warns(RunWarning):
+        log = JsonLines(path)
+    log.keep(2)
+    assert path.read_bytes() == whole
+
+
+def test_keep_drops_later_rows_in_the_file_and_appends_after_them(tmp_path):
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    for step in range(4):
+        log.append({"step": step})
+    log.keep(2)
+    log.append({"step": 9})
+    log.close()
+    assert log.path.read_bytes() == b'{"step": 0}\n{"step": 1}\n{"step": 9}\n'
+    assert [row["step"] for row in log.rows] == [0, 1, 9]
+    JsonLines(log.path).keep(0)
+    assert log.path.read_bytes() == b""
+
+
+def test_a_row_that_finds_the_disk_full_leaves_no_half_line(tmp_path, monkeypatch):
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    log.append({"step": 0})
+    real, calls = os.write, []
+
+    def fills_up(descriptor, data):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, bytes(data)[:5])
+
+    monkeypatch.setattr(os, "write", fills_up)
+    with pytest.raises(OSError, match=r"No space left on device.*metrics\.jsonl"):
+        log.append({"step": 50})
+    assert log.path.read_bytes() == b'{"step": 0}\n'
+    assert log.rows == [{"step": 0}]
+    log.close()
+
+
+def test_nan_never_enters_a_file_of_ours(tmp_path):
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        log.append({"loss": float("nan")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        dump_json({"loss": float("inf")})
+    assert not log.path.exists()
+    assert storage.dump_json({"b": 1, "a": [2]}) == b'{\n  "a": [\n    2\n  ],\n  "b": 1\n}\n'

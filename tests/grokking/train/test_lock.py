@@ -1,0 +1,99 @@
+"""Row 8 of the faults: two processes on one run folder."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from fastent.grokking.train.storage import RunLock, RunLocked, RunWarning
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fastent.grokking.train.storage import RunLock
+RunLock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_the_second_process_refuses_and_names_the_first(tmp_path, holder):
+    with pytest.raises(RunLocked, match=rf"in use by process {holder.pid} on host {socket.gethostname()}"):
+        RunLock(tmp_path).acquire()
+    assert json.loads((tmp_path / "lock").read_text())["pid"] == holder.pid
+
+
+def test_the_lock_of_a_killed_process_is_recovered(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / "lock").exists()
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text()) == {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_whose_file_was_removed_before_it_was_taken_is_taken_again(tmp_path, monkeypatch):
+    real, calls = fcntl.flock, []
+
+    def flock(descriptor, operation):
+        if not calls:  # the last holder leaves between our open and our lock
+            (tmp_path / "lock").unlink()
+        calls.append(1)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with RunLock(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(RunLocked, match=f"process {os.getpid()} "):
+            RunLock(tmp_path).acquire()
+
+
+def no_locks(descriptor, operation):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_without_flock_a_living_holder_is_refused_and_a_dead_one_recovered(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(RunLocked, match=f"process {holder.pid} "):
+        RunLock(tmp_path).acquire()
+    holder.kill()
+    holder.wait()
+    with pytest.warns(RunWarning, match=r"no locks \(No locks available\)"), RunLock(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_without_flock_a_holder_on_another_host_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    (tmp_path / "lock").write_text('{"pid": 1, "host": "elsewhere"}')
+    with pytest.raises(RunLocked, match="process 1 on host elsewhere") as caught:
+        RunLock(tmp_path).acquire()
+    assert f"if that process is gone, which cannot be seen from here, remove {tmp_path / 'lock'}" in str(
+        caught.value
+    )
+    (tmp_path / "lock").unlink()
+    with pytest.warns(RunWarning, match="no locks"), RunLock(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(OSError, match="lock"):
+        RunLock(tmp_path / "missing").acquire()

@@ -1,0 +1,207 @@
+"""Row 7 of the faults, which seeds train together, and what of the environment is remembered."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+import subprocess
+import warnings
+
+import pytest
+import torch
+from toy_stack import JOB, contents
+
+from fastent.grokking.train import environment
+from fastent.grokking.train.environment import describe_environment
+from fastent.grokking.train.runs import Job, plan_stacks
+from fastent.grokking.train.storage import RunError, RunWarning
+
+OTHER = dataclasses.replace(JOB, config=dataclasses.replace(JOB.config, learning_rate=0.5, betas=(0.8, 0.9)))
+CHANGES = (
+    "config.betas: [0.9, 0.98] in the folder, [0.8, 0.9] now\n"
+    "  config.learning_rate: 0.001 in the folder, 0.5 now"
+)
+
+
+def edit_config(out, seed, **changes):
+    path = out / JOB.run_name(seed) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_config_json_holds_every_setting_and_the_stack(toy, tmp_path):
+    toy(tmp_path)
+    record = json.loads((tmp_path / JOB.run_name(2) / "config.json").read_text())
+    settings = record.pop("config")
+    assert record == {
+        "schema_version": 1, "experiment": "e1", "condition": "baseline", "seed": 2, "stack": [0, 2, 1],
+    }  # fmt: skip
+    assert settings.keys() == {field.name for field in dataclasses.fields(JOB.config)}
+    assert Job.of_settings("e1", "baseline", settings, JOB.seeds) == JOB
+
+
+def test_another_configuration_is_refused_with_a_diff_and_changes_nothing(half, toy):
+    out = half(27)
+    before = contents(out)
+    with pytest.raises(RunError, match=r"config\.json was written with another configuration") as caught:
+        toy(out, OTHER)
+    assert CHANGES in str(caught.value)
+    assert "--force" in str(caught.value)
+    assert contents(out) == before
+
+
+def test_force_goes_on_with_the_new_configuration_says_what_it_ignores_and_records_it(half, toy, warned):
+    out = half(27)
+    toy(out, OTHER, force=True)
+    assert len(warned()) == 3
+    assert all("--force ignores that the folder has\n  " + CHANGES in text for text in warned())
+    record = json.loads((out / JOB.run_name(1) / "config.json").read_text())
+    assert record["config"]["learning_rate"] == 0.5
+    assert record["forced"] == [{"checkpoint": 20, "changes": CHANGES.split("\n  ")}]
+    toy(out, OTHER)  # is its configuration now
+
+
+def test_a_newer_schema_is_refused_and_force_ignores_the_fields_it_does_not_know(half, toy, warned):
+    out = half(27)
+    edit_config(out, 2, schema_version=7, curriculum="easy first")
+    with pytest.raises(RunError, match="schema_version: 7, of a newer fastent; this one knows 1") as caught:
+        toy(out)
+    assert "curriculum: easy first in the folder, (absent) now" in str(caught.value)
+    toy(out, force=True)
+    (text,) = warned()
+    assert "curriculum: easy first" in text
+    assert (out / JOB.run_name(2) / "DONE").exists()
+
+
+def test_a_complete_run_of_another_configuration_is_refused_and_left_as_it_is_under_force(toy, tmp_path):
+    toy(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(RunError, match="learning_rate"):
+        toy(tmp_path, OTHER)
+    toy(tmp_path, OTHER, force=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_configuration_that_is_none_is_refused_by_name(half, toy):
+    out = half(27)
+    (out / JOB.run_name(2) / "config.json").write_text("{}")
+    with pytest.raises(RunError, match=r"seed2/config\.json is not a run's configuration"):
+        toy(out)
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def test_a_pickled_checkpoint_in_a_run_folder_is_refused_and_nothing_in_it_runs(
+    half, toy, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    out = half(27)
+    (out / JOB.run_name(0) / "checkpoint-25.pt").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(RunError, match=r"checkpoint-25\.pt: a pickled checkpoint is refused"):
+        toy(out)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_new_seeds_are_shared_out_over_the_workers(tmp_path):
+    ten = dataclasses.replace(JOB, seeds=tuple(range(10)))
+    assert [stack.seeds for stack in plan_stacks(ten, tmp_path)] == [ten.seeds]
+    assert [stack.seeds for stack in plan_stacks(ten, tmp_path, 3)] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    assert [stack.seeds for stack in plan_stacks(JOB, tmp_path, 8)] == [(0,), (2,), (1,)]
+
+
+def test_started_seeds_stay_in_the_stack_they_began_in(half, tmp_path):
+    out = half(27)
+    more = dataclasses.replace(JOB, seeds=(0, 1, 2, 3, 4))
+    assert [stack.seeds for stack in plan_stacks(more, out, 2)] == [(0, 2, 1), (3,), (4,)]
+    with pytest.warns(
+        RunWarning, match="seeds 1, 2 of e1-baseline started in one stack with seeds asked for"
+    ):
+        (stack,) = plan_stacks(dataclasses.replace(JOB, seeds=(0,)), out)
+    assert stack.seeds == JOB.seeds
+
+
+def test_another_number_of_threads_on_resume_is_warned_of(half, toy, warned):
+    out = half(27)
+    torch.set_num_threads(2)
+    try:
+        toy(out)
+    finally:
+        torch.set_num_threads(1)
+    assert len(warned()) == 3
+    assert "it began with threads 1, now 2: the last bits of its numbers may differ" in warned()[0]
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """Make fastent believe that it runs from a git checkout."""
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(environment.fastent, "__file__", str(tmp_path / "fastent" / "__init__.py"))
+    environment.commit.cache_clear()
+    yield
+    environment.commit.cache_clear()
+
+
+@pytest.mark.usefixtures("checkout")
+def test_without_git_the_run_goes_on_with_one_warning(toy, tmp_path, monkeypatch, warned):
+    def missing(*arguments, **options):
+        raise FileNotFoundError(2, "No such file or directory", "git")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    toy(tmp_path / "out")
+    toy(tmp_path / "again")
+    assert len(warned()) == 1
+    assert "the commit is not recorded: git failed" in warned()[0]
+    record = json.loads((tmp_path / "out" / JOB.run_name(0) / "environment.json").read_text())
+    assert record["commit"] is None
+
+
+@pytest.mark.usefixtures("checkout")
+def test_the_commit_is_asked_of_git(monkeypatch):
+    answer = subprocess.CompletedProcess([], 0, stdout="abc-dirty\n")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: answer)
+    assert describe_environment()["commit"] == "abc-dirty"
+
+
+def test_the_environment_names_versions_processor_and_threads():
+    found = describe_environment()
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["device"] == "cpu"
+    assert found["cpu"]
+
+
+def test_a_folder_without_a_row_or_a_checkpoint_counts_as_new(toy, tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    for seed in JOB.seeds:
+        (out / JOB.run_name(seed)).mkdir(parents=True)
+        config = uninterrupted[f"{JOB.run_name(seed)}/config.json"].replace(b'"width": 4', b'"width": 12')
+        assert b'"width": 12' in config
+        (out / JOB.run_name(seed) / "config.json").write_bytes(config)
+        (out / JOB.run_name(seed) / "environment.json").write_text('{"threads": 64}')
+        (out / JOB.run_name(seed) / "metrics.jsonl").write_bytes(b'{"step": 0, "train_')
+    assert [stack.seeds for stack in plan_stacks(JOB, out, 3)] == [(0,), (2,), (1,)]
+    with pytest.warns(RunWarning, match="line 1 is torn"):
+        toy(out)
+    assert contents(out) == uninterrupted
+    recorded = json.loads((out / JOB.run_name(0) / "environment.json").read_text())
+    assert recorded["threads"] == torch.get_num_threads()
+
+
+def test_a_seed_of_a_stack_that_was_trained_anew_alone_stays_by_itself(toy, half, tmp_path, uninterrupted):
+    out = half(27)
+    shutil.rmtree(out / JOB.run_name(2))
+    toy(out, dataclasses.replace(JOB, seeds=(2,)))
+    alone = {name: data for name, data in contents(out).items() if "seed2/" in name}
+    assert json.loads(alone[f"{JOB.run_name(2)}/config.json"])["stack"] == [2]
+    stacks = plan_stacks(JOB, out)
+    assert [stack.seeds for stack in stacks] == [(0, 1), (2,)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for stack in stacks:
+            toy(out, stack)
+    now = contents(out)
+    assert alone.items() <= now.items()
+    config = f"{JOB.run_name(1)}/config.json"
+    assert now[config] == uninterrupted[config]  # it says with whom it began
