@@ -98,7 +98,9 @@ def entropy_of_file(
         if len(shape) == 2 and tokens is not None:
             raise ValueError(f"{path} holds shape {shape}, which has no tokens axis: leave out --tokens")
         n = shape[0] * (shape[1] if tokens == "flatten" and len(shape) == 3 else 1)
-        if stored.nbytes <= WHOLE or n < shape[-1] or convention == "paper":
+        # One sample may be more than there is memory for: mapped, its tokens are read as they are needed.
+        long = stored.nbytes > CHUNK * shape[0]
+        if stored.nbytes <= WHOLE or n < shape[-1] or convention == "paper" or long:
             return spectral_entropy(stored.whole(), tokens=tokens, convention=convention), stored.dtype
         moments = Moments()
         for rows in stored.rows(max(1, CHUNK * shape[0] // stored.nbytes)):
@@ -153,6 +155,10 @@ def _only_member(path: Path) -> str:
             "numpy.save or safetensors.torch.save_file"
         )
     _check_one(path, [name.removesuffix(".npy") for name in names])
+    if not names[0].endswith(".npy"):
+        raise ValueError(
+            f"{path} holds {names[0]!r}, no array: save the activations with numpy.savez or numpy.save"
+        )
     return names[0]
 
 
@@ -179,13 +185,22 @@ def _check_one(path: Path, names: list[str]) -> None:
 def _numpy(path: Path, opened: Callable[[], AbstractContextManager[IO[bytes]]], *, mapped: bool) -> Stored:
     """Describe the array of a .npy stream, which `opened` opens anew at each call."""
     with opened() as file:
-        shape, column_major, dtype = _header(file)
+        try:
+            shape, column_major, dtype = _header(file)
+            if any(size < 0 for size in shape):
+                raise ValueError(f"shape {shape}")
+        except ValueError as error:
+            raise ValueError(
+                f"{path} has no whole NumPy header, and is cut short or damaged: {error}"
+            ) from error
         start = file.tell()
     if dtype.hasobject:
         raise ValueError(
             f"{path} holds Python objects, a pickle, and reading one runs the code in it: save numbers, with "
             "numpy.save(..., allow_pickle=False)"
         )
+    if dtype.type in (np.longdouble, np.clongdouble):
+        raise ValueError(f"{path} holds {dtype}, wider than torch's types: save it as float64")
     if dtype.kind not in "biufcV" or dtype.names or (dtype.kind == "V" and dtype.itemsize != 2):
         raise ValueError(
             f"{path} holds {dtype}, which is no type of number here (NumPy writes float8 and other types of ml_dtypes "

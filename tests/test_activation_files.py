@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -133,6 +134,22 @@ def test_an_array_larger_than_the_memory_allowed_is_read_in_bounded_memory(tmp_p
     assert f"samples, features    {rows}, {d}" in done.stdout
 
 
+def test_one_long_sample_is_mapped_and_not_read_at_once(tmp_path, monkeypatch):
+    h = np.random.default_rng(0).normal(size=(1, 20_000, 8))
+    np.save(tmp_path / "h.npy", h)
+    monkeypatch.setattr(activation_files, "WHOLE", 0)
+    monkeypatch.setattr(activation_files, "CHUNK", 1 << 16)
+    entropy_of_file(saved(tmp_path, H, "npz"))  # imports
+    tracemalloc.start()
+    try:
+        found, _ = entropy_of_file(tmp_path / "h.npy", tokens="flatten")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.normalized == pytest.approx(spectral_entropy(torch.from_numpy(h[0])).normalized, abs=1e-13)
+    assert peak < h.nbytes // 2
+
+
 class Bomb:
     def __reduce__(self):
         return open, ("executed", "w")
@@ -174,6 +191,13 @@ def test_what_is_no_array_of_numbers_is_named_with_a_remedy(tmp_path):
     (tmp_path / "table.csv").write_text("1,2\n")
     with pytest.raises(ValueError, match=r"table\.csv is neither \.npy, \.npz nor \.safetensors"):
         entropy_of_file(tmp_path / "table.csv")
+    np.save(tmp_path / "wide.npy", H.astype(np.longdouble))
+    with pytest.raises(ValueError, match=r"wide\.npy holds .*, wider than torch's types: save it as float64"):
+        entropy_of_file(tmp_path / "wide.npy")
+    with zipfile.ZipFile(tmp_path / "notes.npz", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match=r"notes\.npz holds 'readme\.txt', no array: save .* numpy\.savez"):
+        entropy_of_file(tmp_path / "notes.npz")
     np.save(tmp_path / "complex.npy", H + 1j)
     with pytest.raises(TypeError, match="complex"):
         entropy_of_file(tmp_path / "complex.npy")
@@ -186,6 +210,24 @@ def test_a_file_cut_short_is_named(tmp_path, monkeypatch, form, whole):
     path = saved(tmp_path, H, form)
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match=rf"h\.{form} is (cut short|not a whole)"):
+        entropy_of_file(path)
+
+
+@pytest.mark.parametrize("length", [6, 8, 9, 10, 60, 127])
+def test_a_file_cut_short_in_its_header_is_named(tmp_path, length):
+    path = saved(tmp_path, H, "npy")
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"h\.npy has no whole NumPy header, and is cut short or damaged"):
+        entropy_of_file(path)
+
+
+@pytest.mark.parametrize(
+    "changes", [(b"(60, 8)", b"(-6, 8)"), (b"'<f8'", b"'<q9'"), (b"'shape'", b"'shade'")]
+)
+def test_a_damaged_header_is_named(tmp_path, changes):
+    path = saved(tmp_path, H, "npy")
+    path.write_bytes(path.read_bytes().replace(*changes))
+    with pytest.raises(ValueError, match=r"h\.npy "):
         entropy_of_file(path)
 
 
