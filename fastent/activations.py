@@ -13,7 +13,7 @@ import sys
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastent.forks import check_pool
 from fastent.rounding import RESOLUTIONS, Resolution, of_dtype, of_means
@@ -81,7 +81,7 @@ class RealTokens:
                     f"{other[0].item():g}: for an additive mask (0 and -inf) use mask == 0, for numbered segments "
                     "mask > 0"
                 )
-            if mask.is_floating_point() and not bool(self.mask.any()):
+            if mask.is_floating_point() and mask.numel() and not bool(self.mask.any()):
                 raise ValueError(
                     "mask is 1 for a real token and 0 for padding, and holds no 1: for an additive mask (0 and -inf) "
                     "use mask == 0"
@@ -293,6 +293,12 @@ def _check_kind(h: Tensor, name: str) -> None:
         raise TypeError(
             f"{name} is a meta or fake tensor: it has a shape but no data; run the model on real tensors"
         )
+    if torch._C._functorch.is_functorch_wrapped_tensor(h):
+        raise TypeError(
+            f"{name} is inside a transform of torch.func (vmap, grad, jvp), where its numbers cannot be read: return "
+            "it from the transformed function, with has_aux=True beside a loss, and measure it outside; of vmap with "
+            "batch_dims=1"
+        )
     if h.is_nested:
         raise TypeError(f"{name} is a nested tensor: use {name}.values(), whose rows are its tokens")
     if h.layout != torch.strided:
@@ -306,6 +312,12 @@ def _check_kind(h: Tensor, name: str) -> None:
     if h.is_complex():
         raise TypeError(
             f"{name} is complex ({h.dtype}): use torch.view_as_real({name}).flatten(-2), or its abs()"
+        )
+    # torch reads from address 0 here; tensors of other classes keep their memory in tensors of their own.
+    if type(h) in (Tensor, nn.Parameter) and h.numel() and not h.untyped_storage().nbytes():
+        raise TypeError(
+            f"{name} {tuple(h.shape)} has no memory left: somebody freed it, as sharded training does after use; "
+            "measure it while the forward pass runs, or keep a copy"
         )
     if h.dtype not in RESOLUTIONS and h.dtype not in _INTEGERS:
         raise TypeError(
@@ -353,6 +365,8 @@ def _choose_tokens(h: Tensor, tokens: Tokens | None, batch_dims: int | None) -> 
             if dims > 3
             else ""
         )
+        if dims < 2 and h.numel():
+            remedy = f": of one row give h[None]{', for a batch of one matrix too' if leading else ''}"
         raise ValueError(f"h must have shape {wanted}; got {shape}{remedy}")
     if tokens is None:
         choices = ['tokens="flatten", "first", "last", "mean", "skip_first"']
@@ -441,12 +455,14 @@ def _choose_positions(
         raise ValueError(
             f"positions={positions!r} needs h of shape (samples, channels, ...); got {shape}: leave it out"
         )
-    axis = operator.index(channel_axis)
+    axis = int(operator.index(channel_axis))
     if not (leading < axis < h.ndim or leading < axis + h.ndim < h.ndim):
         raise ValueError(
             f"channel_axis must be an axis of h {shape} after that of the samples ({leading}); got {channel_axis}"
         )
     h = h.movedim(axis, -1)
     if positions == "mean":
+        if 0 in h.shape[leading + 1 : -1]:
+            raise ValueError(f"positions='mean' needs more positions than shape {shape} has")
         return _exact_float(h).flatten(leading + 1, -2).mean(-2, dtype=torch.float64)
     return h.flatten(leading, -2)

@@ -140,7 +140,7 @@ def covariance(
         batch_dims=batch_dims,
     )
     n = x.shape[-2]
-    if correction >= n:
+    if not correction < n:
         raise ValueError(
             f"the normaliser is n - correction and must be positive; got n = {n}, correction = {correction}"
         )

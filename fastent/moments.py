@@ -23,6 +23,8 @@ from fastent.spectrum import SpectralEntropy, entropy_of_matrix
 from fastent.spread import device_of_group
 from fastent.uncompiled import uncompiled
 
+_MOST_ROWS = 2**53  # as float64 counts them
+
 
 class Moments:
     """Count, mean and centred products of rows seen so far, exact however they are split.
@@ -89,7 +91,8 @@ class Moments:
         h : Tensor, shape (k, d)
             Any number of rows of any real dtype, none included. (k, tokens, d) needs `tokens`, a map `positions`.
         tokens, positions, channel_axis, mask, backend
-            See `fastent.spectral_entropy`. A batch that is padding alone adds no row.
+            See `fastent.spectral_entropy`. A batch that is padding alone adds no row; by a mask of floating-point
+            numbers that would be an additive one perhaps, and is an error.
 
         Returns
         -------
@@ -130,10 +133,14 @@ class Moments:
 
         Raises
         ------
+        TypeError
+            If `other` is no Moments: rows are added by `update`.
         ValueError
             If d differs.
         """
         check_pool()
+        if not isinstance(other, Moments):
+            raise TypeError(f"merge takes Moments; got {type(other).__name__}: rows are added by update")
         if other._state is None:
             return self
         if self._state is None:
@@ -243,7 +250,7 @@ class Moments:
             If fewer than two rows were seen or ``n <= correction``.
         """
         _, _, products, _ = self._at_least_two()
-        if correction >= self.n:
+        if not correction < self.n:
             raise ValueError(
                 f"the normaliser is n - correction and must be positive; got n = {self.n}, {correction = }"
             )
@@ -277,7 +284,10 @@ class Moments:
         )
 
     def pack(self) -> Tensor:
-        """Everything in one vector, to send or to store; `unpack` reads it.
+        """All rows in one vector, to send or to store; `unpack` reads it.
+
+        What it does not hold is that `all_reduce` added up the ranks' rows, which `state_dict` does: what is unpacked
+        counts as one rank's own.
 
         Returns
         -------
@@ -300,10 +310,18 @@ class Moments:
 
         Raises
         ------
+        TypeError
+            If it is no tensor with data.
         ValueError
-            If it has another dtype or shape, or counts that cannot be.
+            If it has another dtype or shape, or numbers that cannot be.
         """
         check_pool()
+        if not isinstance(packed, Tensor) or packed.is_meta:
+            what = "a meta tensor" if isinstance(packed, Tensor) else type(packed).__name__
+            raise TypeError(
+                f"packed moments are a float64 tensor; got {what}: of a list of numbers use torch.tensor(numbers, "
+                "dtype=torch.float64)"
+            )
         size = packed.numel() if packed.ndim == 1 else -1
         d = (math.isqrt(25 + 8 * (size - 3)) - 5) // 2 if size >= 3 else 0
         if packed.dtype != torch.float64 or size != 3 + 2 * d + d * (d + 1) // 2:
@@ -311,10 +329,14 @@ class Moments:
                 "packed moments are float64 of shape (3 + 2 d + d (d + 1) / 2,); "
                 f"got {packed.dtype}, {tuple(packed.shape)}"
             )
-        n, _, finest = packed[:3].tolist()
-        if n < 0 or not n.is_integer() or (n > 0) != (d > 0):
+        n, rounding, finest = packed[:3].tolist()
+        if not 0 <= n <= _MOST_ROWS or not n.is_integer() or (n > 0) != (d > 0):
             raise ValueError(
                 f"packed moments of n rows have n = 0 and d = 0, or both positive; got {n = }, {d = }"
+            )
+        if rounding < 0.0 or not finest >= 0.0:
+            raise ValueError(
+                f"packed moments have a rounding and a spacing of 0 or more; got {rounding}, {finest}"
             )
         moments = cls()
         if n:
@@ -322,6 +344,8 @@ class Moments:
             shift, delta, lower = packed[3:].split([d, d, d * (d + 1) // 2])  # type: ignore[no-untyped-call]
             products = packed.new_zeros(d, d)
             products[torch.ones(d, d, dtype=torch.bool, device=packed.device).tril()] = lower
+            if bool((products.diagonal() < 0.0).any()):
+                raise ValueError("packed moments have sums of squares of 0 or more, and here one is below 0")
             moments.n, moments._finest = int(n), finest
             moments._state = (shift, delta, products, packed[1])
         return moments

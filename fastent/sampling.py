@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -117,9 +118,10 @@ def sampling_error(
     n, d = x.shape
     if n < 3:
         raise ValueError(f"a jackknife needs at least 3 samples (rows); got N = {n}")
+    groups = operator.index(groups)
     if groups < 2:
         raise ValueError(f"groups must be at least 2; got {groups}")
-    if population is not None and population < n:
+    if population is not None and not population >= n:
         raise ValueError(f"the population cannot be smaller than its sample; got {population} < {n}")
     resolution = resolution_of(
         h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=None

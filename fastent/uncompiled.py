@@ -14,6 +14,11 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+_REASON = (
+    "fastent reads numbers on the host and calls libraries by address: call it outside of the compiled function, or "
+    "compile without fullgraph=True"
+)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -27,7 +32,7 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+            disabled.append(torch.compiler.disable(function, reason=_REASON))  # type: ignore[no-untyped-call]
             torch._dynamo.eval_frame.skip_code(call.__code__)  # type: ignore[attr-defined]  # nor this wrapper
         return disabled[0](*args, **kwargs)
 

@@ -408,3 +408,62 @@ def test_first_nonfinite_counts_and_finds():
     assert first_nonfinite(x) is None
     x[1, 2], x[2, 0] = torch.nan, torch.inf
     assert first_nonfinite(x) == (2, (1, 2))
+
+
+TRANSFORMS = {
+    "vmap": lambda f, h: torch.func.vmap(f)(h[None]),
+    "grad": lambda f, h: torch.func.grad(lambda x: (f(x), x.sum())[1])(h),
+    "jvp": lambda f, h: torch.func.jvp(f, (h,), (h,)),
+    "vmap of grad": lambda f, h: torch.func.vmap(torch.func.grad(lambda x: (f(x), x.sum())[1]))(h[None]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")  # torch's own, in jvp
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_tensor_inside_a_transform_is_refused_with_the_way_out(transform, threads):
+    def measures(x):
+        with pytest.raises(
+            TypeError, match=r"inside a transform of torch\.func .* has_aux=True .* batch_dims=1"
+        ):
+            spectral_entropy(x)
+        with pytest.raises(TypeError, match=r"inside a transform of torch\.func"):
+            Moments().update(x)
+        seen.append(x.shape)
+        return x
+
+    seen, before = [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        TRANSFORMS[transform](measures, activations(20, 4))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(20, 4)]
+
+
+def test_a_tensor_whose_memory_was_freed_is_refused():
+    for h in (activations(20, 4), torch.nn.Parameter(activations(20, 4))):
+        h.untyped_storage().resize_(0)
+        with pytest.raises(TypeError, match=r"h \(20, 4\) has no memory left"):
+            spectral_entropy(h)
+        with pytest.raises(TypeError, match=r"mask \(20, 4\) has no memory left"):
+            RealTokens(h)
+
+
+def test_a_mean_over_no_position_is_an_error_as_one_over_no_token_is():
+    for shape in ((8, 4, 0, 3), (8, 4, 0)):
+        with pytest.raises(ValueError, match="positions='mean' needs more positions than shape"):
+            Moments().update(torch.zeros(shape), positions="mean", channel_axis=1)
+    assert Moments().update(torch.zeros(0, 4, 3, 3), positions="mean", channel_axis=1).n == 0
+
+
+def test_a_mask_of_no_sample_is_no_mask_without_ones():
+    for dtype in (torch.bool, torch.int64, torch.float32):
+        mask = torch.zeros(0, 5, dtype=dtype)
+        assert Moments().update(torch.zeros(0, 5, 4), tokens="last", mask=mask).n == 0
+
+
+def test_a_vector_is_told_how_to_be_a_row():
+    with pytest.raises(ValueError, match=r"got \(4,\): of one row give h\[None\]"):
+        Moments().update(activations(4))
+    assert Moments().update(activations(4)[None]).n == 1

@@ -183,6 +183,11 @@ def test_packed_moments_are_count_rounding_mean_and_triangle_and_come_back_to_th
         torch.tensor([1.5, 0.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
         torch.tensor([torch.nan, 0.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
         torch.tensor([torch.inf, 0.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+        torch.tensor([1e300, 0.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+        torch.tensor([2.0, -1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+        torch.tensor([2.0, 0.0, torch.nan, 1.0, 1.0, 1.0], dtype=torch.float64),
+        torch.tensor([2.0, 0.0, -1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+        torch.tensor([2.0, 0.0, 1.0, 1.0, 1.0, -1.0], dtype=torch.float64),
     ],
 )
 def test_a_damaged_state_is_refused_and_nothing_of_it_is_taken_over(packed):
@@ -193,6 +198,40 @@ def test_a_damaged_state_is_refused_and_nothing_of_it_is_taken_over(packed):
     with pytest.raises(KeyError):
         moments.load_state_dict({"packed": Moments().pack()})
     assert torch.equal(moments.pack(), before)
+
+
+@pytest.mark.parametrize(
+    "packed", [None, Moments().pack().tolist(), Moments().pack().numpy(), Moments().pack().to("meta")]
+)
+def test_a_state_that_is_no_tensor_with_data_is_refused_with_a_remedy(packed):
+    moments = Moments().update(activations(50, 4))
+    before = moments.pack()
+    with pytest.raises(TypeError, match=r"packed moments are a float64 tensor.*torch\.tensor\(numbers"):
+        moments.load_state_dict({"packed": packed, "ranks": [], "grown": False})
+    assert torch.equal(moments.pack(), before)
+
+
+def test_a_state_with_rows_that_are_not_finite_comes_back():
+    moments = Moments().update(torch.tensor([[torch.nan, 1.0], [2.0, 3.0], [torch.inf, 0.0]]))
+    assert Moments.unpack(moments.pack()) == moments
+    assert Moments.unpack(moments.pack()).spectral_entropy().status is Status.NONFINITE
+
+
+@pytest.mark.parametrize("other", [activations(5, 4), None, {}])
+def test_merging_what_are_no_moments_says_that_rows_are_added_by_update(other):
+    moments = Moments().update(activations(50, 4))
+    with pytest.raises(TypeError, match="rows are added by update"):
+        moments.merge(other)
+    assert moments == Moments().update(activations(50, 4))
+
+
+@pytest.mark.parametrize("correction", [50, 51, float("nan")])
+def test_a_normaliser_that_is_not_positive_is_refused(correction):
+    h = activations(50, 4)
+    with pytest.raises(ValueError, match="the normaliser is n - correction and must be positive"):
+        Moments().update(h).covariance(correction=correction)
+    with pytest.raises(ValueError, match="the normaliser is n - correction and must be positive"):
+        fastent.covariance(h, correction=correction)
 
 
 def test_reset_forgets_everything_even_the_width():

@@ -188,6 +188,7 @@ def test_few_rows_are_corrected_in_part_and_say_so():
         ({"h": torch.zeros(2, 3)}, "at least 3 samples"),
         ({"h": torch.zeros(9, 3), "groups": 1}, "groups must be at least 2; got 1"),
         ({"h": torch.zeros(9, 3), "population": 8}, "got 8 < 9"),
+        ({"h": torch.zeros(9, 3), "population": float("nan")}, "got nan < 9"),
         ({"h": torch.zeros(9, 3, 4)}, "tokens="),
         ({"h": torch.zeros(9, 1)}, "d must be at least 2"),
     ],

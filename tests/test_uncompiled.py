@@ -89,3 +89,10 @@ def test_a_compiled_function_gets_the_same_numbers_as_any_other(name: str) -> No
     function = FUNCTIONS[name]
     h = inputs()
     assert float(torch.compile(function, backend="eager")(h)) == float(function(h))
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_graph_that_must_be_whole_is_refused_with_the_reason_and_the_remedy(name: str) -> None:
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="call it outside of the compiled function"):
+        torch.compile(FUNCTIONS[name], backend="eager", fullgraph=True)(inputs())
