@@ -4,8 +4,10 @@ Inside `undisturbed` a model evaluates: no dropout, no gradients, nothing compil
 exception too, all that a training step could notice is as before, bit for bit: of each submodule its mode, its
 buffers, its attributes, the lists, dicts, sets and deques in them with the tensors and generators that they
 hold, and the cache of its parametrisations; and the global random states of torch (CPU and CUDA), NumPy and
-Python. Parameters and gradients are not touched. Tensors are copied where the pass writes to them and nowhere
-else, small ones always.
+Python. Tensors are copied where the pass writes to them and nowhere else, small ones always. Modules that a list or
+an attribute hides from ``modules()`` are put back too; their mode stays what it is, as with ``model.eval()``.
+Gradients and parameters are not touched, but for the weights of embeddings with ``max_norm``, which are put back; a
+parameter that the model's own forward pass writes to is warned of.
 
 Not covered, since nobody can list it: objects of other kinds that an attribute holds (their own attributes,
 iterators), what a forward pass changes outside the model (closures, globals, class attributes; NumPy arrays),
@@ -43,6 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fastent.interrupts import Interrupts, interrupts_held
 from fastent.snapshot import FIELDS, Snapshot
+from fastent.user_warning import warn_user
 from fastent.worker import THREAD_NAME
 
 P = ParamSpec("P")
@@ -196,6 +199,13 @@ def _attributes(modules: list[nn.Module]) -> Iterator[None]:
         yield
     finally:
         snapshot.put_back()
+        written = snapshot.written
+    if written:
+        warn_user(
+            f"the model's forward pass writes to parameters in eval mode ({', '.join(written[:5])}), and a probe does "
+            "so too: keep in buffers what a forward pass writes to, they are put back",
+            UserWarning,
+        )
 
 
 def _not_put_back(modules: list[nn.Module]) -> dict[int, frozenset[str]]:

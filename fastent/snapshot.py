@@ -1,6 +1,7 @@
 """What modules keep beside their parameters: a snapshot of it, put back to the very objects.
 
-Attributes, buffers, the containers among them at any depth, the tensors in those, and the states of generators. The
+Attributes, buffers, the containers among them at any depth, the tensors and modules in those, and the states of
+generators; of the parameters only the weights of embeddings with ``max_norm``, which a forward pass writes to. The
 walk costs about 2 us for each module, and 4 us for each tensor. An attribute with more entries than `MOST` is data
 rather than state, and is not walked: what a pass adds at the end of its list or dict is taken off again, and no more.
 """
@@ -35,7 +36,7 @@ Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
 # These very types: a subclass may refuse what putting back does, or do more.
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _CONTAINERS = (*_DICTS, list, set, deque)
-_PLAIN, _CONTAINER, _TUPLE, _TENSOR, _GENERATOR, _GRAPH = range(6)
+_PLAIN, _CONTAINER, _TUPLE, _TENSOR, _GENERATOR, _GRAPH, _MODULE = range(7)
 _NONE: frozenset[str] = frozenset()
 _MISSING = object()
 
@@ -62,22 +63,41 @@ class Snapshot:
         self._put_back_states: list[Callable[[], object]] = []
         self._copies = _Copies()
         self._graphs = False
-        self._buffers = {id(module._buffers) for module in modules}
-        self._seen = {id(module.__dict__) for module in modules}
+        self._versions: list[tuple[nn.Module, list[tuple[str, nn.Parameter, int]]]] = []
+        self._buffers: set[int] = set()
+        self._seen: set[int] = set()
         self._todo: list[Container] = []
         self._entries = 0
+        self._take_modules(modules)
+
+    @property
+    def written(self) -> list[str]:
+        """Parameters that are written to since the snapshot: these are not put back."""
+        return [
+            f"{type(module).__name__}.{name}"
+            for module, parameters in self._versions
+            for name, parameter, version in parameters
+            if parameter._version != version
+        ]
+
+    def _take_modules(self, modules: list[nn.Module]) -> None:
+        self._buffers.update([id(module._buffers) for module in modules])
+        self._seen.update([id(module.__dict__) for module in modules])
+        kinds, empty, dicts = self._kinds, self._empty, self._dicts
         for module in modules:
             fields = module.__dict__
             old = fields.copy()
-            self._dicts.append((fields, old))
-            names = skipped.get(id(fields), _NONE)
+            dicts.append((fields, old))
+            names = self._skipped.get(id(fields), _NONE)
             for key, value in self._held(old.items(), old.values()):
-                kind = self._kinds[type(value)]
+                kind = kinds[type(value)]
                 if kind == _CONTAINER and not value:  # most of them: hooks
-                    self._empty.append(value)
+                    empty.append(value)
                 elif key in names:
                     continue
-                elif key in FIELDS and kind == _CONTAINER:  # however many parameters there are
+                elif key == "_modules" or key == "_parameters":
+                    dicts.append((value, dict(value)))
+                elif key in FIELDS and kind == _CONTAINER:  # however many buffers there are
                     if id(value) not in self._seen:
                         self._seen.add(id(value))
                         self._visit(value)
@@ -85,6 +105,28 @@ class Snapshot:
                     self._attribute(fields, key, kind, value)
                 elif self._take(kind, value):
                     self._tensors.append((fields, key, value))
+        if not self._skipped:
+            self._take_parameters(modules)
+
+    def _take_parameters(self, modules: list[nn.Module]) -> None:
+        # Embeddings with max_norm scale their weight down in every forward pass; it may be tied to another layer.
+        renormed = {
+            id(module._parameters.get("weight"))
+            for module in modules
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        }
+        for module in modules:
+            if not module._parameters:
+                continue
+            own = []
+            for name, parameter in module._parameters.items():
+                if type(parameter) is nn.Parameter:
+                    if id(parameter) in renormed:
+                        self._tensors.append((module._parameters, name, parameter))
+                    elif not parameter.is_inference():
+                        own.append((name, parameter, parameter._version))
+            if own:
+                self._versions.append((module, own))
 
     def put_copies(self) -> None:
         """Let the pass work on copies of the tensors.
@@ -96,7 +138,9 @@ class Snapshot:
         copy = self._copies.of
         with torch.no_grad():
             for container, key, value in self._tensors:
-                if not self._graphs or id(container) in self._buffers:
+                if type(value) is nn.Parameter:
+                    container[key] = self._copies.of_parameter(value)
+                elif not self._graphs or id(container) in self._buffers:
                     container[key] = copy(value)
 
     def put_back(self) -> None:
@@ -195,6 +239,13 @@ class Snapshot:
         if kind == _GRAPH:
             self._graphs = True
             return False
+        if kind == _MODULE:  # in a list, or past nn.Module.__setattr__, and so none of the model's
+            if id(value.__dict__) not in self._seen and not self._skipped:
+                entries, todo = self._entries, self._todo
+                self._todo = []
+                self._take_modules([m for m in value.modules() if id(m.__dict__) not in self._seen])
+                self._entries, self._todo = entries, todo
+            return False
         if id(value) not in self._seen:
             self._seen.add(id(value))
             if kind == _CONTAINER:
@@ -223,7 +274,7 @@ def _generators() -> tuple[type, ...]:
 def _kind(kind: type) -> int:
     if kind in _CONTAINERS:
         return _CONTAINER
-    if kind is tuple:
+    if kind is tuple or (issubclass(kind, tuple) and hasattr(kind, "_make")):  # named
         return _TUPLE
     if kind is nn.Parameter:
         return _PLAIN
@@ -231,6 +282,8 @@ def _kind(kind: type) -> int:
         return _TENSOR
     if issubclass(kind, _generators()) and not issubclass(kind, random.SystemRandom):  # which has no state
         return _GENERATOR
+    if issubclass(kind, nn.Module):
+        return _MODULE
     return _GRAPH if issubclass(kind, torch.cuda.CUDAGraph) else _PLAIN
 
 
@@ -291,15 +344,21 @@ class _Copies:
 
     def of(self, value: Any) -> Any:
         """Copy a tensor, or a tuple with those in it."""
-        if type(value) is tuple:
+        if isinstance(value, tuple):
             items = tuple(map(self.of, value))
-            return value if _same(items, value) else items
+            if _same(items, value):
+                return value
+            return items if type(value) is tuple else type(value)._make(items)  # type: ignore[attr-defined]
         if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
             return value
         known = self._tensors.get(id(value))
         if known is None:
             known = self._tensors[id(value)] = self._copy(value)
         return known
+
+    def of_parameter(self, value: nn.Parameter) -> nn.Parameter:
+        """Copy a parameter."""
+        return nn.Parameter(self._copy(value.detach()), value.requires_grad)
 
     def drop(self) -> None:
         """Give up the copies; the originals have their memory to themselves again, where it was."""

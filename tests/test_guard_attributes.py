@@ -3,7 +3,7 @@
 import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -166,8 +166,59 @@ class Replacing(nn.Module):
         return x * 2
 
 
+class State(NamedTuple):
+    mean: Tensor
+    counts: list[int]
+
+
+class Named(nn.Module):
+    """Keeps a named tuple of things that it changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = State(torch.zeros(D), [0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state.mean.add_(1)
+        self.state.counts[0] += 1
+        return x * self.state.counts[0] + self.state.mean
+
+
+class Renormed(nn.Module):
+    """Embeddings whose rows a forward pass scales down, one of them tied to the weight of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Embedding(4, D, max_norm=0.5)
+        self.bag = nn.EmbeddingBag(4, D, max_norm=0.5)
+        self.tied = nn.Linear(D, 4, bias=False)
+        self.tied.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = torch.arange(len(x)) % (4 if len(x) > 8 else 3)
+        return x * self.one(ids) + self.bag(ids[:, None]) + self.tied(x).sum(1, keepdim=True)
+
+
+def hidden(how: str) -> Callable[[], nn.Module]:
+    class Hiding(nn.Module):
+        """Runs a module that is none of its submodules, as a teacher that no optimiser shall see."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.__dict__["teacher"] = nn.Sequential(Counting(), nn.BatchNorm1d(D), Running())
+            if how == "in a list":
+                self.teachers = [self.__dict__.pop("teacher")]
+
+        def forward(self, x: Tensor) -> Tensor:
+            teacher: nn.Sequential = self.teachers[0] if how == "in a list" else self.teacher
+            return teacher(x) + teacher[1].running_mean
+
+    Hiding.__name__ = f"a module hidden {how}"
+    return Hiding
+
+
 KINDS = [Rotary, Counting, own_torch, own_in_a_list, own_python, own_numpy, own_bits, own_legacy, Caching]
-KINDS += [Running, Growing, Replacing]
+KINDS += [Running, Growing, Replacing, Named, Renormed, hidden("in a list"), hidden("past setattr")]
 
 
 def train(make: Callable[[], nn.Module], probed: bool, fails: bool = False) -> list[Any]:
@@ -196,6 +247,43 @@ def train(make: Callable[[], nn.Module], probed: bool, fails: bool = False) -> l
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
 def test_training_is_the_same_when_a_module_keeps_things_in_attributes(make: Any, fails: bool) -> None:
     assert train(make, True, fails) == train(make, False, fails)
+
+
+def test_a_named_tuple_is_the_same_object_afterwards_and_its_own_kind_in_the_pass() -> None:
+    model = Named()
+    before = model.state
+    with undisturbed(model):
+        assert isinstance(model.state, State)
+        assert model.state.mean is not before.mean
+    assert model.state is before
+
+
+def test_a_renormed_weight_is_scaled_in_the_pass_and_the_layer_that_is_tied_to_it_sees_it() -> None:
+    torch.manual_seed(0)
+    model = Renormed()
+    weight = model.one.weight
+    before, version = weight.detach().clone(), weight._version
+    with undisturbed(model):
+        model(probe())
+        assert model.one.weight.norm(dim=1).max() < 0.51
+        assert torch.equal(model.tied.weight, model.one.weight)
+    assert model.one.weight is weight is model.tied.weight
+    assert torch.equal(weight, before)
+    assert weight._version == version
+
+
+def test_a_parameter_that_the_forward_pass_writes_to_is_warned_of_by_name() -> None:
+    class Codes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes = nn.Parameter(torch.zeros(D), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.codes.add_(x.detach().mean(0))
+            return x + self.codes
+
+    with pytest.warns(UserWarning, match=r"writes to parameters in eval mode \(Codes\.codes\)"):
+        SpectralEntropyMonitor(Codes(), probe(), "")
 
 
 class Holding(nn.Module):
