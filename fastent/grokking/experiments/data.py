@@ -102,6 +102,19 @@ class StoredRun:
         """Return the values of the fields that differ from a preset's, task and measures aside."""
         return _changes(self.config, PRESETS_JSON[preset])
 
+    @functools.cached_property
+    def _columns(self) -> dict[str, Array]:
+        return {}
+
+    def column(self, name: str) -> Array:
+        """Return a column of its metrics, (m,), read once: NaN where there is no number or a status forbids its use."""
+        if name not in self._columns:
+            status = f"{name}_status"
+            usable = (status not in row or Status(row[status]).usable for row in self.rows)
+            values = [row.get(name) if use else None for row, use in zip(self.rows, usable, strict=True)]
+            self._columns[name] = np.array(values, dtype=np.float64)
+        return self._columns[name]
+
     @property
     def state(self) -> str:
         """What became of it, in words."""
@@ -228,11 +241,8 @@ class Runs:
     def column(self, name: str) -> Array:
         """Return a column of the metrics, (n, m); an entropy of any probe is NaN where it is not usable."""
         table = np.full((len(self), max((len(run.rows) for run in self.stored), default=0)), np.nan)
-        status = f"{name}_status"
         for values, run in zip(table, self.stored, strict=True):
-            for i, row in enumerate(run.rows):
-                if row.get(name) is not None and (status not in row or Status(row[status]).usable):
-                    values[i] = row[name]
+            values[: len(run.rows)] = run.column(name)
         return table
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""By how much a condition delays grokking, against the baseline runs of the same settings, and what it does to H.
+"""Delays of grokking under a condition, against baseline runs of the same settings, and what it does to H.
 
 Every run is kept: one that did not grok is censored at the limit of steps, and means are restricted to that limit.
 Tests are one-sided, "later than the baseline", as the paper's; Mann-Whitney treats the groups as unpaired, as the

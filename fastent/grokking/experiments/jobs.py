@@ -1,4 +1,4 @@
-"""What each experiment asks the trainer for: a function from settings and seeds to jobs.
+"""Jobs of each experiment: a function from settings and seeds to what it asks the trainer for.
 
 An experiment varies what it is about (a task, a condition) and takes everything else from the settings it is
 given, a preset with the command line's changes. What E6, E7 and the choices vary stands under the names of their

@@ -1,4 +1,4 @@
-"""By how much the entropy leads: the four ways to say when it "fell", and a sweep over the threshold.
+"""Leads of the entropy over grokking: four ways to say when it "fell", and a sweep over the threshold.
 
 A lead depends on where ``H*`` came from, so every result here says it:
 
