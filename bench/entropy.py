@@ -33,10 +33,9 @@ import torch
 import fastent
 from bench.harness import Row, beside, environment, interleaved, quantiles, ratio_columns
 from bench.providers import COVARIANCES, SHAPES, Shape, covariances, entropies
-from fastent.cost_model import Rates, estimate, floor, work
 from fastent.covariance import centered_matrix
 from fastent.eigenvalues import eigenvalues
-from fastent.rates import EDGES, measure_rates
+from fastent.plan import EDGES, Rates, estimate, floor, measure_rates, work
 
 LIMITS = {
     (512, 64): 1.05,

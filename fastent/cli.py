@@ -299,8 +299,7 @@ def plan(
         Seconds of the probe's forward pass, which the estimate cannot know: without it the plan says that it is left
         out.
     """
-    from fastent.plan import check_plan, describe, make_plan
-    from fastent.rates import measure_rates
+    from fastent.plan import check_plan, describe, make_plan, measure_rates
 
     sizes = {"layers": layers, "d": d, "probe": probe, "stride": stride}
     rest: dict[str, Any] = {

@@ -26,8 +26,8 @@ from fastent.axes import Axes, SamplesAxis
 from fastent.deferred import DeferredEntropy, OnFull
 from fastent.devices import in_line
 from fastent.evaluator import Evaluator
+from fastent.forecast.power_law import PowerLaw
 from fastent.interrupts import interrupts_held
-from fastent.power_law import PowerLaw
 from fastent.probing import Inputs, Layers
 from fastent.readings import Readings
 from fastent.records import EntropyRecord, Recording, checked_count

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastent.course import Course
-from fastent.diagnosis import Diagnosis, diagnosis_of
-from fastent.forecast import Forecast, predict_grok_time
-from fastent.history import History
-from fastent.power_law import PowerLaw
+from fastent.forecast.course import Course
+from fastent.forecast.diagnosis import Diagnosis, diagnosis_of
+from fastent.forecast.history import History
+from fastent.forecast.power_law import PowerLaw
+from fastent.forecast.predict import Forecast, predict_grok_time
 from fastent.records import EntropyRecord, Recording
 from fastent.spread import any_rank, world_size
 from fastent.uncompiled import uncompiled

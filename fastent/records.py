@@ -3,7 +3,7 @@
 The eigenvalues stay out: thousands of records must fit a checkpoint. Everything becomes plain JSON values and
 comes back without losing a bit. A crossing is the first step whose record is usable and below the threshold. It
 is remembered when its record has gone from the bounded list of its layer, as is what a diagnosis needs
-(`fastent.course`): neither a long run nor many layers change them.
+(`fastent.forecast.course`): neither a long run nor many layers change them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastent.course import Course, checked_number
+from fastent.forecast.course import Course, checked_number
 from fastent.sampling import SamplingError
 from fastent.spectrum import SpectralEntropy, Status
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastent.history import History
+from fastent.forecast.history import History
 from fastent.reference.forecast import entropy_power, remaining_power
 
 # A binary fraction, so that the mean of equal H* is exact.

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fastent
-from fastent.diagnosis import Phase
-from fastent.forecast import Reason
+from fastent.forecast.diagnosis import Phase
+from fastent.forecast.predict import Reason
 
 EVERY = 10
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import counters
-from fastent.cost_model import work
+from fastent.plan import work
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = json.loads(counters.TABLE.read_text())

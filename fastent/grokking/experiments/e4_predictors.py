@@ -8,10 +8,10 @@ A correlation over all evaluations of all runs mixes the common course of traini
 it is also taken within each run, within the plateau, and between changes from one evaluation to the next.
 
 Every predictor is fitted at the same evaluations, those before grokking with H above the mean H*, by least squares of
-`remaining = a x^gamma + b`, gamma within `fastent.triples.GAMMA_BOUNDS`, a and b of either sign: a norm may rise or
-fall towards grokking. R2 is given in sample, as the paper's, and for runs left out of the fit and of the constants (H*,
-the norm at grokking). In every run the remaining steps fall by one a step, so the clock, which needs no measurement of
-the network, explains much of them.
+`remaining = a x^gamma + b`, gamma within `fastent.forecast.power_law.GAMMA_BOUNDS`, a and b of either sign: a norm may
+rise or fall towards grokking. R2 is given in sample, as the paper's, and for runs left out of the fit and of the
+constants (H*, the norm at grokking). In every run the remaining steps fall by one a step, so the clock, which needs no
+measurement of the network, explains much of them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy import stats
 
+from fastent.forecast.power_law import GAMMA_BOUNDS, fit_line
 from fastent.grokking.experiments.claims import (
     CLAIMS,
     NONE,
@@ -52,7 +53,6 @@ from fastent.grokking.experiments.statistics import (
     mean_known,
     over,
 )
-from fastent.triples import GAMMA_BOUNDS, fit_line
 
 TITLE = "E4: norm against entropy"
 

@@ -1,10 +1,10 @@
 """E5, the question whether a power law of the entropy gap forecasts grokking, and what that is worth.
 
-Analysis of E1's runs, and of a few trained to the limit of steps (paper, section 8, Figure 4b; section 10; Appendix
-D). The law is fitted the paper's way, to all evaluations of all runs that grokked, and judged by R2; and by leaving
-out whole runs, H* and the law fitted to the others, against the clock at the same evaluations
-(`fastent.leave_one_out`). What the runs determine of its parameters is asked of the profile of gamma and of the law
-without C2.
+Analysis of E1's runs, and of a few trained to the limit of steps (paper, section 8, Figure 4b; section 10; Appendix D).
+The law is fitted the paper's way, to all evaluations of all runs that grokked, and judged by R2; and by leaving out
+whole runs, H* and the law fitted to the others, against the clock at the same evaluations
+(`fastent.forecast.validation`). What the runs determine of its parameters is asked of the profile of gamma and of the
+law without C2.
 
 Stopping as the paper recommends (section 10): 1,000 steps after H fell below H*, here that of the other seeds. What is
 saved is a share of the budget, and the budget is a choice: a run that groks at a quarter of it leaves three quarters to
@@ -12,10 +12,10 @@ be saved by whatever tells that it has grokked. So the same is computed for stop
 test accuracy and no entropy. The monitor's cost is what the trainer's timing log has measured: representations of the
 probe and their entropy, of the whole stack at each evaluation, against the time between the log's entries.
 
-Table 5, the paper's diagnostic guide, is read by `fastent.diagnosis.diagnose` at every evaluation of a run before it
-grokked, from the run so far, with the H* of the baseline's other seeds. Each run has the same weight. Runs of every
-experiment that trains the same task take part, also those that do not grok: a guide is needed where it is not known
-which those are.
+Table 5, the paper's diagnostic guide, is read by `fastent.forecast.diagnosis.diagnose` at every evaluation of a run
+before it grokked, from the run so far, with the H* of the baseline's other seeds. Each run has the same weight. Runs of
+every experiment that trains the same task take part, also those that do not grok: a guide is needed where it is not
+known which those are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from enum import StrEnum
 import numpy as np
 from matplotlib.figure import Figure
 
-from fastent.diagnosis import Phase, diagnose
+from fastent.forecast.diagnosis import Phase, diagnose
+from fastent.forecast.history import History
+from fastent.forecast.power_law import PowerLaw, Triples, profile_gamma
+from fastent.forecast.validation import LeaveOneOut, leave_one_run_out
 from fastent.grokking.experiments.claims import (
     CLAIMS,
     NONE,
@@ -61,11 +64,7 @@ from fastent.grokking.experiments.statistics import (
     share,
     where_known,
 )
-from fastent.history import History
-from fastent.leave_one_out import LeaveOneOut, leave_one_run_out
-from fastent.power_law import PowerLaw, profile_gamma
 from fastent.stopping import StopAfterCrossing
-from fastent.triples import Triples
 
 TITLE = "E5: does a power law forecast grokking?"
 

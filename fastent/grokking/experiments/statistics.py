@@ -11,7 +11,7 @@ pairs.
 
 Evaluations of a run are far from independent, so numbers made of many of them get their intervals by leaving out whole
 runs (`jackknife`): resampling evaluations would give intervals that are far too narrow, and a bootstrap over few runs
-repeats some of them and fits the rest too well (`fastent.power_law` has the simulations).
+repeats some of them and fits the rest too well (`fastent.forecast.power_law` has the simulations).
 """
 
 from __future__ import annotations
@@ -555,7 +555,7 @@ EXPLAINED: Scale = (
     # A float holds no share as low as e^700 times the variance.
     lambda x: -math.expm1(min(-x, 700.0)),
 )
-"""For shares of explained variance, as in `fastent.power_law`."""
+"""For shares of explained variance, as in `fastent.forecast.power_law`."""
 
 
 def jackknife(value: float, left_out: Sequence[float], scale: Scale = PLAIN) -> Estimate:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from closed_form import write_run
 
+from fastent.forecast.history import History
+from fastent.forecast.power_law import PowerLaw
 from fastent.grokking.experiments import e4_predictors, figures
 from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Table, Verdict
 from fastent.grokking.experiments.statistics import CORRELATION, EXPLAINED, jackknife
-from fastent.history import History
-from fastent.power_law import PowerLaw
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import pytest
 from closed_form import write_run
 from planted_columns import listed
 
-from fastent.diagnosis import Phase
+from fastent.forecast.diagnosis import Phase
 from fastent.grokking.experiments import e5_forecast, figures
 from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Table, Verdict

@@ -16,8 +16,8 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from fastent.course import MEDIAN, PATIENCE, WINDOW, Course
-from fastent.history import History, recent_change
+from fastent.forecast.course import MEDIAN, PATIENCE, WINDOW, Course
+from fastent.forecast.history import History, recent_change
 
 
 class Phase(StrEnum):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastent
-from fastent.course import MEDIAN, PATIENCE, WINDOW, Course
-from fastent.diagnosis import Phase
-from fastent.history import History, recent_change
+from fastent.forecast.course import MEDIAN, PATIENCE, WINDOW, Course
+from fastent.forecast.diagnosis import Phase
+from fastent.forecast.history import History, recent_change
 from fastent.records import EntropyRecord, Recording
 from fastent.spectrum import Status
 
@@ -19,7 +19,7 @@ entropies = st.lists(st.floats(0, 1) | st.sampled_from([0.25, 0.5, 0.75, math.na
 
 
 def of_the_whole(step, entropy, threshold, patience):
-    """Evidence from the arrays of the whole run, by their definitions in `fastent.diagnosis.Evidence`."""
+    """Evidence from the arrays of the whole run, by their definitions in `fastent.forecast.diagnosis.Evidence`."""
     step, entropy = np.array(step, dtype=float), np.array(entropy, dtype=float)
     usable = ~np.isnan(entropy)
     known = {

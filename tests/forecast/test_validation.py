@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from planted_runs import H_STAR, planted_runs
 
-from fastent.history import History
-from fastent.leave_one_out import HeldOut, LeaveOneOut, leave_one_run_out
-from fastent.power_law import PowerLaw
+from fastent.forecast.history import History
+from fastent.forecast.power_law import PowerLaw
+from fastent.forecast.validation import HeldOut, LeaveOneOut, leave_one_run_out
 
 NOISY = {"scale": 0.15, "offset": 0.01, "noise": 0.002}
 

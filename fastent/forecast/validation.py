@@ -14,9 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from fastent.history import Array, History
-from fastent.power_law import PowerLaw
-from fastent.triples import Triples, solve
+from fastent.forecast.history import Array, History
+from fastent.forecast.power_law import PowerLaw, Triples, solve
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,7 @@ import tracemalloc
 import pytest
 
 from fastent.cli import main
-from fastent.cost_model import Rates, all_reduce_bytes, estimate, floor, work
-from fastent.plan import describe, make_plan
+from fastent.plan import Rates, all_reduce_bytes, describe, estimate, floor, make_plan, work
 from fastent.torch_backend import SLAB
 
 # 1 GB/s, 1 GFLOP/s at any size, a solve that takes (m / 1000)^3 seconds.
@@ -152,7 +151,7 @@ def test_the_operations_are_those_of_every_slab_of_the_lower_triangle(m):
     ],
 )  # fmt: skip
 def test_the_forward_pass_is_named_whether_it_is_counted_or_not(monkeypatch, capsys, given, said):
-    monkeypatch.setattr("fastent.rates.measure_rates", lambda: RATES)
+    monkeypatch.setattr("fastent.plan.measure_rates", lambda: RATES)
     assert main(["plan", *given]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert said in lines
@@ -175,13 +174,13 @@ def test_the_forward_pass_is_named_whether_it_is_counted_or_not(monkeypatch, cap
 def test_a_plan_of_wrong_numbers_is_wrong_usage_before_anything_is_measured(
     monkeypatch, capsys, given, message
 ):
-    monkeypatch.setattr("fastent.rates.measure_rates", lambda: pytest.fail("measured"))
+    monkeypatch.setattr("fastent.plan.measure_rates", lambda: pytest.fail("measured"))
     assert main(["plan", *given]) == 2
     assert capsys.readouterr().err == f"fastent: {message}\n"
 
 
 def test_the_command_prints_the_ways_and_the_choice(monkeypatch, capsys):
-    monkeypatch.setattr("fastent.rates.measure_rates", lambda: RATES)
+    monkeypatch.setattr("fastent.plan.measure_rates", lambda: RATES)
     line = "plan --layers 80 --d 8192 --probe 512 --ranks 1024 --stride 100 --step-time 1.0"
     assert main(line.split()) == 0
     out = capsys.readouterr().out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastent.history import History, calibrate_threshold, recent_change
+from fastent.forecast.history import History, calibrate_threshold, recent_change
 from fastent.records import EntropyRecord
 from fastent.spectrum import Status
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted_runs import planted_runs
 
-from fastent.diagnosis import Phase, diagnose
-from fastent.history import History
+from fastent.forecast.diagnosis import Phase, diagnose
+from fastent.forecast.history import History
 
 H_STAR = 0.6
 

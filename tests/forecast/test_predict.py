@@ -11,9 +11,9 @@ from planted_runs import H_STAR, planted_runs
 from scipy import stats
 
 from fastent.entropy import spectral_entropy
-from fastent.forecast import Forecast, Reason, predict_grok_time
-from fastent.history import History
-from fastent.power_law import PowerLaw
+from fastent.forecast.history import History
+from fastent.forecast.power_law import PowerLaw
+from fastent.forecast.predict import Forecast, Reason, predict_grok_time
 
 LAW = PowerLaw(
     c1=40_000.0, gamma=2.0, c2=500.0, h_star=0.625, gap_range=(0.0, 0.25), residual=(300.0, 0.2), n_runs=5

@@ -13,9 +13,9 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from fastent.history import History, Interval, Threshold, calibrate_threshold, recent_change
-from fastent.leave_one_out import HeldOut, LeaveOneOut, Score, leave_one_run_out
-from fastent.power_law import PowerLaw, profile_gamma
+from fastent.forecast.history import History, Interval, Threshold, calibrate_threshold, recent_change
+from fastent.forecast.power_law import PowerLaw, profile_gamma
+from fastent.forecast.validation import HeldOut, LeaveOneOut, Score, leave_one_run_out
 from fastent.spectrum import SpectralEntropy
 
 __all__ = [

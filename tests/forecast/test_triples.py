@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from planted_runs import H_STAR, planted_runs
 from scipy.optimize import nnls
 
-from fastent.history import History
-from fastent.triples import Triples, fit_line, solve
+from fastent.forecast.history import History
+from fastent.forecast.power_law import Triples, fit_line, solve
 
 
 @settings(deadline=None)
