@@ -385,7 +385,7 @@ AFTER = "after its description"
 class Counterpart:
     """A figure or table of the paper, what it shows, and what of the report stands in its place.
 
-    `ours` names a figure of the report, or a section by the beginning of its title where `ours` has a table there.
+    `ours` names a figure of the report, or a section by its anchor where `ours` has a table there.
     """
 
     paper: str
@@ -407,24 +407,21 @@ COUNTERPARTS = (
     Counterpart("Figure 8", "lead of each run by each rule", "e1-leads", OURS),
     Counterpart("Figure 9", "Transformer and MLPs: accuracy, H, Fourier alignment", "e7-models", AFTER),
     Counterpart("Figure 10", "probes from the training and the test set", "e8-probes", AFTER),
-    Counterpart("Table 1", "T_grok under each condition", "E2:", AFTER),
-    Counterpart("Table 1", "the norm-matched control", "E3:", AFTER),
-    Counterpart("Table 2", "R² of each predictor", "E4:", AFTER),
-    Counterpart("Table 3", "T_grok and H* of each task", "E6:", AFTER),
-    Counterpart("Table 5", "its diagnosis, as a confusion matrix", "E5:", AFTER),
+    Counterpart("Table 1", "T_grok under each condition", "e2", AFTER),
+    Counterpart("Table 1", "the norm-matched control", "e3", AFTER),
+    Counterpart("Table 2", "R² of each predictor", "e4", AFTER),
+    Counterpart("Table 3", "T_grok and H* of each task", "e6", AFTER),
+    Counterpart("Table 5", "its diagnosis, as a confusion matrix", "e5", AFTER),
 )
 
 
 def figures_section(sections: Sequence[Section]) -> Section:
     """Say where the figures and tables of the paper are in a report of these sections, or that they are not run."""
-    figures = {figure.name for figure in figures_of(sections)}
+    places = {figure.name: f"figure `{figure.name}`" for figure in figures_of(sections)}
+    places |= {section.anchor: f'table in "{section.title}"' for section in sections}
     rows = []
     for each in COUNTERPARTS:
-        if each.ours in figures:
-            place = f"figure `{each.ours}`"
-        else:
-            titles = [s.title for s in sections if each.ours.endswith(":") and s.title.startswith(each.ours)]
-            place = f'table in "{titles[0]}"' if titles else "not run"
+        place = places.get(each.ours, "not run")
         rows.append((each.paper, each.shows, place, each.basis if place != "not run" else "–"))
     return Section(
         "figures",
