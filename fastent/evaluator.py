@@ -19,6 +19,7 @@ from fastent.activations import TooFewRows, rows_of
 from fastent.axes import Axes, Reading
 from fastent.deferred import DeferredEntropy, Opened
 from fastent.entropy import checked, spectral_entropy
+from fastent.guard import in_a_pass
 from fastent.interrupts import interrupts_held
 from fastent.moments import Moments
 from fastent.records import Recording
@@ -53,6 +54,11 @@ class Evaluator:
         self._seen_in_backward: dict[str, bool] = {}  # by layer, for its newest observed step
         self._warned_of_repeats = False
         self._probing = False
+
+    @property
+    def probing(self) -> bool:
+        """Whether the calling thread is in a pass of the probe."""
+        return self._probing and in_a_pass()
 
     def check(self, watched: Watched) -> None:
         """Pass the probe through the model and check what comes, without an evaluation; every rank may do so."""
@@ -93,7 +99,9 @@ class Evaluator:
             raise ValueError(
                 "merge=True keeps moments, and standard_error needs the activations: leave one of them out"
             )
-        if self._probing:  # by a hook of the user's that fires in the probe's pass too
+        if (
+            in_a_pass()
+        ):  # by a hook of the user's that fires in the pass of a probe too, of another monitor's as well
             return
         merging = layer in self._merged.moments
         if merging or self._recording.newest(layer) == step:

@@ -81,6 +81,7 @@ def undisturbed(model: nn.Module) -> Iterator[Interrupts]:
     with ExitStack() as stack:
         interrupts = stack.enter_context(interrupts_held())
         stack.enter_context(_alone(modules))
+        stack.enter_context(_counted())
         if "torch._dynamo" in sys.modules:  # else nothing can be compiled, and the import takes a second
             stack.enter_context(_EAGER)
         # Resharded first: what is put back are attributes of the sharded model.
@@ -106,6 +107,27 @@ def apart(function: Callable[P, R], interrupts: Interrupts) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return alone
+
+
+class _Passes(threading.local):
+    depth = 0
+
+
+_passes = _Passes()
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    _passes.depth += 1
+    try:
+        yield
+    finally:
+        _passes.depth -= 1
+
+
+def in_a_pass() -> bool:
+    """Whether the calling thread runs a model undisturbed, so that what hooks see is no training."""
+    return _passes.depth > 0
 
 
 _owners: dict[int, int] = {}  # from a module's id to the thread whose pass runs it

@@ -6,7 +6,7 @@ second one is raised at once while the model runs, a third one wherever it comes
 
 from __future__ import annotations
 
-import signal
+import _signal  # not `signal`, which makes enums of what it gives: 10 us for each call
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -53,18 +53,18 @@ class Interrupts:
 
     def release(self) -> None:
         """Put the handler back, and hand on what waited."""
-        installed: Any = signal.getsignal(signal.SIGINT)
+        installed: Any = _signal.getsignal(_signal.SIGINT)
         if installed is self:  # not one that was set meanwhile
-            signal.signal(signal.SIGINT, self._handler)
+            _signal.signal(_signal.SIGINT, self._handler)
         if self._waiting:
             self._waiting = 0
-            self._handler(signal.SIGINT, sys._getframe())
+            self._handler(_signal.SIGINT, sys._getframe())
 
 
 @contextmanager
 def interrupts_held() -> Iterator[Interrupts]:
     """Hold Ctrl-C inside; within another such block, until that one ends."""
-    handler = signal.getsignal(signal.SIGINT)
+    handler = _signal.getsignal(_signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield Interrupts(_ignore)
         return
@@ -73,7 +73,7 @@ def interrupts_held() -> Iterator[Interrupts]:
         return
     held = Interrupts(handler)
     try:
-        signal.signal(signal.SIGINT, held)
+        _signal.signal(_signal.SIGINT, held)
         yield held
     finally:
         held.release()

@@ -216,7 +216,8 @@ class SpectralEntropyMonitor(Readings):
 
         A step is due when ``step // every`` has grown since the last call, the first call of all when `step` is a
         multiple of `every`: counts that skip multiples are evaluated right after them, and recorded at the step that
-        they were given. A step seen again (gradient accumulation) is not evaluated again, unless that failed.
+        they were given. A step seen again (gradient accumulation) is not evaluated again, unless that failed. A call
+        from a hook of the model, which fires in the probe's own pass too, does nothing there.
 
         Parameters
         ----------
@@ -238,6 +239,8 @@ class SpectralEntropyMonitor(Readings):
         FloatingPointError
             For NaN or Inf in activations with ``on_nonfinite="raise"``.
         """
+        if self._evaluator.probing:
+            return []
         step = self._advance(step)
         if self._watched is None:
             raise RuntimeError("step needs a model, a probe and layers; without them call observe")
@@ -260,7 +263,7 @@ class SpectralEntropyMonitor(Readings):
         layer="x"))``. It returns None, since torch takes what a hook returns for the layer's output: the record comes
         out of the next `step` or `flush`, to `on_record` and into the `history`. Of less than two rows, as of a batch
         of one, the status is `too_few_rows`. A forward pass that activation checkpointing repeats during the backward
-        pass counts once, and the pass of the monitor's own probe not at all.
+        pass counts once, and the pass of a monitor's probe, this one's or another's, not at all.
 
         Parameters
         ----------

@@ -417,6 +417,29 @@ def test_a_hook_that_observes_is_not_fed_by_the_monitors_own_probe() -> None:
     assert [r.layer for r in monitor.flush()] == ["train"]
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_hook_that_observes_is_not_fed_by_the_probe_of_another_monitor(merge: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    training, other = Monitor(), Monitor(model, inputs(), "2", every=1)
+    hook = model[0].register_forward_hook(
+        lambda module, args, out: training.observe(0, out, layer="train", merge=merge)
+    )
+    other.step(0)
+    batch = inputs(1)
+    model(batch)
+    hook.remove()
+    expected = spectral_entropy(model[0](batch).detach()).normalized
+    assert [r.normalized for r in training.flush()] == [pytest.approx(expected, abs=1e-12)]
+
+
+def test_a_step_in_a_hook_of_the_model_does_not_call_itself() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+    monitor = Monitor(model, inputs(), "0", every=1)
+    model[1].register_forward_hook(lambda module, args, out: monitor.step(0) and None)
+    model(inputs(1))
+    assert [(r.step, r.layer) for r in monitor.history] == [(0, "0")]
+
+
 def test_records_that_nobody_takes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastent import arrivals
 
