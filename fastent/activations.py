@@ -63,6 +63,7 @@ class RealTokens:
     """
 
     def __init__(self, mask: Tensor) -> None:
+        check_pool()
         _check_kind(mask, "mask")
         if mask.ndim != 2:
             axes = "[" + ":, " + ", ".join("0" for _ in mask.shape[1:-1]) + "]"

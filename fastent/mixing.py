@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastent.forks import check_pool
+
 
 def mix_representations(h: Tensor, alpha: float = 0.1, shift: int = 1) -> Tensor:
     """Mix each row with the one `shift` places on; differentiable.
@@ -43,6 +45,7 @@ def mix_representations(h: Tensor, alpha: float = 0.1, shift: int = 1) -> Tensor
             [1.5000],
             [1.0000]])
     """
+    check_pool()
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be between 0 and 1; got {alpha!r}")
     n = h.shape[-2]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastent.forks import check_pool
 from fastent.guard import apart, fsdp1_modules, fsdp_modules, undisturbed
 from fastent.spread import Spread
 
@@ -51,6 +52,7 @@ class Probe:
     """
 
     def __init__(self, inputs: Inputs, *, rows_from_tokens: bool = False) -> None:
+        check_pool()
         if isinstance(inputs, Tensor):
             self.inputs: Inputs = inputs
             self.args: tuple[Any, ...] = (inputs,)
@@ -259,6 +261,7 @@ def reduce_activations(
     ValueError
         If a layer of a model under tensor parallelism holds only a part (`fastent.spread`).
     """
+    check_pool()
     with undisturbed(model) as interrupts, Spread(model) as spread:
         reduce = apart(reduce, interrupts)
         if callable(layers):
