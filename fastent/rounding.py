@@ -103,7 +103,11 @@ def held(rows: Tensor, given: Resolution, offset: float, unit: float) -> torch.d
         narrow = RESOLUTIONS[dtype]
         if not narrow.relative > given.relative > 0.0:
             break
-        if narrow.share(offset, unit) > UNRESOLVED_SHARE and _fits(dtype, some(rows)) and _fits(dtype, rows):
+        if (
+            narrow.share(offset, unit) > UNRESOLVED_SHARE
+            and _survives(dtype, some(rows))
+            and _fits(dtype, rows)
+        ):
             return dtype
     return None
 
@@ -136,7 +140,7 @@ def of_means(samples: Sequence[Tensor], given: Resolution) -> Resolution:
         return given
     for dtype in _HELD:
         narrow = RESOLUTIONS[dtype]
-        if narrow.relative > given.relative and all(_fits(dtype, sample) for sample in samples):
+        if narrow.relative > given.relative and _fits(dtype, torch.cat(list(samples))):
             given = narrow
             break
     kept = 0.0
@@ -154,6 +158,10 @@ def of_means(samples: Sequence[Tensor], given: Resolution) -> Resolution:
 def some(rows: Tensor) -> Tensor:
     """Return a few rows from all over, or an only one."""
     return rows[:: -(-len(rows) // _FEW)] if rows.ndim == 2 and len(rows) > _FEW else rows
+
+
+def _survives(dtype: torch.dtype, rows: Tensor) -> bool:
+    return bool((rows.to(dtype) == rows).all())
 
 
 def _fits(dtype: torch.dtype, rows: Tensor) -> bool:

@@ -103,6 +103,18 @@ def test_values_of_a_narrower_dtype_are_seen_in_a_wider_one(holder, narrow, offs
     assert UNRESOLVED not in spectral_entropy(h.to(holder)).flags
 
 
+def test_rows_that_happen_to_be_whole_do_not_hide_what_the_others_hold():
+    h = (activations() * 0.2 + 1000.0).half().float()
+    h[::128] = 1000.0  # those that are looked at first
+    assert 0.1 < float((h != h.round()).double().mean()) < 0.5
+    assert status_of(h) is UNRESOLVED
+    assert Moments().update(h).spectral_entropy().status is UNRESOLVED
+    tokens = h[:, None].repeat(1, 3, 1)
+    assert status_of(tokens, tokens="mean") is UNRESOLVED
+    tokens[1::2] = 1000.5
+    assert status_of(tokens, tokens="mean") is UNRESOLVED
+
+
 def test_float64_that_holds_float32_is_seen():
     h = activations() + 1e8
     assert status_of(h.float().double()) is UNRESOLVED
