@@ -9,13 +9,13 @@ an attribute hides from ``modules()`` are put back too; their mode stays what it
 Gradients and parameters are not touched, but for the weights of embeddings with ``max_norm``, which are put back; a
 parameter that the model's own forward pass writes to is warned of.
 
-Not covered, since nobody can list it: objects of other kinds that an attribute holds (their own attributes,
-iterators), what a forward pass changes outside the model (closures, globals, class attributes; NumPy arrays),
-the buffers of TorchScript modules. An attribute with more than 10,000 entries (1,000 tensors), counted over all that
-is in it, is taken for data: what the pass adds at the end of its list or dict is taken off, changes within stay. Hooks
-that the user registered fire: those of weight normalisation or sharding must, and no hook says which kind it is. Of a
-model sharded by FSDP the hooks, submodules and parameters that a pass adds stay. A buffer of 64 KiB or more must not
-grow in place (`resize_`) in the pass: torch fails then.
+Not covered, since nobody can list it: objects of other kinds that an attribute holds (their own attributes, iterators;
+subclasses of list, dict and such), a module's ``__slots__``, what a forward pass changes outside the model (closures,
+globals, class attributes; NumPy arrays), the buffers of TorchScript modules. An attribute with more than 10,000
+entries (1,000 tensors), counted over all that is in it, is taken for data: what the pass adds at the end of its list
+or dict is taken off, changes within stay. Hooks that the user registered fire: those of weight normalisation or
+sharding must, and no hook says which kind it is. Of a model sharded by FSDP the hooks, submodules and parameters that
+a pass adds stay. A buffer of 64 KiB or more must not grow in place (`resize_`) in the pass: torch fails then.
 
 Threads. Passes through one model, or a part of it, wait for each other. Two switches hold for the whole process
 while a pass runs: compiled code runs eagerly and nn.TransformerEncoder's inference kernels are off, in other

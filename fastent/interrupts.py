@@ -6,7 +6,8 @@ second one is raised at once while the model runs, a third one wherever it comes
 
 from __future__ import annotations
 
-import _signal  # not `signal`, which makes enums of what it gives: 10 us for each call
+# Not `signal`, which makes enums of what it gives: 10 us for each call.
+import _signal  # type: ignore[import-not-found]
 import sys
 import threading
 from collections.abc import Callable, Iterator

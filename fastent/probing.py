@@ -182,6 +182,8 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
     ValueError
         If a name or pattern fits nothing, or a container is empty; close names are given.
     """
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers takes a name, several of them, or a function; got {type(layers).__name__}")
     paths: dict[str, str] = {}
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):

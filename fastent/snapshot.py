@@ -145,7 +145,8 @@ class Snapshot:
 
     def put_back(self) -> None:
         """Make everything what it was; written to only where it differs."""
-        for container in filter(None, self._empty):
+        filled: Iterable[Container] = filter(None, self._empty)
+        for container in filled:
             container.clear()
         for container, length in self._long:
             _cut(container, length)

@@ -206,6 +206,8 @@ def test_a_module_in_place_of_a_name_is_an_error() -> None:
         Monitor(model, inputs(), model.head)
     with pytest.raises(TypeError, match="got Linear among them"):
         Monitor(model, inputs(), [model.head])
+    with pytest.raises(TypeError, match="a name, several of them, or a function; got int"):
+        Monitor(model, inputs(), 0)  # type: ignore[arg-type]
 
 
 def test_a_layer_that_never_ran_is_an_error_that_counts_0_times() -> None:
