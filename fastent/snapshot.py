@@ -2,7 +2,7 @@
 
 Attributes, buffers, the containers among them at any depth, the tensors and modules in those, and the states of
 generators; of the parameters only the weights of embeddings with ``max_norm``, which a forward pass writes to. The
-walk costs about 2 us for each module, and 4 us for each tensor. An attribute with more entries than `MOST` is data
+walk costs about 4 us for each module, and as much for each tensor. An attribute with more entries than `MOST` is data
 rather than state, and is not walked: what a pass adds at the end of its list or dict is taken off again, and no more.
 """
 
