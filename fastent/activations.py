@@ -288,8 +288,9 @@ def _check_kind(h: Tensor, name: str) -> None:
     if not isinstance(h, Tensor):
         remedy = f"; use torch.from_numpy({name})" if type(h).__module__ == "numpy" else ""
         raise TypeError(f"{name} must be a torch.Tensor; got {type(h).__name__}{remedy}")
+    plain = type(h) is Tensor
     # A fake tensor can exist only when its module has been imported: no import of ours for the check.
-    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    fake = None if plain else sys.modules.get("torch._subclasses.fake_tensor")
     if h.is_meta or (fake is not None and isinstance(h, fake.FakeTensor)):
         raise TypeError(
             f"{name} is a meta or fake tensor: it has a shape but no data; run the model on real tensors"
@@ -304,23 +305,24 @@ def _check_kind(h: Tensor, name: str) -> None:
         raise TypeError(f"{name} is a nested tensor: use {name}.values(), whose rows are its tokens")
     if h.layout != torch.strided:
         raise TypeError(f"{name} must be dense; got layout {h.layout}: use {name}.to_dense()")
-    if h.is_quantized:
+    numbers = h.dtype in RESOLUTIONS or h.dtype in _INTEGERS
+    if not numbers and h.is_quantized:
         raise TypeError(f"{name} is quantised ({h.dtype}): use {name}.dequantize()")
-    if hasattr(h, "full_tensor"):
+    if not plain and hasattr(h, "full_tensor"):
         raise TypeError(
             f"{name} is a DTensor: use {name}.full_tensor(), or fastent.Moments over {name}.to_local() for row shards"
         )
-    if h.is_complex():
+    if not numbers and h.is_complex():
         raise TypeError(
             f"{name} is complex ({h.dtype}): use torch.view_as_real({name}).flatten(-2), or its abs()"
         )
     # torch reads from address 0 here; tensors of other classes keep their memory in tensors of their own.
-    if type(h) in (Tensor, nn.Parameter) and h.numel() and not h.untyped_storage().nbytes():
+    if (plain or type(h) is nn.Parameter) and not h.untyped_storage().nbytes() and h.numel():
         raise TypeError(
             f"{name} {tuple(h.shape)} has no memory left: somebody freed it, as sharded training does after use; "
             "measure it while the forward pass runs, or keep a copy"
         )
-    if h.dtype not in RESOLUTIONS and h.dtype not in _INTEGERS:
+    if not numbers:
         raise TypeError(
             f"{name} is {h.dtype}, whose elements torch cannot read as numbers (packed or bare bits): unpack and scale "
             "it to the numbers it stands for, such as float32, first"
@@ -348,6 +350,8 @@ def _exact_float(h: Tensor) -> Tensor:
 def _choose_tokens(h: Tensor, tokens: Tokens | None, batch_dims: int | None) -> Tensor:
     leading = batch_dims or 0
     dims = h.ndim - leading
+    if dims == 2 and tokens is None:
+        return h
     shape = tuple(h.shape)
     if dims > 3 and all(size == 1 for size in shape[leading + 2 :]):
         h = h.flatten(leading + 1)  # a pool

@@ -28,6 +28,7 @@ HUGE_FROM = 724  # 4 MiB, from which NumPy asks for huge pages
 # Names in the wheels of NumPy 2 and 1; the suffix says that all integers have 64 bits.
 _PREFIXES = ("scipy_", "")
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
+_CPU = torch.device("cpu")
 _ROW_MAJOR, _LOWER, _AS_IT_IS, _TRANSPOSED = 101, 122, 111, 112
 
 
@@ -38,7 +39,7 @@ class _Library(NamedTuple):
 
 def preferred(x: Tensor) -> bool:
     """Whether products and eigenvalues of `x` belong here rather than to torch."""
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.get_num_threads() != 1 or not available():
+    if type(x) is not Tensor or not x.is_cpu or torch.get_num_threads() != 1 or not available():
         return False
     library = _library()
     return library is not None and library.threads() == 1
@@ -59,7 +60,7 @@ def empty(m: int) -> Tensor:
     """Uninitialised float64 matrix (m, m), a large one in NumPy's memory, which asks for huge pages."""
     if m >= HUGE_FROM:
         return torch.from_numpy(np.empty((m, m)))
-    return torch.empty((m, m), dtype=torch.float64, device="cpu")  # its address is handed to C
+    return torch.empty((m, m), dtype=torch.float64, device=_CPU)  # its address is handed to C
 
 
 def add_lower_product(lower: Tensor, a: Tensor, scale: float, *, first: bool = False) -> None:
