@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastent.grokking.experiments.statistics import Array, Mask, Times
+from fastent.grokking.train import milestones
 from fastent.grokking.train.config import PRESETS, TASK_SETTINGS, TrainConfig
 from fastent.grokking.train.milestones import SUSTAINED, TAU, WINDOW
 from fastent.grokking.train.storage import RunError, RunWarning, read_rows, write_atomically
@@ -312,34 +313,15 @@ class Runs:
 
     def first(self, hit: Mask, in_a_row: int = 1) -> Array:
         """Step of the first evaluation of each run where `hit` (n, m) holds, or of the first `in_a_row`; (n,)."""
-        if hit.shape[1] < in_a_row:
-            return np.full(len(self), np.nan)
-        all_hit = np.all(np.lib.stride_tricks.sliding_window_view(hit, in_a_row, axis=1), axis=2)
-        at = all_hit.argmax(axis=1)
-        rows = np.arange(len(self))
-        return np.where(all_hit[rows, at], self.step[rows, at], np.nan)
+        return milestones.first(self.step, hit, in_a_row)
 
     def first_below(self, threshold: Array | float) -> Array:
         """T_cross: first step of each run with an entropy below a threshold, its own (n,) or one for all; (n,)."""
         return self.first(self.entropy < np.reshape(threshold, (-1, 1)))
 
     def first_collapse(self, tau: float = TAU, window: int = WINDOW) -> Array:
-        """T_collapse: first step with an entropy more than `tau` below the largest of `window` evaluations, (n,).
-
-        The evaluations are those that end at the step, its own among them. An entropy that is not usable neither
-        falls nor is fallen from.
-
-        Raises
-        ------
-        ValueError
-            If `window` is below 2: a fall needs two evaluations.
-        """
-        if window < 2:
-            raise ValueError(f"window must be at least 2 evaluations; got {window}")
-        known = np.where(np.isnan(self.entropy), -np.inf, self.entropy)
-        padded = np.pad(known, ((0, 0), (window - 1, 0)), constant_values=-np.inf)
-        highest = np.lib.stride_tricks.sliding_window_view(padded, window, axis=1).max(axis=2)
-        return self.first(highest - self.entropy > tau)
+        """T_collapse of each, as `fastent.grokking.train.milestones.first_collapse` has it, (n,)."""
+        return milestones.first_collapse(self.step, self.entropy, tau=tau, window=window)
 
     def at(self, values: Array | str, step: Array) -> Array:
         """Value of each run at a step that it evaluated, of an array (n, m) or a column by its name; (n,)."""

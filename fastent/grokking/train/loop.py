@@ -33,7 +33,7 @@ from fastent.grokking.train.checkpoint import KEPT, Checkpoint
 from fastent.grokking.train.conditions import Condition, make_condition
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.measures import Measures
-from fastent.grokking.train.milestones import summarize_run
+from fastent.grokking.train.milestones import reached
 from fastent.grokking.train.runs import Job, Row, Run
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import Interrupted, RunError, RunWarning, StopRequest
@@ -295,7 +295,7 @@ class _Training:
             return "max_steps"
         if not run.evaluation_due(step):
             return None
-        grokked = summarize_run(run.metrics.rows, config).t_grok_sustained
+        grokked = reached(run.metrics.rows, config)["t_grok_sustained"]
         if grokked is None:
             return None
         beyond = max(config.run_past_steps, config.run_past_share * grokked)
@@ -312,9 +312,7 @@ class _Training:
     def _finish(self, ended: dict[int, str], step: int) -> None:
         for run in self._recorded(step):
             if run.seed in ended:
-                summary = summarize_run(run.metrics.rows, self.job.config)
-                names = ("t_mem", "t_grok", "t_grok_sustained")
-                run.finish(step, ended[run.seed], {name: getattr(summary, name) for name in names})
+                run.finish(step, ended[run.seed], reached(run.metrics.rows, self.job.config))
                 self.observers.done(self.job, run.seed)
         self.stack.keep([seed for seed in self.stack.seeds if seed not in ended])
 

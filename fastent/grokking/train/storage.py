@@ -260,6 +260,7 @@ def read_rows(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
 LOCK_NAME = "lock"
 
 
+# Not `filelock` (read at 4.3.1): its refusal names no holder, and of file systems without flock it knows ENOSYS alone.
 class RunLock:
     """The right to write into `folder`, held from `acquire` (or ``with``) to `release`."""
 

@@ -16,7 +16,6 @@ from fastent.grokking.experiments.data import PRESETS_JSON, Runs, StoredRun, mai
 from fastent.grokking.experiments.report import write_report
 from fastent.grokking.experiments.statistics import over, share
 from fastent.grokking.train.config import preset
-from fastent.grokking.train.milestones import summarize_run
 from fastent.grokking.train.storage import RunError, RunWarning
 
 
@@ -211,19 +210,44 @@ def ragged(rng, count):
 def test_runs_as_arrays_have_the_quantities_of_each_run_alone():
     stored = ragged(np.random.default_rng(0), 200)
     runs = Runs(tuple(stored))
-    entropies = (runs.h_star, runs.at(runs.entropy, runs.start), runs.at(runs.entropy, runs.t_mem))
-    columns = (runs.t_mem, runs.t_grok, runs.t_grok_sustained, runs.first_collapse(), *entropies, runs.end)
-    columns = (*columns, runs.at(runs.norm, runs.t_grok), runs.first_below(runs.h_star))
-    names = ("t_mem", "t_grok", "t_grok_sustained", "t_collapse", "h_star", "entropy_start", "entropy_at_mem")
-    names = (*names, "last_step", "norm_at_grok", "t_cross")
     config = preset("paper")
     for i, run in enumerate(stored):
-        alone = summarize_run(run.rows, config)
-        found = {name: values[i] for name, values in zip(names, columns, strict=True)}
-        assert {name: None if np.isnan(x) else x for name, x in found.items()} == {
-            name: getattr(alone, name) for name in names
+        rows = {row["step"]: row for row in run.rows}
+        h = {at: row["entropy"] for at, row in rows.items() if row["entropy_status"] == "ok"}
+        h = {at: value for at, value in h.items() if value is not None}
+        right = [at for at, row in rows.items() if row["test_accuracy"] >= config.criterion]
+        memorised = [at for at, row in rows.items() if row["train_accuracy"] >= config.memorised]
+        grok, mem = min(right, default=None), min(memorised, default=None)
+        before = {at: [h[x] for x in range(at - 400, at + 1, 100) if x in h] for at in h}
+        expected = {
+            "t_mem": mem,
+            "t_grok": grok,
+            "t_grok_sustained": min((at for at in right if {at + 100, at + 200} <= set(right)), default=None),
+            "t_collapse": min((at for at in h if max(before[at]) - h[at] > 0.05), default=None),
+            "h_star": h.get(grok),
+            "entropy_start": h.get(0),
+            "entropy_at_mem": h.get(mem),
+            "end": max(rows),
+            "norm_at_grok": rows[grok]["parameter_norm"] if grok is not None else None,
+            "t_cross": min((at for at in h if grok in h and h[at] < h[grok]), default=None),
         }
+        columns = (runs.t_mem, runs.t_grok, runs.t_grok_sustained, runs.first_collapse(), runs.h_star)
+        columns = (*columns, *(runs.at(runs.entropy, at) for at in (runs.start, runs.t_mem)), runs.end)
+        columns = (*columns, runs.at(runs.norm, runs.t_grok), runs.first_below(runs.h_star))
+        found = [None if np.isnan(values[i]) else values[i] for values in columns]
+        assert dict(zip(expected, found, strict=True)) == expected
     assert {len(step) for step, _ in runs.lines(runs.entropy)} == {len(run.rows) for run in stored}
+
+
+def test_crossing_is_strict_and_skips_unusable_entropy():
+    entropies = ((0.9, "ok"), (0.7, "ok"), (0.1, "zero_variance"), (0.6, "rank_limited"), (0.5, "ok"))
+    rows = [
+        {"step": 100 * i, "entropy": h, "entropy_status": status} for i, (h, status) in enumerate(entropies)
+    ]
+    record = {"experiment": "e1", "condition": "baseline", "seed": 0, "config": PRESETS_JSON["paper"]}
+    runs = Runs((StoredRun(Path("seed0"), record, {}, tuple(rows), (), {}, None),))
+    found = [runs.first_below(level)[0] for level in (0.6, 0.65, 0.5)]
+    np.testing.assert_equal(found, [400, 300, np.nan])
 
 
 def test_a_column_that_a_run_did_not_record_is_nan_and_takes_no_part(tmp_path, writer):
