@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from fastent.grokking.experiments import (
-    choices,
     e1_lead,
     e2_mixing,
     e3_norm,
@@ -344,19 +343,16 @@ class Part:
         )
 
 
-EXPERIMENTS: tuple[Experiment[Any], ...] = tuple(
-    module.EXPERIMENT
-    for module in (
-        e1_lead,
-        e2_mixing,
-        e3_norm,
-        e4_predictors,
-        e5_forecast,
-        e6_tasks,
-        e7_mlp,
-        e8_probes,
-        choices,
-    )
+EXPERIMENTS: tuple[Experiment[Any], ...] = (
+    e1_lead.EXPERIMENT,
+    e2_mixing.EXPERIMENT,
+    e3_norm.EXPERIMENT,
+    e4_predictors.EXPERIMENT,
+    e5_forecast.EXPERIMENT,
+    e6_tasks.EXPERIMENT,
+    e7_mlp.EXPERIMENT,
+    e8_probes.EXPERIMENT,
+    e1_lead.CHOICES_EXPERIMENT,
 )
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from planted_columns import planted, tables
 
-from fastent.grokking.experiments import choices
+from fastent.grokking.experiments import e1_lead
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.jobs import JOBS, TO_THE_END
 from fastent.grokking.experiments.report import EXPERIMENTS, make_part
@@ -26,7 +26,7 @@ def runs_of(job, entropy, test):
 @pytest.fixture
 def settings():
     stored = [*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS), *runs_of(MEAN, STAYS, GROKS)]
-    return choices.analyse(Runs(tuple(stored)))
+    return e1_lead.analyse_choices(Runs(tuple(stored)))
 
 
 def test_every_choice_is_trained_with_the_rest_as_it_is():
@@ -45,34 +45,35 @@ def test_a_choice_that_is_the_settings_own_is_not_trained_twice():
 
 
 def test_a_claim_depends_on_the_choice_where_its_verdict_does(settings):
-    found = choices.agreed(settings)
+    found = e1_lead.agreed(settings)
     assert not found["e1.collapse"]  # with the entropy that stays there is no fall
     assert found["e1.memorises_early"]
 
 
 def test_a_setting_that_differs_in_nothing_changes_no_verdict():
-    settings = choices.analyse(Runs((*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS))))
-    assert all(choices.agreed(settings).values())
-    assert f"{len(choices.agreed(settings))} of {len(choices.agreed(settings))} claims" in choices.headline(
-        settings
+    settings = e1_lead.analyse_choices(Runs((*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS))))
+    assert all(e1_lead.agreed(settings).values())
+    assert (
+        f"{len(e1_lead.agreed(settings))} of {len(e1_lead.agreed(settings))} claims"
+        in e1_lead.choices_headline(settings)
     )
 
 
 def test_a_setting_that_never_groks_has_no_h_star_and_is_left_out_of_what_it_cannot_judge():
-    settings = choices.analyse(Runs((*runs_of(E1, FALLS, GROKS), *runs_of(EQUALS, FALLS, STUCK))))
-    figures, verdicts = tables(choices.section(settings)).values()
+    settings = e1_lead.analyse_choices(Runs((*runs_of(E1, FALLS, GROKS), *runs_of(EQUALS, FALLS, STUCK))))
+    figures, verdicts = tables(e1_lead.choices_section(settings)).values()
     assert figures.rows[1][1:5] == ("0 of 3", figures.rows[0][2], "–", "–")
     unjudged = [row for row in verdicts.rows if row[-1] == "–"]
     assert any("H* is stable" in row[1] for row in unjudged)
 
 
 def test_without_runs_of_another_choice_or_of_the_preset_there_is_nothing_to_say():
-    assert choices.analyse(Runs(tuple(runs_of(E1, FALLS, GROKS)))) is None
-    assert choices.analyse(Runs(tuple(runs_of(UNIT, FALLS, GROKS)))) is None
+    assert e1_lead.analyse_choices(Runs(tuple(runs_of(E1, FALLS, GROKS)))) is None
+    assert e1_lead.analyse_choices(Runs(tuple(runs_of(UNIT, FALLS, GROKS)))) is None
 
 
 def test_the_report_takes_the_part():
     (experiment,) = (each for each in EXPERIMENTS if each.id == "choices")
     part = make_part(experiment, [*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS)])
     assert part is not None
-    assert part.section.title == choices.TITLE
+    assert part.section.title == e1_lead.CHOICES_TITLE
