@@ -1,6 +1,6 @@
 """What an evaluation does, counted, not timed: ``python -m bench.counters [--update]``.
 
-What torch is asked for is counted, with torch's own products: NumPy's (`fastent.openblas`) are used on none.
+What torch is asked for is counted, with torch's own products: NumPy's (`fastent.linalg`) are used on none.
 So counts do not depend on the machine, and a test holds them to the committed table (bench/results/counters.json): a
 change fails until the table is updated on purpose. Without ``--update`` this prints what differs and ends with 1.
 
@@ -48,7 +48,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastent
 from bench.harness import ROOT, Row, environment, pinned, quantiles
 from bench.providers import ENTROPIES, Shape, entropies
-from fastent import guard, openblas
+from fastent import linalg
+from fastent.monitor import isolation
 
 TABLE = Path(__file__).parent / "results" / "counters.json"
 LARGE = 4096
@@ -134,8 +135,8 @@ def counts() -> dict[str, Any]:
     torch.set_num_threads(1)
     try:
         # A monitor's evaluation hides from dispatch modes, these counters among them.
-        seen = patch.object(guard, "_disable_current_modes", contextlib.nullcontext)
-        with patch.object(openblas, "preferred", lambda x: False), seen:
+        seen = patch.object(isolation, "_disable_current_modes", contextlib.nullcontext)
+        with patch.object(linalg, "openblas_preferred", lambda x: False), seen:
             found: dict[str, Any] = {name: count(call) for name, call in _cases().items()}
     finally:
         torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ in one process, in turn, on the same input; ratios are fastent's time over the o
     usually formed. Its error is in `bench.accuracy`.
 `eigensolve`
     The floor under every way that forms a matrix; fastent takes torch's LAPACK on the transposed upper triangle, which
-    saves torch's own transposition, or for large matrices NumPy's (`fastent.openblas`). The singular values of the rows
+    saves torch's own transposition, or for large matrices NumPy's (`fastent.linalg`). The singular values of the rows
     (512, m) are the other way, which squares nothing.
 `forecast`
     Fitting the power law to the histories of ten runs, once per experiment; a prediction, once per evaluation; and the
@@ -34,7 +34,7 @@ import fastent
 from bench.harness import Row, beside, environment, interleaved, quantiles, ratio_columns
 from bench.providers import COVARIANCES, SHAPES, Shape, covariances, entropies
 from fastent.covariance import centered_matrix
-from fastent.eigenvalues import eigenvalues
+from fastent.linalg import eigenvalues
 from fastent.plan import EDGES, Rates, estimate, floor, measure_rates, work
 
 LIMITS = {

@@ -25,9 +25,9 @@ from bench.gpu_device import NO_GPU, Session, activations, device_times, host_ti
 from bench.harness import quantiles, ratio
 from bench.providers import direct_covariance, direct_entropy
 from fastent.covariance import centered_matrix
-from fastent.deferred import DeferredEntropy
 from fastent.grokking.train.stack import capture_cuda_graph
 from fastent.kernels.resident import ResidentCovariance
+from fastent.monitor.deferred import DeferredEntropy
 
 N, WIDTH, BATCHED = 512, 128, 32
 STEP = 1.5e-4  # seconds

@@ -2,27 +2,23 @@
 
 Each question gives its rows at the thread count of its process (`bench.suite`).
 
-`monitor`
-    Runs of the same model, one without a monitor and one for each stride, take turns in blocks of steps
-    (A B C A B C ...) in one process, so that they share whatever else the machine does. The overhead of a stride is the
-    time of its run over that of the run without, less 1, over whole periods of the stride, with a bootstrap interval.
-    At long strides that interval is the noise of two training runs, so each row has `share` too: the median time of a
-    probe over that of the steps of a period. Noise hardly touches it, but it leaves out what a probe does to the caches
-    of the next step. Modes: plain; ``torch.compile``, where a C++ compiler is there; DDP over two processes (gloo) of
-    one thread each, whose rank 0 has the monitor.
-`in_training`
-    An evaluation between training steps, by provider. `bench.entropy` times a call by itself, when the pools of threads
-    of all libraries are at rest. A probe's activations come straight from a forward pass, so torch's pool still spins
-    on the cores that another library's pool wakes up on; and the ten training steps that follow share the cores with
-    whatever that pool leaves spinning. So here every call comes between steps of a training run, and the steps after it
-    are timed too: ``after_us`` is what they take more than the same steps after a probe that nothing was computed of,
-    in the same round.
-`deferred`
-    In line or by a worker: the CPU's choice between the two (`fastent.devices.WORKER_FROM`) comes from here, from a run
-    with a core to spare: the smallest width from which the loop with the worker takes less time at every width, by all
-    of the interval (`worker_from`). A stand-in for training multiplies matrices in one thread, several times as long as
-    an eigensolve takes, and asks for the entropy of (512, d) activations before each step; the cost of an evaluation is
-    what the loop, the flush at its end included, takes more than without.
+`monitor` Runs of the same model, one without a monitor and one for each stride, take turns in blocks of steps (A B C A
+B C ...) in one process, so that they share whatever else the machine does. The overhead of a stride is the time of its
+run over that of the run without, less 1, over whole periods of the stride, with a bootstrap interval. At long strides
+that interval is the noise of two training runs, so each row has `share` too: the median time of a probe over that of
+the steps of a period. Noise hardly touches it, but it leaves out what a probe does to the caches of the next step.
+Modes: plain; ``torch.compile``, where a C++ compiler is there; DDP over two processes (gloo) of one thread each, whose
+rank 0 has the monitor. `in_training` An evaluation between training steps, by provider. `bench.entropy` times a call by
+itself, when the pools of threads of all libraries are at rest. A probe's activations come straight from a forward pass,
+so torch's pool still spins on the cores that another library's pool wakes up on; and the ten training steps that follow
+share the cores with whatever that pool leaves spinning. So here every call comes between steps of a training run, and
+the steps after it are timed too: ``after_us`` is what they take more than the same steps after a probe that nothing was
+computed of, in the same round. `deferred` In line or by a worker: the CPU's choice between the two
+(`fastent.monitor.cuda.WORKER_FROM`) comes from here, from a run with a core to spare: the smallest width from which the
+loop with the worker takes less time at every width, by all of the interval (`worker_from`). A stand-in for training
+multiplies matrices in one thread, several times as long as an eigensolve takes, and asks for the entropy of (512, d)
+activations before each step; the cost of an evaluation is what the loop, the flush at its end included, takes more than
+without.
 """
 
 from __future__ import annotations
@@ -60,11 +56,10 @@ from bench.providers import ENTROPIES, entropies
 from bench.training import LOOPS, Loop, Wrap
 from fastent.activations import matrix_of
 from fastent.covariance import centered_matrix
-from fastent.deferred import DeferredEntropy
-from fastent.devices import Host, in_line
-from fastent.eigenvalues import eigenvalues
-from fastent.ring import Device
-from fastent.watching import Watched
+from fastent.linalg import eigenvalues
+from fastent.monitor.cuda import Device, Host, in_line
+from fastent.monitor.deferred import DeferredEntropy
+from fastent.monitor.probe import Watched
 
 STRIDES = (1, 10, 100, 200, 1000)
 LIMIT_STRIDE, LIMIT = 200, 0.01

@@ -15,7 +15,7 @@ import torch
 from bench.entropy import SIZES
 from bench.providers import SHAPES, Shape, covariances, entropies
 from fastent.covariance import centered_matrix
-from fastent.eigenvalues import eigenvalues
+from fastent.linalg import eigenvalues
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.n}x{s.d}-{s.dtype}")
 

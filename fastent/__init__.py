@@ -1,18 +1,16 @@
 """Exact spectral entropy of a network's representations, cheap enough to leave on while it trains."""
 
 from fastent.covariance import covariance
-from fastent.entropy import spectral_entropy
+from fastent.entropy import SpectralEntropy, Status, spectral_entropy
 from fastent.forecast.diagnosis import Diagnosis, diagnose
 from fastent.forecast.history import History, calibrate_threshold
 from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import Forecast, predict_grok_time
 from fastent.mixing import mix_representations
 from fastent.moments import Moments
-from fastent.monitor import SpectralEntropyMonitor
+from fastent.monitor.monitor import SpectralEntropyMonitor, StopAfterCrossing
 from fastent.records import EntropyRecord
 from fastent.sampling import SamplingError, sampling_error
-from fastent.spectrum import SpectralEntropy, Status
-from fastent.stopping import StopAfterCrossing
 
 __all__ = [
     "Diagnosis",

@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 
 from fastent.activations import Tokens
-from fastent.entropy import spectral_entropy
+from fastent.entropy import Convention, SpectralEntropy, spectral_entropy
 from fastent.moments import Moments
-from fastent.spectrum import Convention, SpectralEntropy
 
 WHOLE = 1 << 28
 """Bytes of a file's array that is read as a whole."""

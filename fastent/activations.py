@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastent.forks import check_pool
+from fastent.linalg import check_pool
 from fastent.rounding import RESOLUTIONS, Resolution, of_dtype, of_means
 
 Tokens = Literal["flatten", "first", "last", "mean", "skip_first"]

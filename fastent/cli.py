@@ -1,12 +1,4 @@
-"""The command line: ``fastent run``, ``report``, ``entropy``, ``check``, ``list``, ``doctor``, ``plan`` and ``bench``.
-
-Every setting of `fastent.grokking.train.config.TrainConfig` is an option of ``run``, with the preset's value as its
-default. Exit status: 0 done; 1 failed or refused, with the reason on standard error; 2 wrong usage; 130 and
-143 stopped by SIGINT or SIGTERM, saved.
-
-The parser and what it calls come with the extra ``train`` (``pip install '.[train]'`` in a clone) and are imported
-when they are needed.
-"""
+"""The benchmarks of a checkout: no part of the installed package, ``fastent bench`` runs them from there."""
 
 from __future__ import annotations
 
@@ -17,6 +9,7 @@ import functools
 import io
 import math
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +19,38 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fastent.activations import Tokens
+from fastent.entropy import Convention
 from fastent.grokking.train.config import TrainConfig, own_fraction
 from fastent.grokking.train.config import preset as preset_called
-from fastent.spectrum import Convention
 
 if TYPE_CHECKING:
     from fastent.grokking.train.runs import Job
+
+
+def find_suite() -> Path:
+    """Find the checkout that holds ``bench/suite.py``: where this package lies, or the current folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If neither is one.
+    """
+    places = [Path(__file__).resolve().parents[1], Path.cwd()]
+    for place in places:
+        if (place / "bench" / "suite.py").is_file():
+            return place
+    raise FileNotFoundError(
+        "the benchmarks are in fastent's repository, not in the installed package: clone it and run "
+        f"`fastent bench` there (looked for bench/suite.py in {' and '.join(map(str, places))})"
+    )
+
+
+def run_benchmarks(*, quick: bool, out: Path, only: Sequence[str] = ()) -> int:
+    """Run the suite in a process of its own and return its exit status; see `fastent.cli.bench`."""
+    line = [sys.executable, "-m", "bench.suite", "--out", str(out.resolve())]
+    line += ["--quick"] if quick else []
+    line += ["--only", *only] if only else []
+    return subprocess.run(line, cwd=find_suite(), check=False).returncode
 
 
 def run(
@@ -329,7 +348,7 @@ def bench(*, quick: bool = False, out: Path = Path("bench/results"), only: tuple
     only : names, optional
         These questions alone, such as entropy or monitor.
     """
-    from fastent.checkout import run_benchmarks
+    from fastent.cli import run_benchmarks
 
     return run_benchmarks(quick=quick, out=out, only=only)
 

@@ -14,64 +14,22 @@ import functools
 import importlib.util
 import os
 import warnings
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastent import torch_backend
+from fastent import linalg
 from fastent.activations import Positions, RealTokens, Tokens, first_nonfinite, matrix_of
+from fastent.linalg import CenteredMatrix, Side
+from fastent.process import uncompiled, warn_of_detached
 from fastent.rounding import Resolution, of_dtype
-from fastent.uncompiled import uncompiled
-from fastent.user_warning import warn_of_detached
 
 Backend = Literal["auto", "torch", "triton"]
-Side = Literal["covariance", "gram"]
 BACKENDS = get_args(Backend)
 MIRRORED_AT_ONCE = 32  # edge of a block
 _ABOVE = ~np.tri(MIRRORED_AT_ONCE, dtype=bool)  # above the diagonal
-
-
-@dataclass(frozen=True)
-class CenteredMatrix:
-    """A float64 matrix with the non-zero spectrum of the covariance, and where it came from.
-
-    Attributes
-    ----------
-    matrix : Tensor, shape (..., m, m)
-        float64; only the lower triangle is meaningful. m is d for the covariance, n for the Gram matrix.
-    shift, delta : Tensor, shape (..., d)
-        Their sum is the mean of the rows, float64; apart, since the sum rounds at the size of the offset.
-    side : {"covariance", "gram"}
-        Which of the two `matrix` is.
-    n, d : int
-        Samples and features.
-    resolution : Resolution
-        Of the input's dtype: what it could not tell apart, this cannot either.
-    rounding : float, optional
-        Variance that rounding added, in units of the trace, where it is known from many parts.
-    entries : Tensor, shape (k, d), optional
-        Some of the input where the rest is gone, for `fastent.rounding.held`.
-    """
-
-    matrix: Tensor
-    shift: Tensor
-    delta: Tensor
-    side: Side
-    n: int
-    d: int
-    resolution: Resolution
-    rounding: float | None = None
-    entries: Tensor | None = None
-
-    @property
-    def trace(self) -> Tensor:
-        """Total variance, shape (...,), in units of the input squared."""
-        return (
-            self.matrix.trace() if self.matrix.ndim == 2 else self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-        )
 
 
 @uncompiled
@@ -196,9 +154,9 @@ def centered_matrix(
             matrix, shift, delta = shifted_covariance(x, scale=scale)
     else:
         parts = [
-            torch_backend.gram(item, scale)
+            linalg.centred_gram(item, scale)
             if side == "gram"
-            else torch_backend.covariance(item, scale, exact_mean=exact_mean)
+            else linalg.centred_covariance(item, scale, exact_mean=exact_mean)
             for item in (x if x.ndim == 3 else (x,))
         ]
         if x.ndim == 3:

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from fastent import openblas
+from fastent import linalg
 from fastent.covariance import triton_obstacle
 from fastent.grokking.train.environment import commit, processor
 
@@ -79,7 +79,7 @@ def _threads() -> str:
 
 
 def _products() -> str:
-    if openblas.preferred(torch.empty(1, dtype=torch.float32, device="cpu")):
+    if linalg.openblas_preferred(torch.empty(1, dtype=torch.float32, device="cpu")):
         return "NumPy's OpenBLAS computes covariances and large eigensolves"
     hint = "; with OMP_NUM_THREADS=1 NumPy's OpenBLAS, faster on this processor"
-    return "torch computes covariances and eigensolves" + (hint if openblas.available() else "")
+    return "torch computes covariances and eigensolves" + (hint if linalg.openblas_available() else "")

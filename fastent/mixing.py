@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastent.forks import check_pool
+from fastent.linalg import check_pool
 
 
 def mix_representations(h: Tensor, alpha: float = 0.1, shift: int = 1) -> Tensor:

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastent.activations import Positions, RealTokens, Tokens, resolution_of, rows_of
-from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
-from fastent.forks import check_pool
+from fastent.covariance import Backend, centered_matrix, mirror_lower
+from fastent.entropy import SpectralEntropy, entropy_of_matrix
+from fastent.linalg import CenteredMatrix, check_pool
+from fastent.process import uncompiled
+from fastent.ranks import device_of_group
 from fastent.rounding import EXACT, RESOLUTIONS, Resolution, held, squared_relative
-from fastent.spectrum import SpectralEntropy, entropy_of_matrix
-from fastent.spread import device_of_group
-from fastent.uncompiled import uncompiled
 
 _MOST_ROWS = 2**53  # as float64 counts them
 

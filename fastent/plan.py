@@ -31,11 +31,10 @@ from typing import Literal
 
 import torch
 
-from fastent import torch_backend
+from fastent import linalg
 from fastent.covariance import centered_matrix
-from fastent.eigenvalues import eigenvalues
 from fastent.entropy import spectral_entropy
-from fastent.torch_backend import SLAB, _chunk_length
+from fastent.linalg import SLAB, _chunk_length, eigenvalues
 
 FLOAT64 = 8
 
@@ -220,13 +219,13 @@ def measure_rates(edges: Sequence[int] = EDGES, *, budget: float = 0.1) -> Rates
     product, solve = [], []
     for m in edges:
         h = torch.randn(LENGTH, m, generator=generator, dtype=torch.float64, device="cpu")
-        lower, add_lower_product = torch_backend.target(h, m)
+        lower, add_lower_product = linalg.product_target(h, m)
         products = partial(add_lower_product, lower, h.T, 1.0, first=True)
         solution = partial(eigenvalues, centered_matrix(h, side="covariance"))
         product.append((m, work(LENGTH, m, side="covariance").flops / _seconds(products, budget)))
         solve.append((m, _seconds(solution, budget)))
     tall = torch.randn(4096, 128, generator=generator, dtype=torch.float32, device="cpu")
-    convert = partial(torch_backend.centered, tall, exact=False)
+    convert = partial(linalg.centred, tall, exact=False)
     small = work(2, 2)
     rates = Rates(0.0, work(4096, 128).bytes / _seconds(convert, budget), product, solve)
     pair = torch.eye(2, dtype=torch.float32, device="cpu")

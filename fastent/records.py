@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastent.entropy import SpectralEntropy, Status
 from fastent.forecast.course import Course, checked_number
 from fastent.sampling import SamplingError
-from fastent.spectrum import SpectralEntropy, Status
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastent.activations import Positions, RealTokens, Tokens, resolution_of
-from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
-from fastent.entropy import checked, entropy_of_rows
-from fastent.spectrum import SpectralEntropy, Status, entropy_of_matrix
-from fastent.uncompiled import uncompiled
+from fastent.covariance import Backend, centered_matrix, mirror_lower
+from fastent.entropy import SpectralEntropy, Status, checked, entropy_of_matrix, entropy_of_rows
+from fastent.linalg import CenteredMatrix
+from fastent.process import uncompiled
 
 GROUPS = 16
 

@@ -10,8 +10,8 @@ import torch
 import fastent
 from fastent import Moments, Status, covariance, sampling_error, spectral_entropy
 from fastent.activations import RealTokens, Tokens, first_nonfinite, matrix_of
+from fastent.process import warn_of_detached
 from fastent.rounding import RESOLUTIONS
-from fastent.user_warning import warn_of_detached
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastent import doctor, openblas, spectral_entropy
+from fastent import doctor, linalg, spectral_entropy
 from fastent.cli import main, parse_seeds
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.grokking.train import sweep
@@ -326,8 +326,8 @@ def test_doctor_says_what_would_be_used_and_what_is_missing(capsys, monkeypatch)
     ],
 )
 def test_doctor_says_which_library_serves_the_cpu(preferred, available, said, monkeypatch):
-    monkeypatch.setattr(openblas, "preferred", lambda x: preferred)
-    monkeypatch.setattr(openblas, "available", lambda: available)
+    monkeypatch.setattr(linalg, "openblas_preferred", lambda x: preferred)
+    monkeypatch.setattr(linalg, "openblas_available", lambda: available)
     found = dict(doctor.examine())["products"]
     assert found.startswith(said)
     assert ("OMP_NUM_THREADS" in found) == ("OMP_NUM_THREADS" in said)

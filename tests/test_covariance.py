@@ -9,7 +9,7 @@ import torch
 
 import fastent
 from fastent.covariance import centered_matrix, mirror_lower, triton_obstacle
-from fastent.torch_backend import CHUNK_BYTES
+from fastent.linalg import CHUNK_BYTES
 
 EPS = 2.2e-16
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastent
-from fastent import openblas
+from fastent import linalg
 
 HOUSE = Path(fastent.__file__).parent.parent
 STUDY = {"train", "experiments", "statements", "grokking"}  # a program of its own, with its own defaults
@@ -157,11 +157,11 @@ def test_every_tensor_that_the_library_makes_names_its_device_and_dtype(tmp_path
     ids=["other device", "other dtype", "strided"],
 )
 def test_openblas_is_given_no_address_of_other_memory_than_it_writes_to(wrong):
-    if openblas._library() is None:
+    if linalg._library() is None:
         pytest.skip("NumPy is not from a wheel with OpenBLAS")
     right = torch.zeros(4, 4, dtype=torch.float64, device="cpu")
     for lower, a in ((wrong, right), (right, wrong)):
         with pytest.raises(TypeError, match="contiguous float64 on the CPU"):
-            openblas.add_lower_product(lower, a, 1.0, first=True)
+            linalg.add_lower_syrk(lower, a, 1.0, first=True)
     with pytest.raises(TypeError, match=r"\(4, 4\)"):
-        openblas.add_lower_product(right, torch.zeros(5, 4, dtype=torch.float64, device="cpu"), 1.0)
+        linalg.add_lower_syrk(right, torch.zeros(5, 4, dtype=torch.float64, device="cpu"), 1.0)

@@ -7,8 +7,8 @@ import tracemalloc
 import pytest
 
 from fastent.cli import main
+from fastent.linalg import SLAB
 from fastent.plan import Rates, all_reduce_bytes, describe, estimate, floor, make_plan, work
-from fastent.torch_backend import SLAB
 
 # 1 GB/s, 1 GFLOP/s at any size, a solve that takes (m / 1000)^3 seconds.
 RATES = Rates(

@@ -8,10 +8,8 @@ from fake_device import FakeStreams
 
 import fastent
 from fastent import Moments, Status, sampling_error, spectral_entropy
-from fastent.deferred import DeferredEntropy
-from fastent.devices import Host
-from fastent.forming import KernelFormer, TorchFormer
-from fastent.ring import Ring
+from fastent.monitor.cuda import Host, KernelFormer, Ring, TorchFormer
+from fastent.monitor.deferred import DeferredEntropy
 from fastent.rounding import EXACT, RESOLUTIONS, of_dtype, squared_relative
 
 UNRESOLVED = Status.UNRESOLVED_OFFSET

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import fastent
+from fastent.entropy import Status
 from fastent.reference.entropy import entropy_of_eigenvalues
 from fastent.reference.sampling import grouped_jackknife, sampling_bias, sampling_deviation
 from fastent.sampling import GROUPS, _random_parts, sampling_error
-from fastent.spectrum import Status
 
 SPECTRA = {
     "flat": lambda d: np.ones(d),

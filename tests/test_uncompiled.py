@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastent
-from fastent.monitor import SpectralEntropyMonitor as Monitor
+from fastent.monitor.monitor import SpectralEntropyMonitor as Monitor
 
 
 def inputs(seed: int = 0) -> Tensor:

@@ -13,10 +13,10 @@ from enum import StrEnum
 
 from torch import Tensor
 
+from fastent.entropy import SpectralEntropy
 from fastent.forecast.history import History, Interval, Threshold, calibrate_threshold, recent_change
 from fastent.forecast.power_law import PowerLaw, profile_gamma
 from fastent.forecast.validation import HeldOut, LeaveOneOut, Score, leave_one_run_out
-from fastent.spectrum import SpectralEntropy
 
 __all__ = [
     "Forecast",

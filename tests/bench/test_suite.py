@@ -6,12 +6,12 @@ import pytest
 
 from bench import report, suite
 from bench.harness import read_rows
-from fastent import checkout
+from fastent import cli
 from fastent.cli import main
 
 
 def test_bench_outside_a_checkout_says_where_the_benchmarks_are(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkout, "__file__", str(tmp_path / "site" / "fastent" / "checkout.py"))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "fastent" / "checkout.py"))
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "--quick"]) == 1
     error = capsys.readouterr().err
@@ -26,7 +26,7 @@ def test_bench_hands_its_options_to_the_suite_of_the_checkout(monkeypatch, tmp_p
         seen.append((line[1:], cwd))
         return types.SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(checkout.subprocess, "run", run)
+    monkeypatch.setattr(cli.subprocess, "run", run)
     assert main(["bench", "--quick", "--out", str(tmp_path), "--only", "entropy", "monitor"]) == 0
     ((line, cwd),) = seen
     assert line == ["-m", "bench.suite", "--out", str(tmp_path), "--quick", "--only", "entropy", "monitor"]

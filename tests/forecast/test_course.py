@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastent
+from fastent.entropy import Status
 from fastent.forecast.course import MEDIAN, PATIENCE, WINDOW, Course
 from fastent.forecast.diagnosis import Phase
 from fastent.forecast.history import History, recent_change
 from fastent.records import EntropyRecord, Recording
-from fastent.spectrum import Status
 
 entropies = st.lists(st.floats(0, 1) | st.sampled_from([0.25, 0.5, 0.75, math.nan]), max_size=40)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fastent.entropy import Status
 from fastent.forecast.history import History, calibrate_threshold, recent_change
 from fastent.records import EntropyRecord
-from fastent.spectrum import Status
 
 
 def record(step, normalized, status=Status.OK, layer="encoder"):

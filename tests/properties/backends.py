@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastent
-from fastent import openblas
+from fastent import linalg
 from fastent.reference import activations as reference_activations
 from fastent.reference import covariance as reference_covariance
 from fastent.reference import entropy as reference_entropy
@@ -127,7 +127,7 @@ class Fastent:
             return m.covariance().cpu().numpy(), m.spectral_entropy().entropy
 
     def _library(self) -> Any:
-        return patch.multiple(openblas, preferred=lambda x: self.by_openblas, SOLVE_FROM=2)
+        return patch.multiple(linalg, openblas_preferred=lambda x: self.by_openblas, SOLVE_FROM=2)
 
 
 Backend = Reference | Fastent
@@ -137,7 +137,7 @@ def backends(device: str) -> list[Backend]:
     """All that can run in this process: the CPU's, and the interpreter or with ``--device cuda`` the GPU's two."""
     # The interpreter runs a kernel some hundred times slower than compiled code, so it gets fewer examples.
     found: list[Backend] = [Reference(), Fastent("torch", "torch")]
-    if openblas._library() is not None:
+    if linalg._library() is not None:
         found.append(Fastent("openblas", "torch", by_openblas=True))
     if os.environ.get("TRITON_INTERPRET") == "1":
         found.append(Fastent("triton-interpreter", "triton", share=0.4))

@@ -27,12 +27,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastent.entropy import Status
 from fastent.grokking.experiments.statistics import Array, Mask, Times
 from fastent.grokking.train import milestones
 from fastent.grokking.train.config import PRESETS, TASK_SETTINGS, TrainConfig
 from fastent.grokking.train.milestones import SUSTAINED, TAU, WINDOW
 from fastent.grokking.train.storage import RunError, RunWarning, read_rows, write_atomically
-from fastent.spectrum import Status
 
 
 @dataclass(frozen=True)

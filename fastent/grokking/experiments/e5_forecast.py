@@ -64,7 +64,7 @@ from fastent.grokking.experiments.statistics import (
     share,
     where_known,
 )
-from fastent.stopping import StopAfterCrossing
+from fastent.monitor.monitor import StopAfterCrossing
 
 TITLE = "E5: does a power law forecast grokking?"
 

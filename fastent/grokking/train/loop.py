@@ -37,7 +37,7 @@ from fastent.grokking.train.milestones import reached
 from fastent.grokking.train.runs import Job, Row, Run
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import Interrupted, RunError, RunWarning, StopRequest
-from fastent.monitor import SpectralEntropyMonitor
+from fastent.monitor.monitor import SpectralEntropyMonitor
 
 TOLERANCE = 5.0
 """Seconds by which wall clock and monotonic clock may part before it is called a jump."""

@@ -1,0 +1,972 @@
+"""Spectral entropy of a network's layers while it trains.
+
+`SpectralEntropyMonitor` runs a fixed probe through the model every so many steps, or takes activations that are at
+hand, and keeps one `EntropyRecord` for each layer and step. Training with a monitor is bit-identical to training
+without one (`fastent.monitor.isolation`). Bad activations are recorded with their status: never a silent number, and
+never the end of training unless asked for. What is no mistake is a status too: a layer that ran before and is idle now,
+as a mixture's expert without tokens (`not_run`), or gave fewer than two rows (`too_few_rows`).
+
+The training thread forms the covariances; on CUDA the rest is done beside it (`fastent.monitor.deferred`) and a record
+arrives a little later. No threshold is built in: the entropy at grokking differs by model and must be calibrated from
+runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastent.activations import Positions, Tokens, TooFewRows, rows_of
+from fastent.entropy import SpectralEntropy, Status, checked, spectral_entropy, unmeasured
+from fastent.forecast.course import Course
+from fastent.forecast.diagnosis import Diagnosis, diagnosis_of
+from fastent.forecast.history import History
+from fastent.forecast.power_law import PowerLaw
+from fastent.forecast.predict import Forecast, predict_grok_time
+from fastent.moments import Moments
+from fastent.monitor.cuda import in_line
+from fastent.monitor.deferred import DeferredEntropy, Evaluated, OnFull, Opened
+from fastent.monitor.isolation import in_a_pass
+from fastent.monitor.probe import Axes, Inputs, Layers, Reading, SamplesAxis, Watched
+from fastent.process import Interrupts, at_exit, interrupts_held, uncompiled, warn_user
+from fastent.ranks import any_rank, world_size
+from fastent.records import EntropyRecord, Recording, checked_count
+from fastent.sampling import sampling_error
+
+
+class Monitored(Protocol):
+    """What a policy may ask a monitor."""
+
+    @property
+    def crossed(self) -> bool:
+        """Whether every watched layer has been below the threshold."""
+
+    @property
+    def crossings(self) -> dict[str, int]:
+        """First step below the threshold by layer."""
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest step that the monitor was told of."""
+
+
+@dataclass(frozen=True)
+class StopAfterCrossing:
+    """Stop once `steps` steps have passed since every watched layer's entropy went below the threshold.
+
+    Parameters
+    ----------
+    steps : int
+        0 stops at the crossing itself.
+
+    Raises
+    ------
+    ValueError
+        If `steps` is negative.
+    """
+
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative; got {self.steps}")
+
+    def __call__(self, monitor: Monitored) -> bool:
+        """Whether it is time."""
+        if not monitor.crossed or monitor.last_step is None:
+            return False
+        return monitor.last_step - max(monitor.crossings.values()) >= self.steps
+
+
+OnNonfinite = Literal["record", "raise"]
+
+# Records that wait for somebody to `take` them: those who only observe and read the history may never do so.
+MOST_WAITING = 10_000
+
+
+class Arrivals:
+    """Takes results as they arrive, always in the calling thread.
+
+    Parameters
+    ----------
+    evaluations : DeferredEntropy
+        Where results come from.
+    recording : Recording
+        Where records go.
+    on_record : callable or None
+        Gets every record. If it raises, that is warned of once.
+    on_nonfinite : {"record", "raise"}
+        Whether `collect` raises FloatingPointError once such a record has been kept.
+    """
+
+    def __init__(
+        self,
+        evaluations: DeferredEntropy,
+        recording: Recording,
+        on_record: Callable[[EntropyRecord], object] | None,
+        on_nonfinite: OnNonfinite,
+    ) -> None:
+        self._evaluations, self._recording = evaluations, recording
+        self._on_record, self._on_nonfinite = on_record, on_nonfinite
+        self._waiting: deque[EntropyRecord] = deque(maxlen=MOST_WAITING)
+        self._ceiling_known: set[str] = set()
+        self._to_raise: EntropyRecord | None = None
+        self._logger_failed = False
+
+    def collect(self) -> None:
+        """Record what is there. Raises for an evaluation that failed, and for NaN or Inf if asked to."""
+        if self._evaluations.pending:
+            with interrupts_held() as interrupts:  # nothing is taken out and not recorded
+                for step, results in self._evaluations.arrived():
+                    self._record(step, results, interrupts)
+        record, self._to_raise = self._to_raise, None
+        if record is not None:
+            raise FloatingPointError(f"layer {record.layer!r} at step {record.step}: {record.message}")
+
+    def collect_all(self) -> None:
+        """Record what is there, beyond the first failure too, and raise that one, with the others as notes."""
+        failures: list[Exception] = []
+        pending = None
+        while pending != self._evaluations.pending:
+            pending = self._evaluations.pending
+            try:
+                self.collect()
+            except (RuntimeError, FloatingPointError) as error:
+                failures.append(error)
+        if failures:
+            first, *others = failures
+            for other in others:
+                first.add_note(f"and: {other}")
+            raise first
+
+    def take(self) -> list[EntropyRecord]:
+        """Hand out the records that have arrived since the last time, at most the newest `MOST_WAITING`."""
+        records = list(self._waiting)
+        self._waiting.clear()
+        return records
+
+    def forget(self) -> None:
+        """Wait for what is under way, and forget it and all that was not handed out."""
+        self._evaluations.discard()
+        self._waiting.clear()
+        self._to_raise = None
+
+    def _record(self, step: int, results: Mapping[str, Evaluated], interrupts: Interrupts) -> None:
+        records = [EntropyRecord.of(step, layer, *evaluated) for layer, evaluated in results.items()]
+        for record in records:
+            self._recording.add(record)
+            self._waiting.append(record)
+            if record.status is Status.NONFINITE and self._on_nonfinite == "raise":
+                self._to_raise = self._to_raise or record
+        with interrupts.second_at_once():
+            for record in records:  # kept by now, in case a warning is made an error
+                self._log(record)
+            for record in records:
+                self._warn_of_ceiling(record)
+
+    def _warn_of_ceiling(self, record: EntropyRecord) -> None:
+        if record.layer in self._ceiling_known or record.status in (Status.TOO_FEW_ROWS, Status.NOT_RUN):
+            return
+        self._ceiling_known.add(record.layer)
+        threshold = self._recording.threshold
+        if threshold is not None and threshold > record.ceiling:
+            warn_user(
+                f"the threshold {threshold} is above {record.ceiling:.4f}, the most that {record.n} "
+                f"samples of layer {record.layer!r} with d = {record.d} can reach: every record is below it",
+                UserWarning,
+            )
+
+    def _log(self, record: EntropyRecord) -> None:
+        if self._on_record is None:
+            return
+        try:
+            self._on_record(record)
+        except Exception as error:  # whatever a logger raises must not end training
+            if not self._logger_failed:
+                self._logger_failed = True
+                warn_user(
+                    f"on_record failed at step {record.step}: {error!r}; training and the monitor go on, "
+                    "without further warnings",
+                    RuntimeWarning,
+                )
+
+
+class Evaluator:
+    """Asks for the entropies of a monitor's layers.
+
+    Parameters
+    ----------
+    evaluations : DeferredEntropy
+        Where they are asked for.
+    recording : Recording
+        Knows which layer has a record at a step, and refuses one of another width.
+    axes : Axes
+        How the activations are read.
+    standard_error : bool
+        As `fastent.SpectralEntropyMonitor` takes it.
+    """
+
+    def __init__(
+        self, evaluations: DeferredEntropy, recording: Recording, axes: Axes, standard_error: bool
+    ) -> None:
+        self._evaluations, self._recording = evaluations, recording
+        self._axes, self._standard_error = axes, standard_error
+        self._devices: dict[str, torch.device] = {}
+        self._merged = _Merged()
+        self._seen_in_backward: dict[str, bool] = {}  # by layer, for its newest observed step
+        self._warned_of_repeats = False
+        self._probing = False
+
+    @property
+    def probing(self) -> bool:
+        """Whether the calling thread is in a pass of the probe."""
+        return self._probing and in_a_pass()
+
+    def check(self, watched: Watched) -> None:
+        """Pass the probe through the model and check what comes, without an evaluation; every rank may do so."""
+        with self._pass(
+            "the probe's pass failed at construction; check=False puts it off to the first evaluation"
+        ):
+            watched.run(functools.partial(self._examine, watched.may_have_few_rows))
+
+    def run(self, step: int, watched: Watched) -> None:
+        """Evaluate the layers of a model on its probe; a full ring may drop that, and then nothing is run."""
+        every_rank = watched.needs_every_rank
+        evaluation = None
+        if not (every_rank and _rank()):
+            # The jackknife needs the activations: it is done in line.
+            evaluation = self._evaluations.open(step, needs_room=not self._standard_error)
+        if evaluation is not None:
+            with evaluation, self._pass(f"in the pass of the monitor's probe at step {step}"):
+                add = functools.partial(self._add, evaluation, watched.may_have_few_rows)
+                for layer, d in watched.run(add).items():
+                    message = "the layer did not run in this pass of the probe: nothing called it"
+                    width = self._recording.width(layer) or d
+                    evaluation.put(layer, unmeasured(Status.NOT_RUN, 0, width, message))
+                evaluation.arrange(watched.order)
+                self._expect(step, evaluation)
+        elif every_rank:  # its part of the forward pass: the other ranks wait for it
+            with self._pass(f"in the pass of the monitor's probe at step {step}"):
+                watched.run(functools.partial(self._examine, watched.may_have_few_rows))
+
+    def observe(self, step: int, layer: str, h: Tensor | SpectralEntropy, merge: bool) -> None:
+        """Evaluate activations that are at hand, or take their entropy, or keep rows until the step is over."""
+        if isinstance(h, SpectralEntropy) and not isinstance(h.normalized, float):
+            raise ValueError("observe takes one entropy at a time; got a batch: use its unbind()")
+        if merge and isinstance(h, SpectralEntropy):
+            raise ValueError(
+                "merge=True adds up activations, and entropies do not add up: pass the activations"
+            )
+        if merge and self._standard_error:
+            raise ValueError(
+                "merge=True keeps moments, and standard_error needs the activations: leave one of them out"
+            )
+        if (
+            in_a_pass()
+        ):  # by a hook of the user's that fires in the pass of a probe too, of another monitor's as well
+            return
+        merging = layer in self._merged.moments
+        if merging or self._recording.newest(layer) == step:
+            if _in_backward() and not self._seen_in_backward.get(layer, True):
+                return  # the forward pass once more, by activation checkpointing: the same rows
+            if not (merge and merging):
+                self._ignore(step, layer)
+                return
+        else:
+            self._seen_in_backward[layer] = _in_backward()
+        if merge and not isinstance(h, SpectralEntropy):
+            self._merge(step, layer, h)
+            return
+        known = isinstance(h, SpectralEntropy) or self._standard_error
+        evaluation = self._evaluations.open(step, needs_room=not known)
+        if evaluation is not None:
+            with evaluation:
+                if isinstance(h, SpectralEntropy):
+                    evaluation.put(layer, h)
+                else:
+                    self._add(evaluation, _AnyLayer(), layer, h)
+                self._expect(step, evaluation)
+
+    def end_merging(self, next_step: int | None = None) -> None:
+        """Evaluate what was merged, if that was at a step before `next_step` or there is none."""
+        merged = self._merged
+        if not merged.moments or next_step == merged.step:
+            return
+        with interrupts_held():
+            self._merged = _Merged()
+            self._evaluate(merged)
+
+    def _evaluate(self, merged: _Merged) -> None:
+        evaluation = self._evaluations.open(merged.step, needs_room=False)
+        if evaluation is not None:
+            with evaluation:
+                for layer, moments in merged.moments.items():
+                    few = moments.n < 2
+                    entropy = _too_few(moments.n, merged.widths[layer]) if few else moments.spectral_entropy()
+                    evaluation.put(layer, entropy)
+                self._expect(merged.step, evaluation)
+
+    def forget(self) -> None:
+        """Let layers come from other devices than before, and drop what was merged."""
+        self._devices = {}
+        self._merged = _Merged()
+
+    def _add(self, evaluation: Opened, few: Any, layer: str, h: Tensor) -> int:
+        """Put activations into `evaluation` and return their width; of the layers `few`, under two rows too."""
+        with self._checks_of(layer, h):
+            reading = self._read(layer, h)
+            try:
+                if self._standard_error:
+                    result = spectral_entropy(reading.h, **reading.choice)
+                    sampling = sampling_error(reading.h, **reading.choice) if result.n >= 3 else None
+                    evaluation.put(layer, result, sampling, mask_name=reading.mask)
+                else:
+                    evaluation.add(layer, reading.h, **reading.choice, mask_name=reading.mask)
+            except TooFewRows as error:
+                if layer not in few:
+                    raise
+                evaluation.put(layer, _too_few(error.n, error.d), mask_name=reading.mask)
+        self._devices[layer] = h.device
+        return evaluation.widths[layer]
+
+    def _examine(self, few: Any, layer: str, h: Tensor) -> int:
+        with self._checks_of(layer, h):
+            reading = self._read(layer, h)
+            try:
+                return checked(reading.h, **reading.choice).shape[-1]
+            except TooFewRows as error:
+                if layer not in few:
+                    raise
+                return error.d
+
+    def _merge(self, step: int, layer: str, h: Tensor) -> None:
+        with self._checks_of(layer, h):
+            reading = self._read(layer, h)
+            part = Moments().update(reading.h, **reading.choice)
+            d = len(part.mean) if part.n else rows_of(reading.h, **reading.choice, batch_dims=None).shape[-1]
+            if d < 2:
+                raise ValueError(
+                    "the normalised entropy divides by log d, so d must be at least 2; got d = 1"
+                )
+            self._recording.check(step, layer, d)
+            moments = self._merged.moments.get(layer, Moments()).merge(part)
+        self._merged.step = step
+        self._merged.moments[layer] = moments
+        self._merged.widths[layer] = d
+        self._devices[layer] = h.device
+
+    def _read(self, layer: str, h: Tensor) -> Reading:
+        h = h.detach() if isinstance(h, Tensor) else h
+        return self._axes.on_probe(layer, h) if self._probing else self._axes.at_hand(h)
+
+    def _ignore(self, step: int, layer: str) -> None:
+        if not self._warned_of_repeats:
+            self._warned_of_repeats = True
+            warn_user(
+                f"layer {layer!r} was observed again at step {step}, and that is ignored: pass merge=True to take "
+                "all calls of a step together (gradient accumulation), or another step. Further ones are ignored "
+                "without a warning",
+                UserWarning,
+            )
+
+    def _expect(self, step: int, evaluation: Opened) -> None:
+        for layer, d in evaluation.widths.items():
+            self._recording.check(step, layer, d)
+        for layer, d in evaluation.widths.items():
+            self._recording.expect(step, layer, d)
+
+    @contextmanager
+    def _checks_of(self, layer: str, h: Tensor) -> Iterator[None]:
+        try:
+            if isinstance(h, Tensor):
+                old = self._devices.get(layer, h.device)
+                if old != h.device:
+                    raise ValueError(
+                        f"the activations moved from {old} to {h.device}: move the model back, or load the "
+                        "state_dict() of this monitor into a new one"
+                    )
+            yield
+        except (TypeError, ValueError) as error:
+            error.args = (f"layer {layer!r}{' on the probe' if self._probing else ''}: {error}",)
+            raise
+        except Exception as error:
+            error.add_note(f"in the activations of layer {layer!r}")
+            raise
+
+    @contextmanager
+    def _pass(self, note: str) -> Iterator[None]:
+        self._probing = True
+        try:
+            yield
+        except Exception as error:
+            error.add_note(note)
+            raise
+        finally:
+            self._probing = False
+
+
+@dataclass
+class _Merged:
+    """Rows of the step under way, by layer."""
+
+    step: int = -1
+    moments: dict[str, Moments] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+
+
+class _AnyLayer:
+    def __contains__(self, layer: object) -> bool:
+        return True
+
+
+def _too_few(n: int, d: int) -> SpectralEntropy:
+    message = f"a covariance needs at least 2 rows; there {'was' if n == 1 else 'were'} {n}"
+    return unmeasured(Status.TOO_FEW_ROWS, n, d, message)
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+Mode = Literal["deferred", "sync"]
+
+STATE_VERSION = 2
+READ_VERSIONS = (1, 2)
+
+
+class SpectralEntropyMonitor:
+    """Records the spectral entropy of layers during training, and says when it has fallen.
+
+    Parameters
+    ----------
+    model : nn.Module, optional
+        The model; also a compiled, DDP or FSDP2-wrapped one. `model`, `probe` and `layers` go together;
+        without them the monitor only takes activations through `observe`.
+    probe : Tensor, tuple of arguments, or dict of keyword arguments, optional
+        The fixed input, with at least two samples along dimension 0, on the model's device. Kept by
+        reference; changing it later is an error.
+    layers : str, iterable of str, or callable, optional
+        A name of ``model.named_modules()`` ("" is the model itself), several, or patterns: ``*`` stays within
+        one level, ``**`` crosses dots ("blocks.*.mlp", "**.mlp"). A ModuleList means its children. A layer's
+        activation is its module's output as it leaves it; of a tuple, list or dict the first tensor. ":input" behind
+        a name or pattern ("fc:input", "blocks.*:input") is for the first tensor that the module is called with. What is
+        named must run at the first evaluation; what only a pattern matched is left out until it runs, with one
+        warning. Or a function of (model, probe) that returns activations, or a dict of them by name, measured
+        at the moment it returns (example in `fastent.monitor.probe.Watched`). Records come in this order.
+    every : int
+        `step` evaluates at multiples of this; where the steps it is told of pass over one, at the next of them.
+    threshold : float, optional
+        Normalised entropy, in (0, 1], that counts as collapse, for each layer.
+    law : PowerLaw, optional
+        What `predict_grok_time` forecasts with. Its H* is the threshold where none is given.
+    stopping : callable, optional
+        Policy for `should_stop`: a function of the monitor, such as `fastent.StopAfterCrossing`.
+    tokens : {"flatten", "first", "last", "mean", "skip_first"}, optional
+        What to make of (samples, tokens, d) activations; needed for those, ignored for (n, d). With "flatten" a layer
+        may also give any number of rows (rows, d): tokens of all samples, or those sent to an expert. Without it, fewer
+        rows than samples are taken as a part of them.
+    positions : {"flatten", "mean"}, optional
+        What to make of maps, such as (n, channels, height, width); with `tokens` given, of those with more than three
+        axes. See `fastent.spectral_entropy`.
+    channel_axis : int, optional
+        The axis of such maps that holds the features; goes with `positions`.
+    samples_axis : {0, 1}, optional
+        Axis of three-dimensional activations that counts samples: 1 where layers, or the probe too, are
+        (tokens, samples, d). By default 0, and a torch module with ``batch_first=False`` is an error. An activation
+        with another number of samples than the probe is one always; where samples and tokens are equally many,
+        exchanged axes cannot be seen.
+    mask : str, optional
+        Entry of the probe, a key or the name of a parameter of the model's forward pass, that is (n, tokens) and 1 or
+        True for real tokens: others are left out where activations are (n, tokens, d) or (n * tokens, d). "~name" where
+        0 or False is a real token ("~src_key_padding_mask" of torch, additive masks). By default "attention_mask",
+        where the probe has one and the number of tokens fits; records say which mask was used.
+    standard_error : bool
+        Record the sampling errors of H too, `fastent.sampling_error` for infinitely many samples. An evaluation
+        then costs some 12 times as much. Tokens of one sample, or positions of one map, are not independent: with
+        "flatten" or "skip_first" the error comes out too small.
+    history_size : int
+        Records kept of each layer (about 0.7 kB each); the oldest go first. `on_record` sees all, and crossings,
+        diagnosis and forecast do not depend on it.
+    on_nonfinite : {"record", "raise"}
+        Whether NaN or Inf in activations is recorded and training goes on, or raises once recorded.
+    on_record : callable, optional
+        Gets every record, for a logger. If it raises, the monitor warns once and goes on.
+    mode : {"deferred", "sync"}
+        "deferred": the training thread forms covariances and a worker takes the eigenvalues, so that records
+        arrive a little later, in order, at a later call of `step`, `observe` or `flush`. On the CPU that
+        is for large layers with cores to spare, all else arrives at once (`fastent.monitor.cuda.Devices`); the
+        records are the same to the bit. "sync": all at once, which on CUDA waits for the device. `standard_error`
+        makes every evaluation one in line.
+    on_full : {"drop", "block"}
+        What happens to an evaluation on CUDA while too many wait (`fastent.monitor.deferred`): dropped, counted and
+        warned of once, or waited for.
+    check : bool
+        Pass the probe through the model now, so that a wrong width, dtype, shape or layer raises here and not at the
+        first step that is due. It records nothing and leaves no trace in training. False puts it off, for a model
+        that is not ready yet (on the meta device, not moved, weights not loaded). Of a sharded model every rank must
+        make the monitor.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an unusable probe, a layer that the model does not have (close names are given) or a bad argument.
+    Exception
+        What the model raises on its probe, with a note that it was the probe.
+
+    Warns
+    -----
+    UserWarning
+        At a layer's first record, if `threshold` is above the most that so few samples can reach.
+
+    Notes
+    -----
+    `history`, `crossed` and `should_stop` know what has arrived by the last call of `step`, `observe` or `flush`:
+    when a deferred run stops by `should_stop` depends on the clock, unless `flush` is called before it. So flush before
+    whatever reads a record: a validation whose end decides on stopping or on a checkpoint, `should_stop`, the end of
+    the run; and log each record at its own step (docs/logging.md). A checkpoint (`state_dict`) waits for everything
+    asked for so far. Only records with a `usable` status count for crossings.
+
+    Under FSDP or tensor parallelism every rank must call `step`, since the forward pass needs them all, and rank 0
+    alone records. Under DDP each rank that calls `step` records for itself. In both, ``should_stop(agree=True)`` on
+    every rank gives all of them one answer. A layer that holds only a part of its activations on each rank is gathered
+    where it says how, and refused where it does not (`fastent.ranks`). Forward hooks that the model has fire in the
+    probe too.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> monitor = SpectralEntropyMonitor(model, torch.randn(64, 4), layers="1", every=100)
+    >>> for step in range(201):
+    ...     records = monitor.step(step)
+    >>> [(record.step, record.layer, record.status.value) for record in monitor.history]
+    [(0, '1', 'ok'), (100, '1', 'ok'), (200, '1', 'ok')]
+
+    Activations at hand, without a model:
+
+    >>> monitor = SpectralEntropyMonitor(threshold=0.6)
+    >>> h = torch.outer(torch.arange(8.0), torch.ones(3))
+    >>> monitor.observe(0, h, layer="encoder")
+    >>> monitor.flush()[0].normalized < 1e-9, monitor.crossed
+    (True, True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        probe: Inputs | None = None,
+        layers: Layers | None = None,
+        *,
+        every: int = 200,
+        threshold: float | None = None,
+        law: PowerLaw | None = None,
+        stopping: Callable[[SpectralEntropyMonitor], bool] | None = None,
+        tokens: Tokens | None = None,
+        positions: Positions | None = None,
+        channel_axis: int | None = None,
+        samples_axis: SamplesAxis | None = None,
+        mask: str | None = None,
+        standard_error: bool = False,
+        history_size: int = 10_000,
+        on_nonfinite: OnNonfinite = "record",
+        on_record: Callable[[EntropyRecord], object] | None = None,
+        mode: Mode = "deferred",
+        on_full: OnFull = "drop",
+        check: bool = True,
+    ) -> None:
+        if threshold is None and law is not None:
+            threshold = law.h_star
+        for name, value in (("every", every), ("history_size", history_size)):
+            if operator.index(value) < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if threshold is not None and not 0 < threshold <= 1:
+            raise ValueError(f"threshold is a normalised entropy, in (0, 1]; got {threshold}")
+        if isinstance(stopping, StopAfterCrossing) and threshold is None:
+            raise ValueError("StopAfterCrossing needs a threshold to cross")
+        _check_choice("on_nonfinite", on_nonfinite, get_args(OnNonfinite))
+        _check_choice("mode", mode, get_args(Mode))
+        self._recording = Recording(operator.index(history_size), threshold)
+        self._law, self._stopping = law, stopping
+        self._last_step: int | None = None
+        self._every = operator.index(every)
+        rows_from_tokens = tokens in ("flatten", "skip_first") or positions == "flatten"
+        self._watched = Watched.of(model, probe, layers, rows_from_tokens=rows_from_tokens)
+        axes = Axes(tokens, positions, channel_axis, samples_axis, mask, self._watched)
+        self._evaluations = DeferredEntropy(on_full=on_full, device_of=in_line if mode == "sync" else None)
+        self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite)
+        self._evaluator = Evaluator(self._evaluations, self._recording, axes, standard_error)
+        self._last_called: int | None = None  # by `step`, not by `observe`
+        self._unfinished: int | None = None  # the step whose evaluation failed: it may be repeated
+        self._closed = False
+        if self._watched is not None and check:
+            self._evaluator.check(self._watched)
+        at_exit(self)
+
+    @uncompiled
+    def step(self, step: int) -> list[EntropyRecord]:
+        """Evaluate the probe if `step` is due; call it once in every training step.
+
+        A step is due when ``step // every`` has grown since the last call, the first call of all when `step` is a
+        multiple of `every`: counts that skip multiples are evaluated right after them, and recorded at the step that
+        they were given. A step seen again (gradient accumulation) is not evaluated again, unless that failed. A call
+        from a hook of the model, which fires in the probe's own pass too, does nothing there.
+
+        Parameters
+        ----------
+        step : int
+            0 or more, never going back except by `load_state_dict`.
+
+        Returns
+        -------
+        list of EntropyRecord
+            What has arrived since the last call, one record for each step and layer; each is handed out once.
+
+        Raises
+        ------
+        ValueError
+            If `step` goes back, the probe changed or moved, a layer's width changed or its device moved.
+        RuntimeError
+            If there is no model, the monitor is closed, or a layer ran not exactly once; or an evaluation failed in
+            the worker, at the step in the message (`step` may then be called again).
+        FloatingPointError
+            For NaN or Inf in activations with ``on_nonfinite="raise"``.
+        """
+        if self._evaluator.probing:
+            return []
+        step = self._advance(step)
+        if self._watched is None:
+            raise RuntimeError("step needs a model, a probe and layers; without them call observe")
+        self._arrivals.collect()
+        if self._is_due(step):
+            with interrupts_held():  # a step is evaluated and recorded, or it is not
+                self._last_called, self._unfinished = step, step
+                self._watched.probe.check()
+                self._evaluator.run(step, self._watched)
+                self._unfinished = None
+                self._arrivals.collect()
+        self._last_called = step
+        return self._arrivals.take()
+
+    @uncompiled
+    def observe(self, step: int, h: Tensor | SpectralEntropy, *, layer: str, merge: bool = False) -> None:
+        """Record activations that are at hand, whether `step` is a multiple of `every` or not.
+
+        Made for forward hooks: ``module.register_forward_hook(lambda m, args, out: monitor.observe(step, out,
+        layer="x"))``. It returns None, since torch takes what a hook returns for the layer's output: the record comes
+        out of the next `step` or `flush`, to `on_record` and into the `history`. Of less than two rows, as of a batch
+        of one, the status is `too_few_rows`. A forward pass that activation checkpointing repeats during the backward
+        pass counts once, and the pass of a monitor's probe, this one's or another's, not at all.
+
+        Parameters
+        ----------
+        step : int
+            0 or more, never going back.
+        h : Tensor, shape (n, d), (n, tokens, d) if the monitor has `tokens`, or a map if it has `positions`; or
+            SpectralEntropy
+            Activations; they are detached and not kept. Or their entropy, unbatched, where it was computed
+            for many layers or seeds in one call (`SpectralEntropy.unbind`), or with a mask: the monitor's is for its
+            probe alone.
+        layer : str
+            The name to record.
+        merge : bool
+            Take all calls of one step together, as if their rows had come in one (gradient accumulation): their moments
+            add up, and the entropy is taken when the step is over, that is at a call with a later step, `flush`,
+            `state_dict` or `close`. Without it a second call for `layer` and `step` is ignored, with one warning.
+
+        Raises
+        ------
+        ValueError
+            If `step` goes back, the width of `layer` changed or its device moved, for unusable activations
+            (`fastent.spectral_entropy`), or to merge entropies or with `standard_error`.
+        RuntimeError
+            If the monitor is closed.
+        FloatingPointError
+            For NaN or Inf in `h` with ``on_nonfinite="raise"``.
+        """
+        step = self._advance(step)
+        self._arrivals.collect()
+        with interrupts_held():
+            self._evaluator.observe(step, str(layer), h, merge)
+            self._arrivals.collect()
+
+    @property
+    def history(self) -> list[EntropyRecord]:
+        """The newest `history_size` records of each layer that have arrived, oldest first."""
+        return self._recording.records
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest step that the monitor was told of."""
+        return self._last_step
+
+    @property
+    def crossings(self) -> dict[str, int]:
+        """First step with a usable record below the threshold, by layer; a layer without one is absent."""
+        return self._recording.crossings
+
+    @property
+    def crossed(self) -> bool:
+        """Whether every watched layer has been below the threshold at some step; False without one."""
+        watched = self._recording.layers.union(self._named_layers())
+        return bool(watched) and watched <= self.crossings.keys()
+
+    @uncompiled
+    def should_stop(self, *, agree: bool | None = None) -> bool:
+        """Answer of the stopping policy, from the records that have arrived; False if none was given.
+
+        Parameters
+        ----------
+        agree : bool, optional
+            Needed where the default process group (`torch.distributed`) has several ranks and a policy was given:
+            records arrive on each rank at a time of its own, or on rank 0 alone, and a rank that stops by itself
+            leaves the others waiting. True: every rank calls this at the same step, and all stop if one of them
+            would. False: the answer of this rank, for a loop that shares it in its own way.
+
+        Raises
+        ------
+        RuntimeError
+            If `agree` is needed and was not given.
+        """
+        own = self._stopping is not None and self._stopping(self)
+        if world_size() == 1 or agree is False:
+            return own
+        if agree:
+            return any_rank(own)
+        if self._stopping is not None:
+            raise RuntimeError(
+                f"should_stop() answers for this rank alone, and there are {world_size()}: one that stops by itself "
+                "leaves the others waiting. Call should_stop(agree=True) at the same step on every rank, or "
+                "should_stop(agree=False) where you share the answer yourself"
+            )
+        return False
+
+    def predict_grok_time(self, *, layer: str | None = None) -> Forecast:
+        """Forecast when the run will grok, by the monitor's law.
+
+        Parameters
+        ----------
+        layer : str, optional
+            Needed where more than one is recorded.
+
+        Returns
+        -------
+        Forecast
+            Always one; see `fastent.predict_grok_time` for when its `step` is None.
+
+        Raises
+        ------
+        ValueError
+            If `layer` is needed or has no record.
+        """
+        recent = self._course(layer).recent
+        return predict_grok_time(History([step for step, _ in recent], [h for _, h in recent]), self._law)
+
+    def diagnose(self, *, layer: str | None = None, test_accuracy: float | None = None) -> Diagnosis:
+        """Find the run's row in the paper's diagnostic guide, from the whole run, however long.
+
+        Parameters
+        ----------
+        layer : str, optional
+            Needed where more than one is recorded.
+        test_accuracy : float, optional
+            The latest, in [0, 1]. Without it a collapse cannot be told from grokking.
+
+        Returns
+        -------
+        Diagnosis
+            For the monitor's threshold; other tolerances are arguments of `fastent.diagnose`.
+
+        Raises
+        ------
+        ValueError
+            If `layer` is needed or has no record, or the accuracy lies outside [0, 1].
+        """
+        return diagnosis_of(self._course(layer), test_accuracy)
+
+    @property
+    def pending(self) -> int:
+        """Evaluations that were asked for and have not arrived."""
+        return self._evaluations.pending
+
+    @property
+    def dropped(self) -> int:
+        """Evaluations that were dropped because too many were waiting."""
+        return self._evaluations.dropped
+
+    def state_dict(self) -> dict[str, Any]:
+        """State as plain JSON values; float64 survives a round trip through JSON bit for bit.
+
+        Waits for all that was asked for, so that it is in there; `step` or `flush` hands those records out as usual.
+        Raises what they would raise.
+        """
+        self._evaluator.end_merging()
+        self._evaluations.flush()
+        self._arrivals.collect_all()
+        return {
+            "version": STATE_VERSION,
+            "probe": self._watched.probe.digest if self._watched else None,
+            "last_step": self._last_step,
+            "last_called": self._last_called,
+            "unfinished": self._unfinished,
+            "ran": dict(self._watched.ran) if self._watched else {},
+            "dropped": self.dropped,
+            **self._recording.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a saved state; records made since are gone, so a replayed step is not there twice.
+
+        With another threshold than the saved one, crossings are found again in the saved history. A state of version 1
+        knows no more of a long run than its records.
+
+        Raises
+        ------
+        ValueError
+            If the state is damaged, or of another version or probe, or the probe changed. Nothing is loaded then.
+        """
+        if self._watched is not None:
+            self._watched.probe.check(content=True)
+        try:
+            if state["version"] not in READ_VERSIONS:
+                readable = " and ".join(map(str, READ_VERSIONS))
+                raise ValueError(f"the state has version {state['version']}; this release reads {readable}")
+            digest = self._watched.probe.digest if self._watched else None
+            if state["probe"] != digest:
+                old, new = (f"probe {d[:12]}" if d else "no probe" for d in (state["probe"], digest))
+                raise ValueError(f"the state was recorded with {old}, this monitor has {new}")
+            last_step = _step("last_step", state)
+            if state["version"] == 1:  # it knew only the last multiple that was evaluated
+                probed = _step("last_probed", state)
+                missed = last_step is not None and last_step % self._every == 0 and last_step != probed
+                called, unfinished = last_step, last_step if missed else None
+                order = self._watched.order if self._watched else ()
+                ran = {layer: values["d"] for layer, values in state["layers"].items() if layer in order}
+            else:
+                called, unfinished = _step("last_called", state), _step("unfinished", state)
+                ran = {str(layer): checked_count("ran", d) for layer, d in state["ran"].items()}
+            dropped = checked_count("dropped", state.get("dropped", 0))
+            recording = self._recording.empty()
+            recording.load_state_dict(state)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"nothing is loaded: {_reason(error)}") from error
+        with interrupts_held():
+            self._arrivals.forget()
+            self._recording.become(recording)
+            self._last_step, self._last_called, self._unfinished = last_step, called, unfinished
+            if self._watched is not None:
+                self._watched.restore(ran)
+            self._evaluator.forget()
+            self._evaluations.dropped = dropped
+
+    @uncompiled
+    def flush(self) -> list[EntropyRecord]:
+        """Wait for all that was asked for, and return the records that arrived; raises as `step` does."""
+        self._evaluator.end_merging()
+        self._evaluations.flush()
+        self._arrivals.collect_all()
+        return self._arrivals.take()
+
+    def close(self) -> None:
+        """Flush into the history, end the worker and take no more steps. May be called again."""
+        self._closed = True
+        self._evaluator.end_merging()
+        try:
+            self._evaluations.close()
+        finally:
+            self._arrivals.collect_all()
+
+    def finish(self, deadline: float) -> None:
+        """Record what is under way until `deadline`; called when the interpreter ends (`fastent.process`)."""
+        self._evaluator.end_merging()
+        if self.pending:
+            self._evaluations.flush(max(0.0, deadline - time.monotonic()))
+            self._arrivals.collect_all()
+
+    def __enter__(self) -> SpectralEntropyMonitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"closing the monitor failed too: {failure!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy holds what was asked for so far, as a checkpoint does; threads stay behind.
+        self._evaluator.end_merging()
+        self._evaluations.flush()
+        self._arrivals.collect_all()
+        return self.__dict__
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        at_exit(self)
+
+    def _named_layers(self) -> Iterable[str]:
+        return self._watched.names if self._watched else ()
+
+    def _is_due(self, step: int) -> bool:
+        if self._last_called is None:
+            return step % self._every == 0
+        return step == self._unfinished or step // self._every > self._last_called // self._every
+
+    def _advance(self, step: int) -> int:
+        if self._closed:
+            raise RuntimeError("the monitor is closed")
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"steps start at 0; got {step}")
+        if self._last_step is not None and step < self._last_step:
+            raise ValueError(
+                f"steps do not go back: got {step} after {self._last_step}; after a resume call "
+                "load_state_dict, for another run make a new monitor"
+            )
+        self._evaluator.end_merging(step)
+        self._last_step = step
+        return step
+
+    def _course(self, layer: str | None) -> Course:
+        """Return what is known of `layer`, or of the only one that is recorded where it is None."""
+        recorded = sorted(self._recording.layers)
+        layer = None if layer is None else str(layer)  # as the record has it
+        if layer is None and not recorded:
+            return Course(self._recording.threshold)
+        if layer is None and len(recorded) > 1:
+            raise ValueError(f"several layers are recorded: name one of {recorded} as layer")
+        if layer is not None and layer not in recorded:
+            raise ValueError(f"layer {layer!r} has no record; recorded so far: {recorded}")
+        return self._recording.course(recorded[0] if layer is None else layer)
+
+
+def _step(name: str, state: Mapping[str, Any]) -> int | None:
+    return None if state[name] is None else checked_count(name, state[name])
+
+
+def _reason(error: Exception) -> str:
+    return f"the state has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")

@@ -1,0 +1,920 @@
+"""A monitor's probe: the fixed input, the layers it watches, the pass that takes their activations, and their axes.
+
+A probe's content is hashed when it is taken on, and a probe that changed is an error. The pass runs the plain module
+(what a compiled or DDP wrapper holds) inside `fastent.monitor.isolation.undisturbed`, with hooks that exist for its
+duration only. A layer's activation is its module's output, reduced at the moment it appears: an in-place operation
+later in the model cannot change it, and it is not kept. What a function returns in place of names is reduced when it
+returns: whatever the model did to it until then is in it.
+
+What the axes of an activation count (samples, tokens or positions, features; and what is padding): the probe says how
+many samples there are, the model which of its modules put tokens first, and the user what cannot be seen. An activation
+that fits none of it is an error with the shapes and the remedy, never a number. What shapes cannot show: that axes are
+exchanged where samples and tokens are equally many (other than in a torch module with ``batch_first=False``), and
+whether rows (n * tokens, d) come sample by sample, as is assumed, or token by token.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastent.activations import Positions, RealTokens, Tokens
+from fastent.linalg import check_pool
+from fastent.monitor.isolation import apart, fsdp1_modules, fsdp_modules, undisturbed
+from fastent.process import warn_user
+from fastent.ranks import Spread
+
+R = TypeVar("R")
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+LayerFunction = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
+Layers = str | Iterable[str] | LayerFunction
+
+_INPUT = ":input"  # behind a layer's name
+
+
+class Probe:
+    """A fixed input of a model, known by its content.
+
+    Parameters
+    ----------
+    inputs : Tensor, tuple of arguments, or mapping of keyword arguments
+        Tensors, nested in tuples, lists and mappings, beside plain values (numbers, strings, None). The
+        tensors are kept by reference. Samples are counted along dimension 0 of the first tensor.
+    rows_from_tokens : bool
+        Whether each token is a row, so that one sample is enough.
+
+    Raises
+    ------
+    TypeError
+        For a leaf whose content cannot be hashed.
+    ValueError
+        If there is no tensor, or fewer samples than a covariance needs.
+    """
+
+    def __init__(self, inputs: Inputs, *, rows_from_tokens: bool = False) -> None:
+        check_pool()
+        if isinstance(inputs, Tensor):
+            self.inputs: Inputs = inputs
+            self.args: tuple[Any, ...] = (inputs,)
+            self.kwargs: dict[str, Any] = {}
+        elif isinstance(inputs, Mapping):
+            self.inputs = self.kwargs = dict(inputs)
+            self.args = ()
+        elif isinstance(inputs, tuple):
+            self.inputs = self.args = inputs
+            self.kwargs = {}
+        else:
+            raise TypeError(
+                "probe must be a tensor, a tuple of arguments or a dict of keyword arguments; "
+                f"got {type(inputs).__name__}"
+            )
+        tensors = self._tensors()
+        shapes = [tuple(t.shape) for t in tensors if t.ndim]
+        if not shapes:
+            raise ValueError("the probe holds no tensor with a sample axis")
+        self.shape = shapes[0]
+        """Shape of the first tensor with axes, whose first counts samples."""
+        if self.shape[0] < (1 if rows_from_tokens else 2):
+            raise ValueError(f"a covariance needs at least 2 samples; the probe has N = {self.shape[0]}")
+        self._marks = [_mark(t) for t in tensors]
+        self.digest = self._hash()
+
+    def check(self, *, content: bool = False) -> None:
+        """Refuse to go on with a probe that changed or moved.
+
+        Tensors on the CPU are hashed again (about 0.5 ms for each MiB): NumPy may write to their memory and
+        leave no mark. On a device that would stop the host, so there the address and version counter are
+        compared first, and the content only where they differ or on request (`content`).
+        """
+        tensors = self._tensors()
+        marks = [_mark(t) for t in tensors]
+        for old, new in zip(self._marks, marks, strict=False):
+            if old[0] != new[0]:
+                raise ValueError(
+                    f"the probe moved from {old[0]} to {new[0]}: move it back, or make a new monitor"
+                )
+        if marks != self._marks or content or any(t.device.type == "cpu" for t in tensors):
+            digest = self._hash()
+            if digest != self.digest:
+                raise ValueError(
+                    f"the probe changed: its content was {self.digest[:12]} and is {digest[:12]}; "
+                    "entropies of different probes do not compare: keep a clone for the probe"
+                )
+            self._marks = marks
+
+    def entries(self, model: nn.Module) -> dict[str, Any]:
+        """Name what the probe holds: by parameters of the model's forward pass, and keys of mappings at any depth."""
+        try:
+            bound = inspect.signature(model.forward).bind_partial(*self.args, **self.kwargs)
+            found = dict(bound.arguments)
+        except (TypeError, ValueError):  # called otherwise than it says: the names in the probe are left
+            found = {}
+        waiting: list[Any] = [self.kwargs, *self.args]
+        while waiting:
+            value = waiting.pop(0)
+            if isinstance(value, Mapping):
+                for key, item in value.items():
+                    found.setdefault(str(key), item)
+                waiting += value.values()
+            elif isinstance(value, tuple | list):
+                waiting += value
+        return found
+
+    def _tensors(self) -> list[Tensor]:
+        return [leaf for _, leaf in _leaves(self.args or self.kwargs) if isinstance(leaf, Tensor)]
+
+    def _hash(self) -> str:
+        sha = hashlib.sha256()
+        # By path: keyword arguments in another order are the same probe.
+        for path, leaf in sorted(_leaves(self.args or self.kwargs), key=lambda item: item[0]):
+            if isinstance(leaf, Tensor):
+                sha.update(f"{path} {leaf.dtype} {tuple(leaf.shape)};".encode())
+                raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                sha.update(raw.numpy().data)
+            else:
+                sha.update(f"{path} {leaf!r};".encode())
+        return sha.hexdigest()
+
+
+def plain_module(model: nn.Module) -> nn.Module:
+    """Take off the wrappers of `torch.compile`, DistributedDataParallel and DataParallel, in any order."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif _is_compiled(model):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+class FoundLayer(NamedTuple):
+    """Path of a layer for ``model.get_submodule``, whether it was named or is one of several, and input or output."""
+
+    path: str
+    named: bool
+    of_input: bool = False
+
+
+def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, FoundLayer]:
+    """Resolve names and patterns to submodules.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A plain module.
+    layers : str or iterable of str
+        Names as in ``model.named_modules()``, or patterns over them: ``*``, ``?`` and ``[ab]`` stay within one level,
+        ``**`` crosses dots ("**.mlp" is "mlp" at any depth). A container that cannot run (ModuleList, ModuleDict) means
+        its children; a pattern passes over such containers unless it matches nothing else. Wrappers of submodules
+        (compiled, FSDP1, checkpointed) are not part of a name. ":input" behind a name or pattern asks for what a module
+        is called with.
+
+    Returns
+    -------
+    dict
+        From the layer's name to where it is, in the order asked for. Children of a container and what a pattern matched
+        are not `named`.
+
+    Raises
+    ------
+    TypeError
+        If a layer is, or lies in, a TorchScript module, which calls no hooks.
+    ValueError
+        If a name or pattern fits nothing, or a container is empty; close names are given.
+    """
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers takes a name, several of them, or a function; got {type(layers).__name__}")
+    paths: dict[str, str] = {}
+    modules: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(_name(path), path)
+        modules.setdefault(_name(path), module)
+    once = {
+        _name(path): path for path, _ in model.named_modules() if _name(path)
+    }  # a shared module by its first name
+    found: dict[str, FoundLayer] = {}
+    for wanted in [layers] if isinstance(layers, str) else layers:
+        if not isinstance(wanted, str):
+            raise TypeError(f"layers takes names; got {type(wanted).__name__} among them")
+        asked, wanted = wanted, wanted.removesuffix(_INPUT)
+        end = asked[len(wanted) :]
+        named = wanted in paths
+        matches = [wanted] if named else [name for name in once if _matches(name, wanted)]
+        if not matches:
+            close = difflib.get_close_matches(wanted, list(paths), n=3)
+            names = ", ".join(map(repr, close or list(once)[:10])) or "no submodules"
+            deeper = [name for name in once if _matches(name, wanted.replace("**", "*").replace("*", "**"))]
+            if deeper:
+                names += f"; * stays within one level, and ** would match {', '.join(map(repr, deeper[:3]))}"
+            raise ValueError(
+                f"no layer matches {asked!r}; {'close to it' if close else 'the model has'}: {names}"
+            )
+        layers_of = [name for name in matches if not _is_container(modules[name])]
+        if not layers_of:
+            layers_of = list(dict.fromkeys(_within(matches, modules)))
+            named = False
+        if not layers_of:
+            raise ValueError(f"{wanted!r} is a container that holds no module: name a layer that runs")
+        for name in layers_of:
+            _refuse_scripted(name, modules)
+            before = found.get(name + end)
+            found[name + end] = FoundLayer(
+                paths[name], named or (before is not None and before.named), of_input=bool(end)
+            )
+    if not found:
+        raise ValueError("layers is empty: name at least one")
+    return found
+
+
+def reduce_activations(
+    model: nn.Module,
+    probe: Probe,
+    layers: Mapping[str, FoundLayer] | LayerFunction,
+    reduce: Callable[[str, Tensor], R],
+    may_be_idle: Container[str] = (),
+) -> dict[str, R]:
+    """Run the probe through the model and reduce the activations of the layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A plain module; when it is sharded by FSDP or tensor parallelism, every rank must call this.
+    probe : Probe
+        The input.
+    layers : mapping or callable
+        What `find_layers` returned, or a function of (model, probe as it was given) that returns activations,
+        or a mapping of names to them.
+    reduce : callable
+        Gets the layer's name and its activation, as soon as there is one.
+    may_be_idle : container of str
+        Names of layers that may be left out because they did not run, as those that are not `named` may.
+
+    Returns
+    -------
+    dict
+        What `reduce` returned, by layer. If one layer fails, it raises.
+
+    Raises
+    ------
+    RuntimeError
+        If a layer ran more than once, or not at all and may not be idle.
+    TypeError
+        If a layer's output holds no tensor.
+    ValueError
+        If a layer of a model under tensor parallelism holds only a part (`fastent.ranks`).
+    """
+    check_pool()
+    with undisturbed(model) as interrupts, Spread(model) as spread:
+        reduce = apart(reduce, interrupts)
+        if callable(layers):
+            with interrupts.second_at_once():
+                given = layers(model, probe.inputs)
+            named = given.items() if isinstance(given, Mapping) else [(name_of(layers), given)]
+            reduced: dict[str, R] = {}
+            for name, h in named:
+                if str(name) in reduced:
+                    raise ValueError(f"layers returned two activations named {str(name)!r}")
+                reduced[str(name)] = reduce(str(name), spread.whole(str(name), h))
+            return reduced
+        results: dict[str, R] = {}
+        fired = dict.fromkeys(layers, 0)
+
+        def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                fired[name] += 1
+                if fired[name] == 1:
+                    results[name] = reduce(name, spread.whole(name, _first_tensor(name, output), module))
+
+            return hook
+
+        def input_hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            hook = hook_for(name)
+            return lambda module, args, kwargs: hook(module, args, (*args, *kwargs.values()))
+
+        handles = []
+        try:
+            for name, layer in layers.items():
+                module = model.get_submodule(layer.path)
+                handles.append(
+                    module.register_forward_pre_hook(input_hook_for(name), with_kwargs=True)
+                    if layer.of_input
+                    else module.register_forward_hook(hook_for(name))
+                )
+            with interrupts.second_at_once():
+                model(*probe.args, **probe.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    for name, count in fired.items():
+        if count == 0 and (name in may_be_idle or not layers[name].named):
+            continue
+        if count != 1:
+            children = [
+                f"{name}.{child}" for child, _ in model.get_submodule(layers[name].path).named_children()
+            ]
+            reason = (
+                "its parent does not call it on this probe, or uses its weights without calling it"
+                + (
+                    f" (its children may run without it: {', '.join(map(repr, children[:3]))})"
+                    if children
+                    else ""
+                )
+                if count == 0
+                else "it is shared or runs in a loop, so which of its outputs is meant is open"
+            )
+            raise RuntimeError(
+                f"layer {name!r} fired {count} times in one forward pass: {reason}; "
+                "pass a callable as layers to choose the activations yourself"
+            )
+    return {name: results[name] for name in layers if name in results}
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass of `model` needs every rank: FSDP or tensor parallelism."""
+    modules = list(model.modules())
+    return any(hasattr(p, "full_tensor") for p in model.parameters()) or bool(
+        fsdp_modules(modules) or fsdp1_modules(modules)
+    )
+
+
+def tokens_first(model: nn.Module, path: str) -> str | None:
+    """Type of the nearest torch module around `path` that says ``batch_first``, where it says False; else None."""
+    parts = path.split(".")
+    for count in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:count]))
+        batch_first = _batch_first(module)
+        if batch_first is not None:
+            return None if batch_first else type(module).__name__
+    return None
+
+
+def _batch_first(module: nn.Module) -> bool | None:
+    own = getattr(module, "batch_first", None)
+    if isinstance(own, bool):
+        return own
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        module = module.layers[0]
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return bool(module.self_attn.batch_first)
+    return None
+
+
+def name_of(layers: LayerFunction) -> str:
+    """Layer name of activations that a function returned without one."""
+    return str(getattr(layers, "__name__", type(layers).__name__))
+
+
+# Submodules that torch.compile, FSDP1, activation checkpointing, and Lightning's Fabric put in a path.
+_WRAPPED = {
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "_original_module",
+}
+
+
+def _name(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return re.fullmatch(_regex(pattern), name) is not None
+
+
+def _regex(pattern: str) -> str:
+    parts = re.findall(r"(?:^|(?<=\.))\*\*\.|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL)
+    signs = {"**.": r"(?:.*\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    return "".join(signs.get(part) or _class_or_text(part) for part in parts)
+
+
+def _class_or_text(part: str) -> str:
+    if len(part) < 3:  # a lone bracket too
+        return re.escape(part)
+    inside = part[1:-1].replace("\\", r"\\").replace("[", r"\[")
+    return f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]"
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module has no forward pass of its own."""
+    return "forward" not in vars(module) and type(module).forward is nn.Module.forward
+
+
+def _within(containers: Iterable[str], modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Names of the modules in containers that can run, through containers in containers."""
+    for name in containers:
+        for child, module in modules[name].named_children():
+            path = _name(f"{name}.{child}" if name else child)
+            if _is_container(module):
+                yield from _within([path], modules)
+            else:
+                yield path
+
+
+def _refuse_scripted(name: str, modules: Mapping[str, nn.Module]) -> None:
+    parts = name.split(".")
+    above = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    for path in above & modules.keys():
+        if isinstance(modules[path], torch.jit.ScriptModule):
+            raise TypeError(
+                f"layer {name!r} is in a TorchScript module, which calls no hooks: keep the module that was scripted "
+                "or traced, or pass a function as layers"
+            )
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(model, dynamo.OptimizedModule)
+
+
+def _first_tensor(name: str, output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        parts: Iterable[Any] = output.values()
+    else:
+        parts = output if isinstance(output, tuple | list) else ()
+    for part in parts:
+        if isinstance(part, Tensor):
+            return part
+    what = (
+        "was called without a tensor"
+        if name.endswith(_INPUT)
+        else f"returned {type(output).__name__} without a tensor"
+    )
+    raise TypeError(
+        f"layer {name!r} {what} at its first level; pass a callable as layers to take the activations out of it"
+    )
+
+
+def _mark(t: Tensor) -> tuple[torch.device, int, int | None]:
+    return t.device, t.data_ptr(), None if t.is_inference() else t._version
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}")
+    elif isinstance(value, tuple | list):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{path}.{i}")
+    elif isinstance(value, Tensor) and value.layout != torch.strided:
+        raise TypeError(f"a probe's tensors must be dense; probe{path} has layout {value.layout}")
+    elif value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device):
+        yield path, value
+    else:
+        raise TypeError(
+            f"a probe holds tensors and plain values; probe{path} is {type(value).__name__}: pass its tensors"
+        )
+
+
+class Watched:
+    """A model with a fixed probe and the layers to watch.
+
+    A named layer must run in the first pass, and may be idle later. What a pattern matched, or a container holds, is
+    watched from the first pass on in which it runs.
+
+    Parameters
+    ----------
+    model, probe, layers
+        As `fastent.SpectralEntropyMonitor` takes them.
+    rows_from_tokens : bool
+        Whether each token is a row, so that one sample is enough.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an unusable model or probe, or a layer that the model does not have.
+
+    Examples
+    --------
+    Rows of one's own, by a function, as they are when it returns (``clone()`` what the model goes on to change in
+    place): of what the first layer gives, every other sample.
+
+    >>> import torch
+    >>> import fastent
+    >>> def half(model, probe):
+    ...     return model[0](probe)[::2]
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> fastent.SpectralEntropyMonitor(model, torch.randn(64, 4), half).step(0)[0].n
+    32
+    """
+
+    def __init__(
+        self, model: nn.Module, probe: Inputs, layers: Layers, *, rows_from_tokens: bool = False
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+        if isinstance(plain_module(model), torch.jit.ScriptModule):
+            raise TypeError(
+                "model is a TorchScript module, which calls no hooks and whose buffers cannot be put back: pass the "
+                "module that was scripted or traced"
+            )
+        if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+            raise ValueError("the model has lazy parameters: run one batch through it first")
+        if isinstance(layers, nn.Module):
+            raise TypeError(f"layers takes names of model.named_modules(); got a {type(layers).__name__}")
+        self._model = model
+        self.probe = Probe(probe, rows_from_tokens=rows_from_tokens)
+        self._layers: dict[str, FoundLayer] | LayerFunction = (
+            layers if callable(layers) else find_layers(plain_module(model), layers)
+        )
+        self.ran: dict[str, int] = {}
+        """Features of each layer that has run, in the order of the first time."""
+        self._warned_of_idle = False
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module | None,
+        probe: Inputs | None,
+        layers: Layers | None,
+        *,
+        rows_from_tokens: bool,
+    ) -> Watched | None:
+        """Watch what was given, None if nothing was; in part is an error."""
+        if model is not None and probe is not None and layers is not None:
+            return cls(model, probe, layers, rows_from_tokens=rows_from_tokens)
+        given = {"model": model, "probe": probe, "layers": layers}
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) < len(given):
+            raise ValueError(f"model, probe and layers go together; missing: {', '.join(missing)}")
+        return None
+
+    def restore(self, ran: Mapping[str, int]) -> None:
+        """Go back to the layers that had run, of those that are watched; a function may return any."""
+        found = self._layers
+        self.ran = {layer: d for layer, d in ran.items() if callable(found) or layer in found}
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Names of the layers that are recorded, as far as they are known before a pass."""
+        if callable(self._layers):
+            return self.ran.keys()
+        return [name for name, layer in self._layers.items() if layer.named or name in self.ran]
+
+    @property
+    def order(self) -> Iterable[str]:
+        """Names of all layers in the order in which they were asked for, or a function first returned them."""
+        return self.ran.keys() if callable(self._layers) else self._layers.keys()
+
+    @property
+    def may_have_few_rows(self) -> Container[str]:
+        """Names of layers under two rows of which are no mistake: they ran before, or are some of many."""
+        found = {} if callable(self._layers) else self._layers
+        return self.ran.keys() | {name for name, layer in found.items() if not layer.named}
+
+    @property
+    def model(self) -> nn.Module:
+        """The plain module."""
+        return plain_module(self._model)
+
+    @property
+    def by_function(self) -> bool:
+        """Whether a function returns the activations, which are then taken at its word."""
+        return callable(self._layers)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the model has an encoder and a decoder, by its configuration or by names in the probe."""
+        config = getattr(self.model, "config", None)
+        return getattr(config, "is_encoder_decoder", False) is True or any(
+            name.startswith("decoder_") for name in self.probe.entries(self.model)
+        )
+
+    def tokens_first(self, layer: str) -> str | None:
+        """Type of the torch module with ``batch_first=False`` that the layer is or is part of, None if none is."""
+        return None if callable(self._layers) else tokens_first(self.model, self._layers[layer].path)
+
+    @property
+    def needs_every_rank(self) -> bool:
+        """Whether a pass needs every rank: FSDP2 or tensor parallelism; rank 0 alone records then."""
+        return is_sharded(plain_module(self._model))
+
+    def run(self, reduce: Callable[[str, Tensor], int]) -> dict[str, int]:
+        """Pass the probe through the model.
+
+        Parameters
+        ----------
+        reduce : callable
+            Gets each layer's name and activation as it appears and returns its width.
+
+        Returns
+        -------
+        dict
+            Widths of layers that have run before and did not run now.
+
+        Warns
+        -----
+        UserWarning
+            Once, of the layers that were not named and did not run.
+        """
+        model = plain_module(self._model)
+        widths = reduce_activations(model, self.probe, self._layers, reduce, self.ran)
+        for layer, d in widths.items():
+            self.ran.setdefault(layer, d)
+        idle = {layer: d for layer, d in self.ran.items() if layer not in widths}
+        self._warn_of_idle([layer for layer in self.order if layer not in widths and layer not in idle])
+        return idle
+
+    def _warn_of_idle(self, layers: list[str]) -> None:
+        if layers and not self._warned_of_idle:
+            self._warned_of_idle = True
+            more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
+            warn_user(
+                f"{', '.join(map(repr, layers[:5]))}{more} did not run in the probe's pass: left out until they do",
+                UserWarning,
+            )
+
+
+SamplesAxis = Literal[0, 1]
+
+_USUAL_MASK = "attention_mask"
+_TORCH_MASK = "key_padding_mask"  # the end of its names in torch.nn, where True is padding
+_BY_HAND = "give a function as layers that returns the rows you mean"
+
+
+class Choice(TypedDict, total=False):
+    """Arguments of `fastent.spectral_entropy` that choose rows."""
+
+    tokens: Tokens | None
+    positions: Positions | None
+    channel_axis: int | None
+    mask: RealTokens | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Activations with samples first, how to take rows of them, and the name of the mask that is used, if any."""
+
+    h: Tensor
+    choice: Choice
+    mask: str | None = None
+
+
+class Axes:
+    """How a monitor reads activations.
+
+    Parameters
+    ----------
+    tokens, positions, channel_axis, samples_axis, mask
+        As `fastent.SpectralEntropyMonitor` takes them. With both, `tokens` are for (samples, tokens, d) and `positions`
+        for activations of more axes.
+    watched : Watched or None
+        The model and its probe.
+
+    Raises
+    ------
+    ValueError
+        If the arguments do not go together, or the mask is not in the probe or no (n, tokens) mask.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens | None,
+        positions: Positions | None,
+        channel_axis: int | None,
+        samples_axis: SamplesAxis | None,
+        mask: str | None,
+        watched: Watched | None,
+    ) -> None:
+        _check_choices(tokens, positions, channel_axis, samples_axis)
+        self._tokens, self._positions, self._channel_axis = tokens, positions, channel_axis
+        self._samples_axis, self._mask, self._watched = samples_axis, mask, watched
+        self._real: dict[torch.device, RealTokens] = {}
+        self._used: str | None = None
+        self._warned: set[str] = set()
+        self._tokens_first: dict[str, str | None] = {}
+        self._two_masks = False  # which of them a layer has is open
+        self._samples_at: dict[int, str] = {}  # by axis of the probe: a layer whose samples are along it
+        if mask is not None and (watched is None or tokens is None):
+            missing = "tokens, which says what to make of the real ones" if watched else "a probe that has it"
+            hint = "" if watched else "; for observe give spectral_entropy(h, tokens=..., mask=...)"
+            raise ValueError(f"mask={mask!r} names an entry of the probe, and needs {missing}{hint}")
+        if watched is not None and tokens is not None:
+            real = self._named_mask(mask) if mask is not None else self._usual_mask()
+            if real is not None:
+                self._real[real.mask.device] = real
+
+    def at_hand(self, h: Tensor) -> Reading:
+        """Activations that did not come from the probe: taken at their word."""
+        if _is_odd(h):
+            return Reading(h, {})
+        if self._samples_axis == 1 and self._by_tokens(h):
+            h = h.transpose(0, 1)
+        return Reading(h, self._choice(h))
+
+    def on_probe(self, layer: str, h: Tensor) -> Reading:
+        """Activations of a layer on the probe.
+
+        Raises
+        ------
+        ValueError
+            If an axis does not count what it should, or which tokens are padding is open.
+        """
+        watched = self._watched
+        assert watched is not None
+        if _is_odd(h):
+            return Reading(h, {})
+        if _is_matrix(h) and not watched.by_function and len(h) not in self._samples():
+            h = self._rows_of_tokens(h.flatten(1))
+            if _is_matrix(h):
+                return Reading(h, {})
+        if not _is_matrix(h) and h.ndim >= 3:
+            h = self._samples_first(layer, h)
+        choice = self._choice(h)
+        if choice.get("tokens") is None:
+            return Reading(h, choice)
+        real = self._real_tokens(layer, h)
+        return Reading(h, {**choice, "mask": real}, None if real is None else self._used)
+
+    def _choice(self, h: Tensor) -> Choice:
+        if _is_matrix(h):
+            return {}
+        if self._by_tokens(h):
+            return {"tokens": self._tokens}
+        return {"positions": self._positions, "channel_axis": self._channel_axis}
+
+    def _by_tokens(self, h: Tensor) -> bool:
+        return h.ndim == 3 and (self._tokens is not None or self._positions is None)
+
+    def _samples(self) -> tuple[int, ...]:
+        """Numbers of samples that the probe may have: along its first axis, or, where tokens come first, its second."""
+        assert self._watched is not None
+        return self._watched.probe.shape[: 2 if self._samples_axis == 1 else 1]
+
+    def _fits(self, layer: str, size: int) -> bool:
+        """Whether an axis of `layer` counts samples; no other layer may find them along the probe's other axis."""
+        assert self._watched is not None
+        axes = [axis for axis, count in enumerate(self._samples()) if count == size]
+        if len(axes) == 1:
+            self._samples_at.setdefault(axes[0], layer)
+            if len(self._samples_at) == 2:
+                raise ValueError(
+                    f"by samples_axis=1 the samples of the probe {self._watched.probe.shape} are along its first axis "
+                    f"in layer {self._samples_at[0]!r} and along its second in {self._samples_at[1]!r}: watch layers "
+                    "with samples first with a monitor of their own"
+                )
+        return bool(axes)
+
+    def _rows_of_tokens(self, h: Tensor) -> Tensor:
+        """Activations (rows, d) that are not one row for each sample, as (samples, tokens, d) where that is known."""
+        assert self._watched is not None
+        rows, d = h.shape
+        real = next(iter(self._real.values()), None)
+        if real is not None and rows == real.mask.numel():
+            n, tokens = real.mask.shape
+            return h.reshape((tokens, n, d) if self._samples_axis == 1 else (n, tokens, d))
+        samples = self._watched.probe.shape[0]
+        if self._tokens is None and rows < samples and d != samples:
+            return h  # a part of the samples, such as an expert's
+        if (self._tokens == "flatten" or self._positions == "flatten") and (real is None or real.full):
+            return h
+        seen = f"gave {tuple(h.shape)} on {self._probe()}, not a row for each sample"
+        if real is not None and self._tokens == "flatten":
+            raise ValueError(
+                f"it {seen}, and which of its rows are padding is open: take a probe without padding, or {_BY_HAND}"
+            )
+        if rows in self._watched.probe.shape[1:2] and self._samples_axis is None:
+            raise ValueError(
+                f"it {seen}. If the probe counts samples along its second axis, give samples_axis=1; if each row is a "
+                'token or a sample sent to this layer, give tokens="flatten"'
+            )
+        raise ValueError(
+            f'it {seen}. If each row is a token, or a sample sent to this layer, give tokens="flatten"; else {_BY_HAND}'
+        )
+
+    def _samples_first(self, layer: str, h: Tensor) -> Tensor:
+        assert self._watched is not None
+        shape = tuple(h.shape)
+        if self._samples_axis == 1 and self._by_tokens(h):
+            if not self._watched.by_function and not self._fits(layer, shape[1]):
+                raise ValueError(
+                    f"with samples_axis=1 the second axis of its activations counts samples; it gave {shape} on "
+                    f"{self._probe()}: {_BY_HAND}"
+                )
+            return h.transpose(0, 1)
+        if self._samples_axis is None and self._by_tokens(h):
+            if layer not in self._tokens_first:
+                self._tokens_first[layer] = self._watched.tokens_first(layer)
+            owner = self._tokens_first[layer]
+            if owner is not None:
+                raise ValueError(
+                    f"it gave {shape}, and its {owner} has batch_first=False: give samples_axis=1 if that is (tokens, "
+                    "samples, d), samples_axis=0 if it is (samples, tokens, d)"
+                )
+        samples = self._watched.probe.shape[0]
+        if shape[0] == samples or (self._samples_axis == 1 and self._fits(layer, shape[0])):
+            return h
+        seen = f"the first axis of its activations should count samples; it gave {shape} on {self._probe()}"
+        if shape[1] == samples and self._by_tokens(h) and self._samples_axis is None:
+            raise ValueError(f"{seen}: give samples_axis=1 if that is (tokens, samples, d)")
+        if self._watched.by_function:
+            return h
+        raise ValueError(f"{seen}: {_BY_HAND}")
+
+    def _real_tokens(self, layer: str, h: Tensor) -> RealTokens | None:
+        if not self._real:
+            return None
+        real = next(iter(self._real.values()))
+        if real.mask.shape != h.shape[:2]:
+            seen = f"{self._used!r} of the probe is for {_count(real.mask.shape)}, and there are {_count(h.shape)}"
+            if self._mask is not None:
+                raise ValueError(f"{seen}: watch such layers with a monitor of their own")
+            if not real.full and layer not in self._warned:
+                self._warned.add(layer)
+                warn_user(f"{seen} in layer {layer!r}: what is padding there counts as tokens", UserWarning)
+            return None
+        if self._two_masks:
+            raise ValueError(
+                "the model has an encoder and a decoder, and which mask is its own is open: give "
+                f"mask={_USUAL_MASK!r} for layers of the encoder, the name of the decoder's for its layers (all ones "
+                "if there is no padding), in a monitor for each"
+            )
+        if h.device not in self._real:
+            self._real[h.device] = real.to(h.device)
+        return self._real[h.device]
+
+    def _named_mask(self, name: str) -> RealTokens:
+        assert self._watched is not None
+        plain = name.removeprefix("~")
+        entries = self._watched.probe.entries(self._watched.model)
+        tensors = [key for key, value in entries.items() if isinstance(value, Tensor)]
+        if plain not in tensors:
+            raise ValueError(
+                f"mask={name!r}: the probe has no tensor {plain!r}; it has: {', '.join(tensors) or 'none with a name'}"
+            )
+        if plain.endswith(_TORCH_MASK) and plain == name:
+            raise ValueError(f'in {name!r} of torch True is padding: give mask="~{name}"')
+        entry = entries[plain]
+        self._used = name
+        try:
+            return RealTokens(entry if name == plain else entry == 0)
+        except (TypeError, ValueError) as error:
+            error.args = (f"mask={name!r} of the probe: {error}",)
+            raise
+
+    def _usual_mask(self) -> RealTokens | None:
+        assert self._watched is not None
+        entries = self._watched.probe.entries(self._watched.model)
+        entry = entries.get(_USUAL_MASK)
+        if isinstance(entry, Tensor) and entry.ndim and entry.shape[0] in self._samples():
+            self._used, self._two_masks = _USUAL_MASK, self._watched.has_decoder
+            try:
+                return RealTokens(entry)
+            except ValueError as error:
+                error.args = (
+                    f'{_USUAL_MASK!r} of the probe: {error}. In a monitor: mask="~{_USUAL_MASK}" where 0 or False is a '
+                    f"real token; a mask that is not (n, tokens) cannot be read, so {_BY_HAND}",
+                )
+                raise
+        torch_masks = [name for name in entries if name.endswith(_TORCH_MASK)]
+        if torch_masks:
+            warn_user(
+                f"the probe's {torch_masks[0]!r} is not used, so padding counts as tokens: give "
+                f'mask="~{torch_masks[0]}" to leave it out',
+                UserWarning,
+            )
+        return None
+
+    def _probe(self) -> str:
+        assert self._watched is not None
+        return f"a probe of {self._watched.probe.shape[0]} samples"
+
+
+def _is_odd(h: Any) -> bool:
+    """Whether `h` has no axes to ask for, and an error of its own."""
+    return not isinstance(h, Tensor) or h.is_nested
+
+
+def _is_matrix(h: Tensor) -> bool:
+    """Whether `h` is (rows, d), or a pool with further axes of 1."""
+    return h.ndim == 2 or (h.ndim > 3 and all(size == 1 for size in h.shape[2:]))
+
+
+def _count(shape: torch.Size) -> str:
+    return f"{shape[0]} samples of {shape[1]} tokens"
+
+
+def _check_choices(tokens: Any, positions: Any, channel_axis: Any, samples_axis: Any) -> None:
+    for name, value, choices in (
+        ("tokens", tokens, get_args(Tokens)),
+        ("positions", positions, get_args(Positions)),
+        ("samples_axis", samples_axis, get_args(SamplesAxis)),
+    ):
+        if value is not None and value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    if (positions is None) != (channel_axis is None):
+        raise ValueError(
+            "positions and channel_axis go together: channel_axis=1 for (n, channels, ...) maps, and "
+            'positions="flatten" or "mean"'
+        )
