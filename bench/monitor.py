@@ -53,7 +53,7 @@ from bench.harness import (
     write_rows,
 )
 from bench.providers import ENTROPIES, entropies
-from bench.training import LOOPS, Loop, Wrap
+from bench.training import LOOPS, TrainingLoop, Wrap
 from fastent.activations import matrix_of
 from fastent.covariance import centered_matrix
 from fastent.linalg import eigenvalues
@@ -76,10 +76,10 @@ STEPS = 8
 WORK = 3.0  # a step's work over an eigensolve's time
 
 
-class Run:
+class TimedRun:
     """A training run with or without a monitor, timed step by step."""
 
-    def __init__(self, loop: Loop, stride: int) -> None:
+    def __init__(self, loop: TrainingLoop, stride: int) -> None:
         self.loop, self.stride = loop, stride
         self.steps_done = 0
         self.step_seconds: list[float] = []
@@ -134,8 +134,13 @@ class Run:
 
 
 def compare(
-    make: Callable[[int], Loop], strides: tuple[int, ...], periods: float, steps: int, *, watched: bool = True
-) -> list[Run]:
+    make: Callable[[int], TrainingLoop],
+    strides: tuple[int, ...],
+    periods: float,
+    steps: int,
+    *,
+    watched: bool = True,
+) -> list[TimedRun]:
     """Train a run without a monitor and one for each stride in turns.
 
     Parameters
@@ -151,7 +156,7 @@ def compare(
     watched : bool
         False on the ranks that have no monitor and make the same steps.
     """
-    runs = [Run(make(seed), stride if watched else 0) for seed, stride in enumerate((0, *strides))]
+    runs = [TimedRun(make(seed), stride if watched else 0) for seed, stride in enumerate((0, *strides))]
     for run in runs:
         run.warm_up()
     turns = max(steps, round(periods * max(strides))) // BLOCK
@@ -165,7 +170,7 @@ def compare(
     return runs
 
 
-def _monitor_rows(name: str, mode: str, runs: list[Run]) -> list[Row]:
+def _monitor_rows(name: str, mode: str, runs: list[TimedRun]) -> list[Row]:
     """Rows of one loop in one mode."""
     plain = np.array(runs[0].blocks)
     rows = []
@@ -275,21 +280,21 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def probed(loop: Loop) -> Callable[[], Tensor]:
+def probed(loop: TrainingLoop) -> Callable[[], Tensor]:
     """Make a function that runs the probe as a monitor does, and returns the activations (n, d) of the layer."""
     assert loop.model is not None
     watched = Watched(loop.model, loop.probe, loop.layer)
 
-    def run() -> Tensor:
+    def read() -> Tensor:
         kept: list[Tensor] = []
         watched.run(lambda name, h: kept.append(matrix_of(h, tokens=loop.tokens).contiguous()))
         return kept[0]
 
-    return run
+    return read
 
 
 def turns(
-    loop: Loop, calls: dict[str | None, Callable[[Tensor], Any]], rounds: int
+    loop: TrainingLoop, calls: dict[str | None, Callable[[Tensor], Any]], rounds: int
 ) -> dict[str | None, np.ndarray]:
     """Seconds of each call and of the steps after it, shape (2, rounds); the order turns from round to round."""
     probe = probed(loop)
@@ -312,7 +317,7 @@ def turns(
     return {name: np.array(values).T for name, values in seconds.items()}
 
 
-def _call_rows(name: str, loop: Loop, rounds: int) -> list[Row]:
+def _call_rows(name: str, loop: TrainingLoop, rounds: int) -> list[Row]:
     """Rows of one loop."""
     calls: dict[str | None, Callable[[Tensor], Any]] = {None: lambda h: None}
     calls |= {provider.name: call for provider, call in entropies().items()}

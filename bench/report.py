@@ -35,7 +35,7 @@ Draw = Callable[[list[Row], Path], None]
 
 
 @dataclass(frozen=True)
-class Section:
+class Chapter:
     """A part of a report: its title, the table of its rows, a note on how to read it, and a picture."""
 
     title: str
@@ -45,7 +45,7 @@ class Section:
 
 
 def write(
-    title: str, origin: str, sections: Mapping[str, Section], rows: Mapping[str, list[Row]], out: Path
+    title: str, origin: str, sections: Mapping[str, Chapter], rows: Mapping[str, list[Row]], out: Path
 ) -> list[Path]:
     """Write ``report.md`` and its pictures; return the files.
 
@@ -540,14 +540,14 @@ _TIMES: dict[str, Callable[[Row], object]] = {
 }
 # What is reported of the questions of `bench.suite`, and of the operations of `bench.gpu`.
 CPU = {
-    "accuracy": Section(
+    "accuracy": Chapter(
         "Errors",
         accuracy_table,
         "The truth is in long double. RankMe is held to the truth of its own quantity. `-inf` and `nan` "
         "are what a provider answered, the name of an exception what it raised.",
         draw=_accuracy,
     ),
-    "entropy": Section(
+    "entropy": Chapter(
         "Entropy: fastent's time over the others'",
         ratio_table,
         "Ratio and its 95 % interval, round by round; below 1 fastent is faster. **Bold**: the other is "
@@ -556,34 +556,34 @@ CPU = {
         "all pools come to rest.",
         draw=_cost,
     ),
-    "covariance": Section("Covariance: fastent's time over the others'", ratio_table, "Read as above."),
-    "in_training": Section(
+    "covariance": Chapter("Covariance: fastent's time over the others'", ratio_table, "Read as above."),
+    "in_training": Chapter(
         "A call between training steps",
         in_training_table,
         "Time of a call whose input comes straight from a forward pass, and by how much the ten training "
         "steps after it take longer than after no call, with the 95 % interval: what its pool of threads "
         "leaves behind.",
     ),
-    "memory": Section(
+    "memory": Chapter(
         "Peak memory of one call, and what the host reads",
         memory_table,
         "Reads by the host, counted on the CPU: numbers taken from a tensor, tensors handed to NumPy, "
         "decompositions, whose status it reads. Each would wait for a GPU; a monitor leaves its to "
         "another thread there.",
     ),
-    "eigensolve": Section("Eigenvalues", eigensolve_table),
-    "monitor": Section(
+    "eigensolve": Chapter("Eigenvalues", eigensolve_table),
+    "monitor": Chapter(
         "A monitor in training",
         monitor_table,
         "Time of a run with a monitor over that of one without, less 1, with its 95 % interval.",
         draw=_overhead,
     ),
-    "training": Section(
+    "training": Chapter(
         "A training step, per seed",
         listed({"model": "model", "loop": "provider", "seeds": "seeds", "threads": "threads", **_TIMES}),
     ),
-    "forecast": Section("Forecast", listed({"what": "provider", "threads": "threads", **_TIMES})),
-    "imports": Section(
+    "forecast": Chapter("Forecast", listed({"what": "provider", "threads": "threads", **_TIMES})),
+    "imports": Chapter(
         "Import",
         listed(
             {
@@ -595,7 +595,7 @@ CPU = {
             }
         ),
     ),
-    "plan": Section(
+    "plan": Chapter(
         "Cost model",
         listed(
             {
@@ -610,15 +610,15 @@ CPU = {
         "Rates measured in the same process. The model is held to within 25 % at the points of the role "
         "check.",
     ),
-    "deferred": Section(
+    "deferred": Chapter(
         "An evaluation in line or by a worker",
         deferred_table,
         "Time of an evaluation on the thread that trains; below 1 the worker gains.",
     ),
 }
 GPU = {
-    "correctness": Section("correctness", correctness_table),
-    "kernel": Section(
+    "correctness": Chapter("correctness", correctness_table),
+    "kernel": Chapter(
         "kernel",
         columns(
             "batch n d dtype side cache launches us_p20 us_p50 us_p80 tflops share_of_floor",
@@ -627,17 +627,17 @@ GPU = {
         ),
         draw=_kernel,
     ),
-    "covariance": Section(
+    "covariance": Chapter(
         "covariance", columns("n d provider us_p20 us_p50 us_p80 host_us over_fastent"), draw=_over_fastent
     ),
-    "entropy": Section(
+    "entropy": Chapter(
         "entropy", columns("n d provider us_p20 us_p50 us_p80 host_us over_fastent"), draw=_over_fastent
     ),
-    "eigensolve": Section("eigensolve", columns("d provider batch us_p50 us_per_matrix")),
-    "probe forward": Section("probe forward", columns("n d us_p20 us_p50 us_p80")),
-    "probe in the stream": Section("probe in the stream", columns("batch n d us_p20 us_p50 us_p80")),
-    "probe on the thread": Section("probe on the thread", columns("provider us_p20 us_p50 us_p80")),
-    "slowdown": Section(
+    "eigensolve": Chapter("eigensolve", columns("d provider batch us_p50 us_per_matrix")),
+    "probe forward": Chapter("probe forward", columns("n d us_p20 us_p50 us_p80")),
+    "probe in the stream": Chapter("probe in the stream", columns("batch n d us_p20 us_p50 us_p80")),
+    "probe on the thread": Chapter("probe on the thread", columns("provider us_p20 us_p50 us_p80")),
+    "slowdown": Chapter(
         "slowdown",
         columns(
             "step step_us provider stride slowdown slowdown_low slowdown_high dropped",
@@ -648,14 +648,14 @@ GPU = {
         ),
         draw=_slowdowns,
     ),
-    "host synchronisations": Section(
+    "host synchronisations": Chapter(
         "host synchronisations", columns("provider n d calls", calls="calls that wait")
     ),
-    "blocked stream": Section(
+    "blocked stream": Chapter(
         "blocked stream",
         columns("provider pause_us us_p50", pause_us="stream busy us", us_p50="back after us"),
     ),
-    "peak memory": Section(
+    "peak memory": Chapter(
         "peak memory",
         columns(
             "n d provider input_bytes extra_bytes held_bytes",

@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 @dataclass
-class Loop:
+class TrainingLoop:
     """One training run.
 
     Attributes
@@ -73,7 +73,7 @@ class Loop:
 Wrap = Callable[[nn.Module], nn.Module]
 
 
-def trainer(wrap: Wrap, seed: int) -> Loop:
+def trainer(wrap: Wrap, seed: int) -> TrainingLoop:
     """Train the `paper` preset's Transformer as an ordinary module; 512 pairs a batch, 512 in the probe, d = 128."""
     config = preset("paper")
     task, train, batch = _pairs(config, seed)
@@ -94,10 +94,12 @@ def _pairs(config: TrainConfig, seed: int) -> tuple[Task, Tensor, Callable[[], t
     return task, train, batch
 
 
-def stacked(wrap: Wrap, seed: int) -> Loop:
+def stacked(wrap: Wrap, seed: int) -> TrainingLoop:
     """Train the same by the trainer's own step (`fastent.grokking.train.stack`), which is several times as fast."""
     stack = Stack(preset("paper"), [seed])
-    return Loop(None, stack.train_step, torch.empty(0), None, None, lambda: stack.representations()[0])
+    return TrainingLoop(
+        None, stack.train_step, torch.empty(0), None, None, lambda: stack.representations()[0]
+    )
 
 
 class Vision(nn.Module):
@@ -130,7 +132,7 @@ class Vision(nn.Module):
         return self.head(self.features(x))
 
 
-def vision(wrap: Wrap, seed: int) -> Loop:
+def vision(wrap: Wrap, seed: int) -> TrainingLoop:
     """Train it on 128 images a batch; 256 in the probe, d = 64."""
     images, labels = torch.randn(1024, 3, 32, 32), torch.randint(10, (1024,))
 
@@ -180,7 +182,7 @@ class Language(nn.Module):
         return self.head(self.norm(x))
 
 
-def language(wrap: Wrap, seed: int) -> Loop:
+def language(wrap: Wrap, seed: int) -> TrainingLoop:
     """Train it on 8 sequences of 64 tokens a batch; 16 in the probe, every token but the first a row, d = 128."""
     text = torch.randint(256, (512, 65))
 
@@ -198,10 +200,10 @@ def _loop(
     probe: Tensor,
     layer: str,
     tokens: Tokens | None,
-) -> Loop:
+) -> TrainingLoop:
     model = wrap(model)
     step = _step(model, torch.optim.AdamW(model.parameters(), lr=1e-3), batch)
-    return Loop(model, step, probe, layer, tokens)
+    return TrainingLoop(model, step, probe, layer, tokens)
 
 
 def _step(
@@ -217,7 +219,7 @@ def _step(
     return step
 
 
-LOOPS: dict[str, Callable[[Wrap, int], Loop]] = {
+LOOPS: dict[str, Callable[[Wrap, int], TrainingLoop]] = {
     "trainer's model": trainer,
     "trainer, stacked": stacked,
     "vision": vision,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import monitor
-from bench.training import Loop
+from bench.training import TrainingLoop
 
 
 def test_the_overhead_of_a_run_is_that_of_its_probes_at_every_stride():
@@ -27,7 +27,7 @@ def test_a_run_probes_at_the_end_of_each_period_and_not_before():
     loop = types.SimpleNamespace(
         step=lambda: None, activations=lambda: torch.randn(8, 4), model=None, probe=None, layer=None
     )
-    run = monitor.Run(loop, 20)
+    run = monitor.TimedRun(loop, 20)
     run.warm_up()
     run.advance(10)
     assert len(run.probe_seconds) == 0
@@ -41,7 +41,7 @@ def test_calls_between_training_steps_take_turns_and_get_the_layer_of_the_probe(
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     order: list[str] = []
     probe = torch.randn(5, 3)
-    loop = Loop(model, lambda: order.append("step"), probe, "0")
+    loop = TrainingLoop(model, lambda: order.append("step"), probe, "0")
     seen = []
 
     def call(h: torch.Tensor) -> None:

@@ -57,7 +57,7 @@ LOSSES, LOGITS = f"losses-{ALPHA:g}", f"logits-{ALPHA:g}"
 
 
 @dataclass(frozen=True, eq=False)
-class Mixing:
+class MixedRuns:
     """Analysis of E2: the baseline, every condition by name, and the dose-response.
 
     `dose` is the mean over seeds of Kendall's tau between alpha (0 included) and T_grok, losses averaged; a run
@@ -70,13 +70,13 @@ class Mixing:
     comparable: bool
 
 
-def analyse(runs: Runs) -> Mixing | None:
+def analyse(runs: Runs) -> MixedRuns | None:
     """Compare E2's conditions with E1's baseline; None if either has no run."""
     baseline, treated = runs.select("e1", "baseline"), by_condition(runs.select("e2"))
     if not len(baseline) or not treated:
         return None
     conditions = {delay.condition: delay for delay in delays(baseline, list(treated.values()))}
-    return Mixing(baseline, conditions, _dose(baseline, treated), runs.comparable)
+    return MixedRuns(baseline, conditions, _dose(baseline, treated), runs.comparable)
 
 
 def alpha_of(condition: str) -> float:
@@ -95,7 +95,7 @@ def _dose(baseline: Runs, treated: dict[str, Runs]) -> Estimate:
     return over(float(stats.kendalltau(alphas, seed).statistic) for seed in times)
 
 
-def claims(result: Mixing) -> Findings:
+def claims(result: MixedRuns) -> Findings:
     """Each claim of the paper that E2's runs speak to, beside what they say."""
     losses, logits = result.conditions.get(LOSSES), result.conditions.get(LOGITS)
     mean, grokked = (losses.mean, losses.grokked) if losses else (UNKNOWN, UNKNOWN)
@@ -132,7 +132,7 @@ def judge_kept_up(mixed: Delay | None) -> Verdict:
     return judge(all(e.known for e in shifts), all(e.low > 0 for e in shifts), any(e.low > 0 for e in shifts))
 
 
-def headline(result: Mixing) -> str:
+def headline(result: MixedRuns) -> str:
     """Say in a few sentences what the runs show."""
     mixed = result.conditions.get(LOSSES)
     if mixed is None:
@@ -146,7 +146,7 @@ def headline(result: Mixing) -> str:
     return said
 
 
-def section(result: Mixing) -> Section:
+def section(result: MixedRuns) -> Section:
     """E2's part of the report."""
     mixed = list(result.conditions.values())
     main = [result.conditions[name] for name in (LOSSES, LOGITS) if name in result.conditions]
@@ -191,7 +191,7 @@ def section(result: Mixing) -> Section:
     return Section("e2", TITLE, tuple(blocks))
 
 
-def _entropy_blocks(result: Mixing, mixed: list[Delay]) -> list[Block]:
+def _entropy_blocks(result: MixedRuns, mixed: list[Delay]) -> list[Block]:
     blocks: list[Block] = [
         Text(
             "Does the intervention keep H up, as it is meant to? At equal step, a run that is slower in everything has "

@@ -167,7 +167,7 @@ class Correlations:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Evaluation:
     """One evaluation of one run."""
 
     seed: int
@@ -190,7 +190,7 @@ class Pairs:
     count: int
     far_entropy: float
     far_accuracy: float
-    widest: tuple[tuple[Checkpoint, Checkpoint], ...]
+    widest: tuple[tuple[Evaluation, Evaluation], ...]
     same_entropy: float
 
 
@@ -241,7 +241,7 @@ def pairs(runs: Runs, widest: int = 5) -> Pairs:
     close = np.abs(np.log(norm[i]) - np.log(norm[j])) < NEARLY_NORM
     i, j = i[close], j[close]
     apart = np.abs(entropy[i] - entropy[j])
-    chosen: dict[frozenset[float], tuple[Checkpoint, Checkpoint]] = {}
+    chosen: dict[frozenset[float], tuple[Evaluation, Evaluation]] = {}
     for k in np.argsort(-apart, kind="stable"):
         if len(chosen) == widest:
             break
@@ -259,9 +259,9 @@ def pairs(runs: Runs, widest: int = 5) -> Pairs:
     )
 
 
-def _checkpoint(row: Array) -> Checkpoint:
+def _checkpoint(row: Array) -> Evaluation:
     seed, step, norm, entropy, accuracy = (float(x) for x in row)
-    return Checkpoint(int(seed), int(step), norm, entropy, accuracy)
+    return Evaluation(int(seed), int(step), norm, entropy, accuracy)
 
 
 def _part(answers: NDArray[np.bool_]) -> float:
@@ -535,11 +535,11 @@ def _pair_blocks(result: Predictors) -> list[Block]:
     ]
 
 
-def _at(point: Checkpoint) -> str:
+def _at(point: Evaluation) -> str:
     return f"seed {point.seed}, step {steps(point.step)}"
 
 
-def _accuracies(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
+def _accuracies(a: Evaluation, b: Evaluation) -> tuple[str, str]:
     return percent(a.test_accuracy), percent(b.test_accuracy)
 
 

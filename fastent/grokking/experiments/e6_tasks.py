@@ -81,7 +81,7 @@ class Tasks:
     other names, `contrast` that of subtraction and addition with shared tokens, which are not.
     """
 
-    tasks: dict[str, Task]
+    tasks: dict[str, TaskRuns]
     controls: tuple[Difference, ...]
     contrast: Difference | None
 
@@ -155,7 +155,7 @@ def claims(result: Tasks) -> Findings:
     return found
 
 
-def _row(name: str, task: Task) -> Finding:
+def _row(name: str, task: TaskRuns) -> Finding:
     t_grok, h_star = PAPER[name]
     return Finding(
         f"{counted(task.grokked)}; T_grok {worded(task.t_grok)}; H* {worded(task.h_star, '')}",
@@ -177,7 +177,7 @@ def _worst(*verdicts: Verdict) -> Verdict:
     return min(judged, key=order.index)
 
 
-def _pooled(tasks: Sequence[Task]) -> Estimate:
+def _pooled(tasks: Sequence[TaskRuns]) -> Estimate:
     """Share of the grokked runs of all tasks that are preceded."""
     return share(x > 0 for task in tasks for x in task.left_out.leads[task.runs.grokked])
 
@@ -257,7 +257,7 @@ NAMES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class TaskRuns:
     """The runs of one task.
 
     `t_grok` is the mean over the runs, restricted to the limit of steps if some did not grok; `fall` are the leads of
@@ -282,8 +282,8 @@ class Task:
 class Difference:
     """One task against another: T_grok in steps and H*, the second's less the first's."""
 
-    first: Task
-    second: Task
+    first: TaskRuns
+    second: TaskRuns
     t_grok: Estimate
     h_star: Estimate
 
@@ -294,7 +294,7 @@ class Difference:
         return all(e.low <= 0 <= e.high for e in parts) if all(e.bounded for e in parts) else None
 
 
-def task_of(name: str, runs: Runs) -> Task:
+def task_of(name: str, runs: Runs) -> TaskRuns:
     """Measure the runs of a task."""
     times = runs.times
     t_grok = over(times.values)
@@ -302,7 +302,7 @@ def task_of(name: str, runs: Runs) -> Task:
         t_grok = (
             restricted_mean(times, runs.setting("max_steps").min()) if times.censored < times.n else UNKNOWN
         )
-    return Task(
+    return TaskRuns(
         name=name,
         runs=runs,
         grokked=share(runs.grokked),
@@ -313,7 +313,7 @@ def task_of(name: str, runs: Runs) -> Task:
     )
 
 
-def difference(first: Task, second: Task) -> Difference:
+def difference(first: TaskRuns, second: TaskRuns) -> Difference:
     """Compare two tasks; their runs share nothing."""
     a, b = (task.runs.h_star[~np.isnan(task.runs.h_star)] for task in (first, second))
     t_grok = UNKNOWN
@@ -326,7 +326,7 @@ def difference(first: Task, second: Task) -> Difference:
     return Difference(first, second, t_grok, welch(a, b) if a.size and b.size else UNKNOWN)
 
 
-def shares_at(task: Task, name: str) -> tuple[Estimate, ...]:
+def shares_at(task: TaskRuns, name: str) -> tuple[Estimate, ...]:
     """Mean of a column at T_mem, at T_grok and at the end of the task's runs."""
     return tuple(
         over(task.runs.at(name, step)) for step in (task.runs.t_mem, task.runs.t_grok, task.runs.end)
@@ -378,7 +378,7 @@ def trajectories(result: Tasks) -> Figure:
     return figure
 
 
-def isotypic(task: Task) -> Figure:
+def isotypic(task: TaskRuns) -> Figure:
     """Share of each irreducible representation in the label means along the runs of S5, one panel each."""
     chance = chance_shares()
     figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
@@ -451,7 +451,7 @@ def section(result: Tasks) -> Section:
     return Section("e6", TITLE, tuple(blocks))
 
 
-def _tasks_table(tasks: Sequence[Task]) -> Table:
+def _tasks_table(tasks: Sequence[TaskRuns]) -> Table:
     rows = []
     for task in tasks:
         printed = PAPER.get(task.name)
@@ -500,7 +500,7 @@ def _pairs_table(pairs: Sequence[Difference], contrast: Difference | None) -> Ta
     return Table(caption, columns, tuple(rows))
 
 
-def _frequencies_table(tasks: Sequence[Task]) -> Table:
+def _frequencies_table(tasks: Sequence[TaskRuns]) -> Table:
     rows = []
     for task in tasks:
         top, frequencies = shares_at(task, "top_share"), shares_at(task, "frequencies")
@@ -515,7 +515,7 @@ def _frequencies_table(tasks: Sequence[Task]) -> Table:
     return Table(caption, columns, tuple(rows))
 
 
-def _isotypic_table(task: Task) -> Table:
+def _isotypic_table(task: TaskRuns) -> Table:
     moments = {name: shares_at(task, f"isotypic_{name}") for name in chance_shares()}
     rows = [
         (f"({', '.join(name)})", decimal(chance), *(span(estimate, decimal) for estimate in moments[name]))

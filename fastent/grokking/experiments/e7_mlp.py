@@ -57,17 +57,17 @@ class Sufficiency:
     `h_star` is the Transformers' mean H at T_grok; `mlps` are in the order of `MLPS`, those with no run left out.
     """
 
-    transformer: Model
+    transformer: ModelRuns
     h_star: Estimate
-    mlps: tuple[Model, ...]
+    mlps: tuple[ModelRuns, ...]
 
     @property
-    def models(self) -> tuple[Model, ...]:
+    def models(self) -> tuple[ModelRuns, ...]:
         """All, the Transformer first."""
         return (self.transformer, *self.mlps)
 
     @property
-    def plainest(self) -> tuple[Model, ...]:
+    def plainest(self) -> tuple[ModelRuns, ...]:
         """MLPs that differ from the Transformer's settings in the model alone."""
         names = [mlp.condition for mlp in MLPS[:2]]
         return tuple(model for model in self.mlps if model.runs.condition in names)
@@ -81,8 +81,8 @@ def analyse(runs: Runs) -> Sufficiency | None:
     if not len(runs.select("e7")):
         return None
 
-    def model(label: str, runs: Runs) -> Model:
-        return Model(label, runs, runs.first_below(h_star.value), outcomes_of(runs, h_star.value))
+    def model(label: str, runs: Runs) -> ModelRuns:
+        return ModelRuns(label, runs, runs.first_below(h_star.value), outcomes_of(runs, h_star.value))
 
     return Sufficiency(
         transformer=model("Transformer", base),
@@ -121,14 +121,14 @@ def claims(result: Sufficiency) -> Findings:
     }
 
 
-def _fell_first(model: Model) -> Mask:
+def _fell_first(model: ModelRuns) -> Mask:
     """Whether H fell below H* or collapsed by T_grok, of each run that grokked."""
     runs = model.runs
     signals = np.fmin(model.below, runs.first_collapse(window=paper_window(runs)))
     return (signals <= runs.t_grok)[runs.grokked]
 
 
-def _said_of(models: Sequence[Model]) -> str:
+def _said_of(models: Sequence[ModelRuns]) -> str:
     if not models:
         return NONE
     return "; ".join(f"{model.label}: {told(model)}" for model in models)
@@ -154,7 +154,7 @@ def _said_of_some(result: Sufficiency, held: Sequence[str]) -> str:
     return said
 
 
-def _range(models: Sequence[Model]) -> str:
+def _range(models: Sequence[ModelRuns]) -> str:
     values = np.concatenate([model.at_end("alignment") for model in models])
     known = values[~np.isnan(values)]
     return f"{decimal(known.min(), 2)} to {decimal(known.max(), 2)}" if known.size else NONE
@@ -203,7 +203,7 @@ LAST = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
+class ModelRuns:
     """The runs of one model, `outcomes` as in `OUTCOMES` and `below` the first step with H under H*, by run."""
 
     label: str
@@ -269,7 +269,7 @@ def outcomes_of(runs: Runs, h_star: float) -> tuple[str, ...]:
     return tuple(found)
 
 
-def told(model: Model) -> str:
+def told(model: ModelRuns) -> str:
     """Say how many runs of a model do what, with the mean T_grok: "5 of 5 groks, T_grok 12,000 on average"."""
     parts = []
     for outcome in OUTCOMES:
@@ -375,7 +375,7 @@ def settings(result: Sufficiency) -> Figure:
     return figure
 
 
-def _grid(models: Sequence[Model], rows: int, height: float) -> tuple[Figure, Any]:
+def _grid(models: Sequence[ModelRuns], rows: int, height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     grid = figure.subplots(rows, len(models), sharex="col", sharey="row", squeeze=False)
     for axes in grid[-1]:
@@ -385,7 +385,7 @@ def _grid(models: Sequence[Model], rows: int, height: float) -> tuple[Figure, An
     return figure, grid
 
 
-def _columns(axes: Axes, model: Model, name: str, colour: str, dash: Any) -> None:
+def _columns(axes: Axes, model: ModelRuns, name: str, colour: str, dash: Any) -> None:
     for step, values in model.runs.lines(name):
         if not np.isnan(values).all():
             axes.plot(step, values, color=colour, linestyle=dash, linewidth=1.1)
@@ -474,7 +474,7 @@ def _models_table(result: Sufficiency) -> Table:
     return Table(caption, columns, tuple(rows))
 
 
-def _signals_table(models: Sequence[Model]) -> Table:
+def _signals_table(models: Sequence[ModelRuns]) -> Table:
     rows = []
     for model in models:
         runs, grokked = model.runs, model.runs.grokked
@@ -510,7 +510,7 @@ def _two(value: float) -> str:
     return decimal(value, 2)
 
 
-def _runs_table(models: Sequence[Model]) -> Table:
+def _runs_table(models: Sequence[ModelRuns]) -> Table:
     rows = []
     for model in models:
         runs = model.runs

@@ -62,7 +62,7 @@ WHOLE = ("entropy_train", "entropy_all")
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class ProbeEntropies:
     """One probe over the runs: its size `n` and its entropies.
 
     `at_mem` and `at_grok` are H at T_mem and T_grok, `deficit` H of the whole training set minus H at T_grok, all
@@ -106,9 +106,9 @@ class Probes:
     largest_at: Array
     by_train: Leads
     by_test: Leads
-    sized: tuple[Probe, ...]
+    sized: tuple[ProbeEntropies, ...]
 
-    def probe(self, name: str) -> Probe | None:
+    def probe(self, name: str) -> ProbeEntropies | None:
         """Return the probe of a column's name; None if it was not recorded."""
         return next((probe for probe in self.sized if probe.name == name), None)
 
@@ -165,12 +165,12 @@ def sizes(run: StoredRun) -> dict[str, int]:
     return {**known, **{name: n for name, n in whole.items() if name in run.rows[0]}}
 
 
-def _sized(runs: Runs) -> tuple[Probe, ...]:
+def _sized(runs: Runs) -> tuple[ProbeEntropies, ...]:
     asked = sizes(runs.stored[0])
     if "entropy_train" not in asked or any(sizes(run) != asked for run in runs.stored):
         return ()
     population, whole = asked["entropy_train"], runs.seen_by("entropy_train").h_star
-    found: list[Probe] = []
+    found: list[ProbeEntropies] = []
     for name, n in asked.items():
         own = runs.seen_by(name)
         low = whole - own.h_star
@@ -179,7 +179,7 @@ def _sized(runs: Runs) -> tuple[Probe, ...]:
         if found and n < population:
             corrected = over(low - (own.h_star - found[-1].h_star) * (1 - n / population))
         found.append(
-            Probe(
+            ProbeEntropies(
                 name=name,
                 n=n,
                 h_star=own.h_star,
@@ -321,7 +321,7 @@ def probe_sizes(result: Probes) -> Figure:
     return figure
 
 
-def _law(sampled: list[Probe], n: np.ndarray, population: int) -> np.ndarray:
+def _law(sampled: list[ProbeEntropies], n: np.ndarray, population: int) -> np.ndarray:
     largest = sampled[-1]
     return largest.deficit.value * (1 / n - 1 / population) / (1 / largest.n - 1 / population)
 

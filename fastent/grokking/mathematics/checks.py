@@ -1,6 +1,6 @@
 """Checks of the paper's mathematical statements that need no training: Lemmas 1 and 5, Proposition 6, a finite probe.
 
-Each check tries one formula on cases that are hard for it and returns the `Evidence`. The formula is an argument,
+Each check tries one formula on cases that are hard for it and returns the `CheckResult`. The formula is an argument,
 the right one by default, so that a test can put a wrong one in its place and see the check fail. The statements, with
 proofs, are in ``docs/mathematics.md``; the formulas in `fastent.reference`.
 
@@ -39,7 +39,7 @@ SPECTRA: Mapping[str, Callable[[int], Array]] = {
 
 
 @dataclass(frozen=True)
-class Evidence:
+class CheckResult:
     """Whether a statement passed its check, and the figures in words."""
 
     holds: bool
@@ -53,7 +53,7 @@ def entropy_of(c: ArrayLike) -> float:
 
 def regularized_lipschitz(
     constant: Callable[[float, float, int], float] = perturbation.lipschitz_regularized,
-) -> Evidence:
+) -> CheckResult:
     """Check Lemma 1 with the paper's eps inside the logarithm: one constant for all covariances."""
     worst = 0.0
     for eps in (1e-12, 1e-6, 1e-3):
@@ -65,14 +65,14 @@ def regularized_lipschitz(
             total = max(np.trace(c), np.trace(other))
             allowed = constant(eps, float(total), len(c)) * float(np.linalg.norm(other - c))
             worst = max(worst, change / allowed)
-    return Evidence(bool(0.9 < worst <= 1), f"with eps: largest |dH| / (K ||E||) of all cases {worst:.3f}")
+    return CheckResult(bool(0.9 < worst <= 1), f"with eps: largest |dH| / (K ||E||) of all cases {worst:.3f}")
 
 
-def papers_constant() -> Evidence:
+def papers_constant() -> CheckResult:
     """Say what Lemma 1's constant is at the paper's eps = 1e-12 and d = 128."""
     constant = perturbation.lipschitz_regularized(1e-12, 1.0, 128)
     limit = np.log(128) / constant
-    return Evidence(
+    return CheckResult(
         bool(0.01 < limit < 0.02),
         f"at eps = 1e-12, d = 128: K = {constant:.0f} / tr C, which says nothing beyond ||E||_F = {limit:.3f} tr C",
     )
@@ -80,7 +80,7 @@ def papers_constant() -> Evidence:
 
 def floored_lipschitz(
     constant: Callable[[float, float, int], float] = perturbation.lipschitz_above_floor,
-) -> Evidence:
+) -> CheckResult:
     """Check Lemma 1 without eps: the constant by the smallest eigenvalue holds and must grow with its logarithm."""
     worst, nearest = 0.0, 0.0
     rng = np.random.default_rng(1)
@@ -96,35 +96,35 @@ def floored_lipschitz(
             worst = max(worst, change / max(k * float(np.linalg.norm(other - lam)), 1e-300))
         share = perturbation.lipschitz_local(one_large) / constant(smallest, one_large.sum(), d)
         nearest = max(nearest, share)
-    return Evidence(
+    return CheckResult(
         worst <= 1 and 0.9 < nearest <= 1,
         f"without eps, K by the smallest eigenvalue: largest |dH| / (K ||E||) {worst:.3f}; {nearest:.3f} of K is "
         "needed",
     )
 
 
-def no_lipschitz_without_eps() -> Evidence:
+def no_lipschitz_without_eps() -> CheckResult:
     """Check that without eps no constant serves: ``diag(1, 0)`` to ``diag(1, t)`` needs ``log(1/t) + 1``."""
     slopes = [entropy_of_eigenvalues([1.0, t]) / t for t in (1e-3, 1e-6, 1e-12)]
     expected = [np.log(1 / t) + 1 for t in (1e-3, 1e-6, 1e-12)]
     close = np.allclose(slopes, expected, rtol=1e-3)
-    return Evidence(
+    return CheckResult(
         bool(close),
         "without eps: |dH| / ||E|| = " + ", ".join(f"{s:.1f}" for s in slopes) + " for t = 1e-3, 1e-6, 1e-12",
     )
 
 
-def fannes_audenaert_bound(bound: Callable[[float, int], float] = fannes_audenaert) -> Evidence:
+def fannes_audenaert_bound(bound: Callable[[float, int], float] = fannes_audenaert) -> CheckResult:
     """Check the bound that needs neither eps nor a smallest eigenvalue, and that it is attained."""
     worst = 0.0
     for c, other in covariance_pairs(1e-9):
         distance = perturbation.trace_distance(c, other)
         if distance > 1e-6:  # below, rounding of p near 1 shows in the ratio
             worst = max(worst, abs(entropy_of(c) - entropy_of(other)) / bound(distance, len(c)))
-    return Evidence(0.95 < worst <= 1 + 1e-8, f"Fannes-Audenaert: largest |dH| / bound {worst:.4f}")
+    return CheckResult(0.95 < worst <= 1 + 1e-8, f"Fannes-Audenaert: largest |dH| / bound {worst:.4f}")
 
 
-def first_order_entropy(gradient: Callable[[Array], Array] = perturbation.gradient_matrix) -> Evidence:
+def first_order_entropy(gradient: Callable[[Array], Array] = perturbation.gradient_matrix) -> CheckResult:
     """Check ``dH = tr(G dC)`` by differences, at spectra with coinciding eigenvalues and any change of basis."""
     rng = np.random.default_rng(2)
     worst = 0.0
@@ -136,12 +136,12 @@ def first_order_entropy(gradient: Callable[[Array], Array] = perturbation.gradie
         step = 1e-4
         slope = (entropy_of(c + step * e) - entropy_of(c - step * e)) / (2 * step)
         worst = max(worst, abs(slope - float((gradient(c) * e).sum())) / max(abs(slope), lam[-1]))
-    return Evidence(worst < 1e-4, f"dH = tr(G dC): largest relative error against differences {worst:.1e}")
+    return CheckResult(worst < 1e-4, f"dH = tr(G dC): largest relative error against differences {worst:.1e}")
 
 
 def mixing_sandwich(
     constant: Callable[[float], tuple[float, float]] = mixing.sandwich, largest: int = 7
-) -> Evidence:
+) -> CheckResult:
     """Check ``(1-2a)^2 C <= C_mixed <= C`` for all permutations of up to `largest` rows, and that it is tight."""
     rng = np.random.default_rng(3)
     worst, lowest, highest, count = 0.0, 1.0, 0.0, 0
@@ -162,13 +162,13 @@ def mixing_sandwich(
             lowest, highest = min(lowest, ratios.min() - low), max(highest, ratios.max())
             count += len(every)
     tight = lowest < 1e-9 and highest > 1 - 1e-9
-    return Evidence(
+    return CheckResult(
         bool(worst < 1e-9 and tight),
         f"sandwich: all {count:,} permutations and coefficients inside, both ends attained",
     )
 
 
-def mixing_bound(bound: Callable[[float, int], float] = mixing.best_bound) -> Evidence:
+def mixing_bound(bound: Callable[[float, int], float] = mixing.best_bound) -> CheckResult:
     """Check the best bound for all permutations of 6 rows and random ones of 200, and that it is attained."""
     rng = np.random.default_rng(4)
     every = np.array(list(itertools.permutations(range(6))))
@@ -186,7 +186,7 @@ def mixing_bound(bound: Callable[[float, int], float] = mixing.best_bound) -> Ev
         loss = entropy_of(covariance(rows)) - entropy_of(mixing.mixed_covariance(rows, swap, alpha))
         shares.append(loss / bound(alpha, d))
     attained = all(abs(share - 1) < 1e-9 for share in shares)
-    return Evidence(
+    return CheckResult(
         worst <= 1 + 1e-9 and attained,
         f"best bound: largest |dH| / B of all other cases {worst:.3f}; swapped pairs attain {min(shares):.9f} of it",
     )
@@ -200,7 +200,7 @@ def _largest_change(x: Array, permutations: NDArray[np.intp], alpha: float) -> f
     return max(abs(entropy_of_eigenvalues(lam) - before) for lam in spectra)
 
 
-def printed_mixing_bound() -> Evidence:
+def printed_mixing_bound() -> CheckResult:
     """Check that the printed Lemma 5 fails: on the counterexample the loss over alpha tends to a constant."""
     x = mixing.counterexample()
     shift = mixing.cyclic_shift(len(x))
@@ -213,7 +213,7 @@ def printed_mixing_bound() -> Evidence:
     limit = mixing.slope(x, shift)
     holds = np.allclose(slopes, expected, atol=5e-4) and abs(limit - slopes[-1]) < 2e-3
     listed = ", ".join(f"{s:.3f}" for s in slopes)
-    return Evidence(
+    return CheckResult(
         bool(holds),
         f"counterexample: (H_mix - H) / a = {listed} at a = 0.1, 0.05, 0.01, 0.001; {limit:.3f} in the limit",
     )
@@ -224,7 +224,7 @@ def mixing_expectations(
         mixing.expected_covariance(np.ones((1, 1)), n, alpha, over=over)[0, 0]  # type: ignore[arg-type]
     ),
     largest: int = 7,
-) -> Evidence:
+) -> CheckResult:
     """Check both expected covariances, the mean slope 0 and its spread, over all permutations of few rows."""
     rng = np.random.default_rng(5)
     worst = 0.0
@@ -244,7 +244,7 @@ def mixing_expectations(
         lam = np.linalg.eigvalsh(c)
         deviation = mixing.slope_deviation(lam, n)
         worst = max(worst, abs(slopes.mean()), abs(slopes[free].mean()), abs(slopes.std() / deviation - 1))
-    return Evidence(
+    return CheckResult(
         worst < 1e-10,
         f"averages and spread of the slope: largest error over all permutations of 3 to {largest} rows {worst:.0e}",
     )
@@ -252,7 +252,7 @@ def mixing_expectations(
 
 def relaxation_and_power_law(
     remaining: Callable[..., Array] = forecast.remaining_repaired,
-) -> Evidence:
+) -> CheckResult:
     """Check Proposition 6's closed forms against scipy's solver, and which way each law bends."""
     h0, h_star, h_inf, k = 0.9, 0.605, 0.5, 2e-4
     t = np.linspace(0, 1e4, 60)
@@ -285,7 +285,7 @@ def relaxation_and_power_law(
     error = max(error, np.abs(power - law).max())
     bends = bool((np.diff(relaxing, 2) > 0).all() and (np.diff(power, 2) < 0).all())
     never = bool((printed >= h_star).all())
-    return Evidence(
+    return CheckResult(
         bool(error < 1e-8) and bends and never,
         f"closed forms to {error:.0e} of the solver; the relaxation slows throughout, gamma = {gamma} speeds up",
     )
@@ -293,7 +293,7 @@ def relaxation_and_power_law(
 
 def bias_of_samples(
     bias: Callable[[Array, int], float] = sampling_bias, *, n: int = 256, d: int = 128, draws: int = 30
-) -> Evidence:
+) -> CheckResult:
     """Check the bias formula on normal rows with planted spectra, and that H of a sample is low."""
     rng = np.random.default_rng(6)
     worst, parts = 0.0, []
@@ -305,7 +305,7 @@ def bias_of_samples(
         noise = np.std(seen) / np.sqrt(draws)
         worst = max(worst, (abs(predicted - measured) - 3 * noise) / abs(measured))
         parts.append(f"{name} {measured / np.log(d):.4f} (formula {predicted / np.log(d):.4f})")
-    return Evidence(bool(worst < 0.02), f"bias of H at N = {n}, d = {d}: " + ", ".join(parts))
+    return CheckResult(bool(worst < 0.02), f"bias of H at N = {n}, d = {d}: " + ", ".join(parts))
 
 
 def covariance_pairs(eps: float) -> Iterator[tuple[Array, Array]]:
@@ -383,13 +383,13 @@ def sampled(eigenvalues: Array, n: int, *, draws: int, seed: int) -> Sampled:
     )
 
 
-def correction_of_samples(draws: int = 12) -> Evidence:
+def correction_of_samples(draws: int = 12) -> CheckResult:
     """Check the jackknife's correction on flat and geometric spectra at N = 256, d = 128."""
     found = {
         name: sampled(SPECTRA[name](128), 256, draws=draws, seed=0) for name in ("flat", "geometric 0.97")
     }
     parts = [f"{name} {s.bias:+.4f} to {s.left:+.4f}" for name, s in found.items()]
-    return Evidence(
+    return CheckResult(
         all(abs(s.left) < 0.1 * abs(s.bias) for s in found.values()),
         "correction at N = 256, d = 128: " + ", ".join(parts),
     )

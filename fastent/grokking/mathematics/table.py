@@ -16,7 +16,7 @@ import numpy as np
 
 from fastent.entropy import spectral_entropy
 from fastent.grokking.mathematics import checks
-from fastent.grokking.mathematics.checks import Evidence
+from fastent.grokking.mathematics.checks import CheckResult
 from fastent.grokking.mathematics.collapse import (
     collapse_span,
     concentration,
@@ -62,7 +62,7 @@ class Item:
     name: str
     paper: str
     finding: str
-    evidence: tuple[Evidence, ...]
+    evidence: tuple[CheckResult, ...]
 
     @property
     def holds(self) -> bool:
@@ -142,7 +142,7 @@ def items(runs: Path | None = None) -> Iterator[Item]:
     )
 
 
-def covariance_updates() -> Iterator[Evidence]:
+def covariance_updates() -> Iterator[CheckResult]:
     """Check Lemma 2 on the Transformer and an MLP for both optimisers, and with the gradient for AdamW's step."""
     changes: Mapping[str, dict[str, object]] = {
         "Transformer": {"activation": "gelu"},
@@ -159,13 +159,13 @@ def covariance_updates() -> Iterator[Evidence]:
         sgd = {key: -g for key, g in gradient.items()}
         spreads = [_spread(remainders(module, pairs, direction, RATES)) for direction in (sgd, adamw)]
         printed = _spread(remainders(module, pairs, adamw, RATES, first_order=sgd))
-        yield Evidence(
+        yield CheckResult(
             max(spreads) < 1.2 and printed > 30,
             f"{name}: remainder / eta^2 varies by {max(spreads):.2f} over two decades, SGD and AdamW; by {printed:.0f} "
             "with the gradient in the place of AdamW's step",
         )
     noise = batch_noise(stack, 0, 37)
-    yield Evidence(
+    yield CheckResult(
         noise.mean_error < 1e-12,
         f"one minibatch of a tenth of the pairs is off by {noise.deviation:.1f} of the update, their mean by "
         f"{noise.mean_error:.0e}",
@@ -176,7 +176,7 @@ def _spread(x: np.ndarray) -> float:
     return float(x.max() / x.min())
 
 
-def descent_of(run: FollowedRun) -> Evidence:
+def descent_of(run: FollowedRun) -> CheckResult:
     """Proposition 3 on a run, by phase of its collapse."""
     phases = {row.phase: row for row in descent(run)}
     parts = [
@@ -190,14 +190,14 @@ def descent_of(run: FollowedRun) -> Evidence:
         f"with the loss's gradient: {row.gradient_rank_correlation:.2f}, signs {row.gradient_sign:.0%}"
     )
     holds = row.rank_correlation > 0.6 and row.sign_agreement > 0.7
-    return Evidence(holds, "predicted against measured, single steps. " + "; ".join(parts))
+    return CheckResult(holds, "predicted against measured, single steps. " + "; ".join(parts))
 
 
-def shrinkage_of(run: FollowedRun) -> Evidence:
+def shrinkage_of(run: FollowedRun) -> CheckResult:
     """Lemma 4 on a run."""
     entropy = run.evaluated("entropy") * np.log(run.config.width)
     found = shrinkage(run.evaluated("step"), entropy, np.exp(entropy))
-    return Evidence(
+    return CheckResult(
         found.identity_error < 1e-13 and found.slowest < 0.2 * found.fastest,
         f"identity to {found.identity_error:.0e}; in the collapse, rank {found.rank_start:.1f} to "
         f"{found.rank_end:.1f}, -dH/dt is {found.slowest:.1e} to {found.fastest:.1e} nats a step, negative in "
@@ -205,20 +205,20 @@ def shrinkage_of(run: FollowedRun) -> Evidence:
     )
 
 
-def curvature_of_run(run: FollowedRun) -> Evidence:
+def curvature_of_run(run: FollowedRun) -> CheckResult:
     """Heuristic 1 on a run; any correlation will do, but it must come with its interval."""
     whole, falling = curvature_correlation(run)
     parts = [
         f"{name} {estimate.value:+.2f} ({estimate.low:+.2f} to {estimate.high:+.2f}, n = {estimate.n})"
         for name, estimate in (("whole run", whole), ("from the maximum of H", falling))
     ]
-    return Evidence(
+    return CheckResult(
         bool(np.isfinite([whole.value, falling.value]).all()),
         "Spearman correlation of the Hessian's largest eigenvalue with -dH/dt: " + ", ".join(parts),
     )
 
 
-def thresholds(config: TrainConfig = SMALL, *, seeds: int = 4, max_steps: int = 6000) -> Evidence:
+def thresholds(config: TrainConfig = SMALL, *, seeds: int = 4, max_steps: int = 6000) -> CheckResult:
     """Heuristic 2: train seeds of three tasks until they grok; any spread of H* will do, but with its interval."""
     tasks: tuple[TaskName, ...] = ("add", "sub", "mul")
     values = {
@@ -230,13 +230,13 @@ def thresholds(config: TrainConfig = SMALL, *, seeds: int = 4, max_steps: int = 
     return spread_of_thresholds({task: found for task, found in values.items() if len(found) > 1}, counts)
 
 
-def spread_of_thresholds(h_star: Mapping[str, Sequence[float]], origin: str) -> Evidence:
+def spread_of_thresholds(h_star: Mapping[str, Sequence[float]], origin: str) -> CheckResult:
     """Heuristic 2: H* over seeds and between tasks, from its values by task."""
     if len(h_star) < 2:
-        return Evidence(False, f"too few tasks with two runs that grokked; {origin}")
+        return CheckResult(False, f"too few tasks with two runs that grokked; {origin}")
     found = concentration(h_star)
     means = ", ".join(f"{task} {np.mean(values):.3f}" for task, values in h_star.items())
-    return Evidence(
+    return CheckResult(
         found.within.value > 0,
         f"{origin}. Mean H*: {means}. Standard deviation over seeds {found.within.value:.3f} "
         f"({found.within.low:.3f} to {found.within.high:.3f}); between tasks {found.between.value:.3f} "
@@ -244,7 +244,7 @@ def spread_of_thresholds(h_star: Mapping[str, Sequence[float]], origin: str) -> 
     )
 
 
-def stored_thresholds(folder: Path) -> Evidence:
+def stored_thresholds(folder: Path) -> CheckResult:
     """Heuristic 2 from runs without intervention that exist, by task."""
     from fastent.grokking.experiments.data import Runs, read_runs
     from fastent.grokking.experiments.report import of_one_setting
@@ -253,7 +253,7 @@ def stored_thresholds(folder: Path) -> Evidence:
         run for run in read_runs(folder) if run.rows and run.condition in ("baseline", run.config["task"])
     ]
     if not of_one_setting(plain):
-        return Evidence(False, f"runs in {folder} differ in their settings: their H* say nothing of tasks")
+        return CheckResult(False, f"runs in {folder} differ in their settings: their H* say nothing of tasks")
     runs = Runs(tuple(plain))
     h_star: dict[str, list[float]] = {}
     for run, value in zip(runs.stored, runs.h_star.tolist(), strict=True):
@@ -280,18 +280,18 @@ def grokking_entropies(config: TrainConfig, seeds: int, max_steps: int) -> list[
     return found
 
 
-def mixing_on(run: FollowedRun) -> Evidence:
+def mixing_on(run: FollowedRun) -> CheckResult:
     """How the printed Lemma 5 fares on a run's activations."""
     negative = run.evaluated("mixing_slope_negative")
     worst = run.evaluated("mixing_worst").max()
-    return Evidence(
+    return CheckResult(
         bool(0.3 < negative.mean() < 0.7),
         f"on a run's activations (N = 370, random derangements) it fails at first order in {negative.mean():.0%}; "
         f"the largest loss at alpha = 0.1 is {worst:.3f} nats",
     )
 
 
-def laws_of(run: FollowedRun) -> Evidence:
+def laws_of(run: FollowedRun) -> CheckResult:
     """Proposition 6 and the power law on a run's fall of H, from its maximum to 90 % test accuracy."""
     step, entropy = run.evaluated("step"), run.evaluated("entropy")
     end = int(np.argmax(run.evaluated("test_accuracy") >= 0.9))
@@ -299,7 +299,7 @@ def laws_of(run: FollowedRun) -> Evidence:
     laws = fit_laws(step[start : end + 1], entropy[start : end + 1])
     listed = ", ".join(f"{name} {law.residual:.4f}" for name, law in laws.items())
     span = collapse_span(step, entropy)
-    return Evidence(
+    return CheckResult(
         all(np.isfinite(law.residual) for law in laws.values()) and span[0] < span[1],
         f"root mean square residual of H in a fall of {entropy[start] - entropy[end]:.3f}: {listed}",
     )

@@ -155,7 +155,7 @@ _NORM1, _NORM2 = "layer.norm1.", "layer.norm2."
 _NOTHING: tuple[Tensor, ...] = ()
 
 
-class Table(NamedTuple):
+class PositionTable(NamedTuple):
     """What depends on a single (token, position)."""
 
     embedded: Tensor  # (S, R, d) residual stream before the layer
@@ -170,7 +170,7 @@ class Table(NamedTuple):
 class Kept(NamedTuple):
     """What the gradients need of a forward pass; rows are N pairs for each of U positions, position slowest."""
 
-    table: Table
+    table: PositionTable
     columns: Tensor
     places: Tensor  # (S, h, U T N) of the scores used
     weights: Tensor  # (S, U, T, N, h)
@@ -215,7 +215,7 @@ class Transformer:
         scores = [(u - self.queries.start) * self.table_rows + row for u in readers for row in rows]
         self.columns = torch.stack([*rows, *scores, task.labels]).to(device)
 
-    def table(self, p: Parameters) -> Table:
+    def table(self, p: Parameters) -> PositionTable:
         """Compute everything that depends on one token and its position only."""
         n, tokens, positions = self.task.operands, p["tokens.weight"], p["positions.weight"]
         embedded = tokens.new_empty(len(tokens), self.table_rows, self.width)
@@ -229,9 +229,9 @@ class Transformer:
         key_value = linear(read, weight[:, d:], bias[:, d:])
         key = self._split(key_value[..., :d])
         scores = torch.matmul(query, key.mT).flatten(2)
-        return Table(embedded, read, norm, query, key, key_value[..., d:], scores)
+        return PositionTable(embedded, read, norm, query, key, key_value[..., d:], scores)
 
-    def forward(self, p: Parameters, table: Table, columns: Tensor) -> tuple[Tensor, Kept]:
+    def forward(self, p: Parameters, table: PositionTable, columns: Tensor) -> tuple[Tensor, Kept]:
         """Representation handed to the head, (S, N, d), of the pairs with `columns` (T + U T + 1, S, N)."""
         t, u, h, d = self.positions, self.reads, self.heads, self.width
         seeds, n = columns.shape[1:]

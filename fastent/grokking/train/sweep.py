@@ -244,7 +244,7 @@ POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """What became of a job: `error` is None if it is complete, else why it is not, after so many attempts."""
 
     job: Job
@@ -261,7 +261,7 @@ def run_jobs(
     force: bool = False,
     observers: Sequence[Observer] = (),
     stop: StopRequest | None = None,
-) -> list[Outcome]:
+) -> list[JobOutcome]:
     """Train every job, each as one stack, `workers` at a time.
 
     Parameters
@@ -291,28 +291,28 @@ def run_jobs(
         raise ValueError(f"workers must be at least 1; got {workers}")
     if workers == 1:
         return [_run_here(job, out, device, force, observers, stop) for job in jobs]
-    return _Pool(jobs, out, workers, device, force, observers, stop).run()
+    return _WorkerPool(jobs, out, workers, device, force, observers, stop).run()
 
 
 def _run_here(
     job: Job, out: Path, device: str, force: bool, observers: Sequence[Observer], stop: StopRequest | None
-) -> Outcome:
+) -> JobOutcome:
     try:
         train(job, out, device=device, force=force, observers=observers, stop=stop)
     except Interrupted:
         raise
     except RunError as error:
-        return Outcome(job, 1, str(error))
+        return JobOutcome(job, 1, str(error))
     except Exception as error:
         traceback.print_exc()
         return _failed(job, out, 1, repr(error))
-    return Outcome(job, 1)
+    return JobOutcome(job, 1)
 
 
-def _failed(job: Job, out: Path, attempts: int, reason: str) -> Outcome:
+def _failed(job: Job, out: Path, attempts: int, reason: str) -> JobOutcome:
     with contextlib.suppress(OSError):  # the outcome is told even where the disk takes nothing more
         mark_failed(out, job, attempts, reason)
-    return Outcome(job, attempts, reason)
+    return JobOutcome(job, attempts, reason)
 
 
 @dataclass
@@ -324,7 +324,7 @@ class _Worker:
     messages: IO[str]
 
 
-class _Pool:
+class _WorkerPool:
     def __init__(
         self,
         jobs: Sequence[Job],
@@ -345,11 +345,11 @@ class _Pool:
         self.threads = max(1, torch.get_num_threads() // workers)
         self.waiting = deque((job, 1) for job in dict.fromkeys(jobs))
         self.working: list[_Worker] = []
-        self.outcomes: dict[Job, Outcome] = {}
+        self.outcomes: dict[Job, JobOutcome] = {}
         self.told: dict[tuple[Job, int], int] = {}
         self.offsets: dict[tuple[Job, int], int] = {}
 
-    def run(self) -> list[Outcome]:
+    def run(self) -> list[JobOutcome]:
         try:
             while self.waiting or self.working:
                 if self.stop is not None and self.stop.signal is not None:
@@ -415,11 +415,11 @@ class _Pool:
         status = worker.process.returncode
         messages = _close(worker)
         if status == 0:
-            self.outcomes[worker.job] = Outcome(worker.job, worker.attempt)
+            self.outcomes[worker.job] = JobOutcome(worker.job, worker.attempt)
             for seed in worker.job.seeds:
                 self.observers.done(worker.job, seed)
         elif status == REFUSED:
-            self.outcomes[worker.job] = Outcome(worker.job, worker.attempt, messages.strip())
+            self.outcomes[worker.job] = JobOutcome(worker.job, worker.attempt, messages.strip())
         elif worker.attempt < ATTEMPTS:
             self.waiting.append((worker.job, worker.attempt + 1))
         else:

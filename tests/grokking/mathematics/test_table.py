@@ -8,7 +8,7 @@ import pytest
 
 from fastent import cli
 from fastent.grokking.mathematics import figures, runs, table
-from fastent.grokking.mathematics.checks import Evidence
+from fastent.grokking.mathematics.checks import CheckResult
 from fastent.grokking.mathematics.table import Item, items, spread_of_thresholds, stored_thresholds
 from fastent.grokking.train.config import PRESETS, preset
 
@@ -39,8 +39,13 @@ def test_command_prints_the_table_and_fails_when_a_finding_is_not_confirmed(
     monkeypatch, capsys, holds, status
 ):
     rows = [
-        Item("Lemma 1", "full proof", "holds", (Evidence(True, "ratio 0.99"),)),
-        Item("Lemma 5", "full proof", "false", (Evidence(True, "slope -0.9"), Evidence(holds, "bound 1.2"))),
+        Item("Lemma 1", "full proof", "holds", (CheckResult(True, "ratio 0.99"),)),
+        Item(
+            "Lemma 5",
+            "full proof",
+            "false",
+            (CheckResult(True, "slope -0.9"), CheckResult(holds, "bound 1.2")),
+        ),
     ]
     monkeypatch.setattr(table, "items", lambda runs: iter(rows))
     monkeypatch.setenv("COLUMNS", "120")

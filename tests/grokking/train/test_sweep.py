@@ -15,7 +15,7 @@ from fastent.grokking.train import loop, sweep
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.runs import Job
 from fastent.grokking.train.storage import Interrupted, RunError, StopRequest
-from fastent.grokking.train.sweep import Outcome, run_jobs
+from fastent.grokking.train.sweep import JobOutcome, run_jobs
 
 TINY = preset(
     "quick", modulus=7, width=8, feedforward=8, heads=2, batch_size=8, probe_size=8, evaluate_every=100, max_steps=3000
@@ -56,7 +56,7 @@ def test_a_killed_worker_is_retried_then_marked_failed_and_the_others_finish(tmp
     killer = Killer(tmp_path, {0: 2, 1: 1})
     outcomes = run_jobs(jobs, tmp_path, workers=2, observers=[killer])
     killed = "its process was ended by SIGKILL (out of memory?)"
-    assert outcomes[:3] == [Outcome(jobs[0], 2, killed), Outcome(jobs[1], 2), Outcome(jobs[2], 1)]
+    assert outcomes[:3] == [JobOutcome(jobs[0], 2, killed), JobOutcome(jobs[1], 2), JobOutcome(jobs[2], 1)]
     assert outcomes[3].attempts == 1
     assert "config.learning_rate: 0.002 in the folder, 0.5 now" in outcomes[3].error
     assert len(killer.pids) == 3
@@ -96,7 +96,7 @@ def test_a_worker_whose_parent_is_gone_saves_and_stops(tmp_path, monkeypatch):
 
     observer = type("Orphaner", (), {"row": staticmethod(row), "done": staticmethod(lambda *_: None)})()
     monkeypatch.setattr(sweep, "ATTEMPTS", 1)
-    pool = sweep._Pool([job(0)], tmp_path, 2, "cpu", False, [observer], None)
+    pool = sweep._WorkerPool([job(0)], tmp_path, 2, "cpu", False, [observer], None)
     (outcome,) = pool.run()
     assert closed
     assert outcome.error.startswith("its process ended with status 143: SIGTERM: stopped after step")
@@ -131,7 +131,7 @@ def test_an_error_of_a_refused_job_is_told_as_it_is(tmp_path, monkeypatch):
         raise RunError("the reason")
 
     monkeypatch.setattr(sweep, "train", refuse)
-    assert run_jobs([job(0)], tmp_path) == [Outcome(job(0), 1, "the reason")]
+    assert run_jobs([job(0)], tmp_path) == [JobOutcome(job(0), 1, "the reason")]
     assert not (tmp_path / job(0).run_name(0) / "FAILED").exists()
 
 
@@ -140,7 +140,7 @@ def test_a_worker_imports_nothing_from_the_current_folder(tmp_path, monkeypatch,
     (tmp_path / f"{name}.py").write_text("import os\nos._exit(9)\n")
     monkeypatch.chdir(tmp_path)
     one = job(0, dataclasses.replace(TINY, max_steps=20))
-    assert run_jobs([one], tmp_path / "runs", workers=2) == [Outcome(one, 1)]
+    assert run_jobs([one], tmp_path / "runs", workers=2) == [JobOutcome(one, 1)]
 
 
 def test_a_worker_runs_the_fastent_of_its_parent_where_another_is_installed_or_none(tmp_path, monkeypatch):
