@@ -104,6 +104,8 @@ class SpectralEntropy:
     d: int
     solver: str
     _items: tuple[SpectralEntropy, ...] = dataclasses.field(default=(), repr=False)
+    # Eigenvalues whose 2^exponent-fold are `eigenvalues`, where those leave float64's range.
+    _scaled: tuple[Tensor, int] | None = dataclasses.field(default=None, repr=False)
 
     def unbind(self) -> tuple[SpectralEntropy, ...]:
         """Results of the batch one by one; of an unbatched result, itself alone."""
@@ -111,10 +113,7 @@ class SpectralEntropy:
 
 
 def entropy_of_matrix(
-    centered: CenteredMatrix,
-    *,
-    convention: Convention = "relative",
-    spectrum: tuple[Tensor, str] | None = None,
+    centered: CenteredMatrix, *, spectrum: tuple[Tensor, str] | None = None
 ) -> SpectralEntropy:
     """Entropy of one centred matrix whose activations are no longer at hand.
 
@@ -122,8 +121,6 @@ def entropy_of_matrix(
     ----------
     centered : CenteredMatrix
         Unbatched, scaled by 1/n.
-    convention : {"relative", "paper"}
-        See `fastent.spectral_entropy`.
     spectrum : (Tensor, str), optional
         What `fastent.linalg.eigenvalues` would return, where the matrix was solved together with others.
 
@@ -136,19 +133,19 @@ def entropy_of_matrix(
     value = float(centered.trace)
     if TINY <= value < math.inf:
         found = spectrum or eigenvalues(centered)
-        return summarize(centered, *found, value, convention, rows=centered.entries)
+        return summarize(centered, *found, value, rows=centered.entries)
     if math.isnan(value):
         # The mean of a column is finite where the column is; Inf - Inf makes the trace NaN for large squares too.
         bad = (~(centered.shift + centered.delta).isfinite()).nonzero().flatten().tolist()
         if bad:
             kinds = "NaN or Inf" if centered.resolution.relative > EPS else "NaN, Inf or a sum beyond float64"
             message = f"{kinds} in {len(bad)} of {centered.d} features, the first is feature {bad[0]}"
-            return unsolved(centered, Status.NONFINITE, math.nan, message, convention)
+            return unsolved(centered, Status.NONFINITE, math.nan, message)
         value = math.inf
     if value == 0 and not bool(centered.delta.any()):
-        return constant_rows(centered, convention)
+        return constant_rows(centered)
     message = f"the squares leave float64's range (total variance {value:.3g}): scale the activations by a power of two"
-    return unsolved(centered, Status.OUT_OF_RANGE, value, message, convention)
+    return unsolved(centered, Status.OUT_OF_RANGE, value, message)
 
 
 def summarize(
@@ -156,8 +153,6 @@ def summarize(
     values: Tensor,
     solver: str,
     trace: float,
-    convention: Convention,
-    floor: float = PAPER_FLOOR,
     *,
     rows: Tensor | None = None,
 ) -> SpectralEntropy:
@@ -173,22 +168,16 @@ def summarize(
         What they came from.
     trace : float
         Its trace, within float64's range.
-    convention : {"relative", "paper"}
-        See `fastent.spectral_entropy`.
-    floor : float
-        The paper's clamp in the units of `values`, which may have been scaled.
     rows : Tensor, shape (k, d), optional
         The activations, or some of them, which may hold values of a narrower dtype.
     """
     n, d = centered.n, centered.d
     if centered.side == "gram":
         values = torch.cat([values, values.new_zeros(d - n)]).sort().values
-    h, purity = _paper_entropy(values, floor) if convention == "paper" else _relative_entropy(values, d)
+    h, purity = _entropy_and_purity(values, d)
     ceiling = _ceiling(n, d)
-    normalized = h / math.log(d)
-    if convention == "relative":  # rounding must not lift H out of its range; the paper's floor may
-        normalized = min(max(normalized, 0.0), ceiling)
-        h = min(max(h, 0.0), math.log(d))
+    normalized = min(max(h / math.log(d), 0.0), ceiling)  # rounding must not lift it out of its range
+    h = min(max(h, 0.0), math.log(d))
     flags, sentences = [], []
     if n <= d:
         flags.append(Status.RANK_LIMITED)
@@ -217,7 +206,7 @@ def summarize(
 
 
 # NumPy for vectors of a few hundred: a call costs a fifth of torch's.
-def _relative_entropy(values: Tensor, d: int) -> tuple[float, float]:
+def _entropy_and_purity(values: Tensor, d: int) -> tuple[float, float]:
     """H in nats and sum p^2 of ascending eigenvalues (d,)."""
     ascending = values.numpy()
     kept = ascending[ascending.searchsorted(d * EPS * ascending[-1]) :]
@@ -225,11 +214,29 @@ def _relative_entropy(values: Tensor, d: int) -> tuple[float, float]:
     return 0.0 - float(p.dot(np.log(p))), float(p.dot(p))  # never -0.0
 
 
-def _paper_entropy(values: Tensor, floor: float) -> tuple[float, float]:
-    """H in nats and sum p^2; `floor` is the paper's, in the units of `values`."""
-    clamped = np.maximum(values.numpy(), floor)
-    p = clamped / np.add.reduce(clamped)
-    return 0.0 - float(p.dot(np.log(p + PAPER_FLOOR))), float(p.dot(p))
+def by_the_paper(result: SpectralEntropy) -> SpectralEntropy:
+    """Entropy of `result` by the recipe of the paper's Appendix B, from its eigenvalues.
+
+    They are clamped at an absolute 1e-12, and 1e-12 is added inside the logarithm. Not finite stays NaN.
+    """
+    if result._items:
+        return _stack([by_the_paper(item) for item in result._items])
+    if result.solver == "none":
+        uniform = result.status is not Status.NONFINITE  # all eigenvalues at the floor
+        h, purity = (math.log(result.d), 1.0 / result.d) if uniform else (math.nan, math.nan)
+    else:
+        values, exponent = result._scaled or (result.eigenvalues, 0)
+        floor = math.ldexp(PAPER_FLOOR, min(-exponent, 1000))  # from 1 on it clamps every eigenvalue
+        clamped = np.maximum(values.numpy(), floor)
+        p = clamped / np.add.reduce(clamped)
+        h, purity = 0.0 - float(p.dot(np.log(p + PAPER_FLOOR))), float(p.dot(p))
+    return dataclasses.replace(
+        result,
+        entropy=h,
+        normalized=h / math.log(result.d),
+        effective_rank=math.exp(h),
+        participation_ratio=1.0 / purity,
+    )
 
 
 def _ceiling(n: int, d: int) -> float:
@@ -283,26 +290,23 @@ def _unresolved(centered: CenteredMatrix, trace: float, rows: Tensor | None) -> 
     )
 
 
-def constant_rows(centered: CenteredMatrix, convention: Convention) -> SpectralEntropy:
+def constant_rows(centered: CenteredMatrix) -> SpectralEntropy:
     """Make the result of rows that are all equal."""
     message = "all rows are equal: there is no variance to have a spectrum"
-    return unsolved(centered, Status.ZERO_VARIANCE, 0.0, message, convention)
+    return unsolved(centered, Status.ZERO_VARIANCE, 0.0, message)
 
 
-def unsolved(
-    centered: CenteredMatrix, status: Status, trace: float, message: str, convention: Convention
-) -> SpectralEntropy:
-    """Make the result where there is no spectrum: NaN for non-finite input, else 0 (the paper's convention: 1)."""
+def unsolved(centered: CenteredMatrix, status: Status, trace: float, message: str) -> SpectralEntropy:
+    """Make the result where there is no spectrum: NaN for non-finite input, else 0."""
     n, d = centered.n, centered.d
     bad = status is Status.NONFINITE
-    uniform = convention == "paper" and not bad
-    h = math.nan if bad else math.log(d) if uniform else 0.0
+    h = math.nan if bad else 0.0
     flags = (Status.RANK_LIMITED, status) if n <= d else (status,)
     return SpectralEntropy(
         normalized=h / math.log(d),
         entropy=h,
         effective_rank=math.exp(h),
-        participation_ratio=math.nan if bad else float(d) if uniform else 1.0,
+        participation_ratio=math.nan if bad else 1.0,
         eigenvalues=torch.full((d,), math.nan if bad else 0.0, dtype=torch.float64, device="cpu"),
         total_variance=trace,
         status=status,
@@ -418,19 +422,18 @@ def spectral_entropy(
     resolution = resolution_of(
         h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=batch_dims
     )
-    return entropy_of_rows(x, resolution, convention=convention, backend=backend)
+    result = entropy_of_rows(x, resolution, backend=backend)
+    return result if convention == "relative" else by_the_paper(result)
 
 
-def entropy_of_rows(
-    x: Tensor, resolution: Resolution, *, convention: Convention = "relative", backend: Backend = "auto"
-) -> SpectralEntropy:
+def entropy_of_rows(x: Tensor, resolution: Resolution, *, backend: Backend = "auto") -> SpectralEntropy:
     """Entropy of activations that were `checked`, with the resolution of what they were made of."""
     centered = centered_matrix(x, backend=backend, resolution=resolution)
     if x.ndim == 2:
         trace = float(centered.trace)
         if TINY <= trace < math.inf:
-            return summarize(centered, *eigenvalues(centered), trace, convention, rows=x)
-        return _of_extreme_values(x, centered, convention, backend)
+            return summarize(centered, *eigenvalues(centered), trace, rows=x)
+        return _of_extreme_values(x, centered, backend)
     traces = centered.trace.tolist()
     good = [TINY <= trace < math.inf for trace in traces]
     if not all(good):  # a NaN would stop the solver for the whole batch
@@ -443,9 +446,9 @@ def entropy_of_rows(
             centered, matrix=centered.matrix[i], shift=centered.shift[i], delta=centered.delta[i]
         )
         if good[i]:
-            items.append(summarize(item, values[i], solver, trace, convention, rows=x[i]))
+            items.append(summarize(item, values[i], solver, trace, rows=x[i]))
         else:
-            items.append(_of_extreme_values(x[i], item, convention, backend))
+            items.append(_of_extreme_values(x[i], item, backend))
     return _stack(items)
 
 
@@ -472,17 +475,15 @@ def checked(
     return x
 
 
-def _of_extreme_values(
-    x: Tensor, centered: CenteredMatrix, convention: Convention, backend: Backend
-) -> SpectralEntropy:
+def _of_extreme_values(x: Tensor, centered: CenteredMatrix, backend: Backend) -> SpectralEntropy:
     """Entropy where the trace was 0, subnormal or not finite: look at the data, scale by a power of two, redo."""
     found = first_nonfinite(x)
     if found is not None:
         count, index = found
         message = f"{count} NaN or Inf in the activations ({x.dtype}), the first at {index}"
-        return unsolved(centered, Status.NONFINITE, math.nan, message, convention)
+        return unsolved(centered, Status.NONFINITE, math.nan, message)
     if not bool((x != x[:1]).any()):
-        return constant_rows(centered, convention)
+        return constant_rows(centered)
     # Near 1 first, so that row 0 can be subtracted; then the spread near 1, far below a constant column perhaps.
     small, first = _near_one(x.to(torch.float64))
     spread, second = _near_one(small - small[:1])
@@ -494,11 +495,12 @@ def _of_extreme_values(
         shift=_times_power_of_two(small[0], -second),
         resolution=given._replace(absolute=_ldexp(given.absolute, -exponent)),
     )
-    floor = math.ldexp(PAPER_FLOOR, min(-2 * exponent, 1000))  # from 1 on it clamps every eigenvalue
-    again = summarize(scaled, *eigenvalues(scaled), float(scaled.trace), convention, floor)
+    again = summarize(scaled, *eigenvalues(scaled), float(scaled.trace))
     total = _times_power_of_two(scaled.trace.cpu(), 2 * exponent)
     values = _times_power_of_two(again.eigenvalues, 2 * exponent)
-    return dataclasses.replace(again, eigenvalues=values, total_variance=float(total))
+    return dataclasses.replace(
+        again, eigenvalues=values, total_variance=float(total), _scaled=(again.eigenvalues, 2 * exponent)
+    )
 
 
 def _near_one(x: Tensor) -> tuple[Tensor, int]:
@@ -536,5 +538,6 @@ def _stack(items: list[SpectralEntropy]) -> SpectralEntropy:
         message="; ".join(messages),
         solver=", ".join(dict.fromkeys(item.solver for item in items)),
         _items=tuple(items),
+        _scaled=None,
         **changes,
     )

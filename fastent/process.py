@@ -14,7 +14,7 @@ What living objects still have to do when the interpreter ends is done within `E
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]  # as `signal`, whose enums take longer than the rest
 import atexit
 import functools
 import logging
