@@ -37,8 +37,9 @@ from fastent.grokking.experiments.claims import (
     worded,
 )
 from fastent.grokking.experiments.data import Runs
+from fastent.grokking.experiments.document import Figure as Picture
 from fastent.grokking.experiments.document import Table, Verdict
-from fastent.grokking.experiments.figures import LIGHT, WIDTH, lines, thousands
+from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn, lines, thousands
 from fastent.grokking.experiments.statistics import (
     UNKNOWN,
     Array,
@@ -371,6 +372,17 @@ LOOKS: tuple[tuple[str, Any], ...] = (
     (LIGHT.signal, (0, (1, 1.2))),
 )
 """Colour and dash of the baseline and of up to four conditions."""
+
+
+def times_figure(name: str, baseline: Runs, delays: Sequence[Delay]) -> Picture:
+    """T_grok of every run of the baseline and of each condition, as a figure of the report."""
+    return drawn(
+        name,
+        functools.partial(grokking_times, baseline, delays),
+        "T_grok of every run. Triangles: runs that did not grok, at their end; diamonds and bars: restricted means "
+        "with 95 % intervals; dashed: the baseline's mean.",
+        "Dots of T_grok of each run by condition.",
+    )
 
 
 def grokking_times(baseline: Runs, delays: Sequence[Delay]) -> Figure:

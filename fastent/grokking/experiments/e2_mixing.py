@@ -36,11 +36,11 @@ from fastent.grokking.experiments.delays import (
     collapse,
     delays,
     delays_table,
-    grokking_times,
     judge_later,
     judge_test,
     notes,
     tested,
+    times_figure,
     trajectories,
     words,
 )
@@ -163,13 +163,7 @@ def section(result: MixedRuns) -> Section:
         ),
         delays_table("When each condition groks, in steps, against E1's baseline.", result.baseline, mixed),
         Text(notes(mixed), "note"),
-        drawn(
-            "e2-times",
-            functools.partial(grokking_times, result.baseline, mixed),
-            "T_grok of every run. Triangles: runs that did not grok, at their end; diamonds and bars: restricted means "
-            "with 95 % intervals; dashed: the baseline's mean.",
-            "Dots of T_grok of each run by condition.",
-        ),
+        times_figure("e2-times", result.baseline, mixed),
     ]
     if result.dose.known:
         blocks.append(

@@ -35,11 +35,11 @@ from fastent.grokking.experiments.delays import (
     Delay,
     delays,
     delays_table,
-    grokking_times,
     judge_later,
     judge_test,
     notes,
     tested,
+    times_figure,
     trajectories,
     words,
 )
@@ -216,13 +216,7 @@ def section(result: Norm) -> Section:
         delays_table("When each condition groks, in steps, against E1's baseline.", result.baseline, held),
         Text(notes(held), "note"),
         *_factorial_blocks(result),
-        drawn(
-            "e3-times",
-            functools.partial(grokking_times, result.baseline, held),
-            "T_grok of every run. Triangles: runs that did not grok, at their end; diamonds and bars: restricted means "
-            "with 95 % intervals; dashed: the baseline's mean.",
-            "Dots of T_grok of each run by condition.",
-        ),
+        times_figure("e3-times", result.baseline, held),
         drawn(
             "e3-trajectories",
             functools.partial(trajectories, shown),
