@@ -87,7 +87,7 @@ print(json.dumps([seconds, (after - before) * 1024, len(sys.modules) - modules])
 
 
 class _Operations(TorchDispatchMode):
-    """Counts what is dispatched."""
+    """Count of what is dispatched."""
 
     def __init__(self) -> None:
         super().__init__()

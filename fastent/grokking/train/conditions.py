@@ -41,7 +41,7 @@ from fastent.mixing import mix_representations
 
 
 class Condition:
-    """Leaves training as it is; a subclass overrides what it changes.
+    """Training as it is; a subclass overrides what it changes.
 
     A condition holds no state that a run accumulates: what it does is a function of the seed, the step and
     the tensors at hand, so that a run resumes exactly.
@@ -146,7 +146,7 @@ def _part(text: str, job: Job, out: Path) -> Condition:
 
 
 class Mixing(Condition):
-    """Trains the head on representations mixed along the batch, whose order is random: the paper's E2.
+    """Training of the head on representations mixed along the batch, whose order is random: the paper's E2.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ class Mixing(Condition):
 
 
 class HeldNorm(Condition):
-    """Scales the parameters after each step to given Euclidean norms.
+    """Scaling of the parameters after each step to given Euclidean norms.
 
     Parameters
     ----------

@@ -72,7 +72,7 @@ def capture_cuda_graph(function: Callable[[], T], state: Sequence[Tensor] = ()) 
 
 
 class GraphedStep:
-    """Repeats a step from one capture of it.
+    """A step repeated from one capture of it.
 
     Parameters
     ----------

@@ -25,23 +25,23 @@ from typing import Any, Self
 
 
 class RunError(RuntimeError):
-    """A run cannot start or go on; what is on disk is left as it was."""
+    """Error that keeps a run from starting or going on; what is on disk is left as it was."""
 
 
 class RunLocked(RunError):
-    """Another process holds the run folder."""
+    """Refusal of a run folder that another process holds."""
 
 
 class CheckpointError(RunError):
-    """One checkpoint cannot be used; the one before it may."""
+    """Error of one checkpoint that cannot be used; the one before it may."""
 
 
 class RowsLost(CheckpointError):
-    """A checkpoint is whole, but not the rows of metrics before it."""
+    """Error of a whole checkpoint without all rows of metrics before it."""
 
 
 class Interrupted(RunError):
-    """A signal asked the run to stop, and it stopped after saving.
+    """End of a run that a signal asked to stop, and that stopped after saving.
 
     Attributes
     ----------
@@ -55,14 +55,14 @@ class Interrupted(RunError):
 
 
 class RunWarning(UserWarning):
-    """The run goes on, but something about it is not as it should be."""
+    """Warning of what is not as it should be in a run that goes on."""
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Catches the signals while open (``with``, main thread only); `signal` is the first to come, or None."""
+    """Watch for the signals while open (``with``, main thread only); `signal` is the first to come, or None."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
