@@ -67,7 +67,7 @@ def test_rows_of_runs_are_each_on_their_own():
 
 def test_a_run_reaches_what_its_accuracies_say_and_the_rest_is_none():
     test = [0.01] * 4 + [1.0, 0.5] + [0.99] * 5
-    train = [0.1, None, 0.995] + [1.0] * 8
+    train = [0.1, None, 0.99] + [1.0] * 8
     columns = zip(STEPS.tolist(), train, test, strict=True)
     rows = [{"step": at, "train_accuracy": a, "test_accuracy": b} for at, a, b in columns]
     config = preset("quick", criterion=0.99, memorised=0.99)
