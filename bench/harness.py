@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # Seconds for which the threads of an idle pool may go on spinning, with room: OpenBLAS's for 2^28 cycles, 0.1 s.
 SPINNING = 0.25
+FAR = 5.0
 # A library that was told to use another processor's kernels is not at its best.
 OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
@@ -82,15 +83,14 @@ def beside(
     *,
     rounds: int = 25,
     budget: float,
-    far: float = 5.0,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Seconds per call of each provider, and those of `ours` in the same rounds.
 
-    Providers that take more than `far` times as long as `ours` are measured apart from the others, in a quarter of
+    Providers that take more than `FAR` times as long as `ours` are measured apart from the others, in a quarter of
     `budget`: they would take the time for the rounds that close comparisons need.
     """
     single = {name: min(_seconds(call), _seconds(call)) for name, call in providers.items()}
-    near = [name for name in providers if single[name] <= far * single[ours]]
+    near = [name for name in providers if single[name] <= FAR * single[ours]]
     apart = [name for name in providers if name not in near]
     groups = [(near, 0.75), ([ours, *apart], 0.25)] if apart else [(near, 1.0)]
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}

@@ -217,12 +217,14 @@ def _rms(x: Array) -> float:
     return float(np.sqrt(np.mean(np.square(x))))
 
 
-def curvature_correlation(
-    run: FollowedRun, *, blocks: int = 8, resamples: int = 2000, seed: int = 0
-) -> tuple[Estimate, Estimate]:
+BLOCKS, RESAMPLES = 8, 2000
+"""Of the bootstrap along a run."""
+
+
+def curvature_correlation(run: FollowedRun) -> tuple[Estimate, Estimate]:
     """Spearman correlation of the Hessian's largest eigenvalue with ``-dH/dt``, over the run and its collapse.
 
-    Neighbouring points are not independent, so the interval is that of a circular block bootstrap of so many blocks.
+    Neighbouring points are not independent, so the interval is that of a circular block bootstrap.
 
     Returns
     -------
@@ -240,17 +242,14 @@ def curvature_correlation(
     rate = (np.interp(at - gap / 2, step, entropy) - np.interp(at + gap / 2, step, entropy)) / gap
     inner = (at >= step[0] + gap / 2) & (at <= step[-1] - gap / 2)
     falling = inner & (at >= step[int(np.argmax(entropy))])
-    first, second = (
-        _blocked_spearman(sharp[kept], rate[kept], blocks, resamples, seed) for kept in (inner, falling)
-    )
-    return first, second
+    return _blocked_spearman(sharp[inner], rate[inner]), _blocked_spearman(sharp[falling], rate[falling])
 
 
-def _blocked_spearman(x: Array, y: Array, blocks: int, resamples: int, seed: int) -> Estimate:
-    n, rng = len(x), np.random.default_rng(seed)
-    length = max(1, round(n / blocks))
-    starts = rng.integers(0, n, (resamples, -(-n // length)))
-    chosen = ((starts[:, :, None] + np.arange(length)) % n).reshape(resamples, -1)[:, :n]
+def _blocked_spearman(x: Array, y: Array) -> Estimate:
+    n, rng = len(x), np.random.default_rng(0)
+    length = max(1, round(n / BLOCKS))
+    starts = rng.integers(0, n, (RESAMPLES, -(-n // length)))
+    chosen = ((starts[:, :, None] + np.arange(length)) % n).reshape(RESAMPLES, -1)[:, :n]
     ranks_x, ranks_y = stats.rankdata(x[chosen], axis=1), stats.rankdata(y[chosen], axis=1)
     centred = [r - r.mean(axis=1, keepdims=True) for r in (ranks_x, ranks_y)]
     norm = np.sqrt((centred[0] ** 2).sum(axis=1) * (centred[1] ** 2).sum(axis=1))
