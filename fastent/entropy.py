@@ -285,7 +285,7 @@ def _unresolved(centered: CenteredMatrix, trace: float, rows: Tensor | None) -> 
         else ("its values are too small", "scale them up")
     )
     return (
-        f"the input's own rounding makes up {min(share, 1.0):.0%} of the variance, {what} for {holder}: take "
+        f"the input's own rounding may make up {min(share, 1.0):.0%} of the variance, {what} for {holder}: take "
         f"activations of a wider dtype, or {remedy} before the cast"
     )
 
