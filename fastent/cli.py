@@ -90,7 +90,7 @@ def run(
         Go on with runs of another configuration or of a newer fastent, saying what is ignored.
     """
     from fastent.grokking.experiments.report import print_summary
-    from fastent.grokking.train.loop import ProgressBar
+    from fastent.grokking.train.progress import ProgressBar
     from fastent.grokking.train.storage import StopRequest
     from fastent.grokking.train.sweep import most_workers, run_jobs
 

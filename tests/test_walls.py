@@ -113,3 +113,11 @@ def test_nothing_imports_the_benchmarks() -> None:
 def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = {name: (imports(name, lazily=True) & MODULES.keys()) - {name} for name in MODULES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)  # CycleError names the circle
+
+
+def test_the_trainer_needs_no_package_of_the_command_line_and_the_report() -> None:
+    # A machine with a GPU may have torch, Triton and safetensors alone; only the progress bar draws.
+    for name in MODULES:
+        if name.startswith("fastent.grokking.train.") and not name.endswith(".progress"):
+            needed = {target.partition(".")[0] for target in imports(name, lazily=False)}
+            assert needed - sys.stdlib_module_names <= {"fastent", "numpy", "torch", "safetensors"}, name

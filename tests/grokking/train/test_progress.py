@@ -7,7 +7,7 @@ import re
 import pytest
 from toy_stack import JOB
 
-from fastent.grokking.train.loop import ProgressBar
+from fastent.grokking.train.progress import ProgressBar
 
 
 class Terminal(io.StringIO):
