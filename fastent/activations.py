@@ -330,7 +330,7 @@ def _check_kind(h: Tensor, name: str) -> None:
 
 
 def _exact_float(h: Tensor) -> Tensor:
-    if h.device.type == "mps":  # no float64 there
+    if h.is_mps:  # no float64 there
         h = h.cpu()
     if h.dtype in _KERNEL_DTYPES:
         return h

@@ -206,7 +206,7 @@ def _refuse_out_of_range(centered: CenteredMatrix, x: Tensor) -> None:
 def _use_triton(x: Tensor, backend: Backend) -> bool:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
-    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
+    if backend == "torch" or (backend == "auto" and not x.is_cuda):
         return False
     obstacle = triton_obstacle(x.device)
     if obstacle is None:

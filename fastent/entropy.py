@@ -22,7 +22,7 @@ from fastent.activations import Positions, RealTokens, Tokens, first_nonfinite, 
 from fastent.covariance import Backend, centered_matrix
 from fastent.linalg import EPS, CenteredMatrix, eigenvalues
 from fastent.process import uncompiled, warn_of_detached
-from fastent.rounding import COARSEST, RESOLUTIONS, UNRESOLVED_SHARE, Resolution, held
+from fastent.rounding import COARSEST, RESOLUTIONS, UNRESOLVED_SHARE, Resolution, held, of_dtype
 
 Convention = Literal["relative", "paper"]
 CONVENTIONS = get_args(Convention)
@@ -419,8 +419,13 @@ def spectral_entropy(
         mask=mask,
         batch_dims=batch_dims,
     )
-    resolution = resolution_of(
-        h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=batch_dims
+    averaged = tokens == "mean" or positions == "mean"
+    resolution = (
+        resolution_of(
+            h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=batch_dims
+        )
+        if averaged
+        else of_dtype(h.dtype)
     )
     result = entropy_of_rows(x, resolution, backend=backend)
     return result if convention == "relative" else by_the_paper(result)

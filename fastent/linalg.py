@@ -418,7 +418,7 @@ def eigenvalues(centered: CenteredMatrix) -> tuple[Tensor, str]:
     check_pool()
     # LAPACK is column-major: the upper triangle of the transpose is our lower one, and needs no copy.
     matrix = centered.matrix.mT
-    if matrix.device.type == "cuda":
+    if matrix.is_cuda:
         try:
             values = torch.linalg.eigvalsh(matrix, UPLO="U").cpu()
             if _sums_to_trace(values, matrix):

@@ -38,7 +38,7 @@ class OnGpu:
 
     def __init__(self, matrix: torch.Tensor) -> None:
         self.real = matrix
-        self.device = torch.device("cuda", 0)
+        self.device, self.is_cuda = torch.device("cuda", 0), True
         self.shape = matrix.shape
 
     @property
