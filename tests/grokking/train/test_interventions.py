@@ -14,7 +14,7 @@ from fastent.grokking.train.models import initial_parameters, plain_model
 from fastent.grokking.train.runs import Job
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import RunError
-from fastent.grokking.train.sweep import _Pool
+from fastent.grokking.train.sweep import _WorkerPool
 from fastent.grokking.train.tasks import batch_index, make_task, split
 
 CONFIG = preset(
@@ -263,7 +263,7 @@ def test_a_pool_starts_a_run_that_follows_others_only_once_they_are_over(tmp_pat
     follows = job("norm-as-losses-0.1", (0, 1))
     elsewhere, baseline = (Job("e2", "losses-0.1", CONFIG, (2,)), Job("e1", "baseline", CONFIG, (0, 1)))
     mixed = Job("e2", "losses-0.1", CONFIG, (1, 2))
-    pool = _Pool([follows, mixed, elsewhere, baseline, baseline], tmp_path, 3, "cpu", False, (), None)
+    pool = _WorkerPool([follows, mixed, elsewhere, baseline, baseline], tmp_path, 3, "cpu", False, (), None)
     assert len(pool.waiting) == 4
     assert pool._next() == (mixed, 1)
     pool.waiting.remove((mixed, 1))
