@@ -32,3 +32,12 @@ def test_links_point_to_files_that_exist():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert targets
     assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+
+
+def test_every_number_of_a_bullet_about_the_paper_is_in_the_recorded_results():
+    bullets = README.partition("## What is not so in the paper")[2].partition("[docs/mathematics.md]")[0]
+    results = (ROOT / "docs" / "results.md").read_text().replace("−", "-")
+    found = re.findall(r"-?\d[\d,]*\.?\d*", re.sub(r"`[^`]*`", "", bullets))
+    assert len(found) > 15
+    known = {each.rstrip(".,") for each in re.findall(r"-?\d[\d,]*\.?\d*", results)}
+    assert [n for n in (each.rstrip(".,") for each in found) if n not in known] == []

@@ -50,6 +50,8 @@ class Verdict(Enum):
     REPRODUCED = ("reproduced", "yes")
     IN_PART = ("in part", "part")
     NOT_REPRODUCED = ("not reproduced", "no")
+    UNDECIDED = ("undecided", "none")
+    """The runs leave it open: a control is missing, or the interval is too wide."""
     OTHER_SETTING = ("other setting", "none")
     """The number belongs to a setting that these runs do not have."""
     NOT_RUN = ("not run", "none")

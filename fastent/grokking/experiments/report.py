@@ -280,16 +280,13 @@ def contributions_table(rows: Sequence[Judged]) -> Table:
 
 def together(verdicts: Sequence[Verdict]) -> Verdict:
     """Sum up verdicts; those with nothing to judge take no part."""
-    judged = [verdict for verdict in verdicts if verdict.kind != "none"]
+    judged = {verdict for verdict in verdicts if verdict.kind != "none" or verdict is Verdict.UNDECIDED}
     if not judged:
         return Verdict.MIXED if Verdict.MIXED in verdicts else Verdict.NOT_RUN
-    if all(verdict == Verdict.REPRODUCED for verdict in judged):
-        return Verdict.REPRODUCED
-    return (
-        Verdict.NOT_REPRODUCED
-        if all(verdict == Verdict.NOT_REPRODUCED for verdict in judged)
-        else Verdict.IN_PART
-    )
+    if len(judged) == 1:
+        return judged.pop()
+    # What is undecided may be so: it does not make "not reproduced" of the rest "in part".
+    return Verdict.UNDECIDED if judged == {Verdict.NOT_REPRODUCED, Verdict.UNDECIDED} else Verdict.IN_PART
 
 
 def coverage(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path) -> Section:

@@ -141,6 +141,9 @@ def test_verdicts_come_together():
     assert together([Verdict.REPRODUCED, Verdict.NOT_REPRODUCED]) == Verdict.IN_PART
     assert together([Verdict.NOT_REPRODUCED, Verdict.NOT_REPRODUCED]) == Verdict.NOT_REPRODUCED
     assert together([Verdict.NOT_REPRODUCED, Verdict.IN_PART]) == Verdict.IN_PART
+    assert together([Verdict.NOT_REPRODUCED, Verdict.UNDECIDED]) == Verdict.UNDECIDED
+    assert together([Verdict.REPRODUCED, Verdict.UNDECIDED]) == Verdict.IN_PART
+    assert together([Verdict.UNDECIDED, Verdict.NOT_RUN]) == Verdict.UNDECIDED
     assert together([Verdict.NOT_RUN, Verdict.OTHER_SETTING]) == together([]) == Verdict.NOT_RUN
     assert together([Verdict.MIXED, Verdict.NOT_RUN]) == Verdict.MIXED
 

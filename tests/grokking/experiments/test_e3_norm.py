@@ -77,7 +77,11 @@ def test_norm_held_from_memorising_on_is_compared_with_the_baselines_norm_then(t
 
 def test_the_driver_is_the_entropy_only_if_the_norm_alone_does_nothing(tmp_path):
     assert verdicts(cells(tmp_path / "a", mixing=500, norm=0))[DRIVER] == Verdict.REPRODUCED
-    assert verdicts(cells(tmp_path / "b", mixing=500, norm=200))[DRIVER] == Verdict.NOT_REPRODUCED
+    runs = cells(tmp_path / "b", mixing=500, norm=200)
+    assert verdicts(runs)[DRIVER] == Verdict.UNDECIDED  # without the sham
+    for seed in range(5):
+        write_run(tmp_path / "b", "e3", "norm-as-baseline", seed, t_grok=1000 + 100 * seed, norm=falling)
+    assert verdicts(read_runs(tmp_path / "b"))[DRIVER] == Verdict.NOT_REPRODUCED
     assert verdicts(cells(tmp_path / "c", mixing=0, norm=0))[DRIVER] == Verdict.IN_PART
     without = [
         run for run in read_runs(tmp_path / "a") if "norm-" not in run.condition or "+" in run.condition
