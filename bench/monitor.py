@@ -14,8 +14,8 @@ so torch's pool still spins on the cores that another library's pool wakes up on
 share the cores with whatever that pool leaves spinning. So here every call comes between steps of a training run, and
 the steps after it are timed too: ``after_us`` is what they take more than the same steps after a probe that nothing was
 computed of, in the same round. `deferred` In line or by a worker: the CPU's choice between the two
-(`fastent.monitor.cuda.WORKER_FROM`) comes from here, from a run with a core to spare: the smallest width from which the
-loop with the worker takes less time at every width, by all of the interval (`worker_from`). A stand-in for training
+(`fastent.monitor.deferred.WORKER_FROM`) comes from here, from a run with a core to spare: the smallest width from which
+the loop with the worker takes less time at every width, by all of the interval (`worker_from`). A stand-in for training
 multiplies matrices in one thread, several times as long as an eigensolve takes, and asks for the entropy of (512, d)
 activations before each step; the cost of an evaluation is what the loop, the flush at its end included, takes more than
 without.
@@ -57,8 +57,7 @@ from bench.training import LOOPS, TrainingLoop, Wrap
 from fastent.activations import matrix_of
 from fastent.covariance import centered_matrix
 from fastent.linalg import eigenvalues
-from fastent.monitor.cuda import Device, Host, in_line
-from fastent.monitor.deferred import DeferredEntropy
+from fastent.monitor.deferred import DeferredEntropy, Device, Host, in_line
 from fastent.monitor.probe import Watched
 
 STRIDES = (1, 10, 100, 200, 1000)

@@ -17,9 +17,8 @@ import torch
 from fake_device import FakeStreams, Operations
 from torch import Tensor
 
-from fastent.monitor import cuda
-from fastent.monitor.cuda import CudaStreams, Device, Devices, Ring, TorchFormer
-from fastent.monitor.deferred import DeferredEntropy
+from fastent.monitor import deferred
+from fastent.monitor.deferred import CudaStreams, DeferredEntropy, Device, Devices, Ring, TorchFormer
 from fastent.rounding import of_dtype
 
 # About half a second: long for what a host does in between, and short where a test waits for its end.
@@ -31,7 +30,7 @@ class Machine(Protocol):
     streams_type: type[Any]
 
     def device_of(self, x: Tensor) -> Device | None:
-        """What `fastent.monitor.cuda.Devices.of` answers."""
+        """What `fastent.monitor.deferred.Devices.of` answers."""
 
     def hold(self) -> None:
         """Keep the stream that training uses busy."""
@@ -145,7 +144,7 @@ def make(name: str, monkeypatch: pytest.MonkeyPatch, *, batched: bool = False) -
     """Make the machine that every monitor of the test will use."""
     if name == "cuda without kernels":
         monkeypatch.setattr(sys.modules["fastent.covariance"], "_use_triton", lambda x, backend: False)
-        monkeypatch.setattr(cuda, "triton_obstacle", lambda device: "not wanted here")
+        monkeypatch.setattr(deferred, "triton_obstacle", lambda device: "not wanted here")
     if name != "fake":
         monkeypatch.setattr(CudaStreams, "batched", batched)
     machine = FakeMachine(batched=batched) if name == "fake" else CudaMachine()

@@ -15,7 +15,7 @@ from fake_device import FakeStreams
 from torch import nn
 
 import fastent
-from fastent.monitor.cuda import Devices, Ring, TorchFormer
+from fastent.monitor.deferred import Devices, Ring, TorchFormer
 
 TEXT = (Path(__file__).parent.parent / "docs" / "logging.md").read_text()
 RECIPES = dict(re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE))

@@ -8,8 +8,7 @@ from fake_device import FakeStreams
 
 import fastent
 from fastent import Moments, Status, sampling_error, spectral_entropy
-from fastent.monitor.cuda import Host, KernelFormer, Ring, TorchFormer
-from fastent.monitor.deferred import DeferredEntropy
+from fastent.monitor.deferred import DeferredEntropy, Host, KernelFormer, Ring, TorchFormer
 from fastent.rounding import EXACT, RESOLUTIONS, of_dtype, squared_relative
 
 UNRESOLVED = Status.UNRESOLVED_OFFSET

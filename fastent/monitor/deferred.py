@@ -1,18 +1,28 @@
 """Spectral entropy evaluated beside training: the thread that trains forms the matrices, a worker solves them.
 
 An evaluation is opened at a step, gets the activations of any number of layers, and is committed: in the training
-stream only the covariances are formed (`fastent.monitor.cuda` brings them to the host). A daemon thread with one LAPACK
-thread polls until they are there (a wait for a CUDA event would be one more call that blocks) and takes the
-eigenvalues; of the matrices that have arrived, those of one size are solved together where the device can and they are
-many. Results come back as (step, results by layer), in the order of the commits. The training thread never waits for
-the device, and for the worker only in `flush`, or where a full ring was told to block.
+stream only the covariances are formed. A daemon thread with one LAPACK thread polls until they are on the host (a wait
+for a CUDA event would be one more call that blocks) and takes the eigenvalues; of the matrices that have arrived, those
+of one size are solved together where the device can and they are many. Results come back as (step, results by layer),
+in the order of the commits. The training thread never waits for the device, and for the worker only in `flush`, or
+where a full ring was told to block.
 
-On the CPU small matrices are evaluated in line and arrive at once: handing them over costs more than solving them
-(`fastent.monitor.cuda.Devices` has the rule, bench/NOTES.md the measurement). Records have the same bits either way.
+On CUDA a matrix, its mean and its participation ratio are formed in the training stream (`KernelFormer`: our kernels,
+into memory that was taken once, one or two launches; `TorchFormer` for devices without them). A slot of a ring holds
+the memory on both sides: a side stream copies to pinned memory, and an event says when it is there. Slots are used
+again: in the steady state nothing is allocated, and nothing waits, except `Streams.solve`, which is for the worker.
+`Streams` is all that this asks of a device, so that a test may stand in for its clock.
+
+On the CPU the worker solves large matrices. Small ones are evaluated in line and arrive at once: handing them over
+costs more than solving them (`Devices` has the rule, bench/NOTES.md the measurement). Records have the same bits either
+way.
 
 A full ring drops the evaluation before anything is computed, counts it and warns once. What goes wrong in the worker is
 raised when its result is due, with the step named, and ends neither the thread nor the process. The worker ends with
 its owner; at the end of the interpreter it is given `fastent.process.EXIT_SECONDS`, and then abandoned.
+
+A thread that queries events breaks the capture of a CUDA graph by another: before a capture wait for what is
+under way (``flush``), or capture with ``capture_error_mode="thread_local"``.
 """
 
 from __future__ import annotations
@@ -24,21 +34,42 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MappingProxyType, TracebackType
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from fastent.activations import Positions, RealTokens, Tokens, resolution_of
-from fastent.entropy import TINY, SpectralEntropy, Status, checked, entropy_of_matrix, entropy_of_rows
-from fastent.linalg import EPS, fallbacks, use_one_thread
-from fastent.monitor.cuda import Device, Devices, Staged, Streams
+from fastent.covariance import centered_matrix, triton_obstacle
+from fastent.entropy import (
+    TINY,
+    SpectralEntropy,
+    Status,
+    checked,
+    entropy_of_matrix,
+    entropy_of_rows,
+    held_resolution,
+)
+from fastent.linalg import EPS, CenteredMatrix, Side, fallbacks, use_one_thread
 from fastent.process import at_exit, warn_user
 from fastent.rounding import Resolution
 from fastent.sampling import SamplingError
 
+if TYPE_CHECKING:
+    from fastent.kernels.resident import ResidentCovariance
+
+# Evaluators kept; with more than that, shapes no longer come back.
+_MOST_EVALUATORS = 64
+# Slots that wait for another use; with more than that, shapes no longer come back.
+_MOST_FREE = 256
+# From this edge on a hand-over to the worker costs nothing that could be measured even where no core is idle, and
+# hides 10 ms and more where one is (bench/NOTES.md).
+WORKER_FROM = 512
+# cuSOLVER takes a batch in one call from torch 2.12 on; before, it solves one after the other.
+HAS_BATCHED_SOLVER = torch.torch_version.TorchVersion(torch.__version__) >= "2.12"
 # Matrices of one size from which on a batched solver is called: 32 of 128 x 128 take 7 ms together on a small GPU, and
 # 0.4 ms each by LAPACK. Not measured on a large one yet.
 BATCH_FROM = 16
@@ -50,6 +81,375 @@ _LAST_SECONDS = 0.1
 THREAD_NAME = "fastent-eigenvalues"
 
 _log = logging.getLogger(__name__)
+
+
+class Formed(NamedTuple):
+    """What one evaluation leaves on the device, all float64."""
+
+    matrix: Tensor  # (m, m), the lower triangle; m is the smaller of n and d
+    centre: Tensor  # (>= 2, d): shift, which is an entry of each column, and mean - shift
+    spread: Tensor  # (3,): trace, sum of squares of all entries, participation ratio
+    block: Tensor  # their memory, in one piece
+
+    def at(self, block: Tensor) -> Formed:
+        """Return the same, in another block of memory of the same size."""
+        start = self.block.storage_offset()
+        matrix, centre, spread = (
+            block.as_strided(part.shape, part.stride(), part.storage_offset() - start) for part in self[:3]
+        )
+        return Formed(matrix, centre, spread, block)
+
+
+class KernelFormer:
+    """Covariances, or Gram matrices, formed by the kernels."""
+
+    def __init__(self) -> None:
+        self._evaluators: dict[tuple[int, int, Hashable], ResidentCovariance] = {}
+
+    def memory(self, x: Tensor) -> Any:
+        """Take the output tensors that `form` writes results of this shape to."""
+        from fastent.kernels.launch import output
+
+        n, d = x.shape
+        return output("gram" if n < d else "covariance", 1, n, d, x.device, spread=True)
+
+    def form(self, x: Tensor, memory: Any, stream: Hashable) -> Formed:
+        """Launch the kernels on checked activations (n, d) in the current stream, which is called `stream`."""
+        from fastent.kernels.resident import ResidentCovariance
+
+        n, d = x.shape
+        key = (n, d, stream)  # the scratch memory serves one evaluation at a time, so one stream
+        evaluator = self._evaluators.get(key)
+        if evaluator is None:
+            if len(self._evaluators) >= _MOST_EVALUATORS:
+                self._evaluators.clear()
+            evaluator = self._evaluators[key] = ResidentCovariance(n, d, device=x.device)
+        evaluator(x, memory)
+        return Formed(memory.lower[0], memory.centre[0], memory.spread[0], memory.block)
+
+
+class TorchFormer:
+    """The same by torch's operations, into new memory each time."""
+
+    def memory(self, x: Tensor) -> None:
+        """Nothing to take."""
+
+    def form(self, x: Tensor, memory: Any, stream: Hashable) -> Formed:
+        """Queue the operations."""
+        centered = centered_matrix(x)
+        entries = x[0].to(torch.float64)
+        delta = (centered.shift - entries) + centered.delta
+        parts = (centered.matrix, torch.stack((entries, delta)), spread_of(centered.matrix))
+        block = torch.cat([part.flatten() for part in parts])
+        pieces = block.split([part.numel() for part in parts])  # type: ignore[no-untyped-call]
+        matrix, centre, spread = (piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
+        return Formed(matrix, centre, spread, block)
+
+
+def spread_of(matrix: Tensor) -> Tensor:
+    """Trace, sum of squares and participation ratio of a symmetric matrix from its lower triangle, shape (3,).
+
+    Divided by the trace first, no square leaves float64's range; only the sum of squares itself may.
+    """
+    lower = matrix.tril()
+    diagonal = lower.diagonal()
+    trace = diagonal.sum()
+    lower /= trace
+    purity = 2.0 * lower.square().sum() - diagonal.square().sum()
+    return torch.stack((trace, purity * trace.square(), 1.0 / purity))
+
+
+class Streams(Protocol):
+    """What a ring asks of a device: the stream that training uses now, and one beside it."""
+
+    batched: bool
+
+    def current(self) -> Hashable:
+        """Name the stream that training uses now."""
+
+    def event(self) -> torch.cuda.Event:
+        """Make an event that is passed (`query`) until it is recorded."""
+
+    def pinned(self, size: int) -> Tensor:
+        """Allocate `size` float64 of host memory that the device writes to by itself."""
+
+    def aside(self, block: Tensor) -> AbstractContextManager[None]:
+        """Queue what is done inside on the side stream, after all that training has queued so far.
+
+        The memory of `block` is not used again before the side stream is done with it.
+        """
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Queue a copy to the host."""
+
+    def record(self, event: torch.cuda.Event) -> None:
+        """Put `event` behind all that is queued."""
+
+    def solve(self, matrices: list[Tensor]) -> Tensor:
+        """Eigenvalues of lower triangles (m, m), all of one size, in one call: (count, m) on the host. Waits."""
+
+
+class CudaStreams:
+    """A CUDA device: its current stream, where training runs, and a side stream of our own.
+
+    Parameters
+    ----------
+    device : torch.device
+        With an index.
+    """
+
+    batched = HAS_BATCHED_SOLVER
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._solving = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._formed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def current(self) -> Hashable:
+        """Address of the current stream."""
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def event(self) -> torch.cuda.Event:
+        """Make an event without timing."""
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def pinned(self, size: int) -> Tensor:
+        """Allocate page-locked memory: from pageable memory a copy would be staged, and wait."""
+        return torch.empty(size, dtype=torch.float64, device="cpu", pin_memory=True)
+
+    @contextmanager
+    def aside(self, block: Tensor) -> Iterator[None]:
+        """Queue on the side stream, after what the current stream holds."""
+        self._formed.record(torch.cuda.current_stream(self.device))
+        self._side.wait_event(self._formed)
+        try:
+            with torch.cuda.stream(self._side):
+                yield
+        finally:
+            block.record_stream(self._side)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Queue a copy to pinned memory."""
+        target.copy_(source, non_blocking=True)
+
+    def record(self, event: torch.cuda.Event) -> None:
+        """Put `event` behind the copy."""
+        event.record(self._side)
+
+    def solve(self, matrices: list[Tensor]) -> Tensor:
+        """Solve a batch by cuSOLVER, on a stream of its own; the calling thread waits."""
+        with torch.cuda.device(self.device), torch.cuda.stream(self._solving):
+            values: Tensor = torch.linalg.eigvalsh(torch.stack(matrices).mT, UPLO="U")
+            return values.cpu()
+
+
+class Staged:
+    """A centred matrix on its way to the thread that solves it; this one is on the host and has arrived.
+
+    Attributes
+    ----------
+    centered : CenteredMatrix
+        On the host; meaningful once `ready`.
+    dtype : torch.dtype
+        Of the activations.
+    source : Tensor or None
+        The matrix on a device that could solve it.
+    batched : Streams or None
+        Whose `solve` takes it.
+    """
+
+    source: Tensor | None = None
+    batched: Streams | None = None
+
+    def __init__(self, centered: CenteredMatrix, dtype: torch.dtype) -> None:
+        self.centered, self.dtype = centered, dtype
+
+    def ready(self) -> bool:
+        """Whether `centered` has arrived. Never waits."""
+        return True
+
+    def spread(self) -> tuple[float, float] | None:
+        """Trace and participation ratio as a device found them."""
+        return None
+
+    def release(self) -> None:
+        """Give its memory back."""
+
+
+class Slot(Staged):
+    """Memory of one matrix, on the device and pinned.
+
+    Parameters
+    ----------
+    ring : Ring
+        Where it goes back to.
+    streams : Streams
+        The device.
+    m, d : int
+        Edge of the matrix, and features.
+    memory
+        What the ring's former writes to.
+    """
+
+    def __init__(self, ring: Ring, streams: Streams, m: int, d: int, memory: Any) -> None:
+        self.key = (m, d)
+        self.memory = memory
+        self.batched = streams if streams.batched else None
+        self._ring = ring
+        self._host: Formed | None = None
+        self._event = streams.event()
+
+    def fill(
+        self, streams: Streams, formed: Formed, n: int, dtype: torch.dtype, resolution: Resolution
+    ) -> None:
+        """Queue the copy of what was formed from `n` rows of `dtype`."""
+        d = self.key[1]
+        self.dtype = dtype
+        if self._host is None:
+            with torch.inference_mode(False):  # it is written to outside of inference mode too
+                self._host = formed.at(streams.pinned(len(formed.block)))
+        with streams.aside(formed.block):
+            streams.copy(formed.block, self._host.block)
+            streams.record(self._event)
+        self.source = formed.matrix if self.batched else None
+        side: Side = "gram" if n < d else "covariance"
+        shift, delta = self._host.centre[0], self._host.centre[1]
+        self.centered = CenteredMatrix(
+            self._host.matrix, shift, delta, side, n, d, resolution, entries=self._host.centre[:1]
+        )
+
+    def ready(self) -> bool:
+        """Whether the copy has been made. Never waits."""
+        return self._event.query()
+
+    def spread(self) -> tuple[float, float]:
+        """Trace and participation ratio as the device found them."""
+        assert self._host is not None
+        trace, _, ratio = self._host.spread.tolist()
+        return trace, ratio
+
+    def release(self) -> None:
+        """Give the slot back; a copy that is still queued is done before the next one, on the same stream."""
+        self.source = None
+        self._ring.give_back(self)
+
+
+class Ring:
+    """Slots for the matrices of one device.
+
+    Parameters
+    ----------
+    streams : Streams
+        The device.
+    former : KernelFormer or TorchFormer
+        How the matrices are formed there.
+
+    Attributes
+    ----------
+    allocated : int
+        Slots that were ever allocated.
+    """
+
+    waits_when_full = False
+
+    def __init__(self, streams: Streams, former: KernelFormer | TorchFormer) -> None:
+        self._streams, self._former = streams, former
+        self._free: dict[tuple[int, int], deque[Slot]] = {}
+        self.allocated = 0
+
+    def stage(self, x: Tensor, resolution: Resolution) -> Staged:
+        """Form the covariance (or Gram matrix) in the training stream and send it on its way."""
+        slot = self._take(x)
+        try:
+            formed = self._former.form(x, slot.memory, self._streams.current())
+            slot.fill(self._streams, formed, x.shape[0], x.dtype, resolution)
+        except BaseException:
+            slot.release()
+            raise
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """Keep a slot for another use. Called by the worker too."""
+        self._free.setdefault(slot.key, deque()).append(slot)
+
+    def _take(self, x: Tensor) -> Slot:
+        m, d = min(x.shape), x.shape[1]
+        free = self._free.get((m, d))
+        if free:
+            return free.popleft()
+        if sum(map(len, list(self._free.values()))) > _MOST_FREE:
+            self._free = {}
+        self.allocated += 1
+        with torch.inference_mode(False):  # its memory is written to outside of inference mode too
+            return Slot(self, self._streams, m, d, self._former.memory(x))
+
+
+class Host:
+    """The CPU: formed by the training thread, solved by the worker, with the bits of an evaluation in line."""
+
+    # Dropped evaluations would make the record depend on luck, and waiting costs no more than solving in line.
+    waits_when_full = True
+
+    def stage(self, x: Tensor, resolution: Resolution) -> Staged | None:
+        """Form the matrix; None for values so extreme, or not finite, that the activations are needed again."""
+        centered = centered_matrix(x, resolution=resolution)
+        trace = float(centered.trace)
+        if not TINY <= trace < torch.inf:
+            return None
+        resolution = held_resolution(centered, trace, x)
+        return Staged(dataclasses.replace(centered, resolution=resolution), x.dtype)
+
+
+Device = Host | Ring
+"""Where activations lie, if their entropy is evaluated by the worker."""
+
+
+class Devices:
+    """Which device object serves a tensor; the default of `DeferredEntropy`.
+
+    CUDA: always a ring. CPU: the worker where the solve is long, this thread uses one thread and there are other
+    cores; otherwise in line. With several intra-op threads LAPACK gives other last bits than the worker's
+    one, and they leave no core to it. Elsewhere in line.
+    """
+
+    def __init__(self) -> None:
+        self._rings: dict[torch.device, Ring] = {}
+        self._host = Host()
+
+    def of(self, x: Tensor) -> Device | None:
+        """Device object for checked activations (n, d); None for an evaluation in line.
+
+        Raises
+        ------
+        RuntimeError
+            While the current stream is being captured.
+        """
+        if x.device.type == "cuda":
+            # Before anything is taken: memory taken now would be the graph's, and zeroed by its replays alone.
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a deferred evaluation cannot be part of a CUDA graph: call step or observe between replays"
+                )
+            ring = self._rings.get(x.device)
+            if ring is None:
+                former = KernelFormer() if triton_obstacle(x.device) is None else TorchFormer()
+                ring = self._rings[x.device] = Ring(CudaStreams(x.device), former)
+            return ring
+        if x.device.type != "cpu" or min(x.shape) < WORKER_FROM:
+            return None
+        return self._host if torch.get_num_threads() == 1 and _usable_cores() > 1 else None
+
+
+def in_line(x: Tensor) -> None:
+    """Evaluate everything in line."""
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
 
 Spectrum = tuple[Tensor, str]
 """Eigenvalues and the solver's name, as `fastent.linalg.eigenvalues` returns them."""
@@ -64,33 +464,100 @@ class Evaluated(NamedTuple):
 
 
 class Evaluation:
-    """What was asked for at one step, and later its results or its error."""
+    """What is asked for at one step, and later its results or its error; made by `DeferredEntropy.open`."""
 
-    def __init__(
-        self,
-        step: int,
-        order: list[str],
-        staged: Mapping[str, Staged],
-        known: Mapping[str, Evaluated],
-        masks: Mapping[str, str | None] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, step: int, owner: DeferredEntropy) -> None:
         self.step = step
-        self._order = order
-        self.staged = dict(staged)
-        self._known = dict(known)
-        self._masks = dict(masks)
+        self.staged: dict[str, Staged] = {}
+        self.widths: dict[str, int] = {}
+        """Features d of each layer, in the order of arrival."""
         self.error: BaseException | None = None
-        self.done = not staged
+        self.done = False
+        self._owner: DeferredEntropy | None = owner
+        self._known: dict[str, Evaluated] = {}
+        self._masks: dict[str, str | None] = {}
+
+    def add(
+        self,
+        layer: str,
+        h: Tensor,
+        *,
+        tokens: Tokens | None = None,
+        positions: Positions | None = None,
+        channel_axis: int | None = None,
+        mask: Tensor | RealTokens | None = None,
+        mask_name: str | None = None,
+    ) -> None:
+        """Form the matrix of a layer's activations, in the current stream; they are not kept.
+
+        Parameters
+        ----------
+        layer : str
+            A name within this evaluation.
+        h : Tensor, shape (n, d), (n, tokens, d) with `tokens`, or a map with `positions`
+            Activations.
+        tokens, positions, channel_axis, mask
+            See `fastent.spectral_entropy`.
+        mask_name : str, optional
+            What the result says of its mask.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `fastent.spectral_entropy` does.
+        """
+        x = checked(h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask)
+        resolution = resolution_of(
+            h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask
+        )
+        assert self._owner is not None
+        staged = self._owner._stage(x, resolution)
+        if staged is None:
+            self.put(layer, entropy_of_rows(x, resolution), mask_name=mask_name)
+        else:
+            self.staged[layer] = staged
+            self._masks[layer] = mask_name
+            self.widths[layer] = x.shape[-1]
+
+    def put(
+        self,
+        layer: str,
+        entropy: SpectralEntropy,
+        sampling: SamplingError | None = None,
+        *,
+        mask_name: str | None = None,
+    ) -> None:
+        """Give a layer's result where it is known already; it keeps its place in the order."""
+        self._known[layer] = Evaluated(entropy, sampling, mask_name)
+        self.widths[layer] = entropy.d
+
+    def arrange(self, layers: Iterable[str]) -> None:
+        """Put the results in the order of `layers`, whichever arrived first; others come after them."""
+        order = [layer for layer in layers if layer in self.widths]
+        self.widths = {layer: self.widths[layer] for layer in (*order, *self.widths)}
+
+    def __enter__(self) -> Evaluation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        owner, self._owner = self._owner, None  # the worker has this one, and must not keep its owner alive
+        if kind is not None or owner is None:
+            self.release()
+        else:
+            self.done = not self.staged
+            owner._commit(self)
 
     @property
     def results(self) -> dict[str, Evaluated]:
         """Results by layer, in the order in which the layers came."""
-        return {layer: self._known[layer] for layer in self._order}
+        return {layer: self._known[layer] for layer in self.widths}
 
     def solve(self, spectra: Mapping[Staged, Spectrum]) -> None:
         """Find what is missing, by LAPACK where `spectra` does not have the eigenvalues."""
         for layer, staged in self.staged.items():
-            self._known[layer] = Evaluated(_entropy(staged, spectra.get(staged)), mask=self._masks.get(layer))
+            self._known[layer] = Evaluated(_entropy(staged, spectra.get(staged)), mask=self._masks[layer])
 
     def release(self) -> None:
         """Give all slots back."""
@@ -316,8 +783,8 @@ class DeferredEntropy:
     on_full : {"drop", "block"}
         What to do with one more: drop and count it, or wait for room. On the CPU it always waits.
     device_of : callable, optional
-        From checked activations to the `fastent.monitor.cuda.Device` that serves them, None for an evaluation in line.
-        `fastent.monitor.cuda.in_line` evaluates all in line. Default: `fastent.monitor.cuda.Devices`.
+        From checked activations to the `Ring` or `Host` that serves them, None for an evaluation in line. `in_line`
+        evaluates all in line. Default: `Devices`.
 
     Examples
     --------
@@ -359,7 +826,7 @@ class DeferredEntropy:
         """Evaluations committed whose results have not been handed out."""
         return len(self._ordered)
 
-    def open(self, step: int, *, needs_room: bool = True) -> Opened | None:
+    def open(self, step: int, *, needs_room: bool = True) -> Evaluation | None:
         """Begin the evaluation of a step; use it in a ``with`` statement, which commits or discards it.
 
         Parameters
@@ -371,7 +838,7 @@ class DeferredEntropy:
 
         Returns
         -------
-        Opened or None
+        Evaluation or None
             None if the ring is full and the evaluation was dropped.
 
         Raises
@@ -385,7 +852,7 @@ class DeferredEntropy:
                 self._drop(step)
                 return None
             self._worker.wait(self._capacity - 1)
-        return Opened(self, step)
+        return Evaluation(step, self)
 
     def arrived(self) -> Iterator[tuple[int, Mapping[str, Evaluated]]]:
         """Hand out what is there, in the order of the commits: (step, results by layer). Never waits.
@@ -483,88 +950,3 @@ class DeferredEntropy:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__init__(**state["settings"])  # type: ignore[misc]
         self.dropped = state["dropped"]
-
-
-class Opened:
-    """An evaluation that is being put together; made by `DeferredEntropy.open`."""
-
-    def __init__(self, owner: DeferredEntropy, step: int) -> None:
-        self._owner = owner
-        self._step = step
-        self._staged: dict[str, Staged] = {}
-        self._masks: dict[str, str | None] = {}
-        self._known: dict[str, Evaluated] = {}
-        self.widths: dict[str, int] = {}
-        """Features d of each layer, in the order of arrival."""
-
-    def add(
-        self,
-        layer: str,
-        h: Tensor,
-        *,
-        tokens: Tokens | None = None,
-        positions: Positions | None = None,
-        channel_axis: int | None = None,
-        mask: Tensor | RealTokens | None = None,
-        mask_name: str | None = None,
-    ) -> None:
-        """Form the matrix of a layer's activations, in the current stream; they are not kept.
-
-        Parameters
-        ----------
-        layer : str
-            A name within this evaluation.
-        h : Tensor, shape (n, d), (n, tokens, d) with `tokens`, or a map with `positions`
-            Activations.
-        tokens, positions, channel_axis, mask
-            See `fastent.spectral_entropy`.
-        mask_name : str, optional
-            What the result says of its mask.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `fastent.spectral_entropy` does.
-        """
-        x = checked(h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask)
-        resolution = resolution_of(
-            h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask
-        )
-        staged = self._owner._stage(x, resolution)
-        if staged is None:
-            self.put(layer, entropy_of_rows(x, resolution), mask_name=mask_name)
-        else:
-            self._staged[layer] = staged
-            self._masks[layer] = mask_name
-            self.widths[layer] = x.shape[-1]
-
-    def put(
-        self,
-        layer: str,
-        entropy: SpectralEntropy,
-        sampling: SamplingError | None = None,
-        *,
-        mask_name: str | None = None,
-    ) -> None:
-        """Give a layer's result where it is known already; it keeps its place in the order."""
-        self._known[layer] = Evaluated(entropy, sampling, mask_name)
-        self.widths[layer] = entropy.d
-
-    def arrange(self, layers: Iterable[str]) -> None:
-        """Put the results in the order of `layers`, whichever arrived first; others come after them."""
-        order = [layer for layer in layers if layer in self.widths]
-        self.widths = {layer: self.widths[layer] for layer in (*order, *self.widths)}
-
-    def __enter__(self) -> Opened:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._owner._commit(
-                Evaluation(self._step, list(self.widths), self._staged, self._known, self._masks)
-            )
-        else:
-            for staged in self._staged.values():
-                staged.release()

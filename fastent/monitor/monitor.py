@@ -34,8 +34,7 @@ from fastent.forecast.history import History
 from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import Forecast, predict_grok_time
 from fastent.moments import Moments
-from fastent.monitor.cuda import in_line
-from fastent.monitor.deferred import DeferredEntropy, Evaluated, OnFull, Opened
+from fastent.monitor.deferred import DeferredEntropy, Evaluated, Evaluation, OnFull, in_line
 from fastent.monitor.isolation import in_a_pass
 from fastent.monitor.probe import Axes, Inputs, Layers, Reading, SamplesAxis, Watched
 from fastent.process import Interrupts, at_exit, interrupts_held, uncompiled, warn_user
@@ -321,7 +320,7 @@ class Evaluator:
         self._devices = {}
         self._merged = _Merged()
 
-    def _add(self, evaluation: Opened, few: Any, layer: str, h: Tensor) -> int:
+    def _add(self, evaluation: Evaluation, few: Any, layer: str, h: Tensor) -> int:
         """Put activations into `evaluation` and return their width; of the layers `few`, under two rows too."""
         with self._checks_of(layer, h):
             reading = self._read(layer, h)
@@ -379,7 +378,7 @@ class Evaluator:
                 UserWarning,
             )
 
-    def _expect(self, step: int, evaluation: Opened) -> None:
+    def _expect(self, step: int, evaluation: Evaluation) -> None:
         for layer, d in evaluation.widths.items():
             self._recording.check(step, layer, d)
         for layer, d in evaluation.widths.items():
@@ -509,7 +508,7 @@ class SpectralEntropyMonitor:
     mode : {"deferred", "sync"}
         "deferred": the training thread forms covariances and a worker takes the eigenvalues, so that records
         arrive a little later, in order, at a later call of `step`, `observe` or `flush`. On the CPU that
-        is for large layers with cores to spare, all else arrives at once (`fastent.monitor.cuda.Devices`); the
+        is for large layers with cores to spare, all else arrives at once (`fastent.monitor.deferred.Devices`); the
         records are the same to the bit. "sync": all at once, which on CUDA waits for the device. `standard_error`
         makes every evaluation one in line.
     on_full : {"drop", "block"}

@@ -23,9 +23,17 @@ from fastent.covariance import centered_matrix
 from fastent.entropy import SpectralEntropy
 from fastent.kernels.launch import Launch
 from fastent.linalg import fallbacks
-from fastent.monitor import cuda, deferred
-from fastent.monitor.cuda import Devices, Host, KernelFormer, Ring, TorchFormer, in_line, spread_of
-from fastent.monitor.deferred import DeferredEntropy
+from fastent.monitor import deferred
+from fastent.monitor.deferred import (
+    DeferredEntropy,
+    Devices,
+    Host,
+    KernelFormer,
+    Ring,
+    TorchFormer,
+    in_line,
+    spread_of,
+)
 
 FORMERS = [TorchFormer, pytest.param(KernelFormer, marks=pytest.mark.interpreter)]
 
@@ -461,7 +469,7 @@ def test_many_matrices_of_one_size_are_solved_in_one_call_and_by_lapack_where_th
 def test_the_cpu_takes_the_worker_for_large_matrices_of_one_thread_with_cores_to_spare(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda, "_usable_cores", lambda: 2)
+    monkeypatch.setattr(deferred, "_usable_cores", lambda: 2)
     large, wide, small = torch.zeros(600, 512), torch.zeros(520, 600), torch.zeros(1000, 511)
     of = Devices().of
     assert isinstance(of(large), Host)
@@ -471,7 +479,7 @@ def test_the_cpu_takes_the_worker_for_large_matrices_of_one_thread_with_cores_to
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert of(large) is None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(cuda, "_usable_cores", lambda: 1)
+    monkeypatch.setattr(deferred, "_usable_cores", lambda: 1)
     assert of(large) is None
 
 

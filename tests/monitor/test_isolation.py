@@ -12,7 +12,7 @@ from fake_device import FakeStreams
 from torch import Tensor, nn
 
 from fastent.monitor import isolation
-from fastent.monitor.cuda import Devices, Host, Ring, TorchFormer
+from fastent.monitor.deferred import Devices, Host, Ring, TorchFormer
 from fastent.monitor.isolation import undisturbed
 from fastent.monitor.monitor import SpectralEntropyMonitor
 

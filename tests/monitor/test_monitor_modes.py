@@ -15,8 +15,8 @@ from fake_device import FakeStreams, Operations
 from torch import Tensor, nn
 
 from fastent import Status, spectral_entropy
-from fastent.monitor import cuda
-from fastent.monitor.cuda import Devices, Ring, TorchFormer
+from fastent.monitor import deferred
+from fastent.monitor.deferred import Devices, Ring, TorchFormer
 from fastent.monitor.monitor import SpectralEntropyMonitor as Monitor
 from fastent.monitor.monitor import StopAfterCrossing
 from fastent.records import EntropyRecord
@@ -57,8 +57,8 @@ def steps(records: list[EntropyRecord]) -> list[tuple[int, str]]:
 def test_on_the_cpu_both_modes_leave_the_same_state_to_the_bit(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "WORKER_FROM", 2)  # the worker for every size
-    monkeypatch.setattr(cuda, "_usable_cores", lambda: 2)
+    monkeypatch.setattr(deferred, "WORKER_FROM", 2)  # the worker for every size
+    monkeypatch.setattr(deferred, "_usable_cores", lambda: 2)
     threads = threading.active_count()
 
     def run(mode: Any) -> tuple[str, list[Any]]:

@@ -16,7 +16,7 @@ from fake_device import FakeStreams
 import fastent
 from fastent import process
 from fastent.monitor.deferred import DeferredEntropy
-from fastent.monitor.cuda import Devices, Host, Ring, TorchFormer
+from fastent.monitor.deferred import Devices, Host, Ring, TorchFormer
 
 streams = FakeStreams()
 slots = Ring(streams, TorchFormer())
