@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from fastent.entropy import Status
 from fastent.grokking.experiments.statistics import Array, Mask, Times
 from fastent.grokking.train import milestones
-from fastent.grokking.train.config import PRESETS, TASK_SETTINGS, TrainConfig
+from fastent.grokking.train.config import PRESETS, TASK_SETTINGS, TrainConfig, completed
 from fastent.grokking.train.milestones import SUSTAINED, TAU, WINDOW
 from fastent.grokking.train.storage import RunError, RunWarning, read_rows, write_atomically
 
@@ -81,9 +81,8 @@ class StoredRun:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The trainer's settings as JSON gives them."""
-        settings: dict[str, Any] = self.record["config"]
-        return settings
+        """The trainer's settings as JSON gives them, those that are younger than the run included."""
+        return completed(self.record["config"])
 
     @property
     def name(self) -> str:
@@ -142,7 +141,6 @@ def _changes(config: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
     # Neither the task, with what it needs, nor what is measured beside makes it another setting.
     preset = {**preset, **TASK_SETTINGS.get(config.get("task", ""), {})}
     keys = [key for key in {**preset, **config} if key not in ("task", "measures")]
-    # A setting that is younger than the run is not in its record.
     return {key: config[key] for key in keys if key in config and config[key] != preset.get(key)}
 
 

@@ -123,7 +123,7 @@ def displacement(
         Change of each parameter that moves; the head's does not matter.
     """
     body = copy.deepcopy(module)
-    body.head = nn.Identity()  # type: ignore[assignment]  # what is left returns the representation
+    body.forward = body.represent  # type: ignore[method-assign]
     parameters = {name: p.detach() for name, p in body.named_parameters()}
     tangents = {name: direction.get(name, torch.zeros_like(p)).to(p.dtype) for name, p in parameters.items()}
 
@@ -172,7 +172,7 @@ def measured_step(stack: Stack, seed: int) -> StepChange:
     task, config, step = stack.task, stack.config, stack.steps_done
     train = training_pairs(stack, seed)
     probe = task.inputs[probe_index(train, config.probe_size, seed, "probe")]
-    batch = train[torch.from_numpy(batch_index(seed, step, len(train), config.batch_size))]
+    batch = train[torch.from_numpy(batch_index(seed, step, len(train), config.batch_size, config.sampling))]
     before = stack.module(seed).double()
     stack.train_step()
     after = dict(stack.module(seed).double().named_parameters())

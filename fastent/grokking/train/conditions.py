@@ -20,7 +20,6 @@ Evaluation and entropy see the representations as they are, never mixed.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.models import initial_parameters
-from fastent.grokking.train.runs import Job
+from fastent.grokking.train.runs import Job, read_settings
 from fastent.grokking.train.storage import RunError, read_rows
 from fastent.grokking.train.tasks import make_task
 from fastent.mixing import mix_representations
@@ -263,7 +262,7 @@ def _norm_log(source: Job, seed: int, out: Path, *, until_memorised: bool) -> tu
     remedy = f"`fastent run {source.experiment}` with the same settings, seeds and --out makes it"
     if not (path / "DONE").exists():
         raise RunError(f"{path}, whose norm is to be followed, is missing or not complete: {remedy}")
-    recorded = json.loads((path / "config.json").read_bytes())["config"]
+    recorded = read_settings(path)
     if recorded | {"measures": []} != source.settings() | {"measures": []}:  # they do not change the norm
         raise RunError(f"{path}, whose norm is to be followed, was trained with other settings: {remedy}")
     rows, _ = read_rows(path / "metrics.jsonl", 0)

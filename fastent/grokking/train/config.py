@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 TaskName = Literal["add", "sub", "mul", "mul_nonzero", "s5"]
 ModelName = Literal["transformer", "mlp"]
+Sampling = Literal["epochs", "replacement"]
 MeasureName = Literal["test_probe", "probe_sizes", "fourier", "progress"]
 
 MOST_STEPS = 2**24
@@ -54,11 +56,17 @@ class TrainConfig:
     norm_place: Literal["post", "pre", "none"] = "post"
     """LayerNorm after each residual sum, before each sublayer, or nowhere (Transformer)."""
     readout: Literal["last", "mean"] = "last"
-    """Representation handed to the head: the last position's, or the mean over positions (Transformer)."""
+    """Vector read out of the layer: the last position's, or the mean over positions (Transformer)."""
+    final_norm: bool = False
+    """Whether one more LayerNorm stands between the vector read out and the head (Transformer)."""
+    entropy_at: Literal["readout", "final_norm"] = "readout"
+    """Where the representation is taken, for the entropy and every other measure: before or after that LayerNorm."""
     equals_token: bool = False
     """Whether the input is a, b, "=" rather than a, b (Transformer)."""
+    start: Literal["torch", "normal", "xavier"] = "torch"
+    """Weights as torch's layers start; all N(0, 0.02); or Xavier uniform but embeddings. Biases 0 in the last two."""
     init_scale: float = 128**-0.5
-    """Standard deviation of the embeddings at the start; all else starts as torch's layers do."""
+    """Standard deviation of the embeddings at the start; a "normal" start has its own."""
     hidden: tuple[int, ...] = (512, 128)
     """Sizes of the MLP's hidden layers; the last one is its representation."""
     combine: Literal["concat", "sum"] = "concat"
@@ -73,7 +81,9 @@ class TrainConfig:
     epsilon: float = 1e-8
     """AdamW's term beside the root of the second moment."""
     batch_size: int = 512
-    """Pairs in a step, drawn by shuffled passes over the training set."""
+    """Pairs in a step."""
+    sampling: Sampling = "epochs"
+    """Whether the batches cut shuffled passes over the training set, or each pair is drawn from all of it anew."""
     max_steps: int = 50_000
     """Steps after which a run ends whatever it has reached."""
 
@@ -113,6 +123,10 @@ class TrainConfig:
         _require(
             self.model != "mlp" or (len(self.hidden) >= 1 and min(self.hidden) >= 1),
             f"hidden must name at least one layer size, each at least 1; got {self.hidden}",
+        )
+        _require(
+            self.final_norm or self.entropy_at == "readout",
+            'entropy_at="final_norm" needs final_norm=True: without that LayerNorm there is nothing after it',
         )
         _require(self.probe_size >= 2, f"probe_size must be at least 2; got {self.probe_size}")
         _require(all(0.0 <= beta < 1.0 for beta in self.betas), f"betas must lie in [0, 1); got {self.betas}")
@@ -159,7 +173,10 @@ SOURCES: dict[str, str] = {
     "activation": "ours: not given; ReLU, the default of torch's layer; calibrated",
     "norm_place": "ours: not given; post, as in torch's layer and in Vaswani et al. 2017, which it cites",
     "readout": "ours: not given; last, calibrated",
+    "final_norm": "ours: not given; none",
+    "entropy_at": "ours: not given; what is read out of the layer",
     "equals_token": "ours: not given; none: with it and a small scale there is no plateau; calibrated",
+    "start": "ours: not given; torch's",
     "init_scale": "ours: not given; width^-1/2, so that the norm rises while it memorises, as in the paper",
     "hidden": "ours: the paper does not describe its MLP",
     "combine": "ours: the paper does not describe its MLP",
@@ -168,6 +185,7 @@ SOURCES: dict[str, str] = {
     "betas": "ours: the text lost them; 0.9 and 0.98 as in Power et al. 2022",
     "epsilon": "ours: not given; torch's default",
     "batch_size": "paper, section 4 and Appendix A",
+    "sampling": "ours: not given; shuffled passes, as torch's loader draws them",
     "max_steps": "paper, section 4 and Appendix A",
     "evaluate_every": "paper, Appendix A",
     "probe_size": "paper, Appendix A",
@@ -178,6 +196,25 @@ SOURCES: dict[str, str] = {
     "measures": "ours: none; each experiment names those it analyses",
 }
 """Where the `paper` preset's value of each field comes from."""
+
+_YOUNGER: dict[str, Any] = {
+    "final_norm": False,
+    "entropy_at": "readout",
+    "start": "torch",
+    "sampling": "epochs",
+}
+
+
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded settings with the fields that are younger than the record, at what it was trained with.
+
+    Examples
+    --------
+    >>> completed({"task": "s5", "start": "xavier"})["start"], completed({"task": "s5"})["start"]
+    ('xavier', 'torch')
+    """
+    return {**_YOUNGER, **settings}
+
 
 _PAPER = TrainConfig()
 

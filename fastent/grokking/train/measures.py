@@ -334,8 +334,19 @@ class _Moment:
     @cached_property
     def everything(self) -> Tensor:
         """Representations of all pairs, (S, M, d)."""
+        return self._of_all(head=False)
+
+    @cached_property
+    def given(self) -> Tensor:
+        """What the head gets of all pairs, (S, M, d)."""
+        between = self.stack.config.final_norm and self.stack.config.entropy_at == "readout"
+        return self._of_all(head=True) if between else self.everything
+
+    def _of_all(self, *, head: bool) -> Tensor:
         pairs = torch.arange(len(self.stack.task.labels))
-        return torch.cat([self.stack.represent(chunk) for chunk in torch.split(pairs, _CHUNK)], dim=1)
+        return torch.cat(
+            [self.stack.represent(chunk, head=head) for chunk in torch.split(pairs, _CHUNK)], dim=1
+        )
 
     def at(self, index: Callable[[_Pairs], Tensor]) -> Tensor:
         """Representations, (S, N, d), of pairs that every seed has N of."""
@@ -365,21 +376,21 @@ class _Moment:
         wanted = KEY_FREQUENCIES if self.harmonics.cyclic else KEY_REPRESENTATIONS
         return min(wanted, len(self.harmonics.names))
 
-    def parts(self) -> Iterator[_Part]:
-        """All seeds together; one by one where they differ in how many results are in the group."""
+    def parts(self, h: Tensor) -> Iterator[_Part]:
+        """Seeds with their part of `h`, together; one by one where they differ in how many results are in the group."""
         seeds = len(self.pairs)
         alone = not bool(self.harmonics.members.all())
         for s in range(seeds if alone else 1):
-            yield _Part(self, slice(s, s + 1) if alone else slice(0, seeds))
+            yield _Part(self, slice(s, s + 1) if alone else slice(0, seeds), h)
 
 
 class _Part:
     """Some seeds of a moment, and their pairs whose result is in the group."""
 
-    def __init__(self, moment: _Moment, seeds: slice) -> None:
+    def __init__(self, moment: _Moment, seeds: slice, h: Tensor) -> None:
         self.moment, self.seeds = moment, seeds
         self.pairs = moment.pairs[seeds]
-        self.h = moment.everything[seeds]
+        self.h = h[seeds]
         self.device = self.h.device
         self.task = moment.stack.task
 
@@ -418,7 +429,7 @@ def _probe_sizes(moment: _Moment) -> Columns:
 
 def _fourier(moment: _Moment) -> Columns:
     found: dict[str, list[Tensor]] = {}
-    for part in moment.parts():
+    for part in moment.parts(moment.everything):
         columns: dict[str, Tensor] = {}
         if moment.harmonics.cyclic:
             h, labels = part.of(torch.stack([pairs.probe for pairs in part.pairs]))
@@ -449,7 +460,7 @@ def _progress(moment: _Moment) -> Columns:
     names = moment.harmonics.names
     inside = torch.from_numpy(moment.harmonics.members)[moment.stack.task.labels]
     grouped = torch.arange(len(inside))[inside]
-    for part in moment.parts():
+    for part in moment.parts(moment.given):
         means, counts = part.means(*part.of(grouped.expand(len(part.pairs), -1)))
         train, labels = part.of(torch.stack([pairs.trained for pairs in part.pairs]))
         restricted, excluded, key = restricted_and_excluded_loss(

@@ -42,18 +42,25 @@ class PlainTransformer(nn.Module):
         if config.norm_place == "none":
             self.layer.norm1 = nn.Identity()  # type: ignore[assignment]
             self.layer.norm2 = nn.Identity()  # type: ignore[assignment]
+        self.final_norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
+        self.entropy_at = config.entropy_at
         self.head = nn.Linear(config.width, task.classes)
 
-    def represent(self, pairs: Tensor) -> Tensor:
-        """Representation handed to the head, (N, width), of token pairs (N, 2)."""
+    def read(self, pairs: Tensor) -> Tensor:
+        """Vector read out of the layer, (N, width), of token pairs (N, 2)."""
         if self.equals is not None:
             pairs = torch.cat([pairs, pairs.new_full((len(pairs), 1), self.equals)], dim=1)
         hidden: Tensor = self.layer(self.tokens(pairs) + self.positions.weight)
         return hidden[:, -1] if self.readout == "last" else hidden.mean(1)
 
+    def represent(self, pairs: Tensor) -> Tensor:
+        """Representation that is measured, (N, width), of token pairs (N, 2)."""
+        read = self.read(pairs)
+        return read if self.entropy_at == "readout" else self.final_norm(read)
+
     def forward(self, pairs: Tensor) -> Tensor:
         """Logits (N, classes) of token pairs (N, 2)."""
-        logits: Tensor = self.head(self.represent(pairs))
+        logits: Tensor = self.head(self.final_norm(self.read(pairs)))
         return logits
 
 
@@ -98,10 +105,13 @@ class Model(Protocol):
         """Compute what depends on one token only."""
 
     def forward(self, p: Parameters, table: Any, columns: Tensor) -> tuple[Tensor, Any]:
-        """Representation handed to the head, (S, N, d), for columns (K, S, N), and what gradients need."""
+        """Input of the head, (S, N, d), for columns (K, S, N), and what gradients need.
+
+        What is kept has the `representation` that is measured, (S, N, d).
+        """
 
     def backward(self, p: Parameters, kept: Any, grad: Tensor) -> Parameters:
-        """Gradients of all parameters but the head's from that of the representation."""
+        """Gradients of all parameters but the head's from that of the head's input."""
 
 
 def make_model(config: TrainConfig, task: Task, device: torch.device) -> Model:
@@ -120,7 +130,7 @@ def pair_losses(p: Parameters, hidden: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 
 def head_gradients(p: Parameters, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Parameters]:
-    """Mean cross-entropy (S,), its gradient in the representation (S, N, d), and the head's gradients."""
+    """Mean cross-entropy (S,), its gradient in the head's input (S, N, d), and the head's gradients."""
     n = hidden.shape[1]
     places = labels.unsqueeze(2)
     chances = linear(hidden, p["head.weight"], p["head.bias"]).log_softmax(2)
@@ -152,19 +162,21 @@ def parameter_shapes(config: TrainConfig, task: Task) -> dict[str, tuple[int, ..
         "layer.linear2.weight": (d, f),
         "layer.linear2.bias": (d,),
     }
-    if config.norm_place != "none":
-        for norm in ("layer.norm1", "layer.norm2"):
-            shapes |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    norms = [] if config.norm_place == "none" else ["layer.norm1", "layer.norm2"]
+    for norm in [*norms, "final_norm"] if config.final_norm else norms:
+        shapes |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
     return shapes | {"head.weight": (task.classes, d), "head.bias": (task.classes,)}
 
 
 def initial_parameters(config: TrainConfig, task: Task, seed: int) -> dict[str, Tensor]:
-    """Draw a seed's starting values, float64, by the distributions of torch's own layers.
+    """Draw a seed's starting values, float64.
 
-    Embeddings are normal with standard deviation `config.init_scale`; the attention's input projection is
-    Xavier uniform with zero biases; linear layers are uniform within 1 / sqrt(fan-in). Each parameter has a
-    counter-based generator of its own, keyed by seed and name: a variant that lacks one leaves the others as
-    they are.
+    LayerNorms start at scale 1 and bias 0; embeddings are normal with standard deviation `config.init_scale`. The
+    rest by `config.start`: "torch", the distributions of torch's own layers (the attention's input projection
+    Xavier uniform, its biases 0, linear layers uniform within 1 / sqrt(fan-in)); "xavier", every matrix Xavier
+    uniform and every bias 0; "normal", every matrix, embeddings too, normal with standard deviation 0.02, every
+    bias 0. Each parameter has a counter-based generator of its own, keyed by seed and name: a variant that lacks
+    one leaves the others as they are.
     """
     shapes = parameter_shapes(config, task)
     return {name: torch.from_numpy(_draw(name, shapes, config, seed)) for name in shapes}
@@ -174,17 +186,19 @@ def _draw(
     name: str, shapes: dict[str, tuple[int, ...]], config: TrainConfig, seed: int
 ) -> NDArray[np.float64]:
     shape = shapes[name]
-    if ".norm" in name:
-        return np.full(shape, 1.0 if name.endswith("weight") else 0.0)
-    if name in ("layer.self_attn.in_proj_bias", "layer.self_attn.out_proj.bias"):
+    bias = name.endswith("bias")
+    if "norm" in name:
+        return np.full(shape, 0.0 if bias else 1.0)
+    if bias and (config.start != "torch" or "self_attn" in name):
         return np.zeros(shape)
     # Two uniforms in (0, 1) for each number, from the generator's raw words, which NumPy promises to keep.
     words = generator(seed, f"start {name}").random_raw(2 * math.prod(shape))
     first, second = ((words.reshape(2, *shape) >> np.uint64(11)) + 0.5) * 2.0**-53
-    if name in ("tokens.weight", "positions.weight"):
+    if config.start == "normal" or name in ("tokens.weight", "positions.weight"):
         normal: NDArray[np.float64] = np.sqrt(-2 * np.log(first)) * np.cos(2 * np.pi * second)
-        return config.init_scale * normal  # Box and Muller 1958
-    fan_in = shapes[name.removesuffix("bias") + "weight"][1] if name.endswith("bias") else shape[1]
-    bound = math.sqrt(6 / sum(shape)) if name.endswith("in_proj_weight") else 1 / math.sqrt(fan_in)
+        return (0.02 if config.start == "normal" else config.init_scale) * normal  # Box and Muller 1958
+    fan_in = shapes[name.removesuffix("bias") + "weight"][1] if bias else shape[1]
+    xavier = config.start == "xavier" or name.endswith("in_proj_weight")
+    bound = math.sqrt(6 / sum(shape)) if xavier else 1 / math.sqrt(fan_in)
     uniform: NDArray[np.float64] = 2 * first - 1
     return bound * uniform

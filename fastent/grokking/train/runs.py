@@ -38,7 +38,7 @@ from fastent.grokking.train.checkpoint import (
     remove_checkpoints,
     write_checkpoint,
 )
-from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.config import TrainConfig, completed
 from fastent.grokking.train.environment import changes_of_bits
 from fastent.grokking.train.storage import (
     CheckpointError,
@@ -372,7 +372,18 @@ def _read_config(path: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not a run's configuration ({error!r}): give another --out") from error
-    return dict(recorded)
+    return {**recorded, "config": completed(recorded["config"])}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of the run in the folder `path`, those that are younger than it included.
+
+    Raises
+    ------
+    OSError, ValueError, KeyError, TypeError
+        If its config.json is missing or holds none.
+    """
+    return completed(json.loads((path / "config.json").read_bytes())["config"])
 
 
 def _read_done(path: Path) -> dict[str, Any]:

@@ -227,20 +227,24 @@ class Stack:
         return {name: torch.cat([r[name] for r in results]) for name in results[0]}
 
     def representations(self, which: str = "probe") -> Tensor:
-        """Return what the head reads, (S, N, d), on a probe of training ("probe") or "test" pairs.
+        """Return the representations, (S, N, d), on a probe of training ("probe") or "test" pairs.
 
         The pairs of a seed stay the same for the whole run.
         """
         return self.represent(torch.cat([group.probes[which] for group in self._groups]))
 
     @torch.no_grad()
-    def represent(self, pairs: Tensor) -> Tensor:
-        """Return what the head reads, (S, N, d), for pairs (N,), or (S, N), numbered as in the task."""
+    def represent(self, pairs: Tensor, *, head: bool = False) -> Tensor:
+        """Return the representations, or with `head` what the head gets, of pairs numbered as in the task.
+
+        Pairs (N,), or (S, N), to (S, N, d). The two are the same unless a final LayerNorm comes between.
+        """
         model, found, first = self._model, [], 0
         pairs = pairs.to(model.columns.device).expand(len(self.seeds), -1)
         for group in self._groups:
             columns = model.columns[:, pairs[first : first + len(group.seeds)]]
-            found.append(model.forward(group.parameters, model.table(group.parameters), columns)[0])
+            given, kept = model.forward(group.parameters, model.table(group.parameters), columns)
+            found.append(given if head else kept.representation)
             first += len(group.seeds)
         return torch.cat(found)
 
@@ -302,8 +306,9 @@ class Stack:
 
     def _inputs(self, group: _Group, first: int, steps: int) -> list[Tensor]:
         """Return what `_advance` needs in `steps` steps from `first` on, with a leading axis of steps."""
-        seeds, device = group.seeds, group.train.device
-        batches = batch_indices(seeds, first, steps, group.train.shape[1], self.config.batch_size, device)
+        seeds, device, config = group.seeds, group.train.device, self.config
+        n_train = group.train.shape[1]
+        batches = batch_indices(seeds, first, steps, n_train, config.batch_size, config.sampling, device)
         if self._condition is None:
             return [batches]
         numbers = [self._condition.numbers(seeds, step + 1) for step in range(first, first + steps)]
@@ -314,7 +319,8 @@ class Stack:
 
     def _step(self, group: _Group) -> Tensor:
         step, n_train, device = self.steps_done, group.train.shape[1], group.train.device
-        batch = np.stack([batch_index(seed, step, n_train, self.config.batch_size) for seed in group.seeds])
+        size, sampling = self.config.batch_size, self.config.sampling
+        batch = np.stack([batch_index(seed, step, n_train, size, sampling) for seed in group.seeds])
         numbers = [] if self._condition is None else self._condition.numbers(group.seeds, step + 1)
         return self._advance(group, [torch.from_numpy(array).to(device) for array in (batch, *numbers)])
 

@@ -106,6 +106,19 @@ def layer_norm_gradient(
     return dx, dw, db
 
 
+def _norm(x: Tensor, p: Parameters, name: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return layer_norm(x, p[name + "weight"], p[name + "bias"])
+
+
+def _norm_gradient(
+    grad: Tensor, saved: tuple[Tensor, ...], p: Parameters, name: str, g: Parameters
+) -> Tensor:
+    """Gradient of the input of `_norm`; those of its parameters are put into `g`."""
+    weight, bias = name + "weight", name + "bias"
+    grad, g[weight], g[bias] = layer_norm_gradient(grad, saved, p[weight], p[bias])
+    return grad
+
+
 def take_rows(table: Tensor, index: Tensor) -> Tensor:
     """Rows of (S, R, d) at (S, N): (S, N, d)."""
     if len(table) == 1:
@@ -152,6 +165,7 @@ def add_in_order(table: Tensor, index: Tensor, values: Tensor) -> None:
 _IN, _OUT = "layer.self_attn.in_proj_", "layer.self_attn.out_proj."
 _FEED1, _FEED2 = "layer.linear1.", "layer.linear2."
 _NORM1, _NORM2 = "layer.norm1.", "layer.norm2."
+_FINAL = "final_norm."
 _NOTHING: tuple[Tensor, ...] = ()
 
 
@@ -181,6 +195,8 @@ class Kept(NamedTuple):
     norm2: tuple[Tensor, ...]
     before: Tensor | None  # (S, U N, f) before the nonlinearity, where its gradient needs that
     hidden: Tensor  # (S, U N, f)
+    final: tuple[Tensor, ...]
+    representation: Tensor  # (S, N, d) what is measured: what was read out, or its LayerNorm
 
 
 class Transformer:
@@ -196,6 +212,7 @@ class Transformer:
     def __init__(self, config: TrainConfig, task: Task, device: torch.device) -> None:
         n = task.operands
         self.task, self.heads, self.place = task, config.heads, config.norm_place
+        self.final_norm, self.entropy_at = config.final_norm, config.entropy_at
         # Tokens that occur at each position.
         self.parts = [slice(0, n), slice(task.offset, task.offset + n)]
         self.gelu = config.activation == "gelu"
@@ -223,7 +240,7 @@ class Transformer:
             torch.add(tokens[:, part], positions[:, t : t + 1], out=embedded[:, t * n : (t + 1) * n])
         read, norm = embedded, _NOTHING
         if self.place == "pre":
-            read, norm = layer_norm(embedded, p[_NORM1 + "weight"], p[_NORM1 + "bias"])
+            read, norm = _norm(embedded, p, _NORM1)
         weight, bias, d = p[_IN + "weight"], p[_IN + "bias"], self.width
         query = self._split(linear(read[:, self.queries], weight[:, :d], bias[:, :d])) * self.scale
         key_value = linear(read, weight[:, d:], bias[:, d:])
@@ -232,7 +249,7 @@ class Transformer:
         return PositionTable(embedded, read, norm, query, key, key_value[..., d:], scores)
 
     def forward(self, p: Parameters, table: PositionTable, columns: Tensor) -> tuple[Tensor, Kept]:
-        """Representation handed to the head, (S, N, d), of the pairs with `columns` (T + U T + 1, S, N)."""
+        """Input of the head, (S, N, d), of the pairs with `columns` (T + U T + 1, S, N)."""
         t, u, h, d = self.positions, self.reads, self.heads, self.width
         seeds, n = columns.shape[1:]
         places = columns[t : t + u * t].movedim(0, 1).reshape(seeds, 1, u * t * n).expand(-1, h, -1)
@@ -249,10 +266,10 @@ class Transformer:
         middle = linear_onto(base, mixed, p[_OUT + "weight"], p[_OUT + "bias"])
         norm1, norm2 = table.norm, _NOTHING
         if self.place == "post":
-            middle, norm1 = layer_norm(middle, p[_NORM1 + "weight"], p[_NORM1 + "bias"])
+            middle, norm1 = _norm(middle, p, _NORM1)
         read = middle
         if self.place == "pre":
-            read, norm2 = layer_norm(middle, p[_NORM2 + "weight"], p[_NORM2 + "bias"])
+            read, norm2 = _norm(middle, p, _NORM2)
         before = None
         if self.gelu:
             before = linear(read, p[_FEED1 + "weight"], p[_FEED1 + "bias"])
@@ -261,19 +278,26 @@ class Transformer:
             hidden = linear(read, p[_FEED1 + "weight"], p[_FEED1 + "bias"], relu=True)
         out = linear_onto(middle, hidden, p[_FEED2 + "weight"], p[_FEED2 + "bias"])
         if self.place == "post":
-            out, norm2 = layer_norm(out, p[_NORM2 + "weight"], p[_NORM2 + "bias"])
-        kept = Kept(table, columns, places, weights, values, mixed, norm1, read, norm2, before, hidden)
-        return (out if u == 1 else out.view(seeds, u, n, d).mean(1)), kept
+            out, norm2 = _norm(out, p, _NORM2)
+        if u > 1:
+            out = out.view(seeds, u, n, d).mean(1)
+        represented, final = out, _NOTHING
+        if self.final_norm:
+            out, final = _norm(out, p, _FINAL)
+            if self.entropy_at == "final_norm":
+                represented = out
+        kept = (table, columns, places, weights, values, mixed, norm1, read, norm2, before, hidden, final)
+        return out, Kept(*kept, represented)
 
     def backward(self, p: Parameters, kept: Kept, grad: Tensor) -> Parameters:
-        """Gradients of all parameters but the head's from that of the representation, (S, N, d)."""
-        u, g = self.reads, {}
+        """Gradients of all parameters but the head's from that of the head's input, (S, N, d)."""
+        u, g = self.reads, Parameters()
+        if self.final_norm:
+            grad = _norm_gradient(grad, kept.final, p, _FINAL, g)
         if u > 1:
             grad = (grad / u).unsqueeze(1).expand(-1, u, -1, -1).flatten(1, 2)
         if self.place == "post":
-            grad, g[_NORM2 + "weight"], g[_NORM2 + "bias"] = layer_norm_gradient(
-                grad, kept.norm2, p[_NORM2 + "weight"], p[_NORM2 + "bias"]
-            )
+            grad = _norm_gradient(grad, kept.norm2, p, _NORM2, g)
         g[_FEED2 + "weight"], g[_FEED2 + "bias"] = into_weight(grad, kept.hidden), grad.sum(1)
         inner = into_input(grad, p[_FEED2 + "weight"])
         if kept.before is not None:
@@ -283,14 +307,10 @@ class Transformer:
         g[_FEED1 + "weight"], g[_FEED1 + "bias"] = into_weight(inner, kept.read), inner.sum(1)
         read = into_input(inner, p[_FEED1 + "weight"])
         if self.place == "pre":
-            read, g[_NORM2 + "weight"], g[_NORM2 + "bias"] = layer_norm_gradient(
-                read, kept.norm2, p[_NORM2 + "weight"], p[_NORM2 + "bias"]
-            )
+            read = _norm_gradient(read, kept.norm2, p, _NORM2, g)
         grad = read.add_(grad)
         if self.place == "post":
-            grad, g[_NORM1 + "weight"], g[_NORM1 + "bias"] = layer_norm_gradient(
-                grad, kept.norm1, p[_NORM1 + "weight"], p[_NORM1 + "bias"]
-            )
+            grad = _norm_gradient(grad, kept.norm1, p, _NORM1, g)
         g[_OUT + "weight"], g[_OUT + "bias"] = into_weight(grad, kept.mixed), grad.sum(1)
         query, key_value = self._attention_backward(kept, into_input(grad, p[_OUT + "weight"]))
         return self._table_backward(p, kept, g, query, key_value, grad)
@@ -326,9 +346,7 @@ class Transformer:
         grad = into_input(key_value, weight[:, d:])
         grad[:, self.queries].add_(into_input(query, weight[:, :d]))
         if self.place == "pre":
-            grad, g[_NORM1 + "weight"], g[_NORM1 + "bias"] = layer_norm_gradient(
-                grad, table.norm, p[_NORM1 + "weight"], p[_NORM1 + "bias"]
-            )
+            grad = _norm_gradient(grad, table.norm, p, _NORM1, g)
         add_rows(grad, self._read_rows(kept.columns), base)
         tokens, positions = torch.zeros_like(p["tokens.weight"]), []
         for t, part in enumerate(self.parts):
@@ -358,6 +376,11 @@ class MLPKept(NamedTuple):
     columns: Tensor
     before: list[Tensor]  # of each hidden layer, before its nonlinearity
     after: list[Tensor]  # and after it, (S, N, size)
+
+    @property
+    def representation(self) -> Tensor:
+        """What is measured: the last hidden layer."""
+        return self.after[-1]
 
 
 class MLP:
@@ -395,7 +418,7 @@ class MLP:
         return after[-1], MLPKept(columns, before, after)
 
     def backward(self, p: Parameters, kept: MLPKept, grad: Tensor) -> Parameters:
-        """Gradients of all parameters but the head's from that of the representation."""
+        """Gradients of all parameters but the head's from that of the head's input."""
         g: Parameters = {}
         for k in range(self.layers - 1, -1, -1):
             if self.gelu:

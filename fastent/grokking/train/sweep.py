@@ -39,7 +39,7 @@ from fastent.grokking.train.conditions import source_job
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.loop import Observer, Observers, train
 from fastent.grokking.train.measures import Measures
-from fastent.grokking.train.runs import Job, mark_failed, what_counts
+from fastent.grokking.train.runs import Job, mark_failed, read_settings, what_counts
 from fastent.grokking.train.storage import Interrupted, RunError, StopRequest, read_rows
 from fastent.grokking.train.tasks import make_task
 
@@ -211,7 +211,7 @@ def _check_folder(jobs: Sequence[Job], out: Path) -> None:
             if path.name in names or not path.name.removeprefix(prefix).isdecimal() or not what_counts(path):
                 continue
             try:
-                recorded = json.loads((path / "config.json").read_bytes())["config"] | {"measures": []}
+                recorded = read_settings(path) | {"measures": []}
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # a run that cannot be read is refused where it is asked for
             changes = [

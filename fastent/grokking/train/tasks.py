@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.config import Sampling, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -131,24 +131,33 @@ def probe_index(index: Tensor, size: int, seed: int, purpose: str) -> Tensor:
     return index[torch.from_numpy(np.sort(order[:size]))]
 
 
-def batch_index(seed: int, step: int, n_train: int, batch_size: int) -> np.ndarray:
+def batch_index(
+    seed: int, step: int, n_train: int, batch_size: int, sampling: Sampling = "epochs"
+) -> np.ndarray:
     """Return the members of the training set in batch number `step`, shape (batch_size,), int64.
 
-    The batches cut the sequence of shuffled passes over the training set: batch `step` holds its places
-    ``step * batch_size`` onwards, so every pass uses each pair once and a batch may join two passes.
+    The batches cut one sequence: batch `step` holds its places ``step * batch_size`` onwards. It is made of
+    "epochs", shuffled passes over the training set, so that every pass uses each pair once and a batch may join
+    two; or of draws with "replacement".
     """
     first = step * batch_size
     parts: list[np.ndarray] = []
     while first < (step + 1) * batch_size:
         turn, place = divmod(first, n_train)
         count = min(n_train - place, (step + 1) * batch_size - first)
-        parts.append(_pass(seed, turn, n_train)[place : place + count])
+        parts.append(_pass(seed, turn, n_train, sampling)[place : place + count])
         first += count
     return np.concatenate(parts)
 
 
 def batch_indices(
-    seeds: Sequence[int], first: int, steps: int, n_train: int, batch_size: int, device: torch.device
+    seeds: Sequence[int],
+    first: int,
+    steps: int,
+    n_train: int,
+    batch_size: int,
+    sampling: Sampling,
+    device: torch.device,
 ) -> Tensor:
     """`batch_index` of several seeds at `steps` steps from `first` on, on `device`: (steps, S, batch_size), int64.
 
@@ -159,11 +168,18 @@ def batch_indices(
     words = np.array(
         [[generator(seed, "batches", turn).random_raw(n_train) for turn in turns] for seed in seeds]
     )
-    # Unsigned order as signed order.
-    drawn = to_device(torch.from_numpy((words ^ np.uint64(1 << 63)).view(np.int64)), device)
-    passes = drawn.argsort(dim=2, stable=True).flatten(1)
+    if sampling == "replacement":
+        passes = to_device(torch.from_numpy((words >> np.uint64(1)).view(np.int64)), device) % n_train
+    else:
+        # Unsigned order as signed order.
+        drawn = to_device(torch.from_numpy((words ^ np.uint64(1 << 63)).view(np.int64)), device)
+        passes = drawn.argsort(dim=2, stable=True)
     place = start - turns[0] * n_train
-    return passes[:, place : place + steps * batch_size].view(len(seeds), steps, batch_size).movedim(1, 0)
+    return (
+        passes.flatten(1)[:, place : place + steps * batch_size]
+        .view(len(seeds), steps, batch_size)
+        .movedim(1, 0)
+    )
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -189,7 +205,11 @@ def _permutation(n: int, seed: int, purpose: str, turn: int = 0) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def _pass(seed: int, turn: int, n_train: int) -> np.ndarray:
+def _pass(seed: int, turn: int, n_train: int, sampling: Sampling) -> np.ndarray:
+    if sampling == "replacement":
+        # The remainder favours no member by more than n_train in 2^63.
+        words = generator(seed, "batches", turn).random_raw(n_train)
+        return (words >> np.uint64(1)).view(np.int64) % n_train
     return _permutation(n_train, seed, "batches", turn)
 
 

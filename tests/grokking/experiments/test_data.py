@@ -52,8 +52,11 @@ def test_preset_is_the_nearest_with_what_differs_from_it(tmp_path, writer):
     record = json.loads((folder / "config.json").read_text())
     record["config"]["weight_decay"] = 0.1
     record["config"]["task"] = "sub"
+    del record["config"]["sampling"]  # a record of before there was a choice
     (folder / "config.json").write_text(json.dumps(record))
-    assert read_runs(tmp_path)[0].preset == ("quick", {"weight_decay": 0.1})
+    (run,) = read_runs(tmp_path)
+    assert run.preset == ("quick", {"weight_decay": 0.1})
+    assert run.config["sampling"] == "epochs"
 
 
 @pytest.mark.parametrize(("name", "content"), [("config.json", "{"), ("config.json", "{}"), ("DONE", "[]")])

@@ -115,14 +115,15 @@ def test_the_recorder_refuses_a_step_that_reads_on_the_host():
         record(lambda: torch.ones(3) * float(torch.ones(3).sum()), [])
 
 
+@pytest.mark.parametrize("sampling", ["epochs", "replacement"])
 @pytest.mark.parametrize(("first", "steps"), [(0, 1), (0, 40), (17, 9), (1000, 30)])
-def test_batches_prepared_together_are_those_of_each_step(first, steps):
+def test_batches_prepared_together_are_those_of_each_step(first, steps, sampling):
     seeds, n_train, size = (3, 8), 85, 48
-    prepared = batch_indices(seeds, first, steps, n_train, size, torch.device("cpu"))
+    prepared = batch_indices(seeds, first, steps, n_train, size, sampling, torch.device("cpu"))
     assert prepared.shape == (steps, 2, size)
     for k in range(steps):
         for s, seed in enumerate(seeds):
-            assert prepared[k, s].tolist() == batch_index(seed, first + k, n_train, size).tolist()
+            assert prepared[k, s].tolist() == batch_index(seed, first + k, n_train, size, sampling).tolist()
 
 
 @pytest.mark.parametrize("shape", [(), (5,)])

@@ -187,6 +187,11 @@ def test_a_run_to_follow_must_be_there_complete_and_of_the_same_settings(followe
         make_condition(job("norm-as-losses-0.1"), followed_runs)
     with pytest.raises(RunError, match=r"baseline-add-seed7.* missing or not complete"):
         make_condition(job("norm-as-baseline", (0, 7)), followed_runs)
+    path = followed_runs / "e1-baseline-add-seed1" / "config.json"
+    record = json.loads(path.read_text())
+    del record["config"]["sampling"]  # older than the setting, and no other settings for that
+    path.write_text(json.dumps(record))
+    make_condition(job("norm-as-baseline"), followed_runs)
     with pytest.raises(RunError, match="other settings"):
         make_condition(
             job("norm-as-baseline", config=dataclasses.replace(CONFIG, weight_decay=0.5)), followed_runs

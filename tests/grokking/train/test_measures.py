@@ -90,6 +90,19 @@ def test_seeds_that_share_each_launch_have_the_same_columns_to_rounding(task):
             assert shared[1][name] == pytest.approx(column, rel=1e-3)
 
 
+def test_entropy_is_taken_where_it_is_asked_for_and_the_progress_of_what_the_head_gets():
+    normed = dataclasses.replace(SMALL, final_norm=True, measures=("test_probe", "progress"))
+    before, after = columns(normed), columns(dataclasses.replace(normed, entropy_at="final_norm"))
+    for s, seed in enumerate((0, 1)):
+        module = before[0].module(seed)
+        test = split(before[0].task, SMALL.train_fraction, seed)[1]
+        read = module.read(before[0].task.inputs[probe_index(test, 100, seed, "test")])
+        for found, h in ((before[1], read), (after[1], module.final_norm(read))):
+            assert found["entropy_test"][s] == pytest.approx(spectral_entropy(h).normalized, abs=1e-6)
+    for name in ("restricted_loss", "excluded_loss", "key_blocks"):
+        assert before[1][name] == after[1][name]
+
+
 @pytest.mark.parametrize("task", ["add", "mul"])
 def test_fourier_columns_are_those_of_the_representations_whose_label_is_in_the_group(task):
     config = dataclasses.replace(SMALL, task=task, measures=("fourier",))
@@ -133,6 +146,7 @@ class PlantedStack:
     """A network that adds by the rule of Nanda et al.: waves of a few frequencies, read out by the same."""
 
     def __init__(self, config, frequencies):
+        self.config = config
         self.task = make_task(config)
         self.seeds = (0,)
         p = config.modulus
@@ -144,7 +158,7 @@ class PlantedStack:
             "tokens.weight": self.waves,
         }
 
-    def represent(self, pairs):
+    def represent(self, pairs, *, head=False):
         return self.waves[self.task.labels[pairs]].unsqueeze(0)
 
     def parameter(self, name):

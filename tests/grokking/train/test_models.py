@@ -33,6 +33,12 @@ TRANSFORMERS = [
         ("last", "mean"), (False, True), ("post", "pre", "none"), ("relu", "gelu"), (False, True)
     )
 ]
+TRANSFORMERS += [
+    TrainConfig(readout=readout, norm_place=place, final_norm=True, entropy_at=at, **TINY)
+    for readout, place, at in itertools.product(
+        ("last", "mean"), ("post", "pre", "none"), ("readout", "final_norm")
+    )
+]
 MLPS = [
     TrainConfig(
         model="mlp", combine=combine, activation=activation, separate_tokens=separate, hidden=hidden, **TINY
@@ -47,7 +53,8 @@ def name_of(config):
     if config.model == "mlp":
         return f"mlp-{config.combine}-{config.activation}-{config.separate_tokens}-{len(config.hidden)}"
     equals = "equals" if config.equals_token else "pair"
-    return f"{config.readout}-{equals}-{config.norm_place}-{config.activation}-{config.separate_tokens}"
+    end = f"final-{config.entropy_at}" if config.final_norm else config.separate_tokens
+    return f"{config.readout}-{equals}-{config.norm_place}-{config.activation}-{end}"
 
 
 def stacked(config, seeds, dtype):
@@ -81,16 +88,17 @@ def test_loss_and_gradients_are_the_plain_modules(config, seeds, dtype, toleranc
         loss = torch.nn.functional.cross_entropy(plain(task.inputs[pairs[s]]), task.labels[pairs[s]])
         loss.backward()
         assert abs(losses[s] - loss) <= tolerance * loss
-        assert (hidden[s] - plain.represent(task.inputs[pairs[s]])).abs().max() <= tolerance * hidden[
-            s
-        ].abs().max()
+        measured = kept.representation[s]
+        assert (
+            measured - plain.represent(task.inputs[pairs[s]])
+        ).abs().max() <= tolerance * measured.abs().max()
         assert set(gradients) == {name for name, _ in plain.named_parameters()}
         for name, parameter in plain.named_parameters():
             size = parameter.grad.abs().max()
             assert (gradients[name][s] - parameter.grad).abs().max() <= tolerance * size, name
 
 
-@pytest.mark.parametrize("config", [TRANSFORMERS[0], TRANSFORMERS[-1], MLPS[0]], ids=name_of)
+@pytest.mark.parametrize("config", [TRANSFORMERS[0], *TRANSFORMERS[-2:], MLPS[0]], ids=name_of)
 def test_the_plain_module_and_the_stack_agree_on_names_and_shapes(config):
     plain = plain_model(config, make_task(config)).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in plain.items()} == parameter_shapes(
@@ -126,6 +134,27 @@ def test_a_start_has_the_spread_of_torchs_own(name):
         assert abs(ours.std() / theirs.std() - 1) < 4 / math.sqrt(n)
         # Uniform or normal: their largest values differ by a factor of two.
         assert abs(ours.abs().max() / ours.std() - theirs.abs().max() / theirs.std()) < 0.6
+
+
+@pytest.mark.parametrize("model", ["transformer", "mlp"])
+def test_a_normal_start_has_one_spread_and_a_xavier_start_the_bounds_of_torchs_initialiser(model):
+    for start, scale in (("normal", 1.0), ("xavier", 0.5)):
+        config = TrainConfig(start=start, init_scale=scale, model=model, final_norm=True)
+        for name, tensor in initial_parameters(config, make_task(config), 0).items():
+            if "norm" in name:
+                assert torch.equal(tensor, torch.full_like(tensor, float(name.endswith("weight"))))
+            elif name.endswith("bias"):
+                assert not tensor.any()
+            else:
+                embedding = name in ("tokens.weight", "positions.weight")
+                torch.manual_seed(0)
+                theirs = torch.nn.init.xavier_uniform_(torch.empty(tensor.shape, dtype=torch.float64))
+                if start == "normal" or embedding:
+                    theirs.normal_(0, 0.02 if start == "normal" else scale)
+                n = tensor.numel()
+                assert abs(tensor.mean()) < 4 * theirs.std() / math.sqrt(n)
+                assert abs(tensor.std() / theirs.std() - 1) < 6 / math.sqrt(n)
+                assert abs(tensor.abs().max() / tensor.std() - theirs.abs().max() / theirs.std()) < 0.8
 
 
 def test_a_start_depends_on_the_seed_and_a_variant_leaves_the_rest_alone():

@@ -5,7 +5,7 @@ import math
 import pytest
 import tyro
 
-from fastent.grokking.train.config import PRESETS, SOURCES, TrainConfig, own_fraction, preset
+from fastent.grokking.train.config import PRESETS, SOURCES, TrainConfig, completed, own_fraction, preset
 
 
 def test_every_field_has_a_source_and_no_source_lacks_its_field():
@@ -58,6 +58,13 @@ def test_a_config_survives_json(name):
     assert hash(restored) == hash(PRESETS[name])
 
 
+def test_a_record_that_lacks_a_younger_setting_means_the_value_that_it_was_trained_with():
+    younger = {"final_norm": False, "entropy_at": "readout", "start": "torch", "sampling": "epochs"}
+    record = {"task": "s5", "sampling": "replacement"}
+    assert completed(record) == {**younger, **record}
+    assert record == {"task": "s5", "sampling": "replacement"}
+
+
 def test_the_command_line_sets_each_kind_of_field():
     arguments = ["--task", "s5", "--betas", "0.8", "0.9", "--hidden", "5", "6", "7", "--equals-token"]
     assert tyro.cli(TrainConfig, args=arguments) == TrainConfig(
@@ -84,6 +91,7 @@ def test_a_run_goes_past_grokking_by_steps_or_by_share_whichever_is_more_and_nev
         ({"epsilon": 0.0}, "epsilon must be finite and over 0"),
         ({"max_steps": 2**24 + 1}, "max_steps must be at most 2.24 = 16,777,216"),
         ({"criterion": 1.01}, "criterion"),
+        ({"entropy_at": "final_norm"}, "needs final_norm=True"),
         ({"probe_size": 1}, "probe_size must be at least 2"),
     ],
 )

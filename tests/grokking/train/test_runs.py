@@ -15,6 +15,7 @@ from fastent.grokking.train import environment
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.runs import Job, plan_stacks
 from fastent.grokking.train.storage import RunError, RunWarning
+from fastent.grokking.train.sweep import _check_folder as check_folder
 
 OTHER = dataclasses.replace(JOB, config=dataclasses.replace(JOB.config, learning_rate=0.5, betas=(0.8, 0.9)))
 CHANGES = (
@@ -37,6 +38,23 @@ def test_config_json_holds_every_setting_and_the_stack(toy, tmp_path):
     }  # fmt: skip
     assert settings.keys() == {field.name for field in dataclasses.fields(JOB.config)}
     assert Job.of_settings("e1", "baseline", settings, JOB.seeds) == JOB
+
+
+def test_a_folder_that_is_older_than_a_setting_is_of_what_was_done_before_it(toy, tmp_path):
+    toy(tmp_path)
+    for seed in JOB.seeds:
+        old = {k: v for k, v in JOB.settings().items() if k not in ("final_norm", "start", "sampling")}
+        edit_config(tmp_path, seed, config=old)
+    before = contents(tmp_path)
+    toy(tmp_path)
+    assert contents(tmp_path) == before
+    drawn = dataclasses.replace(JOB, config=dataclasses.replace(JOB.config, sampling="replacement"))
+    with pytest.raises(
+        RunError, match=r"configuration:\n  config\.sampling: epochs in .*, replacement now\n"
+    ):
+        toy(tmp_path, drawn)
+    with pytest.raises(ValueError, match=r"other settings \(sampling 'epochs', now 'replacement'\)"):
+        check_folder([dataclasses.replace(drawn, seeds=(3,))], tmp_path)
 
 
 def test_another_configuration_is_refused_with_a_diff_and_changes_nothing(half, toy):

@@ -23,10 +23,18 @@ TINY = TrainConfig(
 )
 VARIANTS = [
     TINY,
-    replace(TINY, readout="mean", equals_token=True, norm_place="pre"),
+    replace(
+        TINY,
+        readout="mean",
+        equals_token=True,
+        norm_place="pre",
+        final_norm=True,
+        start="xavier",
+        sampling="replacement",
+    ),
     replace(TINY, model="mlp"),
 ]
-IDS = ["last", "mean-equals-pre", "mlp"]
+IDS = ["last", "mean-equals-pre-final-replacement", "mlp"]
 
 
 def train(stack, steps):
@@ -56,7 +64,8 @@ def test_training_is_that_of_the_plain_module_under_torchs_adamw(config):
     )
     index = split(task, config.train_fraction, 5)[0]
     for step in range(50):
-        pairs = index[torch.from_numpy(batch_index(5, step, len(index), config.batch_size))]
+        batch = batch_index(5, step, len(index), config.batch_size, config.sampling)
+        pairs = index[torch.from_numpy(batch)]
         loss = torch.nn.functional.cross_entropy(model(task.inputs[pairs]), task.labels[pairs])
         optimizer.zero_grad()
         loss.backward()
@@ -181,10 +190,10 @@ def test_representations_are_the_plain_modules_on_a_probe_that_stays(config):
             distance = torch.cdist(hidden[s].double(), candidates.double())
             assert distance.min(1).values.max() < 1e-5
             assert len(set(distance.argmin(1).tolist())) == 30
-    pairs = torch.arange(7)
-    assert torch.allclose(
-        stack.represent(pairs)[1], stack.module(2).represent(stack.task.inputs[pairs]), atol=1e-5
-    )
+    pairs, module = torch.arange(7), stack.module(2)
+    given, logits = stack.represent(pairs, head=True)[1], module(stack.task.inputs[pairs])
+    assert torch.allclose(module.head(given), logits, atol=1e-5)
+    assert torch.allclose(stack.represent(pairs)[1], module.represent(stack.task.inputs[pairs]), atol=1e-5)
 
 
 def test_everything_is_float32_unless_float64_is_asked_for():

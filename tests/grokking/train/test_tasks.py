@@ -106,6 +106,18 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
     assert not (forward[0] == batch_index(8, 0, 100, 32)).all()
 
 
+def test_batches_with_replacement_draw_every_pair_equally_often_whatever_was_drawn_before():
+    n_train, size = 50, 64
+    batches = [batch_index(7, step, n_train, size, "replacement") for step in range(400)]
+    assert all((batch_index(7, k, n_train, size, "replacement") == batches[k]).all() for k in (399, 3, 200))
+    counts = np.bincount(np.concatenate(batches), minlength=n_train)
+    # Chi squared of 49 degrees of freedom exceeds 94 once in 10,000; shuffled passes would have it near 0.
+    assert 20 < ((counts - 512) ** 2 / 512).sum() < 94
+    # Two draws of one batch are the same pair as often as chance has it.
+    same = np.mean([len(set(batch)) for batch in batches])
+    assert same == pytest.approx(n_train * (1 - (1 - 1 / n_train) ** size), abs=0.5)
+
+
 def test_the_first_batch_of_seed_0_is_what_it_always_was():
     # Recorded runs are compared with reruns: the order of the data must outlive versions of NumPy.
     assert batch_index(0, 0, 2823, 512)[:6].tolist() == [793, 2150, 270, 1289, 945, 470]
