@@ -12,7 +12,7 @@ from fastent.forecast.power_law import PowerLaw
 from fastent.grokking.experiments import e4_predictors, figures
 from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Table, Verdict
-from fastent.grokking.experiments.statistics import CORRELATION, EXPLAINED, jackknife
+from fastent.grokking.experiments.statistics import CORRELATION, EXPLAINED, jackknife, over
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +133,43 @@ def test_clock_is_fitted_on_the_other_runs_alone(tmp_path):
     expected = 1 - np.sum(np.square(errors)) / np.sum(np.square(truth - np.mean(truth)))
     assert clock.left_out == pytest.approx(expected)
     assert clock.name == e4_predictors.CLOCK
+    assert not clock.advantage.known
+
+
+def test_difference_to_the_clock_is_that_of_the_two_r2_and_its_interval_is_over_runs(tmp_path):
+    rng = np.random.default_rng(0)
+    data = e4_predictors.Evaluations.of(runs(tmp_path, lambda seed, own: lambda step: 50 + rng.normal()))
+    rows = {row.name: row for row in e4_predictors.table(data)}
+    gap, clock = rows[e4_predictors.ENTROPY_GAP], rows[e4_predictors.CLOCK]
+    for row in rows.values():
+        if row is not clock:
+            assert row.advantage.value == pytest.approx(row.left_out - clock.left_out)
+            assert row.advantage.n == 4
+    # The gap leaves next to no error (its exponents are a grid), so each run weighs in by the clock's squared errors alone.
+    total = np.sum((data.remaining - data.remaining.mean()) ** 2)
+    weights = []
+    for k, t_grok in enumerate(data.t_grok):
+        own = data.run == k
+        late = np.maximum(np.delete(data.t_grok, k).mean() - data.step[own], 0)
+        assert t_grok == (data.remaining + data.step)[own][0]
+        weights.append(4 * np.sum((late - data.remaining[own]) ** 2) / total)
+    expected = over(weights)
+    assert (gap.advantage.low, gap.advantage.high) == pytest.approx((expected.low, expected.high), abs=1e-3)
+    assert rows[e4_predictors.NORM].advantage.high < 0
+
+
+def test_speeds_are_changes_a_step_without_sign_and_the_first_is_that_of_the_second(tmp_path):
+    data = e4_predictors.Evaluations.of(
+        runs(
+            tmp_path,
+            lambda seed, own: lambda step: 50 - step / 100 if step <= 500 else 45 + (step - 500) / 50,
+            entropy=lambda seed: lambda step: 0.9 - step / 1e4,
+        )
+    )
+    assert data.entropy_speed == pytest.approx(np.full(data.step.size, 1e-4))
+    # The table of the claim leaves no evaluation out for want of one before it.
+    assert (data.step == 0).sum() == 4
+    assert data.norm_speed == pytest.approx(np.where(data.step <= 500, 0.01, 0.02))
 
 
 def test_a_norm_that_rises_towards_grokking_is_as_good_as_one_that_falls(tmp_path):
@@ -152,6 +189,7 @@ def test_claims_judge_weak_correlation_pairs_and_predictors(tmp_path):
         Verdict.REPRODUCED,
         Verdict.OTHER_SETTING,
         Verdict.REPRODUCED,
+        Verdict.IN_PART,
         Verdict.REPRODUCED,
     ]
     strong = e4_predictors.analyse(dataclasses.replace(runs(tmp_path / "strong", falling), judged=True))
@@ -163,7 +201,7 @@ def test_claims_judge_weak_correlation_pairs_and_predictors(tmp_path):
 def test_two_runs_are_too_few_for_predictors_and_that_is_said(tmp_path):
     result = e4_predictors.analyse(dataclasses.replace(runs(tmp_path, falling, seeds=range(2)), judged=True))
     assert result.table == ()
-    assert [found.verdict for found in e4_predictors.claims(result).values()][2:] == [Verdict.NOT_RUN] * 3
+    assert [found.verdict for found in e4_predictors.claims(result).values()][2:] == [Verdict.NOT_RUN] * 4
     assert any("Fewer than three" in getattr(b, "text", "") for b in e4_predictors.section(result).blocks)
 
 
