@@ -1,4 +1,8 @@
-"""The benchmarks of a checkout: no part of the installed package, ``fastent bench`` runs them from there."""
+"""The command line, ``fastent``: its commands, the files of activations that it reads, and its exit status.
+
+`main` imports what a command needs when that command is given, the parser among it: without the extra ``train``, and
+for a command of which a part is missing, it says what to install.
+"""
 
 from __future__ import annotations
 
@@ -9,48 +13,38 @@ import functools
 import io
 import math
 import os
+import platform
 import subprocess
 import sys
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from fastent import linalg
 from fastent.activations import Tokens
-from fastent.entropy import Convention
+from fastent.covariance import triton_obstacle
+from fastent.entropy import Convention, SpectralEntropy, spectral_entropy
 from fastent.grokking.train.config import TrainConfig, own_fraction
 from fastent.grokking.train.config import preset as preset_called
+from fastent.moments import Moments
 
 if TYPE_CHECKING:
     from fastent.grokking.train.runs import Job
 
+EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "pyarrow", "jinja2")
+"""What the extra ``train`` installs."""
 
-def find_suite() -> Path:
-    """Find the checkout that holds ``bench/suite.py``: where this package lies, or the current folder.
-
-    Raises
-    ------
-    FileNotFoundError
-        If neither is one.
-    """
-    places = [Path(__file__).resolve().parents[1], Path.cwd()]
-    for place in places:
-        if (place / "bench" / "suite.py").is_file():
-            return place
-    raise FileNotFoundError(
-        "the benchmarks are in fastent's repository, not in the installed package: clone it and run "
-        f"`fastent bench` there (looked for bench/suite.py in {' and '.join(map(str, places))})"
-    )
-
-
-def run_benchmarks(*, quick: bool, out: Path, only: Sequence[str] = ()) -> int:
-    """Run the suite in a process of its own and return its exit status; see `fastent.cli.bench`."""
-    line = [sys.executable, "-m", "bench.suite", "--out", str(out.resolve())]
-    line += ["--quick"] if quick else []
-    line += ["--only", *only] if only else []
-    return subprocess.run(line, cwd=find_suite(), check=False).returncode
+INSTALL = "pip install '.[train]' in a clone of fastent"
+"""How to get it. Not by the name alone: on the package index that is another project's."""
 
 
 def run(
@@ -226,8 +220,6 @@ def entropy(activations: Path, *, tokens: Tokens | None = None, convention: Conv
     convention : {"relative", "paper"}
         "paper" clamps eigenvalues at 1e-12, for comparison only.
     """
-    from fastent.activation_files import entropy_of_file
-
     result, dtype = entropy_of_file(activations, tokens=tokens, convention=convention)
     lines = {
         "H (normalised)": f"{result.normalized:.6f}   0 to {result.ceiling:.4f}",
@@ -241,6 +233,237 @@ def entropy(activations: Path, *, tokens: Tokens | None = None, convention: Conv
     for name, value in lines.items():
         print(f"{name:<20} {value}")
     return 1 if math.isnan(result.normalized) else 0
+
+
+# An array that is larger is never in memory as a whole: its rows are read CHUNK_BYTES at a time and added up by
+# `Moments`. Where it has fewer rows than features, which takes the Gram matrix, or the paper's convention is asked for,
+# it is mapped instead, and the system reads the pages as they are needed; an .npz cannot be mapped and is read.
+WHOLE_BYTES = 1 << 28
+CHUNK_BYTES = 1 << 25
+# Nothing here reads a pickle, because unpickling runs code.
+PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array in a file.
+
+    Attributes
+    ----------
+    shape : tuple of int
+    dtype : str
+        As the file names it, with how it is read where that says too little.
+    nbytes : int
+    rows : function of a number of rows
+        Reads the array anew, as tensors of so many rows at a time.
+    whole : function
+        The array as one tensor, mapped where the file allows.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    rows: Callable[[int], Iterator[Tensor]]
+    whole: Callable[[], Tensor]
+
+
+def entropy_of_file(
+    path: Path, *, tokens: Tokens | None = None, convention: Convention = "relative"
+) -> tuple[SpectralEntropy, str]:
+    """Entropy of the activations in a file, and the dtype that it holds; arguments as in `entropy`.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError, TypeError
+        If it holds something else: what, and how to save it; or its shape leaves a choice open.
+    """
+    with open_array(path) as stored:
+        shape = stored.shape
+        if len(shape) not in (2, 3):
+            raise ValueError(
+                f"{path} holds shape {shape}: it must be (n, d), or (n, tokens, d) with --tokens; reshape it and save "
+                "it again"
+            )
+        if len(shape) == 3 and tokens is None:
+            raise ValueError(
+                f"{path} holds shape {shape}, read as (n, tokens, d): say what the tokens are to be, --tokens flatten, "
+                "first, last, mean or skip_first"
+            )
+        if len(shape) == 2 and tokens is not None:
+            raise ValueError(f"{path} holds shape {shape}, which has no tokens axis: leave out --tokens")
+        n = shape[0] * (shape[1] if tokens == "flatten" and len(shape) == 3 else 1)
+        # One sample may be more than there is memory for: mapped, its tokens are read as they are needed.
+        long = stored.nbytes > CHUNK_BYTES * shape[0]
+        if stored.nbytes <= WHOLE_BYTES or n < shape[-1] or convention == "paper" or long:
+            return spectral_entropy(stored.whole(), tokens=tokens, convention=convention), stored.dtype
+        moments = Moments()
+        for rows in stored.rows(max(1, CHUNK_BYTES * shape[0] // stored.nbytes)):
+            moments.update(rows, tokens=tokens)
+        return moments.spectral_entropy(), stored.dtype
+
+
+@contextlib.contextmanager
+def open_array(path: Path) -> Iterator[Stored]:
+    """Open the one array of a file, by its first bytes and its name.
+
+    Raises
+    ------
+    OSError, ValueError
+        As `entropy_of_file`.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+        if path.suffix == ".safetensors":
+            with _safetensors(path) as stored:
+                yield stored
+        elif start.startswith(b"\x93NUMPY"):
+            yield _numpy(path, functools.partial(open, path, "rb"), mapped=True)
+        elif start.startswith(b"PK") and path.suffix not in PICKLES:
+            yield _numpy(path, functools.partial(_member, path, _only_member(path)), mapped=False)
+        elif path.suffix in PICKLES or start.startswith(b"\x80"):
+            raise ValueError(
+                f"{path} is a pickle, and reading one runs the code in it: load it where you trust it, and save the "
+                "activations with numpy.save or safetensors.torch.save_file"
+            )
+        else:
+            raise ValueError(
+                f"{path} is neither .npy, .npz nor .safetensors: save the activations with numpy.save"
+            )
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is cut short or damaged: {error}") from error
+
+
+def _only_member(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith(".pkl") for name in names):
+        raise ValueError(
+            f"{path} is a file of torch.save, a pickle, and reading one runs the code in it: save the activations with "
+            "numpy.save or safetensors.torch.save_file"
+        )
+    _check_one(path, [name.removesuffix(".npy") for name in names])
+    if not names[0].endswith(".npy"):
+        raise ValueError(
+            f"{path} holds {names[0]!r}, no array: save the activations with numpy.savez or numpy.save"
+        )
+    return names[0]
+
+
+@contextlib.contextmanager
+def _member(path: Path, name: str) -> Iterator[IO[bytes]]:
+    with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+        yield file
+
+
+def _check_one(path: Path, names: list[str]) -> None:
+    if len(names) != 1:
+        raise ValueError(
+            f"{path} holds {len(names)} arrays ({', '.join(sorted(names)[:10])}), and it must be one: save that one "
+            "alone"
+        )
+
+
+def _numpy(path: Path, opened: Callable[[], AbstractContextManager[IO[bytes]]], *, mapped: bool) -> Stored:
+    """Describe the array of a .npy stream, which `opened` opens anew at each call."""
+    with opened() as file:
+        try:
+            shape, column_major, dtype = _header(file)
+            if any(size < 0 for size in shape):
+                raise ValueError(f"shape {shape}")
+        except ValueError as error:
+            raise ValueError(
+                f"{path} has no whole NumPy header, and is cut short or damaged: {error}"
+            ) from error
+        start = file.tell()
+    if dtype.hasobject:
+        raise ValueError(
+            f"{path} holds Python objects, a pickle, and reading one runs the code in it: save numbers, with "
+            "numpy.save(..., allow_pickle=False)"
+        )
+    if dtype.type in (np.longdouble, np.clongdouble):
+        raise ValueError(f"{path} holds {dtype}, wider than torch's types: save it as float64")
+    if dtype.kind not in "biufcV" or dtype.names or (dtype.kind == "V" and dtype.itemsize != 2):
+        raise ValueError(
+            f"{path} holds {dtype}, which is no type of number here (NumPy writes float8 and other types of ml_dtypes "
+            "so): save it as float32"
+        )
+    if dtype.kind == "V":
+        said = "bfloat16 (two-byte void in the file)"
+    else:
+        said = dtype.str if dtype.byteorder == ">" else dtype.name
+    width = dtype.itemsize * math.prod(shape[1:])
+    if mapped and path.stat().st_size < start + dtype.itemsize * math.prod(shape):
+        raise ValueError(
+            f"{path} is cut short: its header says {shape} of {dtype}, and it has {path.stat().st_size} bytes"
+        )
+
+    def whole() -> Tensor:
+        if mapped:
+            # Copied on writing, which nobody does here: torch warns of memory that is read-only.
+            return _tensor(np.load(path, mmap_mode="c", allow_pickle=False))
+        with opened() as file:
+            return _tensor(np.lib.format.read_array(file, allow_pickle=False))
+
+    def rows(count: int) -> Iterator[Tensor]:
+        if column_major and len(shape) > 1:
+            array = whole()
+            for first in range(0, shape[0], count):
+                yield array[first : first + count].clone()
+            return
+        with opened() as file:
+            _header(file)
+            for first in range(0, shape[0], count):
+                here = min(count, shape[0] - first)
+                data = file.read(here * width)
+                if len(data) != here * width:
+                    raise ValueError(
+                        f"{path} is cut short: it ends in row {first + len(data) // max(1, width)}"
+                    )
+                yield _tensor(np.frombuffer(bytearray(data), dtype).reshape(here, *shape[1:]))
+
+    return Stored(shape, said, dtype.itemsize * math.prod(shape), rows, whole)
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, column_major, dtype = read(file)
+    return shape, column_major, dtype
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    if array.dtype.kind == "V":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path) -> Iterator[Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as archive:
+            names = list(archive.keys())
+            _check_one(path, names)
+            part = archive.get_slice(names[0])
+            shape = tuple(part.get_shape())
+
+            def rows(count: int) -> Iterator[Tensor]:
+                for first in range(0, shape[0], count):
+                    yield part[first : first + count]
+
+            def whole() -> Tensor:
+                tensor: Tensor = archive.get_tensor(names[0])
+                return tensor
+
+            sample = part[0:0] if shape else whole()
+            size = sample.dtype.itemsize * math.prod(shape)
+            yield Stored(shape, str(sample.dtype).removeprefix("torch."), size, rows, whole)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole .safetensors file: {error}") from error
 
 
 def list_() -> int:
@@ -270,11 +493,70 @@ def list_() -> int:
 
 def doctor() -> int:
     """Print what fastent would use on this machine, and why."""
-    from fastent.doctor import examine
-
     for name, value in examine():
         print(f"{name:<12} {value}")
     return 0
+
+
+MISSING = "not installed"
+
+
+def examine() -> list[tuple[str, str]]:
+    """Look at software, processor, GPUs and extras.
+
+    Returns
+    -------
+    list of (str, str)
+        What was looked at, and what was found, in the order for reading.
+    """
+    from fastent.grokking.train.environment import commit, processor, version
+
+    found = [
+        ("fastent", (version("fastent") or MISSING) + (f", commit {commit()}" if commit() else "")),
+        ("python", platform.python_version()),
+        (
+            "torch",
+            f"{torch.__version__}, "
+            + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"),
+        ),
+        ("triton", version("triton") or MISSING),
+        ("processor", processor()),
+        ("threads", _threads()),
+        ("products", _products()),
+    ]
+    if not torch.cuda.is_available():
+        found.append(
+            ("GPU", "none that torch can use: tensors stay on the CPU, and torch computes the covariance")
+        )
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        obstacle = triton_obstacle(torch.device("cuda", i))
+        way = "the Triton kernels compute" if obstacle is None else f"torch computes, because {obstacle}:"
+        found.append(
+            (f"GPU {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}: {way} the covariance")
+        )
+    versions = {name: version(name) or MISSING for name in EXTRA}
+    found += versions.items()
+    missing = [name for name in EXTRA if versions[name] == MISSING]
+    if missing:
+        found.append(("to do", f"{INSTALL}, for {', '.join(missing)}"))
+    return found
+
+
+def _threads() -> str:
+    reasons = [
+        f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
+    ]
+    return f"{torch.get_num_threads()} of {os.cpu_count()} processors" + "".join(
+        f", {reason}" for reason in reasons
+    )
+
+
+def _products() -> str:
+    if linalg.openblas_preferred(torch.empty(1, dtype=torch.float32, device="cpu")):
+        return "NumPy's OpenBLAS computes covariances and large eigensolves"
+    hint = "; with OMP_NUM_THREADS=1 NumPy's OpenBLAS, faster on this processor"
+    return "torch computes covariances and eigensolves" + (hint if linalg.openblas_available() else "")
 
 
 def plan(
@@ -348,9 +630,22 @@ def bench(*, quick: bool = False, out: Path = Path("bench/results"), only: tuple
     only : names, optional
         These questions alone, such as entropy or monitor.
     """
-    from fastent.cli import run_benchmarks
+    line = [sys.executable, "-m", "bench.suite", "--out", str(out.resolve())]
+    line += ["--quick"] if quick else []
+    line += ["--only", *only] if only else []
+    return subprocess.run(line, cwd=_checkout(), check=False).returncode
 
-    return run_benchmarks(quick=quick, out=out, only=only)
+
+def _checkout() -> Path:
+    """Find the folder that holds ``bench/suite.py``: where this package lies, or the current one."""
+    places = [Path(__file__).resolve().parents[1], Path.cwd()]
+    for place in places:
+        if (place / "bench" / "suite.py").is_file():
+            return place
+    raise FileNotFoundError(
+        "the benchmarks are in fastent's repository, not in the installed package: clone it and run "
+        f"`fastent bench` there (looked for bench/suite.py in {' and '.join(map(str, places))})"
+    )
 
 
 def check(subject: Literal["maths"], *, runs: Path | None = None) -> int:
@@ -383,8 +678,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dispatch(arguments)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        from fastent.doctor import EXTRA, INSTALL
-
         if package not in EXTRA:
             raise
         _complain(f"this needs {package}, which is not installed: {INSTALL}")

@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastent import activation_files, spectral_entropy
-from fastent.activation_files import entropy_of_file
-from fastent.cli import main
+from fastent import cli, spectral_entropy
+from fastent.cli import entropy_of_file, main
 
 H = np.random.default_rng(0).normal(size=(60, 8)) * np.arange(1, 9)
 
@@ -43,8 +42,8 @@ def test_a_file_has_the_entropy_of_its_array_read_whole_or_in_chunks_of_rows(
     array = (10 * H).astype(dtype)
     path = saved(tmp_path, array, form)
     if chunk is not None:
-        monkeypatch.setattr(activation_files, "WHOLE", 0)
-        monkeypatch.setattr(activation_files, "CHUNK", chunk)
+        monkeypatch.setattr(cli, "WHOLE_BYTES", 0)
+        monkeypatch.setattr(cli, "CHUNK_BYTES", chunk)
     found, named = entropy_of_file(path)
     expected = spectral_entropy(torch.from_numpy(array))
     assert found.normalized == pytest.approx(expected.normalized, abs=1e-13)
@@ -58,8 +57,8 @@ def test_a_tokens_axis_is_read_as_asked_in_chunks_too(tmp_path, monkeypatch, for
     path = saved(tmp_path, array, form)
     expected = spectral_entropy(torch.from_numpy(array), tokens=tokens)
     for whole in (1 << 20, 0):
-        monkeypatch.setattr(activation_files, "WHOLE", whole)
-        monkeypatch.setattr(activation_files, "CHUNK", 500)
+        monkeypatch.setattr(cli, "WHOLE_BYTES", whole)
+        monkeypatch.setattr(cli, "CHUNK_BYTES", 500)
         found, _ = entropy_of_file(path, tokens=tokens)
         assert (found.normalized, found.n) == (pytest.approx(expected.normalized, abs=1e-13), expected.n)
 
@@ -68,7 +67,7 @@ def test_a_tokens_axis_is_read_as_asked_in_chunks_too(tmp_path, monkeypatch, for
 def test_fewer_rows_than_features_are_limited_by_their_rank_also_where_they_are_mapped(
     tmp_path, monkeypatch, form
 ):
-    monkeypatch.setattr(activation_files, "WHOLE", 0)
+    monkeypatch.setattr(cli, "WHOLE_BYTES", 0)
     found, _ = entropy_of_file(saved(tmp_path, H.T.copy(), form))
     expected = spectral_entropy(torch.from_numpy(H.T.copy()))
     assert (found.status.value, found.normalized) == (
@@ -79,7 +78,7 @@ def test_fewer_rows_than_features_are_limited_by_their_rank_also_where_they_are_
 
 @pytest.mark.parametrize("whole", [1 << 20, 0])
 def test_bfloat16_is_read_from_two_byte_void_and_from_safetensors_and_named(tmp_path, monkeypatch, whole):
-    monkeypatch.setattr(activation_files, "WHOLE", whole)
+    monkeypatch.setattr(cli, "WHOLE_BYTES", whole)
     h = torch.from_numpy(H).bfloat16()
     expected = spectral_entropy(h)
     np.save(tmp_path / "h.npy", h.view(torch.uint16).numpy().view("V2"))
@@ -97,7 +96,7 @@ def test_bfloat16_is_read_from_two_byte_void_and_from_safetensors_and_named(tmp_
 def test_bytes_of_either_order_are_read(tmp_path, monkeypatch, order):
     np.save(tmp_path / "h.npy", H.astype(f"{order}f8"))
     for whole in (1 << 20, 0):
-        monkeypatch.setattr(activation_files, "WHOLE", whole)
+        monkeypatch.setattr(cli, "WHOLE_BYTES", whole)
         found, _ = entropy_of_file(tmp_path / "h.npy")
         assert found.normalized == pytest.approx(spectral_entropy(torch.from_numpy(H)).normalized, abs=1e-13)
 
@@ -105,13 +104,12 @@ def test_bytes_of_either_order_are_read(tmp_path, monkeypatch, order):
 BOUNDED = """
 import resource, sys
 import numpy, torch, safetensors, scipy.linalg
-from fastent import activation_files
-from fastent.cli import main
-activation_files.WHOLE, activation_files.CHUNK = 1 << 20, 1 << 22
+from fastent import cli
+cli.WHOLE_BYTES, cli.CHUNK_BYTES = 1 << 20, 1 << 22
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (96 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-sys.exit(main(["entropy", sys.argv[1]]))
+sys.exit(cli.main(["entropy", sys.argv[1]]))
 """
 
 
@@ -137,8 +135,8 @@ def test_an_array_larger_than_the_memory_allowed_is_read_in_bounded_memory(tmp_p
 def test_one_long_sample_is_mapped_and_not_read_at_once(tmp_path, monkeypatch):
     h = np.random.default_rng(0).normal(size=(1, 20_000, 8))
     np.save(tmp_path / "h.npy", h)
-    monkeypatch.setattr(activation_files, "WHOLE", 0)
-    monkeypatch.setattr(activation_files, "CHUNK", 1 << 16)
+    monkeypatch.setattr(cli, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(cli, "CHUNK_BYTES", 1 << 16)
     entropy_of_file(saved(tmp_path, H, "npz"))  # imports
     tracemalloc.start()
     try:
@@ -206,7 +204,7 @@ def test_what_is_no_array_of_numbers_is_named_with_a_remedy(tmp_path):
 @pytest.mark.parametrize("form", ["npy", "npz", "safetensors"])
 @pytest.mark.parametrize("whole", [1 << 20, 0])
 def test_a_file_cut_short_is_named(tmp_path, monkeypatch, form, whole):
-    monkeypatch.setattr(activation_files, "WHOLE", whole)
+    monkeypatch.setattr(cli, "WHOLE_BYTES", whole)
     path = saved(tmp_path, H, form)
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match=rf"h\.{form} is (cut short|not a whole)"):
@@ -250,7 +248,7 @@ def test_messages_of_the_command_speak_of_its_options(tmp_path, capsys, shape, o
 
 @pytest.mark.parametrize("whole", [1 << 20, 0])
 def test_nan_in_the_activations_is_exit_status_1_and_said(tmp_path, monkeypatch, capsys, whole):
-    monkeypatch.setattr(activation_files, "WHOLE", whole)
+    monkeypatch.setattr(cli, "WHOLE_BYTES", whole)
     np.save(tmp_path / "h.npy", np.where(np.arange(480).reshape(60, 8) == 77, np.nan, H))
     assert main(["entropy", str(tmp_path / "h.npy")]) == 1
     assert "nonfinite" in capsys.readouterr().out

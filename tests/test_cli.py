@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastent import doctor, linalg, spectral_entropy
+from fastent import cli, linalg, spectral_entropy
 from fastent.cli import main, parse_seeds
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.grokking.train import sweep
@@ -307,7 +307,7 @@ def test_list_names_experiments_and_presets(capsys):
 
 
 def test_doctor_says_what_would_be_used_and_what_is_missing(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "EXTRA", ("tyro", "no-such-package"))
+    monkeypatch.setattr(cli, "EXTRA", ("tyro", "no-such-package"))
     assert main(["doctor"]) == 0
     found = dict(re.split(r" +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert found["torch"].startswith(torch.__version__)
@@ -328,14 +328,14 @@ def test_doctor_says_what_would_be_used_and_what_is_missing(capsys, monkeypatch)
 def test_doctor_says_which_library_serves_the_cpu(preferred, available, said, monkeypatch):
     monkeypatch.setattr(linalg, "openblas_preferred", lambda x: preferred)
     monkeypatch.setattr(linalg, "openblas_available", lambda: available)
-    found = dict(doctor.examine())["products"]
+    found = dict(cli.examine())["products"]
     assert found.startswith(said)
     assert ("OMP_NUM_THREADS" in found) == ("OMP_NUM_THREADS" in said)
 
 
 def test_doctor_ends_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(doctor, "EXTRA", ("tyro", "no-such-package"))
-    assert doctor.examine()[-1] == (
+    monkeypatch.setattr(cli, "EXTRA", ("tyro", "no-such-package"))
+    assert cli.examine()[-1] == (
         "to do",
         "pip install '.[train]' in a clone of fastent, for no-such-package",
     )

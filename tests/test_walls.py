@@ -13,8 +13,8 @@ HOUSES = {
     "bench": "bench",
 }
 STUDY = ("fastent.grokking",)
-# Of the command line, which is where the library and the study meet; nothing else of the library imports them.
-COMMANDS = {"fastent.cli", "fastent.doctor", "fastent.activation_files"}
+# The command line, where the library and the study meet; nothing else of the library imports it.
+COMMANDS = {"fastent.cli"}
 CONFIGURATION = {"fastent.grokking.train.config"}
 
 
