@@ -26,7 +26,7 @@ from bench.gpu_device import NO_GPU, PEAK_BYTES, PEAK_FLOPS, Session, activation
 from bench.harness import quantiles
 from bench.providers import direct_covariance, direct_entropy
 from fastent.covariance import centered_matrix
-from fastent.kernels.launch import plan
+from fastent.kernels.launch import partition
 from fastent.kernels.resident import ResidentCovariance
 
 SHAPES = (
@@ -57,7 +57,7 @@ BATCH = 32
 def work(evaluator: ResidentCovariance, h: torch.Tensor) -> tuple[int, int]:
     """Bytes that must move, and float64 operations that are executed, in one evaluation."""
     m, length = (h.shape[-1], h.shape[-2]) if evaluator.side == "covariance" else h.shape[-2:]
-    cut = plan(evaluator.side, m, length)
+    cut = partition(evaluator.side, m, length)
     out = evaluator.output()
     # bytes: read h once, write the lower tiles once; flops: 2 for each product and sum in the lower tiles
     written = 8 * min(cut.tiles * cut.tile.edge**2, m * m) * evaluator.batch + out.centre.nbytes

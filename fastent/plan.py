@@ -4,7 +4,7 @@ One layer's (n, d) activations cost ``call + bytes / bandwidth + flops / rate(m)
 that converts and centres, the products of the lower triangle, the eigenvalues. Bytes, operations and memory are counts
 of what the CPU path does; the rates are measured on the CPU of this process, about two seconds, at its thread count.
 Between measured sizes they are interpolated on logarithmic axes, above the largest a solve grows as m^3; that is an
-extrapolation and is said to be one (`Estimate.extrapolated`). The forward pass of the probe is a model's own: it counts
+extrapolation and is said to be one (`Cost.extrapolated`). The forward pass of the probe is a model's own: it counts
 where its time is given.
 
 Three ways to evaluate L layers on R ranks that each hold the model:
@@ -97,7 +97,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Cost:
     """Seconds of one evaluation by parts.
 
     `extrapolated` says that the matrix is larger than any that the rates were measured on.
@@ -158,9 +158,9 @@ def work(n: int, d: int, *, itemsize: int = 4, side: Side | None = None) -> Work
     )
 
 
-def estimate(one: Work, rates: Rates) -> Estimate:
+def estimate(one: Work, rates: Rates) -> Cost:
     """Time of that work at those rates."""
-    return Estimate(
+    return Cost(
         call=rates.call,
         convert=one.bytes / rates.bandwidth,
         product=one.flops / _between(rates.product, one.m, power=0.0),
@@ -266,7 +266,7 @@ class Way:
         Bytes at the peak on a rank, the activations of one layer included.
     work : Work
         For one layer.
-    estimate : Estimate
+    cost : Cost
         Its time.
     """
 
@@ -276,7 +276,7 @@ class Way:
     sent: int
     memory: int
     work: Work
-    estimate: Estimate
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -463,7 +463,7 @@ def describe(plan: Plan, *, layers: int, probe: int, d: int, stride: int, budget
             f"{way.name:<18} {_time(way.seconds):>10} {_time(way.seconds - way.sending):>10} "
             f"{_time(way.sending):>10} {_size(way.sent):>10} {_size(way.memory):>10}{mark}"
         )
-    best, one = plan.best, plan.best.estimate
+    best, one = plan.best, plan.best.cost
     alone = ", the forward pass left out" if plan.probe_time is None else ""
     lines += [
         "",
@@ -487,7 +487,7 @@ def describe(plan: Plan, *, layers: int, probe: int, d: int, stride: int, budget
         lines.append(
             f"ceiling        {probe:,} rows in {d:,} features: H cannot exceed {ceiling:.3f}; its changes still show"
         )
-    if any(way.estimate.extrapolated for way in plan.ways):
+    if any(way.cost.extrapolated for way in plan.ways):
         lines.append("extrapolated   matrices larger than any measured: the eigenvalues as m^3")
     return lines
 

@@ -48,7 +48,7 @@ from .launch import (
     Workspace,
     memory_arguments,
     output,
-    plan,
+    partition,
     product_launch,
     strides,
     workspace,
@@ -369,7 +369,7 @@ def _covariance_kernel(
 def covariance_launches(h: Tensor, out: Output, work: Workspace, scale: float) -> list[Launch]:
     """Return the launches that fill `out` from `h` (n, d) or (batch, n, d)."""
     n, d = h.shape[-2:]
-    cut = plan("covariance", d, n)
+    cut = partition("covariance", d, n)
     tile = cut.tile
     memory = (h, out.lower, out.centre, work.sums, *memory_arguments(out, work))
     shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale)
@@ -463,7 +463,7 @@ def _gram_kernel(
 def gram_launches(h: Tensor, out: Output, work: Workspace, scale: float) -> list[Launch]:
     """Return the launches that fill `out` from `h` (n, d) or (batch, n, d)."""
     n, d = h.shape[-2:]
-    cut = plan("gram", n, d)
+    cut = partition("gram", n, d)
     memory = (h, out.centre, out.lower, *memory_arguments(out, work))
     shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale)
     product = product_launch(_gram_kernel, out, cut, (*memory, *shape, cut.tile.edge, cut.tile.step, GROUP))

@@ -83,7 +83,7 @@ TABLE: dict[Side, tuple[Entry, ...]] = {
 }
 
 
-class Plan(NamedTuple):
+class Partition(NamedTuple):
     """How the lower triangle of an m x m product over a summed axis is cut up."""
 
     tile: Tile
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
     chunk: int  # length of a part, a multiple of `tile.step`
 
 
-def plan(side: Side, m: int, length: int) -> Plan:
+def partition(side: Side, m: int, length: int) -> Partition:
     """Cut an m x m lower triangle, summed over `length` terms, into programs.
 
     Parameters
@@ -106,7 +106,7 @@ def plan(side: Side, m: int, length: int) -> Plan:
 
     Returns
     -------
-    Plan
+    Partition
         A function of (side, m, length) alone.
     """
     tile = next(tile for largest, tile in TABLE[side] if largest is None or m <= largest)
@@ -116,7 +116,7 @@ def plan(side: Side, m: int, length: int) -> Plan:
     wanted = 1 if tile.means_first else max(1, min(_PROGRAMS // tiles, length // _SHORTEST_PART))
     steps = -(-length // tile.step)
     chunk = -(-steps // wanted) * tile.step
-    return Plan(tile, tiles, -(-length // chunk), chunk)
+    return Partition(tile, tiles, -(-length // chunk), chunk)
 
 
 class Output(NamedTuple):
@@ -163,7 +163,7 @@ def output(side: Side, batch: int, n: int, d: int, device: torch.device, *, spre
 def workspace(side: Side, batch: int, n: int, d: int, device: torch.device, *, spread: bool) -> Workspace:
     """Take the scratch memory of an evaluation, for any dtype and strides."""
     m, length = (d, n) if side == "covariance" else (n, d)
-    cut = plan(side, m, length)
+    cut = partition(side, m, length)
     edge = cut.tile.edge
     partial = sums = counted = shares = arrived = None
     if cut.parts > 1:
@@ -189,7 +189,7 @@ def memory_arguments(out: Output, work: Workspace) -> tuple[Any, ...]:
     return work.partial, work.counted, out.spread, work.shares, work.arrived, stride
 
 
-def product_launch(kernel: Any, out: Output, cut: Plan, args: tuple[Any, ...]) -> Launch:
+def product_launch(kernel: Any, out: Output, cut: Partition, args: tuple[Any, ...]) -> Launch:
     """Return the launch of a product: one program for each tile, matrix and part."""
     tile = cut.tile
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, **OPTIONS}

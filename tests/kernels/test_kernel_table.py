@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastent.kernels.launch import TABLE, Entry, Side, Tile, plan
+from fastent.kernels.launch import TABLE, Entry, Side, Tile, partition
 from fastent.kernels.resident import ResidentCovariance
 from fastent.reference.covariance import centered
 
@@ -51,7 +51,7 @@ def truth(x: Tensor, side: Side) -> tuple[np.ndarray, np.ndarray]:
 def test_entry_is_inside_the_gate_and_its_spread_is_that_of_its_matrix(
     side: Side, tile: Tile, dtype: torch.dtype, m: int, length: int, device: torch.device
 ) -> None:
-    assert plan(side, m, length).tile == tile
+    assert partition(side, m, length).tile == tile
     x = matrix(side, m, length, dtype).to(device)
     n, d = x.shape
     evaluator = ResidentCovariance(n, d, device=device, side=side)

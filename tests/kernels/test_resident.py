@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 from fastent.kernels.covariance import covariance, gram
-from fastent.kernels.launch import Launch, Side, plan
+from fastent.kernels.launch import Launch, Side, partition
 from fastent.kernels.resident import ResidentCovariance
 
 
@@ -114,7 +114,7 @@ def test_parts_may_come_in_any_order(side: Side, n: int, d: int, monkeypatch: py
     # The interpreter runs programs in order, so the last part would always be the last to come.
     h = activations(n, d, batch=2)
     evaluator = ResidentCovariance(n, d, batch=2, device=h.device, side=side)
-    parts = plan(side, 40, 700).parts
+    parts = partition(side, 40, 700).parts
     assert parts > 5
     want, got = evaluator.output(), evaluator.output()
     evaluator(h, want)
