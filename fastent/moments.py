@@ -20,7 +20,6 @@ from fastent.covariance import Backend, centered_matrix, mirror_lower
 from fastent.entropy import SpectralEntropy, entropy_of_matrix
 from fastent.linalg import CenteredMatrix, check_pool
 from fastent.process import uncompiled
-from fastent.ranks import device_of_group
 from fastent.rounding import EXACT, RESOLUTIONS, Resolution, held, squared_relative
 
 _MOST_ROWS = 2**53  # as float64 counts them
@@ -409,3 +408,9 @@ def _rounding(x: Tensor, resolution: Resolution, shift: Tensor, delta: Tensor, p
     elif resolution != EXACT:
         squared = squared_relative(x, resolution)
     return (squared * (offset + trace) + resolution.absolute**2 * (n * d)) / 12.0
+
+
+def device_of_group(group: dist.ProcessGroup | None) -> torch.device:
+    """Device that the tensors of a group's collective calls must be on."""
+    nccl = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

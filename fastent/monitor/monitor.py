@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastent.activations import Positions, Tokens, TooFewRows, rows_of
@@ -33,12 +34,11 @@ from fastent.forecast.diagnosis import Diagnosis, diagnosis_of
 from fastent.forecast.history import History
 from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import Forecast, predict_grok_time
-from fastent.moments import Moments
+from fastent.moments import Moments, device_of_group
 from fastent.monitor.deferred import DeferredEntropy, Evaluated, Evaluation, OnFull, in_line
 from fastent.monitor.isolation import in_a_pass
 from fastent.monitor.probe import Axes, Inputs, Layers, Reading, SamplesAxis, Watched
 from fastent.process import Interrupts, at_exit, interrupts_held, uncompiled, warn_user
-from fastent.ranks import any_rank, world_size
 from fastent.records import EntropyRecord, Recording, checked_count
 from fastent.sampling import sampling_error
 
@@ -543,8 +543,8 @@ class SpectralEntropyMonitor:
     Under FSDP or tensor parallelism every rank must call `step`, since the forward pass needs them all, and rank 0
     alone records. Under DDP each rank that calls `step` records for itself. In both, ``should_stop(agree=True)`` on
     every rank gives all of them one answer. A layer that holds only a part of its activations on each rank is gathered
-    where it says how, and refused where it does not (`fastent.ranks`). Forward hooks that the model has fire in the
-    probe too.
+    where it says how, and refused where it does not (`fastent.monitor.probe`). Forward hooks that the model has fire in
+    the probe too.
 
     Examples
     --------
@@ -744,13 +744,16 @@ class SpectralEntropyMonitor:
             If `agree` is needed and was not given.
         """
         own = self._stopping is not None and self._stopping(self)
-        if world_size() == 1 or agree is False:
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if ranks == 1 or agree is False:
             return own
         if agree:
-            return any_rank(own)
+            votes = torch.tensor(int(own), dtype=torch.int64, device=device_of_group(None))
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
+            return bool(votes.item())
         if self._stopping is not None:
             raise RuntimeError(
-                f"should_stop() answers for this rank alone, and there are {world_size()}: one that stops by itself "
+                f"should_stop() answers for this rank alone, and there are {ranks}: one that stops by itself "
                 "leaves the others waiting. Call should_stop(agree=True) at the same step on every rank, or "
                 "should_stop(agree=False) where you share the answer yourself"
             )
