@@ -40,7 +40,8 @@ class Claim:
 
     `id` begins with its experiment's. `says` may leave a {place} for a finding's own words. `number` is the paper's,
     which must lie within our interval, or within the share `tolerance` of our value for "in part". `named` holds where
-    and what a summary says of it where no run speaks to it; None if it need not be named then.
+    and what a summary says of it where no run speaks to it; None if it need not be named then. `target` names the
+    presets that were chosen with it in view (`bench/calibration.py`): runs of those are no evidence for it.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Claim:
     number: float = math.nan
     tolerance: float = 0.25
     named: tuple[str, str] | None = None
+    target: tuple[str, ...] = ()
 
     @property
     def experiment(self) -> str:
@@ -79,8 +81,8 @@ def _read_claims() -> dict[str, Claim]:
     found = {}
     for experiment, claims in rows.items():
         for name, row in claims.items():
-            named = tuple(row.pop("named", ())) or None
-            found[f"{experiment}.{name}"] = Claim(f"{experiment}.{name}", named=named, **row)
+            named, target = tuple(row.pop("named", ())) or None, tuple(row.pop("target", ()))
+            found[f"{experiment}.{name}"] = Claim(f"{experiment}.{name}", named=named, target=target, **row)
     return found
 
 
@@ -127,6 +129,17 @@ class Experiment(Generic[Result]):
     claims: Callable[[Result], Findings]
     section: Callable[[Result], Section]
     of_verdicts: bool = False
+
+
+def marked(findings: Findings, runs: Runs) -> Findings:
+    """Mark as calibrated what agrees with a claim that was a target of the choice of these runs' preset."""
+    presets = {run.preset[0] for run in runs.stored if run.condition == "baseline" and not run.preset[1]}
+    return {
+        name: found._replace(verdict=Verdict.CALIBRATED)
+        if presets & set(CLAIMS[name].target) and found.verdict in (Verdict.REPRODUCED, Verdict.IN_PART)
+        else found
+        for name, found in findings.items()
+    }
 
 
 def judge(known: bool, reproduced: bool, in_part: bool) -> Verdict:

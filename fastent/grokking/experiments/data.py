@@ -317,9 +317,14 @@ class Runs:
         """T_cross: first step of each run with an entropy below a threshold, its own (n,) or one for all; (n,)."""
         return self.first(self.entropy < np.reshape(threshold, (-1, 1)))
 
+    @functools.cached_property
+    def memorised_entropy(self) -> Array:
+        """Normalised entropy from T_mem on, (n, m); NaN before it, and throughout a run that does not memorise."""
+        return np.where(self.step >= self.t_mem[:, None], self.entropy, np.nan)
+
     def first_collapse(self, tau: float = TAU, window: int = WINDOW) -> Array:
-        """T_collapse of each, as `fastent.grokking.train.milestones.first_collapse` has it, (n,)."""
-        return milestones.first_collapse(self.step, self.entropy, tau=tau, window=window)
+        """T_collapse of each, (n,): `fastent.grokking.train.milestones.first_collapse` of the entropy from T_mem on."""
+        return milestones.first_collapse(self.step, self.memorised_entropy, tau=tau, window=window)
 
     def at(self, values: Array | str, step: Array) -> Array:
         """Value of each run at a step that it evaluated, of an array (n, m) or a column by its name; (n,)."""

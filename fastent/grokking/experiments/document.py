@@ -59,6 +59,8 @@ class Verdict(Enum):
     """The runs hold nothing that the claim is about."""
     MIXED = ("mixed settings", "none")
     """The runs were not made with one and the same settings: what they say together is said of none."""
+    CALIBRATED = ("calibrated", "none")
+    """It agrees, and the setting was chosen so that it would: no evidence."""
     AS_EXPECTED = ("as it must be", "yes")
     NOT_AS_EXPECTED = ("not as it must be", "no")
     FOLLOWS = ("follows", "yes")

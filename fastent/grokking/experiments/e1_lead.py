@@ -68,14 +68,11 @@ from fastent.grokking.experiments.statistics import (
     share,
     where_known,
 )
-from fastent.grokking.train.milestones import TAU, WINDOW
+from fastent.grokking.train.milestones import TAU
 
 TITLE = "E1: does the entropy collapse precede grokking?"
 
 PAPER_H_STAR = 0.605
-
-PAPER_SPAN = 800
-"""Steps that the paper's window spans: five evaluations, 200 steps apart."""
 
 TAUS = (0.02, 0.05, 0.10)
 CRITERIA = (0.5, 0.9, 0.99)
@@ -85,9 +82,8 @@ CRITERIA = (0.5, 0.9, 0.99)
 class Baseline:
     """Analysis of the complete runs of E1.
 
-    `own`, `pooled`, `left_out` and `fall` are the leads by the rules of `fastent.grokking.experiments.leads`, and
-    `wide` is `fall` over the paper's 800 steps, None if five evaluations span as many. `t_grok` is a restricted mean if
-    some runs did not grok.
+    `own`, `pooled`, `left_out`, `fall` (our T_collapse) and `paper_fall` (the paper's) are the leads by the rules of
+    `fastent.grokking.experiments.leads`. `t_grok` is a restricted mean if some runs did not grok.
     """
 
     runs: Runs
@@ -98,19 +94,13 @@ class Baseline:
     pooled: Leads
     left_out: Leads
     fall: Leads
-    wide: Leads | None
+    paper_fall: Leads
     sweep: Sweep
 
     @property
     def rules(self) -> tuple[Leads, ...]:
         """Leads by each rule, the circular one first."""
-        known = (self.own, self.pooled, self.left_out, self.fall)
-        return known if self.wide is None else (*known, self.wide)
-
-    @property
-    def signal(self) -> Leads:
-        """The collapse over the paper's span of steps, whatever the grid of evaluations."""
-        return self.fall if self.wide is None else self.wide
+        return (self.own, self.pooled, self.left_out, self.fall, self.paper_fall)
 
 
 def analyse(runs: Runs) -> Baseline | None:
@@ -122,7 +112,6 @@ def analyse_group(runs: Runs) -> Baseline | None:
     """Analyse runs of one condition, of whatever experiment; None without any."""
     if not len(runs):
         return None
-    window = paper_window(runs)
     return Baseline(
         runs=runs,
         h_star=over(runs.h_star),
@@ -132,16 +121,9 @@ def analyse_group(runs: Runs) -> Baseline | None:
         pooled=leads.in_sample_threshold(runs),
         left_out=leads.left_out_threshold(runs),
         fall=leads.collapse(runs),
-        wide=None if window == WINDOW else leads.collapse(runs, window=window),
+        paper_fall=leads.paper_collapse(runs),
         sweep=leads.sweep(runs, leads.observed_thresholds(runs)),
     )
-
-
-def paper_window(runs: Runs) -> int:
-    """Count the evaluations that span the paper's 800 steps; five if they do not fit or the grids differ."""
-    every = set(runs.setting("evaluate_every"))
-    window = 1 + PAPER_SPAN // int(max(every, default=1))
-    return WINDOW if len(every) != 1 or window == 1 else window
 
 
 def mean_time(runs: Runs) -> Estimate:
@@ -156,7 +138,7 @@ def claims(result: Baseline) -> Findings:
     runs = result.runs
     start, at_mem, highest = at_moments(runs)
     norm_start, norm_at_mem = runs.at(runs.norm, runs.start), runs.at(runs.norm, runs.t_mem)
-    early = leads.collapse(runs.dated_by(0.5), window=paper_window(runs))
+    half = runs.dated_by(0.5)
     known = runs.h_star[~np.isnan(runs.h_star)]
     spread = float(np.ptp(known)) if known.size else np.nan
     delay = share(runs.t_grok >= 2 * runs.t_mem)
@@ -181,11 +163,10 @@ def claims(result: Baseline) -> Findings:
         ),
         "e1.precedes": _led(result.pooled),
         "e1.precedes_left_out": _led(result.left_out),
-        **{
-            name: _led(rule)
-            for name, rule in zip(("e1.collapse", "e1.collapse_800"), result.rules[3:], strict=False)
-        },
-        "e1.collapse_at_half": _led(early),
+        "e1.collapse": _led(result.paper_fall),
+        "e1.collapse_ours": _led(result.fall),
+        "e1.collapse_at_half": _led(leads.paper_collapse(half)),
+        "e1.collapse_ours_at_half": _led(leads.collapse(half)),
         "e1.phase_1_stable": Finding(
             f"{counted(calm)}; change of H until T_mem {worded(change, '')}", judge_share(calm)
         ),
@@ -206,6 +187,8 @@ def at_moments(runs: Runs) -> tuple[Array, Array, Array]:
 
 def _led(rule: Leads) -> Finding:
     said = f"{counted(rule.preceding)}; lead {worded(rule.mean)}"
+    if rule.lasting.known:
+        said += f"; H does not recover in {of(rule.lasting)}"
     return Finding(said, judge_share(rule.preceding), {"source": rule.source})
 
 
@@ -389,7 +372,7 @@ def headline(result: Baseline) -> str:
 
     return (
         f"{said}, at step {steps(result.t_grok.value)} on average, where H is "
-        f'{decimal(result.h_star.value)}. The signal "{result.signal.source}" came {led(result.signal)}; '
+        f'{decimal(result.h_star.value)}. The signal "{result.paper_fall.source}" came {led(result.paper_fall)}; '
         f"H fell below the H* of the other seeds {led(result.left_out)}."
     )
 
@@ -416,14 +399,14 @@ def section(result: Baseline) -> Section:
             functools.partial(training_dynamics, runs, left_out, result.fall, h_star),
             "In the manner of the paper's Figure 1. Thin lines: runs; thick lines: their mean. Circles: T_grok, the "
             "first evaluation with test accuracy at the criterion. Triangles: T_cross, H first below the H* of the "
-            "other seeds. Diamonds: T_collapse, the first fall of H by more than 0.05 within five evaluations.",
+            f"other seeds. Diamonds: T_collapse, the first {result.fall.source.removeprefix('a ')}.",
             "Train and test accuracy, spectral entropy and parameter norm against the training step, one line a run.",
         ),
         drawn(
             "e1-seeds",
-            functools.partial(per_seed, runs, left_out, result.signal),
+            functools.partial(per_seed, runs, left_out, result.fall),
             "The same runs one by one. Accuracy and H share the scale from 0 to 1. Shaded: from "
-            f"{result.signal.source} to T_grok.",
+            f"{result.fall.source} to T_grok.",
             "One panel a seed with train accuracy, test accuracy and spectral entropy against the training step.",
         ),
         _times_table(result),
@@ -437,7 +420,7 @@ def section(result: Baseline) -> Section:
                 functools.partial(lead_dots, result.rules),
                 "Lead by each rule. Dots: runs; diamonds: means; bars: 95 % intervals, where there are at "
                 "least three runs. Right of 0 the signal came before grokking.",
-                "Dots of the lead of each run for four ways to say when the entropy fell.",
+                "Dots of the lead of each run for five ways to say when the entropy fell.",
             )
         )
         blocks += [
@@ -445,8 +428,9 @@ def section(result: Baseline) -> Section:
                 "The first row is circular: an entropy that only falls is first below its own value at "
                 "T_grok one evaluation later, so its lead says how much the entropy wavers, not what it "
                 "foretells. The second is the paper's; each run had a part in its own threshold. The third "
-                "is what a monitor could have known. The fourth needs no threshold and no test labels; "
-                "where evaluations are not 200 steps apart, a fifth has the paper's span of 800 steps."
+                "is what a monitor could have known. The last two need no threshold and no test labels: a fall "
+                "below the largest H of the last 800 steps, and the paper's, below H 1,000 steps before. Both count "
+                "from T_mem on, as memorising alone can lower H by more."
             ),
             _sensitivity_table(result),
             Text(
@@ -526,33 +510,29 @@ def _rules_table(result: Baseline) -> Table:
         there = reached[~np.isnan(reached)]
         accuracy = f"{percent(there.min())} to {percent(there.max())}" if there.size else NONE
         cells = (counted(rule.preceding), worded(rule.mean), accuracy, str(missed))
-        rows.append((rule.source, threshold, *cells))
+        rows.append((rule.source, threshold, *cells, of(rule.lasting) if rule.lasting.known else NONE))
     caption = (
         "How far the entropy led, by each rule. A run is preceded if its lead is positive; the mean lead "
         "includes negative ones."
     )
     columns = (
         *("signal: H below", "threshold", "preceded", "mean lead"),
-        *("test accuracy at the signal", "grokked without signal"),
+        *("test accuracy at the signal", "grokked without signal", "H does not recover"),
     )
-    return Table(caption, columns, tuple(rows), (5,))
+    return Table(caption, columns, tuple(rows), (5, 6))
 
 
 def _sensitivity_table(result: Baseline) -> Table:
     dated = [result.runs.dated_by(criterion) for criterion in CRITERIA]
     rows = [("H below H* of the other seeds", *(_outcome(leads.left_out_threshold(r), r) for r in dated))]
-    for tau in TAUS:
-        cells = [_outcome(leads.collapse(runs, tau=tau), runs) for runs in dated]
-        rows.append((f"fall of H by more than {tau:g} within {WINDOW} evaluations", *cells))
-    if (window := paper_window(result.runs)) != WINDOW:
-        signal = (
-            f"fall of H by more than {TAU:g} within {window} evaluations ({PAPER_SPAN} steps, as the paper)"
-        )
-        rows.append((signal, *(_outcome(leads.collapse(runs, window=window), runs) for runs in dated)))
+    for rule in (leads.collapse, leads.paper_collapse):
+        for tau in TAUS:
+            found = [rule(runs, tau=tau) for runs in dated]
+            rows.append((found[0].source, *map(_outcome, found, dated)))
     columns = ("signal", *(f"grokked: test accuracy {percent(c)}" for c in CRITERIA))
     caption = (
-        "Runs preceded and mean lead in steps, by what is called grokking, by tau and by window. A signal "
-        "before T_mem belongs to the memorising, so it is no warning of grokking."
+        "Runs preceded and mean lead in steps, by what is called grokking, by tau and by window. A crossing "
+        "before T_mem belongs to the memorising, so it is no warning of grokking; a fall counts from T_mem on."
     )
     return Table(caption, columns, tuple(rows))
 
@@ -684,12 +664,12 @@ def _choices_table(settings: Sequence[Setting]) -> Table:
                 _mean_and_span(highest - start),
                 _mean_and_span(norms, 2),
                 led(setting.result.left_out),
-                led(setting.result.signal),
+                led(setting.result.fall),
             )
         )
     columns = (
         *("setting", "grokked", "T_mem", "T_grok", "H*", "H max − start", "norm at T_mem / start"),
-        *("lead, H below H* of other seeds", "lead, fall of H"),
+        *("lead, H below H* of other seeds", "lead, our T_collapse"),
     )
     caption = (
         f"Mean (smallest to largest) over the runs of each setting; the paper's H* is {PAPER_H_STAR}. Leads: runs "
@@ -746,7 +726,7 @@ def main() -> None:
     result = analyse(Runs(tuple(run for run in read_runs(given.runs) if run.done is not None)))
     if result is None:
         parser.error(f"{given.runs} holds no complete run of E1")
-    save_png(functools.partial(per_seed, result.runs, result.left_out, result.signal), given.picture)
+    save_png(functools.partial(per_seed, result.runs, result.left_out, result.fall), given.picture)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs, StoredRun
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.e1_lead import paper_window
 from fastent.grokking.experiments.figures import DASHED, DOTTED, GROK, LIGHT, WIDTH, drawn, mark, thousands
 from fastent.grokking.experiments.jobs import MLPS
 from fastent.grokking.experiments.statistics import Estimate, Mask, mean_known, over, share
@@ -124,7 +123,7 @@ def claims(result: Sufficiency) -> Findings:
 def _fell_first(model: ModelRuns) -> Mask:
     """Whether H fell below H* or collapsed by T_grok, of each run that grokked."""
     runs = model.runs
-    signals = np.fmin(model.below, runs.first_collapse(window=paper_window(runs)))
+    signals = np.fmin(model.below, leads.collapse(runs).times)
     return (signals <= runs.t_grok)[runs.grokked]
 
 
@@ -175,8 +174,8 @@ def headline(result: Sufficiency) -> str:
         )
     else:
         said += (
-            f" What the paper says of its MLP, H below {decimal(result.h_star.value)} and test accuracy at most "
-            f"{percent(NEAR_ZERO)} to the end, holds in every run of no setting."
+            f" In none of these settings does every run do what the paper says of its MLP: H below "
+            f"{decimal(result.h_star.value)} and test accuracy at most {percent(NEAR_ZERO)} to the end."
         )
     return said
 
@@ -229,7 +228,7 @@ class ModelRuns:
     def signals(self) -> dict[str, Array]:
         """Date, by what it is in words, each thing that may say that a run will grok: a step for each run."""
         runs = self.runs
-        fall = leads.collapse(runs, window=paper_window(runs))
+        fall = leads.collapse(runs)
         chance = np.array([math.log(_classes(run)) for run in runs.stored])
         return {
             "alignment above its null": self.aligned(),

@@ -1,11 +1,12 @@
-"""Leads of the entropy over grokking: four ways to say when it "fell", and a sweep over the threshold.
+"""Leads of the entropy over grokking: five ways to say when it "fell", and a sweep over the threshold.
 
 A lead depends on where ``H*`` came from, so every result here says it:
 
 - `own_threshold`: the run's own entropy at its grokking. Circular, and not usable ahead of time.
 - `in_sample_threshold`: the mean of all seeds, the run's own among them. The paper's.
 - `left_out_threshold`: the mean of the other seeds. What a monitor could have known.
-- `collapse`: no threshold; the first fall by more than tau within a window.
+- `collapse`: no threshold; the first fall by more than tau within a window, from T_mem on.
+- `paper_collapse`: the paper's window, the value now against the value five evaluations before, from T_mem on.
 
 A run that groks and never crosses counts as not preceded; a run that does not grok has no lead and takes part
 in false alarms alone.
@@ -13,17 +14,36 @@ in false alarms alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fastent.grokking.experiments.data import Runs
-from fastent.grokking.experiments.statistics import Array, Estimate, mean_known, over, proportion
+from fastent.grokking.experiments.statistics import (
+    UNKNOWN,
+    Array,
+    Estimate,
+    Mask,
+    mean_known,
+    over,
+    proportion,
+    share,
+)
 from fastent.grokking.train.milestones import TAU, WINDOW
 
 HORIZON = 1000
 """Steps within which an alarm must come true: the paper's "grokking imminent (1,000 steps)" (Table 5)."""
+
+SPAN = 800
+"""Steps that five evaluations span on the paper's grid, 200 steps apart."""
+
+PAPER_SPAN = 1000
+"""Steps of the paper's "5-step rolling window": five evaluations, "1,000 steps" where it speaks of S5."""
+
+LAST = 5
+"""Evaluations at the end of a run whose median H says whether a fall lasted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +52,8 @@ class Leads:
 
     `thresholds` are normalised entropies, `times` steps of the signal, `leads` steps from the signal to grokking.
     `preceding` is the share of grokked runs whose lead is positive, `mean` the mean lead of those that grokked and gave
-    the signal at all (negative leads included).
+    the signal at all (negative leads included). `lasting` is the share of the runs with a collapse, grokked or not,
+    whose H ends (median of the last five evaluations) more than tau below the level it fell from; crossings have none.
     """
 
     rule: str
@@ -42,6 +63,7 @@ class Leads:
     leads: Array
     preceding: Estimate
     mean: Estimate
+    lasting: Estimate = UNKNOWN
 
 
 def own_threshold(runs: Runs) -> Leads:
@@ -61,14 +83,42 @@ def left_out_threshold(runs: Runs) -> Leads:
     return _crossing("other seeds", "mean H* of the other seeds (leave-one-out)", runs, others)
 
 
-def collapse(runs: Runs, *, tau: float = TAU, window: int = WINDOW) -> Leads:
-    """Lead of the first fall by more than `tau` within `window` evaluations."""
-    spans = {(window - 1) * int(every) for every in runs.setting("evaluate_every")}
-    source = f"a fall of H by more than {tau:g} within {window} evaluations"
-    if len(spans) == 1:
-        source += f" ({spans.pop():,} steps)"
-    times = runs.first_collapse(tau, window)
-    return _leads("collapse", source, runs, np.full(len(runs), np.nan), times)
+def collapse(runs: Runs, *, tau: float = TAU) -> Leads:
+    """Lead of the first fall by more than `tau` below the largest H of the last 800 steps, from T_mem on."""
+    window, said = 1 + _evaluations(runs, SPAN, WINDOW - 1), f"{SPAN} steps"
+    if window == WINDOW and set(runs.setting("evaluate_every")) != {SPAN // (WINDOW - 1)}:
+        said = f"{WINDOW} evaluations"
+    source = f"a fall of H by more than {tau:g} within {said} (our T_collapse)"
+    at = np.arange(runs.step.shape[1])
+    return _fall(source, runs, runs.first_collapse(tau, window), lambda i: (at <= i) & (at > i - window), tau)
+
+
+def paper_collapse(runs: Runs, *, tau: float = TAU) -> Leads:
+    """Lead of the first H more than `tau` below H 1,000 steps before, both from T_mem on: the paper's T_collapse."""
+    lag = _evaluations(runs, PAPER_SPAN, WINDOW)
+    h, at = runs.memorised_entropy, np.arange(runs.step.shape[1])
+    fell = np.zeros(h.shape, dtype=bool)
+    fell[:, lag:] = h[:, :-lag] - h[:, lag:] > tau
+    source = f"H lower by more than {tau:g} than {PAPER_SPAN:,} steps before (the paper's T_collapse)"
+    return _fall(source, runs, runs.first(fell), lambda i: at == i - lag, tau)
+
+
+def _evaluations(runs: Runs, span: int, otherwise: int) -> int:
+    """Count the evaluations in `span` steps; `otherwise` if it is no multiple of them or grids differ."""
+    every = {int(value) for value in runs.setting("evaluate_every")}
+    return otherwise if len(every) != 1 or span % (only := every.pop()) else span // only
+
+
+def _fall(source: str, runs: Runs, times: Array, fell_from: Callable[[int], Mask], tau: float) -> Leads:
+    """Leads of falls at `times`, from the largest H where `fell_from` holds for the index of the fall."""
+    lasts = []
+    for h, step, time in zip(runs.memorised_entropy, runs.step, times, strict=True):
+        if not np.isnan(time):
+            ends = h[~np.isnan(h)][-LAST:]
+            level = np.nanmax(h[fell_from(int(np.flatnonzero(step == time)[0]))])
+            lasts.append(float(level - np.median(ends) > tau))
+    found = _leads("collapse", source, runs, np.full(len(runs), np.nan), times)
+    return replace(found, lasting=share(lasts))
 
 
 def _crossing(rule: str, source: str, runs: Runs, thresholds: Array) -> Leads:

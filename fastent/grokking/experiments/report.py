@@ -39,6 +39,7 @@ from fastent.grokking.experiments.claims import (
     arithmetic_section,
     corrections_section,
     decimal,
+    marked,
     steps,
 )
 from fastent.grokking.experiments.data import PAPER, PRESETS_JSON, Runs, StoredRun, read_runs
@@ -181,8 +182,9 @@ MEANINGS = (
     ),
     (
         "T_collapse",
-        "first evaluation at which H lies more than tau = 0.05 below its largest value among the last five "
-        "evaluations. The paper's text lost its tau; 0.05 is ours",
+        "first evaluation, from T_mem on, at which H lies more than tau = 0.05 below its largest value of the last "
+        "800 steps, five evaluations (ours), or below its value 1,000 steps before (the paper's). It does not recover "
+        "if the median of the run's last five H is still as far below",
     ),
     ("lead", "T_grok minus T_cross or T_collapse, in steps. Positive: the entropy came first"),
     (
@@ -282,7 +284,10 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
     """Sum up verdicts; those with nothing to judge take no part."""
     judged = {verdict for verdict in verdicts if verdict.kind != "none" or verdict is Verdict.UNDECIDED}
     if not judged:
-        return Verdict.MIXED if Verdict.MIXED in verdicts else Verdict.NOT_RUN
+        silent = (Verdict.MIXED, Verdict.CALIBRATED)
+        return next((verdict for verdict in silent if verdict in verdicts), Verdict.NOT_RUN)
+    if judged == {Verdict.REPRODUCED} and Verdict.CALIBRATED in verdicts:
+        return Verdict.IN_PART
     if len(judged) == 1:
         return judged.pop()
     # What is undecided may be so: it does not make "not reproduced" of the rest "in part".
@@ -364,7 +369,8 @@ def make_part(experiment: Experiment[Any], stored: Sequence[StoredRun]) -> Part 
     result = experiment.analyse(Runs(runs))
     if result is None:
         return None
-    part = Part(experiment.headline(result), experiment.claims(result), experiment.section(result))
+    findings = marked(experiment.claims(result), Runs(runs))
+    part = Part(experiment.headline(result), findings, experiment.section(result))
     if of_one_setting(runs):
         return part
     return None if experiment.of_verdicts else part.unjudged()

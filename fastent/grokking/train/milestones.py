@@ -9,7 +9,8 @@ of the paper; what its text leaves open is settled here:
 - ``T_cross(H*)``: first evaluation with ``H < H*``, strictly.
 - ``T_collapse``: first evaluation where ``H`` lies more than ``tau`` below the largest of the five
   evaluations that end there. The window counts evaluations, so it spans ``4 * evaluate_every`` steps. ``tau =
-  0.05`` is ours: the paper's text lost it.
+  0.05`` is the paper's. What comes before ``T_mem`` is for the caller to leave out: a network that memorises changes
+  its entropy by more than that, whether it will grok or not.
 
 A moment that a run does not reach is NaN, never a step limit and never 0. A NaN entropy (its status makes it unusable)
 takes no part: it can neither cross nor serve as the level that another fell from.

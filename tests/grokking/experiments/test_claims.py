@@ -5,12 +5,14 @@ The paper's arithmetic, and that every claim a summary must name has a claim tha
 What is not so in the paper, against the closed forms of the counterexamples.
 """
 
+import dataclasses
 import inspect
 import itertools
 import math
 import re
 
 import pytest
+from closed_form import write_run
 
 from fastent.grokking.experiments import (
     claims,
@@ -32,6 +34,7 @@ from fastent.grokking.experiments.claims import (
     steps,
     worded,
 )
+from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.report import EXPERIMENTS, together
 from fastent.grokking.experiments.statistics import UNKNOWN, Estimate, bootstrap, proportion
@@ -136,6 +139,24 @@ def test_a_number_is_judged_within_the_tolerance_of_its_claim():
     assert claim.judge(near, comparable=False) is Verdict.OTHER_SETTING
 
 
+def test_agreement_with_what_the_preset_was_chosen_by_is_calibrated_and_disagreement_counts(tmp_path):
+    found = {name: claims.Finding("", Verdict.REPRODUCED) for name in ("e1.t_grok", "e1.precedes")}
+    found["e1.h_star"] = claims.Finding("", Verdict.NOT_REPRODUCED)
+    write_run(tmp_path, "e1", "baseline", 0, t_grok=1000, max_steps=50_000, evaluate_every=200)
+    (run,) = read_runs(tmp_path)
+    assert run.preset == ("paper", {})
+    got = {name: each.verdict for name, each in claims.marked(found, Runs((run,))).items()}
+    assert got == {
+        "e1.t_grok": Verdict.CALIBRATED,
+        "e1.precedes": Verdict.REPRODUCED,
+        "e1.h_star": Verdict.NOT_REPRODUCED,
+    }
+    # Another choice than the preset's was not calibrated.
+    record = {**run.record, "config": {**run.config, "activation": "gelu"}}
+    other = dataclasses.replace(run, record=record)
+    assert claims.marked(found, Runs((other,))) == found
+
+
 def test_verdicts_come_together():
     assert together([Verdict.REPRODUCED, Verdict.REPRODUCED, Verdict.OTHER_SETTING]) == Verdict.REPRODUCED
     assert together([Verdict.REPRODUCED, Verdict.NOT_REPRODUCED]) == Verdict.IN_PART
@@ -144,6 +165,9 @@ def test_verdicts_come_together():
     assert together([Verdict.NOT_REPRODUCED, Verdict.UNDECIDED]) == Verdict.UNDECIDED
     assert together([Verdict.REPRODUCED, Verdict.UNDECIDED]) == Verdict.IN_PART
     assert together([Verdict.UNDECIDED, Verdict.NOT_RUN]) == Verdict.UNDECIDED
+    assert together([Verdict.REPRODUCED, Verdict.CALIBRATED]) == Verdict.IN_PART
+    assert together([Verdict.NOT_REPRODUCED, Verdict.CALIBRATED]) == Verdict.NOT_REPRODUCED
+    assert together([Verdict.CALIBRATED, Verdict.NOT_RUN]) == Verdict.CALIBRATED
     assert together([Verdict.NOT_RUN, Verdict.OTHER_SETTING]) == together([]) == Verdict.NOT_RUN
     assert together([Verdict.MIXED, Verdict.NOT_RUN]) == Verdict.MIXED
 

@@ -221,12 +221,15 @@ def test_runs_as_arrays_have_the_quantities_of_each_run_alone():
         right = [at for at, row in rows.items() if row["test_accuracy"] >= config.criterion]
         memorised = [at for at, row in rows.items() if row["train_accuracy"] >= config.memorised]
         grok, mem = min(right, default=None), min(memorised, default=None)
-        before = {at: [h[x] for x in range(at - 400, at + 1, 100) if x in h] for at in h}
+        kept = {at: value for at, value in h.items() if mem is not None and at >= mem}
+        before = {at: [kept[x] for x in range(at - 400, at + 1, 100) if x in kept and at in kept] for at in h}
         expected = {
             "t_mem": mem,
             "t_grok": grok,
             "t_grok_sustained": min((at for at in right if {at + 100, at + 200} <= set(right)), default=None),
-            "t_collapse": min((at for at in h if max(before[at]) - h[at] > 0.05), default=None),
+            "t_collapse": min(
+                (at for at in h if before[at] and max(before[at]) - h[at] > 0.05), default=None
+            ),
             "h_star": h.get(grok),
             "entropy_start": h.get(0),
             "entropy_at_mem": h.get(mem),

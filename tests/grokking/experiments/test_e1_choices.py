@@ -46,7 +46,7 @@ def test_a_choice_that_is_the_settings_own_is_not_trained_twice():
 
 def test_a_claim_depends_on_the_choice_where_its_verdict_does(settings):
     found = e1_lead.agreed(settings)
-    assert not found["e1.collapse"]  # with the entropy that stays there is no fall
+    assert not found["e1.collapse_ours"]  # with the entropy that stays there is no fall
     assert found["e1.memorises_early"]
 
 

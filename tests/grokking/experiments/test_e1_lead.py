@@ -34,10 +34,10 @@ def test_analysis_has_the_closed_form_times_thresholds_and_leads(result):
     assert listed(result.left_out.leads) == [-100, -50, 50]
     assert listed(result.pooled.leads) == [-100, -50, 0]
     assert listed(result.own.leads) == [-50, -50, -50]
-    # 0.01 an evaluation: 0.04 in a window of five, less than tau.
-    assert listed(result.fall.times) == [None, None, None]
-    assert listed(result.wide.times)[:2] == [800, 800]
-    assert result.signal is result.wide
+    # 0.01 an evaluation from step 500 on: more than 0.05 below the level, and below H 1,000 steps before, from 300 on.
+    assert listed(result.fall.times)[:2] == [800, 800]
+    assert listed(result.paper_fall.times) == [1300, 1300, 1300]
+    assert (result.fall.lasting.value, result.paper_fall.lasting.value) == (1, 1)
     assert result.t_grok.value == 1600
 
 
@@ -49,10 +49,8 @@ def test_claims_judge_the_closed_form_runs(result):
     assert got["e1.h_star_stable"] == Verdict.REPRODUCED
     assert got["e1.precedes"] == Verdict.NOT_REPRODUCED
     assert got["e1.precedes_left_out"] == Verdict.NOT_REPRODUCED
-    # Straight down by 0.01 an evaluation: 0.04 in five evaluations, 0.05 in six of the paper's 800 steps.
-    assert got["e1.collapse"] == Verdict.NOT_REPRODUCED
-    assert got["e1.collapse_800"] == Verdict.REPRODUCED
-    assert got["e1.collapse_at_half"] == Verdict.REPRODUCED
+    assert got["e1.collapse"] == got["e1.collapse_ours"] == Verdict.REPRODUCED
+    assert got["e1.collapse_at_half"] == got["e1.collapse_ours_at_half"] == Verdict.REPRODUCED
     assert got["e1.phase_1_stable"] == Verdict.REPRODUCED
     assert got["e1.norm_grows"] == Verdict.NOT_REPRODUCED
 
@@ -93,7 +91,7 @@ def test_section_tables_hold_the_closed_form_values(result, undrawn):
     tables = [block for block in e1_lead.section(result).blocks if isinstance(block, Table)]
     times, values = tables[:2]
     assert times.rows[0] == (
-        *("0", "300", "1,500", "1,500", "0.635", "1,600", "−100", "–", "–", "100 %", "–", "2,500"),
+        *("0", "300", "1,500", "1,500", "0.635", "1,600", "−100", "800", "700", "100 %", "25 %", "2,500"),
     )
     assert values.rows[2][:6] == ("2", "0.870", "0.870", "0.870", "0.630", "0.570")
     assert values.rows[2][6:10] == ("120.0", "117.0", "103.0", "95.0")
@@ -103,10 +101,11 @@ def test_section_tables_hold_the_closed_form_values(result, undrawn):
         "100 % to 100 %",
         "100 % to 100 %",
         "25 % to 100 %",
-        "–",
+        "25 % to 25 %",
         "25 % to 25 %",
     ]
-    assert [row[5] for row in rules.rows] == ["0", "0", "0", "3", "0"]
+    assert [row[5] for row in rules.rows] == ["0"] * 5
+    assert [row[6] for row in rules.rows] == ["–", "–", "–", "3 of 3", "3 of 3"]
 
 
 def test_headline_and_sweep_say_what_the_runs_show(result, undrawn):
@@ -121,24 +120,21 @@ def test_a_collapse_amid_the_rise_precedes_the_criterion_but_not_half_the_accura
     # H falls by 0.1 at step 600, when the test accuracy is 0.6 already; it reaches the criterion at 1,000.
     entropy, test = [0.9, 0.9, 0.9, 0.8, 0.7, 0.6], [0, 0, 0.5, 0.6, 0.9, 1.0]
     runs = [measure(entropy, test, seed=s, every=200) for s in range(3)]
-    result = e1_lead.analyse(Runs(tuple(runs), judged=False))
-    got = verdicts(result)
-    assert result.wide is None  # on the paper's own grid there is one window
-    assert got["e1.collapse"] == Verdict.REPRODUCED
-    assert got["e1.collapse_at_half"] == Verdict.NOT_REPRODUCED
+    got = verdicts(e1_lead.analyse(Runs(tuple(runs), judged=False)))
+    assert got["e1.collapse_ours"] == Verdict.REPRODUCED
+    assert got["e1.collapse_ours_at_half"] == Verdict.NOT_REPRODUCED
 
 
-def test_sensitivity_counts_signals_before_memorising_and_adds_the_papers_span(measure, undrawn):
-    # Every 50 steps: a dip by 0.03 at step 100, before T_mem at 200; then 0.006 an evaluation.
+def test_sensitivity_leaves_out_what_falls_before_memorising_and_has_both_windows(measure, undrawn):
+    # Every 50 steps: a dip by 0.03 at step 100, before T_mem at 200; then 0.006 an evaluation from 200 on.
     entropy = [0.9, 0.9, 0.87, 0.9, 0.9] + [0.9 - 0.006 * i for i in range(1, 31)]
     test = [0.0] * 34 + [1.0]
     runs = [measure(entropy, test, seed=s, every=50, t_mem=200) for s in range(3)]
     section = e1_lead.section(e1_lead.analyse(Runs(tuple(runs), judged=False)))
     table = next(b for b in section.blocks if isinstance(b, Table) and b.columns[0] == "signal")
     rows = {row[0]: row[3] for row in table.rows}
-    assert rows["fall of H by more than 0.02 within 5 evaluations"] == "3 of 3; 1,600 (3 before T_mem)"
-    assert rows["fall of H by more than 0.05 within 5 evaluations"] == "–"
-    # 0.054 below the level of step 200 after nine evaluations, at step 650; T_grok is 1,700.
-    assert (
-        rows["fall of H by more than 0.05 within 17 evaluations (800 steps, as the paper)"] == "3 of 3; 1,050"
-    )
+    # T_grok is 1,700; 0.024 below the level of step 200 at step 400, 0.054 at 650; 1,000 steps before from 1,200 on.
+    assert rows["a fall of H by more than 0.02 within 800 steps (our T_collapse)"] == "3 of 3; 1,300"
+    assert rows["a fall of H by more than 0.05 within 800 steps (our T_collapse)"] == "3 of 3; 1,050"
+    lower = "H lower by more than {} than 1,000 steps before (the paper's T_collapse)"
+    assert rows[lower.format(0.02)] == rows[lower.format("0.1")] == "3 of 3; 500"

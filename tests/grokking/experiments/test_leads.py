@@ -66,6 +66,38 @@ def test_collapse_leads_the_run_that_groks_late(pair):
     assert leads.collapse(pair, tau=0.25).times.tolist() == [300, 300]
 
 
+def test_a_fall_counts_from_memorising_on_and_from_no_level_before_it(measure):
+    # As the MLPs do: H falls by 0.3 at once, while the model memorises, and hardly after; then it never groks.
+    mlp = measure([0.9, 0.6, 0.58, 0.57, 0.57, 0.57, 0.56], [0.0] * 7, every=200, t_mem=400)
+    late = measure([0.9, 0.6, 0.6, 0.6, 0.5, 0.5, 0.5], [0.0] * 6 + [1.0], every=200, t_mem=400)
+    runs = Runs((mlp, late))
+    assert runs.memorised_entropy[0, 2] == 0.58
+    for rule in (leads.collapse, leads.paper_collapse):
+        assert np.isnan(rule(runs).times[0])
+    assert leads.collapse(runs).times[1] == 800
+    never = measure([0.9, 0.1, 0.1], [0.0] * 3, t_mem=10_000)
+    assert np.isnan(leads.collapse(Runs((never,))).times[0])
+
+
+def test_the_papers_collapse_is_below_the_value_of_1000_steps_before(measure):
+    # 0.1 down within 600 steps and up again: a fall by our window; 1,000 steps apart it is seen from step 1,000 on.
+    dip = [0.8, 0.9, 0.9, 0.8, 0.8, 0.9, 0.8, 0.8, 0.8]
+    runs = Runs((measure(dip, [0.0] * 8 + [1.0], every=200),))
+    assert (leads.collapse(runs).times, leads.paper_collapse(runs).times) == (600, 1200)
+    assert leads.paper_collapse(runs, tau=0.2).times.tolist() != [1200]
+    # Every 50 steps it is the same 1,000 steps.
+    fine = Runs((measure(np.repeat(dip, 4), [0.0] * 35 + [1.0], every=50),))
+    assert (leads.collapse(fine).times, leads.paper_collapse(fine).times) == (600, 1200)
+
+
+def test_a_fall_lasts_if_the_last_five_entropies_are_as_low_in_the_middle(measure):
+    down, up = [0.9, 0.9, 0.7, 0.7, 0.7, 0.7, 0.9], [0.9, 0.9, 0.7, 0.9, 0.9, 0.9, 0.7]
+    runs = Runs(tuple(measure(h, [0.0] * 7, every=200, seed=i) for i, h in enumerate((down, up))))
+    assert leads.collapse(runs).times.tolist() == [400, 400]
+    assert (leads.collapse(runs).lasting.value, leads.collapse(runs).lasting.n) == (0.5, 2)
+    assert not leads.own_threshold(runs).lasting.known
+
+
 def test_a_run_that_does_not_grok_has_no_lead_and_gives_no_threshold(measure, pair):
     never = measure([0.9, 0.1, 0.1], [0, 0, 0], seed=2)
     result = leads.in_sample_threshold(Runs((*pair.stored, never)))

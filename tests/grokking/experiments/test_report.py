@@ -113,7 +113,7 @@ def test_markdown_says_the_same_and_its_figures_lie_beside_it(written):
     assert len(links) == len(list((written[1].parent / "figures").iterdir()))
     for link in links:
         assert (written[1].parent / link).read_text().startswith("<svg")
-    assert "| 0 | 300 | 1,500 | 1,500 | 0.635 | 1,600 | −100 | – | – | 100 % | – | 2,500 |" in text
+    assert "| 0 | 300 | 1,500 | 1,500 | 0.635 | 1,600 | −100 | 800 | 700 | 100 % | 25 % | 2,500 |" in text
 
 
 def test_what_was_not_run_is_shown_as_not_run_with_the_command_that_runs_it(written):
