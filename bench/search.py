@@ -126,7 +126,7 @@ def _merged(parts: Iterable[Changes]) -> Changes:
 
 
 def _fraction(u: float) -> float:
-    return 0.2 if u < 0.5 else round(0.2 + 0.3 * (2 * u - 1), 4)
+    return 0.2 if u < 0.5 else round(float(0.2 + 0.3 * (2 * u - 1)), 4)
 
 
 def _rate(u: float) -> float:
