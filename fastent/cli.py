@@ -68,7 +68,7 @@ def run(
     config : TrainConfig
         The preset, with changes.
     preset : str
-        The settings that the options below start from: quick or paper.
+        The settings that the options below start from; `fastent list` names them.
     seeds : str
         Such as 0-2 or 0,3,7-9.
     out : Path

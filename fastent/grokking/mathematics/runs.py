@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastent.entropy import spectral_entropy
 from fastent.grokking.mathematics.checks import entropy_of, slopes_over
-from fastent.grokking.train.config import PRESETS, TrainConfig
+from fastent.grokking.train.config import PRESETS, TrainConfig, preset
 from fastent.grokking.train.models import PlainMLP, PlainTransformer
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import read_rows
@@ -579,7 +579,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--measure-every", type=int, default=10)
     parser.add_argument("--curvature-every", type=int, default=100)
     given = parser.parse_args(argv)
-    config = dataclasses.replace(PRESETS[given.preset], task=given.task)
+    config = preset(given.preset, task=given.task)
     given.out.mkdir(parents=True, exist_ok=True)
     for seed in given.seeds:
         with (given.out / f"{config.task}-{config.width}-seed{seed}.jsonl").open("w") as file:

@@ -40,6 +40,8 @@ class TrainConfig:
     """p of the modular tasks; S5 has none and ignores it."""
     separate_tokens: bool = False
     """Whether the second operand has tokens of its own, so that a relabelling of it is the same problem."""
+    operand_tokens: Literal["one", "images"] = "one"
+    """An operand as one token; or a permutation as five, its images of 1 to 5 (S5, Transformer)."""
     train_fraction: float = 0.3
     """Share of all pairs that is trained on; the rest is the test set. The split depends on the seed."""
 
@@ -125,6 +127,11 @@ class TrainConfig:
             f"hidden must name at least one layer size, each at least 1; got {self.hidden}",
         )
         _require(
+            self.operand_tokens == "one" or (self.task == "s5" and self.model == "transformer"),
+            'operand_tokens="images" needs task="s5" and model="transformer": residues have no images, and the MLP '
+            f"reads two tokens; got task={self.task!r}, model={self.model!r}",
+        )
+        _require(
             self.final_norm or self.entropy_at == "readout",
             'entropy_at="final_norm" needs final_norm=True: without that LayerNorm there is nothing after it',
         )
@@ -165,6 +172,7 @@ SOURCES: dict[str, str] = {
     "task": "paper, section 4 (add first); S5 in section 9",
     "modulus": "ours: the text lost it; 97 is the field's (Power et al. 2022)",
     "separate_tokens": "ours: off, as in Power et al. 2022; on in the relabelling controls",
+    "operand_tokens": "ours: not given; one, as in Power et al. 2022",
     "train_fraction": "ours: the text lost it; 0.3, calibrated, and 0.5 for S5, which does not grok at 0.3",
     "model": "paper, section 4 and Appendix A; the MLP in section 11",
     "width": "paper, Appendix A",
@@ -202,6 +210,7 @@ _YOUNGER: dict[str, Any] = {
     "entropy_at": "readout",
     "start": "torch",
     "sampling": "epochs",
+    "operand_tokens": "one",
 }
 
 
@@ -245,6 +254,19 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # bench/results/calibration-paper.jsonl.
     "paper": _PAPER,
+    # What the authors' public code of the same months trains (ClevixLab/grokking-norm-separation and
+    # critical-norm-grokking); there T_grok is 1,500 to 2,500. bench/results/calibration-companion.jsonl.
+    "companion": dataclasses.replace(
+        _PAPER,
+        train_fraction=0.5,
+        activation="gelu",
+        final_norm=True,
+        entropy_at="final_norm",
+        init_scale=1.0,
+        betas=(0.9, 0.999),
+        sampling="replacement",
+        evaluate_every=100,
+    ),
     **{f"paper-{name}": dataclasses.replace(_PAPER, **changes) for name, changes in CHOICES.items()},
 }
 """Named configurations."""

@@ -11,7 +11,7 @@
   irreducible representation but the trivial one.
 - "progress": `restricted_loss` and `excluded_loss` (nats) by the key frequencies of that moment, `key_blocks`
   (their names, ascending), and `embedding_gini`, of the norms of the embedding's components per function of a
-  block, the constant left out.
+  block, the constant left out; not where an operand is several tokens.
 
 The frequencies are of labels under addition, and of discrete logarithms for products, where results of 0 are
 left out of "fourier" and "progress". Measures change nothing and are functions of the parameters and the seed,
@@ -456,7 +456,8 @@ def _fourier(moment: _Moment) -> Columns:
 
 def _progress(moment: _Moment) -> Columns:
     columns: Columns = {name: [] for name in ("restricted_loss", "excluded_loss", "key_blocks")}
-    columns["embedding_gini"] = _embedding_gini(moment).tolist()
+    if moment.stack.task.tokens == moment.stack.task.operands:
+        columns["embedding_gini"] = _embedding_gini(moment).tolist()
     names = moment.harmonics.names
     inside = torch.from_numpy(moment.harmonics.members)[moment.stack.task.labels]
     grouped = torch.arange(len(inside))[inside]

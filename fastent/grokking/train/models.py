@@ -29,7 +29,7 @@ class PlainTransformer(nn.Module):
         self.readout = config.readout
         self.equals = task.vocabulary if config.equals_token else None
         self.tokens = nn.Embedding(task.vocabulary + config.equals_token, config.width)
-        self.positions = nn.Embedding(2 + config.equals_token, config.width)
+        self.positions = nn.Embedding(task.inputs.shape[1] + config.equals_token, config.width)
         self.layer = nn.TransformerEncoderLayer(
             config.width,
             config.heads,
@@ -47,19 +47,19 @@ class PlainTransformer(nn.Module):
         self.head = nn.Linear(config.width, task.classes)
 
     def read(self, pairs: Tensor) -> Tensor:
-        """Vector read out of the layer, (N, width), of token pairs (N, 2)."""
+        """Vector read out of the layer, (N, width), of the tokens of pairs, (N, 2) or (N, 10)."""
         if self.equals is not None:
             pairs = torch.cat([pairs, pairs.new_full((len(pairs), 1), self.equals)], dim=1)
         hidden: Tensor = self.layer(self.tokens(pairs) + self.positions.weight)
         return hidden[:, -1] if self.readout == "last" else hidden.mean(1)
 
     def represent(self, pairs: Tensor) -> Tensor:
-        """Representation that is measured, (N, width), of token pairs (N, 2)."""
+        """Representation that is measured, (N, width), of the tokens of pairs."""
         read = self.read(pairs)
         return read if self.entropy_at == "readout" else self.final_norm(read)
 
     def forward(self, pairs: Tensor) -> Tensor:
-        """Logits (N, classes) of token pairs (N, 2)."""
+        """Logits (N, classes) of the tokens of pairs."""
         logits: Tensor = self.head(self.final_norm(self.read(pairs)))
         return logits
 
@@ -152,7 +152,7 @@ def parameter_shapes(config: TrainConfig, task: Task) -> dict[str, tuple[int, ..
         return shapes | {"head.weight": (task.classes, sizes[-1]), "head.bias": (task.classes,)}
     shapes = {
         "tokens.weight": (task.vocabulary + config.equals_token, d),
-        "positions.weight": (2 + config.equals_token, d),
+        "positions.weight": (task.inputs.shape[1] + config.equals_token, d),
         "layer.self_attn.in_proj_weight": (3 * d, d),
         "layer.self_attn.in_proj_bias": (3 * d,),
         "layer.self_attn.out_proj.weight": (d, d),

@@ -17,6 +17,7 @@ d = width, h heads.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -210,23 +211,28 @@ class Transformer:
     """
 
     def __init__(self, config: TrainConfig, task: Task, device: torch.device) -> None:
-        n = task.operands
-        self.task, self.heads, self.place = task, config.heads, config.norm_place
+        self.heads, self.place = config.heads, config.norm_place
         self.final_norm, self.entropy_at = config.final_norm, config.entropy_at
-        # Tokens that occur at each position.
-        self.parts = [slice(0, n), slice(task.offset, task.offset + n)]
         self.gelu = config.activation == "gelu"
         self.width = config.width
         self.scale = (config.width // config.heads) ** -0.5
-        rows = [task.inputs[:, 0], task.inputs[:, 1] - task.offset + n]
-        if config.equals_token:
-            rows.append(torch.full_like(rows[0], 2 * n))
-            self.parts.append(slice(task.vocabulary, task.vocabulary + 1))
-        self.positions = len(rows)
-        self.table_rows = 2 * n + config.equals_token
+        # First token and number of tokens at each position, and its part of the table.
+        n, each = task.tokens, task.inputs.shape[1] // 2
+        tokens = [(0, n)] * each + [(task.offset, n)] * each + [(task.vocabulary, 1)] * config.equals_token
+        starts = [0, *accumulate(size for _, size in tokens)]
+        self.parts = [
+            (slice(token, token + size), slice(start, start + size))
+            for (token, size), start in zip(tokens, starts, strict=False)
+        ]
+        inputs = [*task.inputs.unbind(1), *[torch.tensor(task.vocabulary)] * config.equals_token]
+        rows = [
+            (one - token + start).expand(len(task.labels))
+            for one, (token, _), start in zip(inputs, tokens, starts, strict=False)
+        ]
+        self.positions, self.table_rows = len(rows), starts[-1]
         last = config.readout == "last"
         # Queried rows: of the last position, or all.
-        self.queries = slice((self.positions - 1) * n if last else 0, self.table_rows)
+        self.queries = slice(starts[-2] if last else 0, self.table_rows)
         readers = rows[-1:] if last else rows
         self.reads = len(readers)
         scores = [(u - self.queries.start) * self.table_rows + row for u in readers for row in rows]
@@ -234,10 +240,10 @@ class Transformer:
 
     def table(self, p: Parameters) -> PositionTable:
         """Compute everything that depends on one token and its position only."""
-        n, tokens, positions = self.task.operands, p["tokens.weight"], p["positions.weight"]
+        tokens, positions = p["tokens.weight"], p["positions.weight"]
         embedded = tokens.new_empty(len(tokens), self.table_rows, self.width)
-        for t, part in enumerate(self.parts):
-            torch.add(tokens[:, part], positions[:, t : t + 1], out=embedded[:, t * n : (t + 1) * n])
+        for t, (part, rows) in enumerate(self.parts):
+            torch.add(tokens[:, part], positions[:, t : t + 1], out=embedded[:, rows])
         read, norm = embedded, _NOTHING
         if self.place == "pre":
             read, norm = _norm(embedded, p, _NORM1)
@@ -337,7 +343,7 @@ class Transformer:
         self, p: Parameters, kept: Kept, g: Parameters, query: Tensor, key_value: Tensor, base: Tensor
     ) -> Parameters:
         """Gradients of the input projection and the embeddings, added to `g`."""
-        n, d, table = self.task.operands, self.width, kept.table
+        d, table = self.width, kept.table
         weight = p[_IN + "weight"]
         g[_IN + "weight"] = torch.cat(
             [into_weight(query, table.read[:, self.queries]), into_weight(key_value, table.read)], 1
@@ -349,10 +355,9 @@ class Transformer:
             grad = _norm_gradient(grad, table.norm, p, _NORM1, g)
         add_rows(grad, self._read_rows(kept.columns), base)
         tokens, positions = torch.zeros_like(p["tokens.weight"]), []
-        for t, part in enumerate(self.parts):
-            rows = grad[:, t * n : (t + 1) * n]
-            tokens[:, part].add_(rows)
-            positions.append(rows.sum(1))
+        for part, rows in self.parts:
+            tokens[:, part].add_(grad[:, rows])
+            positions.append(grad[:, rows].sum(1))
         g["tokens.weight"], g["positions.weight"] = tokens, torch.stack(positions, 1)
         return g
 

@@ -30,14 +30,16 @@ class Task:
     ----------
     name : str
         For people, with the modulus where there is one: "add mod 97".
-    inputs : Tensor, shape (M, 2), int64
-        Tokens of the operands, M = `operands` squared, first operand slowest.
+    inputs : Tensor, shape (M, 2) or (M, 10), int64
+        Tokens of the operands, of the first and then of the second; M = `operands` squared, first operand slowest.
     labels : Tensor, shape (M,), int64
         Class of the result, 0 <= label < `classes`.
     operands : int
         Number of values an operand takes.
+    tokens : int
+        Number of tokens that one operand can have at a place: `operands`, or 5 where it is a permutation's images.
     offset : int
-        Token of the second operand's first value: 0 where the operands share their tokens.
+        First token of the second operand: 0 where the operands share their tokens.
     vocabulary : int
         Number of operand tokens (an "=" comes after them, if the model has one).
     classes : int
@@ -48,6 +50,7 @@ class Task:
     inputs: Tensor
     labels: Tensor
     operands: int
+    tokens: int
     offset: int
     vocabulary: int
     classes: int
@@ -58,7 +61,8 @@ def make_task(config: TrainConfig) -> Task:
 
     "mul" runs over all residues, 0 included; "mul_nonzero" over 1 .. p-1, where it is addition modulo p - 1
     under another name (labels and tokens count from 0 for residue 1). "s5" composes permutations of five
-    points, ``(a b)(i) = a(b(i))``, numbered in lexicographic order.
+    points, ``(a b)(i) = a(b(i))``, numbered in lexicographic order; as "images" its inputs are a(1), ..., a(5), b(1),
+    ..., b(5), counted from 0.
 
     Raises
     ------
@@ -87,15 +91,19 @@ def make_task(config: TrainConfig) -> Task:
         else:
             raise ValueError(f"task must be add, sub, mul, mul_nonzero or s5; got {config.task!r}")
     n = len(table)
-    offset = n if config.separate_tokens else 0
-    pairs = np.stack(np.divmod(np.arange(n * n), n), axis=1)
+    # The tokens of each operand.
+    written = _permutations(5) if config.operand_tokens == "images" else np.arange(n).reshape(n, 1)
+    tokens = int(written.max()) + 1
+    offset = tokens if config.separate_tokens else 0
+    first, second = np.divmod(np.arange(n * n), n)
     return Task(
         name=name,
-        inputs=torch.from_numpy(pairs + np.array([0, offset])),
+        inputs=torch.from_numpy(np.concatenate([written[first], written[second] + offset], axis=1)),
         labels=torch.from_numpy(table.reshape(-1).astype(np.int64)),
         operands=n,
+        tokens=tokens,
         offset=offset,
-        vocabulary=n + offset,
+        vocabulary=tokens + offset,
         classes=n,
     )
 
@@ -213,8 +221,12 @@ def _pass(seed: int, turn: int, n_train: int, sampling: Sampling) -> np.ndarray:
     return _permutation(n_train, seed, "batches", turn)
 
 
+def _permutations(points: int) -> np.ndarray:
+    return np.array(list(permutations(range(points))))
+
+
 def _composition(points: int) -> np.ndarray:
-    elements = np.array(list(permutations(range(points))))
+    elements = _permutations(points)
     powers = points ** np.arange(points)
     code = elements @ powers
     number = np.full(code.max() + 1, -1)

@@ -142,6 +142,13 @@ def test_s5_has_shares_of_six_representations_and_no_alignment():
     assert found["isotypic_311"][0] == pytest.approx(36 / 119, abs=0.1)
 
 
+def test_tokens_that_are_images_are_no_functions_of_the_group_and_have_no_gini():
+    config = dataclasses.replace(SMALL, task="s5", train_fraction=0.1, measures=("progress",))
+    images = dataclasses.replace(config, operand_tokens="images")
+    one, five = (columns(each, (0,), steps=0)[1].keys() for each in (config, images))
+    assert one - five == {"embedding_gini"}
+
+
 class PlantedStack:
     """A network that adds by the rule of Nanda et al.: waves of a few frequencies, read out by the same."""
 

@@ -39,6 +39,23 @@ TRANSFORMERS += [
         ("last", "mean"), ("post", "pre", "none"), ("readout", "final_norm")
     )
 ]
+TRANSFORMERS += [
+    TrainConfig(
+        task="s5",
+        operand_tokens="images",
+        readout=readout,
+        equals_token=equals,
+        separate_tokens=separate,
+        norm_place="pre",
+        **TINY,
+    )
+    for readout, equals, separate in (
+        ("last", False, False),
+        ("last", True, True),
+        ("mean", False, True),
+        ("mean", True, False),
+    )
+]
 MLPS = [
     TrainConfig(
         model="mlp", combine=combine, activation=activation, separate_tokens=separate, hidden=hidden, **TINY
@@ -54,7 +71,7 @@ def name_of(config):
         return f"mlp-{config.combine}-{config.activation}-{config.separate_tokens}-{len(config.hidden)}"
     equals = "equals" if config.equals_token else "pair"
     end = f"final-{config.entropy_at}" if config.final_norm else config.separate_tokens
-    return f"{config.readout}-{equals}-{config.norm_place}-{config.activation}-{end}"
+    return f"{config.task}-{config.readout}-{equals}-{config.norm_place}-{config.activation}-{end}"
 
 
 def stacked(config, seeds, dtype):
@@ -98,7 +115,7 @@ def test_loss_and_gradients_are_the_plain_modules(config, seeds, dtype, toleranc
             assert (gradients[name][s] - parameter.grad).abs().max() <= tolerance * size, name
 
 
-@pytest.mark.parametrize("config", [TRANSFORMERS[0], *TRANSFORMERS[-2:], MLPS[0]], ids=name_of)
+@pytest.mark.parametrize("config", [TRANSFORMERS[0], *TRANSFORMERS[-5:], MLPS[0]], ids=name_of)
 def test_the_plain_module_and_the_stack_agree_on_names_and_shapes(config):
     plain = plain_model(config, make_task(config)).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in plain.items()} == parameter_shapes(
@@ -114,6 +131,10 @@ def test_only_the_last_positions_query_and_rows_are_computed():
     table = model.table(p)
     assert table.query.shape[2] == 1  # "=" alone asks
     assert table.value.shape[1] == 2 * 97 + 1  # each token once for each position, not 3 x 512 rows
+    images = TrainConfig(task="s5", operand_tokens="images")
+    ten = make_model(images, make_task(images), torch.device("cpu"))
+    q = {n: t.unsqueeze(0) for n, t in initial_parameters(images, make_task(images), 0).items()}
+    assert [ten.table(q).query.shape[2], ten.table(q).value.shape[1]] == [5, 50]
     hidden, kept = model.forward(p, table, model.columns[:, None, :512])
     assert kept.hidden.shape == (1, 512, config.feedforward)
     assert hidden.shape == (1, 512, config.width)

@@ -60,6 +60,7 @@ def test_a_config_survives_json(name):
 
 def test_a_record_that_lacks_a_younger_setting_means_the_value_that_it_was_trained_with():
     younger = {"final_norm": False, "entropy_at": "readout", "start": "torch", "sampling": "epochs"}
+    younger["operand_tokens"] = "one"
     record = {"task": "s5", "sampling": "replacement"}
     assert completed(record) == {**younger, **record}
     assert record == {"task": "s5", "sampling": "replacement"}
@@ -92,6 +93,8 @@ def test_a_run_goes_past_grokking_by_steps_or_by_share_whichever_is_more_and_nev
         ({"max_steps": 2**24 + 1}, "max_steps must be at most 2.24 = 16,777,216"),
         ({"criterion": 1.01}, "criterion"),
         ({"entropy_at": "final_norm"}, "needs final_norm=True"),
+        ({"operand_tokens": "images"}, "needs task=\"s5\" .*; got task='add'"),
+        ({"operand_tokens": "images", "task": "s5", "model": "mlp"}, "the MLP reads two tokens"),
         ({"probe_size": 1}, "probe_size must be at least 2"),
     ],
 )

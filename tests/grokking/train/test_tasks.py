@@ -50,6 +50,18 @@ def test_s5_composes_right_to_left_and_is_a_group_of_120_with_94_percent_of_pair
     assert round(float((table != table.T).double().mean()), 2) == 0.94
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_s5_as_images_is_the_same_pairs_written_as_what_both_permutations_make_of_1_to_5(separate):
+    one = make_task(TrainConfig(task="s5"))
+    data = make_task(TrainConfig(task="s5", operand_tokens="images", separate_tokens=separate))
+    elements = list(itertools.permutations(range(5)))
+    assert torch.equal(data.labels, one.labels)
+    assert (data.operands, data.tokens, data.vocabulary, data.classes) == (120, 5, 10 if separate else 5, 120)
+    for (a, b), images in zip(one.inputs[::97].tolist(), data.inputs[::97].tolist(), strict=True):
+        assert tuple(images[:5]) == elements[a]
+        assert tuple(token - 5 * separate for token in images[5:]) == elements[b]
+
+
 def test_separate_tokens_make_subtraction_the_same_problem_as_addition():
     add = make_task(TrainConfig(task="add", modulus=7, separate_tokens=True))
     sub = make_task(TrainConfig(task="sub", modulus=7, separate_tokens=True))
