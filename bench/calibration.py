@@ -1,6 +1,6 @@
 """The grids by which the presets were chosen: every trial a line, on seeds that no experiment uses.
 
-``python -m bench.calibration quick`` or ``paper`` runs the trials of its grid that are not yet in
+``python -m bench.calibration quick``, ``paper`` or ``companion`` runs the trials of its grid that are not yet in
 ``bench/results/calibration-<grid>.jsonl`` and appends them, one thread, one seed at a time. Entropy is the
 reference's. A trial ends as a run of its configuration would.
 
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench.harness import environment
-from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.config import PRESETS, TrainConfig
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import JsonLines
 from fastent.reference.entropy import spectral_entropy
@@ -104,6 +104,7 @@ GRIDS: dict[str, list[Stage]] = {
         (_PAPER_SHARED, [{}], (1001,)),
         (_PAPER_SHARED, _PAPER_AGAIN, (1001, 1002)),
     ],
+    "companion": [(asdict(PRESETS["companion"]), [{}], (1000, 1001))],
 }
 """Stages of a grid: what all trials of a stage share, the trials, and their seeds."""
 

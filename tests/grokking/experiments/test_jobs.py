@@ -9,8 +9,8 @@ import torch
 from fastent.grokking.experiments.jobs import FEWER, JOBS, MLPS, controls
 from fastent.grokking.train.conditions import make_condition
 from fastent.grokking.train.config import TrainConfig, preset
-from fastent.grokking.train.groups import discrete_logarithm
 from fastent.grokking.train.loop import train
+from fastent.grokking.train.measures import discrete_logarithm
 from fastent.grokking.train.models import plain_model
 from fastent.grokking.train.storage import read_rows
 from fastent.grokking.train.tasks import make_task

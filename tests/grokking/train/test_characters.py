@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastent.grokking.train.config import TrainConfig
-from fastent.grokking.train.groups import (
+from fastent.grokking.train.measures import (
     PARTITIONS,
     character,
     cycle_type,

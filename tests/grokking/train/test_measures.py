@@ -11,9 +11,8 @@ import torch
 from fastent.entropy import spectral_entropy
 from fastent.grokking.train import measures
 from fastent.grokking.train.config import TrainConfig
-from fastent.grokking.train.groups import task_harmonics
 from fastent.grokking.train.loop import train
-from fastent.grokking.train.measures import Measures
+from fastent.grokking.train.measures import Measures, task_harmonics
 from fastent.grokking.train.runs import Job
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.tasks import make_task, probe_index, split

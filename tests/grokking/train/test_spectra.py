@@ -8,7 +8,7 @@ import torch
 
 from fastent.grokking.train import measures
 from fastent.grokking.train.config import TrainConfig
-from fastent.grokking.train.groups import task_harmonics
+from fastent.grokking.train.measures import task_harmonics
 
 P = 97
 
