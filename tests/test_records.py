@@ -1,17 +1,26 @@
-"""Records: what is kept, exact through JSON, and crossings that outlive a bounded list."""
+"""Records: what is kept, exact through JSON; crossings and courses that outlive a bounded list."""
 
 import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import fastent
 from fastent import Status, spectral_entropy
-from fastent.records import EntropyRecord, Recording
+from fastent.forecast.diagnosis import Phase
+from fastent.forecast.history import History, recent_change
+from fastent.records import MEDIAN, PATIENCE, WINDOW, Course, EntropyRecord, Recording
 
 
-def record(step: int, normalized: float, *, layer: str = "a", status: Status = Status.OK, d: int = 8) -> Any:
+def record(
+    step: int, normalized: float, *, layer: str = "a", status: Status | None = None, d: int = 8
+) -> EntropyRecord:
+    status = status or (Status.NONFINITE if math.isnan(normalized) else Status.OK)
     return EntropyRecord(
         step=step,
         layer=layer,
@@ -127,3 +136,132 @@ def test_a_state_that_cannot_be_read_changes_nothing() -> None:
         recording.load_state_dict(state)
     assert recording.crossings == {"a": 0}
     assert len(recording.records) == 1
+
+
+# Courses
+
+entropies = st.lists(st.floats(0, 1) | st.sampled_from([0.25, 0.5, 0.75, math.nan]), max_size=40)
+
+
+def of_the_whole(step, entropy, threshold, patience):
+    """Evidence from the arrays of the whole run, by their definitions in `fastent.forecast.diagnosis.Evidence`."""
+    step, entropy = np.array(step, dtype=float), np.array(entropy, dtype=float)
+    usable = ~np.isnan(entropy)
+    known = {
+        "entropy": None,
+        "peak": None,
+        "drop": None,
+        "gap": None,
+        "steps_below": None,
+        "steps_observed": float(step[-1] - step[0]) if len(step) else 0.0,
+        "entropy_change": recent_change(step, entropy, WINDOW),
+        "unusable": int((~usable[-WINDOW:]).sum()),
+    }
+    if len(step) >= WINDOW and usable[-WINDOW:].sum() >= MEDIAN:
+        windows = np.lib.stride_tricks.sliding_window_view(entropy[usable], MEDIAN)
+        at, level = step[usable][MEDIAN - 1 :], np.median(windows, axis=1)
+        late = level[at >= step[-1] - patience]
+        known |= {"entropy": level[-1], "peak": level.max()}
+        known["drop"] = (late if len(late) else level[-1:]).max() - level[-1]
+        if threshold is not None:
+            above = np.flatnonzero(level >= threshold)
+            since = at[above[-1] + 1 if len(above) else 0] if level[-1] < threshold else step[-1]
+            known |= {"gap": level[-1] - threshold, "steps_below": step[-1] - since}
+    return known
+
+
+@settings(deadline=None)
+@given(
+    entropy=entropies,
+    gaps=st.lists(st.integers(1, 300), min_size=40, max_size=40),
+    threshold=st.none() | st.sampled_from([0.25, 0.5, 0.75]),
+    patience=st.sampled_from([1.0, 200.0, 1_000.0, PATIENCE, math.inf]),
+)
+def test_a_diagnosis_is_that_of_the_definitions_over_the_whole_run(entropy, gaps, threshold, patience):
+    step = np.cumsum(gaps)[: len(entropy)]
+    diagnosis = fastent.diagnose(History(step, entropy), threshold=threshold, patience=patience)
+    expected = of_the_whole(step, entropy, threshold, patience)
+    assert {name: diagnosis.evidence[name] for name in expected} == expected
+
+
+@settings(deadline=None)
+@given(
+    entropy=entropies,
+    threshold=st.none() | st.sampled_from([0.25, 0.5, 0.75]),
+    every=st.sampled_from([1, 200, 7_000]),
+    size=st.integers(1, 12),
+    saved=st.integers(0, 40),
+)
+def test_a_bounded_history_saved_anywhere_gives_the_diagnosis_of_the_whole(
+    entropy, threshold, every, size, saved
+):
+    recording = Recording(size, threshold)
+    for at, h in enumerate(entropy):
+        if at == saved:
+            state = through_json(recording.state_dict())
+            recording = Recording(size, threshold)
+            recording.load_state_dict(state)
+            assert recording.state_dict() == state
+        recording.add(record(every * at, h))
+    monitor = fastent.SpectralEntropyMonitor(threshold=threshold, history_size=size)
+    monitor._recording = recording
+    whole = fastent.diagnose(History(every * np.arange(len(entropy)), entropy), threshold=threshold)
+    assert monitor.diagnose() == whole
+    assert len(monitor.history) == min(size, len(entropy))
+
+
+@pytest.mark.parametrize("layers", [1, 48, 120])
+def test_a_collapse_seen_long_ago_is_one_however_many_layers_share_the_monitor(layers):
+    """At 0.9 for 2,000 steps, down to 0.4 by 4,000, there until 40,000; 401 evaluations of each layer."""
+    recording = Recording(25, 0.6)
+    for step in range(0, 40_001, 100):
+        h = float(np.interp(step, [2_000, 4_000], [0.9, 0.4]))
+        for layer in range(layers):
+            recording.add(record(step, h, layer=f"blocks.{layer}"))
+    monitor = fastent.SpectralEntropyMonitor(threshold=0.6, history_size=25)
+    monitor._recording = recording
+    for layer in (0, layers - 1):
+        diagnosis = monitor.diagnose(layer=f"blocks.{layer}", test_accuracy=0.01)
+        assert diagnosis.phase is Phase.COLLAPSED_WITHOUT_GENERALISING
+        assert diagnosis.evidence["steps_observed"] == 40_000
+        assert diagnosis.evidence["peak"] == 0.9
+        assert diagnosis.evidence["steps_below"] == 40_000 - 3_400  # 0.6 at 3,200; the level lags by one
+    assert len(monitor.history) == 25 * layers
+    assert [kept.step for kept in monitor.history] == sorted(kept.step for kept in monitor.history)
+
+
+def test_a_course_keeps_no_more_than_the_patience_however_long_the_run():
+    course = Course(0.5, patience=100)
+    for step in range(5_000):  # falling, so that every level is the highest of what follows
+        course.add(step, 1 - step / 5_000)
+    assert len(course.state_dict()["peaks"]) == 101
+    assert course.recent_peak == pytest.approx(course.level + 100 / 5_000)
+
+
+def test_another_threshold_is_looked_for_in_what_is_left_of_the_run():
+    course = Course(0.3)
+    values = list(enumerate(np.linspace(1.0, 0.4, 61).tolist()))
+    for step, h in values:
+        course.add(step, h)
+    other = Course(0.7)
+    other.load_state_dict(course.state_dict())
+    other.find_below(values[-40:])
+    assert other.below_since == 32  # H is below 0.7 from 31 on, its median of three one later
+    other.find_below(values[-2:])
+    assert other.below_since == 60  # below now, since when is not known
+    none = Course(None)
+    none.load_state_dict(course.state_dict())
+    none.find_below(values)
+    assert none.below_since is None
+
+
+def test_a_state_of_version_1_gets_its_courses_from_its_records():
+    recording = Recording(100, 0.6)
+    for step in range(0, 4_000, 100):
+        recording.add(record(step, float(np.interp(step, [2_000, 3_000], [0.9, 0.4]))))
+    state = recording.state_dict()
+    old = {**state, "layers": {name: dict(values) for name, values in state["layers"].items()}}
+    del old["layers"]["a"]["course"]
+    again = Recording(100, 0.6)
+    again.load_state_dict(old)
+    assert again.state_dict() == state

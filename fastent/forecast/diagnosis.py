@@ -16,8 +16,8 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from fastent.forecast.course import MEDIAN, PATIENCE, WINDOW, Course
 from fastent.forecast.history import History, recent_change
+from fastent.records import MEDIAN, PATIENCE, WINDOW, Course
 
 
 class Phase(StrEnum):

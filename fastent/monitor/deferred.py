@@ -321,7 +321,7 @@ class Slot(Staged):
 
     def ready(self) -> bool:
         """Whether the copy has been made. Never waits."""
-        return self._event.query()
+        return self._event.query()  # type: ignore[no-any-return, no-untyped-call]
 
     def spread(self) -> tuple[float, float]:
         """Trace and participation ratio as the device found them."""

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from fastent.activations import Positions, Tokens, TooFewRows, rows_of
 from fastent.entropy import SpectralEntropy, Status, checked, spectral_entropy, unmeasured
-from fastent.forecast.course import Course
 from fastent.forecast.diagnosis import Diagnosis, diagnosis_of
 from fastent.forecast.history import History
 from fastent.forecast.power_law import PowerLaw
@@ -39,7 +38,7 @@ from fastent.monitor.deferred import DeferredEntropy, Evaluated, Evaluation, OnF
 from fastent.monitor.isolation import in_a_pass
 from fastent.monitor.probe import Axes, Inputs, Layers, Reading, SamplesAxis, Watched
 from fastent.process import Interrupts, at_exit, interrupts_held, uncompiled, warn_user
-from fastent.records import EntropyRecord, Recording, checked_count
+from fastent.records import Course, EntropyRecord, Recording, checked_count
 from fastent.sampling import sampling_error
 
 
