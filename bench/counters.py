@@ -19,8 +19,7 @@ Two questions of `bench.suite` are counted too:
     Peak memory of one call beside its input: the kernel's high-water mark of the process (``VmHWM``, reset before each
     call through ``/proc/self/clear_refs``) above what was resident before, after a call on a small input. Blocks from
     64 KiB on are mapped one by one (`bench.suite.MAPPED`), so what an earlier call has freed is not there to be used
-    again. Linux
-    alone has this. And how often the host reads what torch has computed (`host_reads`).
+    again. Linux alone has this. And how often the host reads what torch has computed (`host_reads`).
 `imports`
     Time, resident memory and modules of ``import fastent`` beyond ``import torch``, each in a fresh interpreter. The
     acceptance is `IMPORT_LIMIT`; which modules may not come with it is a test (tests/bench/test_counters.py).
@@ -47,7 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastent
 from bench.harness import ROOT, Row, environment, pinned, quantiles
-from bench.providers import ENTROPIES, Shape, entropies
+from bench.providers import ENTROPIES, Shape, chosen, entropies
 from fastent import linalg
 from fastent.monitor import isolation
 
@@ -204,9 +203,7 @@ def extra_bytes(call: Callable[[], object]) -> int | None:
 def memory(quick: bool) -> list[Row]:
     """Rows of all shapes."""
     rows = []
-    for shape in MEMORY_SHAPES:
-        if quick and not shape.quick:
-            continue
+    for shape in chosen(MEMORY_SHAPES, quick):
         h = shape.tensor()
         for provider, call in entropies().items():
             call(h[:256, :32])
@@ -216,7 +213,7 @@ def memory(quick: bool) -> list[Row]:
             row["input_bytes"] = h.numel() * h.element_size()
             if provider is ENTROPIES[0] and shape.n == 65536:
                 row["limit"] = MEMORY_LIMIT
-            rows.append(row | environment(*([provider.package] if provider.package else [])))
+            rows.append(row | environment(provider.package))
     return rows
 
 

@@ -1,13 +1,18 @@
-"""Time of a call by itself: entropy, covariance, eigenvalues, forecast, and the cost model against them.
+"""A call by itself: errors; times of entropy, covariance, eigenvalues, forecast; the cost model against them.
 
 Each function gives the rows of one question at the thread count of its process (`bench.suite`). All providers are timed
 in one process, in turn, on the same input; ratios are fastent's time over the other's, round by round.
 
+`accuracy`
+    Errors of every provider on easy and hard inputs. The truth is the entropy of the very values given, covariance and
+    eigenvalues in long double (`fastent.reference`, held to 50 digits by the tests). The error of an entropy is
+    ``|H - truth| / log d``; that of a covariance ``||C - truth||_F`` over the truth's norm. A provider that raises or
+    gives NaN has no error but an ``answer``. Times are of the same inputs.
 `entropy`
     fastent against everyone. `LIMITS` are shares of the direct way's time that fastent must not exceed.
 `covariance`
     The same without the eigensolve: ``fastent.covariance`` (float64, symmetric bit for bit) against the ways it is
-    usually formed. Its error is in `bench.accuracy`.
+    usually formed.
 `eigensolve`
     The floor under every way that forms a matrix; fastent takes torch's LAPACK on the transposed upper triangle, which
     saves torch's own transposition, or for large matrices NumPy's (`fastent.linalg`). The singular values of the rows
@@ -29,13 +34,29 @@ from statistics import median
 import numpy as np
 import scipy.linalg
 import torch
+from torch import Tensor
 
 import fastent
-from bench.harness import Row, beside, environment, interleaved, quantiles, ratio_columns
-from bench.providers import COVARIANCES, SHAPES, Shape, covariances, entropies
+from bench.harness import Row, beside, columns, environment, interleaved, quantiles, ratio_columns
+from bench.providers import (
+    COVARIANCES,
+    ENTROPY,
+    INPUTS,
+    SHAPES,
+    Input,
+    Matrix,
+    Provider,
+    Shape,
+    chosen,
+    covariances,
+    entropies,
+    rankme_truth,
+)
 from fastent.covariance import centered_matrix
 from fastent.linalg import eigenvalues
 from fastent.plan import EDGES, Rates, estimate, floor, measure_rates, work
+from fastent.reference.covariance import scaled_covariance
+from fastent.reference.entropy import spectral_entropy
 
 LIMITS = {
     (512, 64): 1.05,
@@ -71,14 +92,75 @@ CHECKED = (
 EXTRAPOLATED = (Shape(2048, 1536), Shape(2048, 2048))
 
 
+def accuracy(quick: bool) -> list[Row]:
+    """Rows of all inputs: errors and times."""
+    rows = []
+    for case in INPUTS:
+        h = case.tensor()
+        rows += _entropy_errors(case, h, quick) + _covariance_errors(case, h)
+    return rows
+
+
+def _entropy_errors(case: Input, h: Tensor, quick: bool) -> list[Row]:
+    truth = spectral_entropy(h.double().numpy(), extended=True).entropy
+    answers: dict[Provider, float | str] = {}
+    for provider, call in entropies().items():
+        try:
+            answers[provider] = call(h)
+        except Exception as error:  # what a peer raises is its answer
+            answers[provider] = type(error).__name__
+    seconds = interleaved(
+        {p.name: (lambda p=p: entropies()[p](h)) for p, a in answers.items() if isinstance(a, float)},
+        rounds=7 if quick else 25,
+        target=0.01,
+    )
+    rows = []
+    for provider, answer in answers.items():
+        right = truth if provider.quantity == ENTROPY else rankme_truth(h)
+        row = {"op": "accuracy", "provider": provider.name, "quantity": provider.quantity, "input": case.name}
+        row |= {**columns(h), "truth": right, "answer": str(answer), "error": None}
+        if isinstance(answer, float) and math.isfinite(answer):
+            row |= {"answer": answer, "error": abs(answer - right) / math.log(h.shape[1])}
+        if provider.name in seconds:
+            row |= quantiles(seconds[provider.name])
+        rows.append(row | environment(provider.package))
+    return rows
+
+
+def _covariance_errors(case: Input, h: Tensor) -> list[Row]:
+    matrix, exponent = scaled_covariance(h.double().numpy(), extended=True)
+    truth = np.ldexp(matrix, exponent)
+    norm = float(np.sqrt((truth**2).sum()))
+    return [
+        {
+            "op": "covariance accuracy",
+            "provider": name,
+            "input": case.name,
+            **columns(h),
+            **_covariance_error(call, h, truth, norm),
+            **environment(COVARIANCES[name][1]),
+        }
+        for name, call in covariances().items()
+    ]
+
+
+def _covariance_error(call: Matrix, h: Tensor, truth: np.ndarray, norm: float) -> Row:
+    try:
+        got = call(h).to(torch.float64).numpy().astype(np.longdouble)
+    except Exception as error:  # what a peer raises is its answer
+        return {"answer": type(error).__name__, "error": None}
+    distance = float(np.sqrt(((got - truth) ** 2).sum()))
+    if norm == 0:  # no variance: any is wrong, and there is nothing to divide by
+        return {"error": None, "answer": "0" if distance == 0 else f"{distance:.1e}, not 0"}
+    return {"error": distance / norm}
+
+
 def entropy(quick: bool) -> list[Row]:
     """Rows of all shapes at this process's thread count."""
     rows: list[Row] = []
     threads = torch.get_num_threads()
     rates = measure_rates()
-    for shape in SHAPES:
-        if quick and not shape.quick:
-            continue
+    for shape in chosen(SHAPES, quick):
         rows += _entropy_rows(shape, rates, rounds=9 if quick else 25, budget=4.0 if quick else 10.0)
     assert torch.get_num_threads() == threads  # no import of a peer may change it
     return rows
@@ -113,21 +195,18 @@ def _entropy_rows(shape: Shape, rates: Rates, *, rounds: int, budget: float) -> 
             row |= ratio_columns(ours, theirs) | {"exact": provider.exact}
         if provider.name == "torch, direct" and shape.dtype == "float32":
             row["limit"] = LIMITS[shape.n, shape.d]
-        rows.append(row | environment(*([provider.package] if provider.package else [])))
+        rows.append(row | environment(provider.package))
     return rows
 
 
 def covariance(quick: bool) -> list[Row]:
     """Rows of all shapes at this process's thread count."""
     rows: list[Row] = []
-    for shape in SHAPES:
-        if quick and not shape.quick:
-            continue
+    for shape in chosen(SHAPES, quick):
         h = shape.tensor()
         calls = {name: (lambda call=call, h=h: call(h)) for name, call in covariances().items()}
         seconds = beside("fastent", calls, rounds=9 if quick else 25, budget=3.0 if quick else 8.0)
         for name, (values, ours) in seconds.items():
-            package = COVARIANCES[name][1]
             # bytes: read h + write C (8 d d); flops: all products, or for fastent the lower triangle's
             flops = 2 * shape.n * shape.d**2
             row = {"op": "covariance", "provider": name, **shape.columns, **quantiles(values)}
@@ -138,7 +217,7 @@ def covariance(quick: bool) -> list[Row]:
             }
             if name != "fastent":
                 row |= ratio_columns(ours, values)
-            rows.append(row | environment(*([package] if package else [])))
+            rows.append(row | environment(COVARIANCES[name][1]))
     return rows
 
 
@@ -222,7 +301,7 @@ def plan(quick: bool) -> list[Row]:
     """Rows of all points at this process's thread count."""
     edges = EDGES[:-1] if quick else EDGES
     before = measure_rates(edges)
-    points = [(shape, "check") for shape in CHECKED if shape.quick or not quick]
+    points = [(shape, "check") for shape in chosen(CHECKED, quick)]
     points += [] if quick else [(shape, "extrapolated") for shape in EXTRAPOLATED]
     timings = []
     for shape, _ in points:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastent.grokking.train import storage
 from fastent.grokking.train.environment import describe_environment, version
@@ -171,8 +172,13 @@ def quantiles(seconds: np.ndarray) -> Row:
     return {"us_p20": round(low, 2), "us_p50": round(middle, 2), "us_p80": round(high, 2)}
 
 
-def environment(*packages: str) -> Row:
-    """Machine and versions, for every row; `packages` are distributions whose versions are recorded too."""
+def columns(h: Tensor) -> Row:
+    """Shape and dtype of activations (..., n, d) as columns of a row."""
+    return {"n": h.shape[-2], "d": h.shape[-1], "dtype": str(h.dtype).removeprefix("torch.")}
+
+
+def environment(*packages: str | None) -> Row:
+    """Machine and versions, for every row, and those of the distributions `packages` (None is passed over)."""
     cuda = torch.cuda.is_available()
     known = describe_environment("cuda" if cuda else "cpu")
     return {
@@ -180,7 +186,7 @@ def environment(*packages: str) -> Row:
         "driver": _driver() if cuda else None,
         "cores": os.cpu_count(),
         **{name: known[name] for name in ("python", "torch", "numpy", "triton")},
-        **{package: version(package) for package in packages},
+        **{package: version(package) for package in packages if package},
         "threads": known["threads"],
         "load": round(os.getloadavg()[0], 2),  # above the threads of the benchmark: others were running
         "commit": known["commit"] and known["commit"][:7],
@@ -204,9 +210,20 @@ def pinned(threads: int) -> dict[str, str]:
     return kept | dict.fromkeys(POOLS, str(threads))
 
 
+def nvidia_smi(fields: str) -> list[str]:
+    """Ask the driver's tool for `fields`: a line for each device, without units.
+
+    Raises
+    ------
+    OSError, subprocess.SubprocessError
+        If it is not there, or fails.
+    """
+    command = ("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+
+
 def _driver() -> str | None:
-    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return "\n".join(nvidia_smi("driver_version"))
     except (OSError, subprocess.SubprocessError):
         return None

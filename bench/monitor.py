@@ -1,35 +1,53 @@
-"""What an evaluation costs a training run.
+"""What training and an evaluation in it cost: loops, a step of the stacked trainer, a monitor, a call between steps.
+
+`LOOPS` are the trainer's, a small vision model's and a small causal language model's. Each makes one step when called,
+and comes with the model, the probe and the layer that a user would watch. Data is synthetic and lies in memory: a
+loader would only make the steps longer and the overhead smaller. A probe costs about a third of a step (no backward)
+for as many samples as a batch has, and the entropy; the sizes here are one or two batches, and at least four rows for
+each feature of the layer.
 
 Each question gives its rows at the thread count of its process (`bench.suite`).
 
-`monitor` Runs of the same model, one without a monitor and one for each stride, take turns in blocks of steps (A B C A
-B C ...) in one process, so that they share whatever else the machine does. The overhead of a stride is the time of its
-run over that of the run without, less 1, over whole periods of the stride, with a bootstrap interval. At long strides
-that interval is the noise of two training runs, so each row has `share` too: the median time of a probe over that of
-the steps of a period. Noise hardly touches it, but it leaves out what a probe does to the caches of the next step.
-Modes: plain; ``torch.compile``, where a C++ compiler is there; DDP over two processes (gloo) of one thread each, whose
-rank 0 has the monitor. `in_training` An evaluation between training steps, by provider. `bench.entropy` times a call by
-itself, when the pools of threads of all libraries are at rest. A probe's activations come straight from a forward pass,
-so torch's pool still spins on the cores that another library's pool wakes up on; and the ten training steps that follow
-share the cores with whatever that pool leaves spinning. So here every call comes between steps of a training run, and
-the steps after it are timed too: ``after_us`` is what they take more than the same steps after a probe that nothing was
-computed of, in the same round. `deferred` In line or by a worker: the CPU's choice between the two
-(`fastent.monitor.deferred.WORKER_FROM`) comes from here, from a run with a core to spare: the smallest width from which
-the loop with the worker takes less time at every width, by all of the interval (`worker_from`). A stand-in for training
-multiplies matrices in one thread, several times as long as an eigensolve takes, and asks for the entropy of (512, d)
-activations before each step; the cost of an evaluation is what the loop, the flush at its end included, takes more than
-without.
+`training`
+    For the `paper` model, one step of `plain`, the loop most people would write (`torch.nn.TransformerEncoderLayer`
+    under `torch.nn.Embedding`, `torch.optim.AdamW` as it comes, `cross_entropy`, a batch drawn by an index), and of
+    `fastent`, the stacked trainer, data order included, for 1 seed and for 8. The rows say how many seeds a step
+    covers; ratios are of the time per seed, round by round. The acceptance: 1 seed on 2 threads at most a third of
+    `plain`, and 8 seeds no slower per seed than 1.
+`monitor`
+    Runs of the same model, one without a monitor and one for each stride, take turns in blocks of steps (A B C A B C
+    ...) in one process, so that they share whatever else the machine does. The overhead of a stride is the time of its
+    run over that of the run without, less 1, over whole periods of the stride, with a bootstrap interval. At long
+    strides that interval is the noise of two training runs, so each row has `share` too: the median time of a probe
+    over that of the steps of a period. Noise hardly touches it, but it leaves out what a probe does to the caches of
+    the next step. Modes: plain; ``torch.compile``, where a C++ compiler is there; DDP over two processes (gloo) of one
+    thread each, whose rank 0 has the monitor.
+`in_training`
+    An evaluation between training steps, by provider. `bench.entropy` times a call by itself, when the pools of threads
+    of all libraries are at rest. A probe's activations come straight from a forward pass, so torch's pool still spins
+    on the cores that another library's pool wakes up on; and the ten training steps that follow share the cores with
+    whatever that pool leaves spinning. So here every call comes between steps of a training run, and the steps after it
+    are timed too: ``after_us`` is what they take more than the same steps after a probe that nothing was computed of,
+    in the same round.
+`deferred`
+    In line or by a worker: the CPU's choice between the two (`fastent.monitor.deferred.WORKER_FROM`) comes from here,
+    from a run with a core to spare: the smallest width from which the loop with the worker takes less time at every
+    width, by all of the interval (`worker_from`). A stand-in for training multiplies matrices in one thread, several
+    times as long as an eigensolve takes, and asks for the entropy of (512, d) activations before each step; the cost of
+    an evaluation is what the loop, the flush at its end included, takes more than without.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import shutil
-import socket
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +56,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.nn import functional
 
 import fastent
 from bench.harness import (
@@ -47,18 +66,29 @@ from bench.harness import (
     interleaved,
     median_interval,
     quantiles,
+    ratio,
     ratio_columns,
     read_rows,
     settle,
     write_rows,
 )
 from bench.providers import ENTROPIES, entropies
-from bench.training import LOOPS, TrainingLoop, Wrap
-from fastent.activations import matrix_of
+from fastent.activations import Tokens, matrix_of
 from fastent.covariance import centered_matrix
+from fastent.grokking.train.config import TrainConfig, preset
+from fastent.grokking.train.models import plain_model
+from fastent.grokking.train.stack import Stack
+from fastent.grokking.train.tasks import Task, make_task, probe_index, split
 from fastent.linalg import eigenvalues
 from fastent.monitor.deferred import DeferredEntropy, Device, Host, in_line
 from fastent.monitor.probe import Watched
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "paper": {},
+    "paper, mean readout": {"readout": "mean"},
+    "paper, with =": {"equals_token": True},
+    "MLP": {"model": "mlp"},
+}
 
 STRIDES = (1, 10, 100, 200, 1000)
 LIMIT_STRIDE, LIMIT = 200, 0.01
@@ -73,6 +103,234 @@ N = 512
 WIDTHS = (64, 128, 256, 512)
 STEPS = 8
 WORK = 3.0  # a step's work over an eigensolve's time
+
+
+@dataclass
+class TrainingLoop:
+    """One training run.
+
+    Attributes
+    ----------
+    model : nn.Module or None
+        What is trained, wrapped or compiled where asked for; None where activations are handed over (`activations`).
+    step : callable
+        Makes one step.
+    probe : Tensor
+        What the monitor runs.
+    layer : str or callable
+        What it watches.
+    tokens : str, optional
+        As `fastent.SpectralEntropyMonitor` takes it.
+    activations : callable, optional
+        Where the loop itself forms them.
+    """
+
+    model: nn.Module | None
+    step: Callable[[], object]
+    probe: Tensor
+    layer: Any
+    tokens: Tokens | None = None
+    activations: Callable[[], Tensor] | None = None
+
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+def trainer(wrap: Wrap, seed: int) -> TrainingLoop:
+    """Train the `paper` preset's Transformer as an ordinary module; 512 pairs a batch, 512 in the probe, d = 128."""
+    config = preset("paper")
+    task, train, batch = _pairs(config, seed)
+    probe = task.inputs[probe_index(train, config.probe_size, seed, "train")]
+    return _loop(plain_model(config, task), wrap, batch, probe, "layer", "last")
+
+
+def _pairs(config: TrainConfig, seed: int) -> tuple[Task, Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+    """Task, training pairs, and what draws a batch of them by an index."""
+    task = make_task(config)
+    train = split(task, config.train_fraction, seed)[0]
+    inputs, labels = task.inputs[train], task.labels[train]
+
+    def batch() -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(train), (config.batch_size,))
+        return inputs[rows], labels[rows]
+
+    return task, train, batch
+
+
+def stacked(wrap: Wrap, seed: int) -> TrainingLoop:
+    """Train the same by the trainer's own step (`fastent.grokking.train.stack`), which is several times as fast."""
+    stack = Stack(preset("paper"), [seed])
+    return TrainingLoop(
+        None, stack.train_step, torch.empty(0), None, None, lambda: stack.representations()[0]
+    )
+
+
+class Vision(nn.Module):
+    """Residual network of seven convolutions on 32 x 32 images, 64 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (16, 16, 32, 64)
+        self.stem = nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False)
+        self.stages = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "down": nn.Conv2d(a, b, 3, stride=1 if a == b else 2, padding=1, bias=False),
+                    "norm1": nn.BatchNorm2d(b),
+                    "conv": nn.Conv2d(b, b, 3, padding=1, bias=False),
+                    "norm2": nn.BatchNorm2d(b),
+                }
+            )
+            for a, b in itertools.pairwise(widths)
+        )
+        self.features = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(widths[-1], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, 10) of images (N, 3, 32, 32)."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = functional.relu(stage["norm1"](stage["down"](x)))
+            x = functional.relu(x + stage["norm2"](stage["conv"](x)))
+        return self.head(self.features(x))
+
+
+def vision(wrap: Wrap, seed: int) -> TrainingLoop:
+    """Train it on 128 images a batch; 256 in the probe, d = 64."""
+    images, labels = torch.randn(1024, 3, 32, 32), torch.randint(10, (1024,))
+
+    def batch() -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(images), (128,))
+        return images[rows], labels[rows]
+
+    return _loop(Vision(), wrap, batch, images[:256], "features", None)
+
+
+class Language(nn.Module):
+    """Causal language model: two pre-norm blocks of width 128, 64 tokens, a vocabulary of 256."""
+
+    def __init__(self, vocabulary: int = 256, width: int = 128, length: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(width),
+                    "attention": nn.Linear(width, 3 * width),
+                    "out": nn.Linear(width, width),
+                    "norm2": nn.LayerNorm(width),
+                    "up": nn.Linear(width, 4 * width),
+                    "down": nn.Linear(4 * width, width),
+                }
+            )
+            for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (N, T, vocabulary) of tokens (N, T)."""
+        n, t = tokens.shape
+        x = self.tokens(tokens) + self.positions.weight[:t]
+        for block in self.blocks:
+            q, k, v = (
+                part.view(n, t, self.heads, -1).transpose(1, 2)
+                for part in block["attention"](block["norm1"](x)).chunk(3, dim=-1)
+            )
+            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + block["out"](mixed.transpose(1, 2).flatten(2))
+            x = x + block["down"](functional.gelu(block["up"](block["norm2"](x))))
+        return self.head(self.norm(x))
+
+
+def language(wrap: Wrap, seed: int) -> TrainingLoop:
+    """Train it on 8 sequences of 64 tokens a batch; 16 in the probe, every token but the first a row, d = 128."""
+    text = torch.randint(256, (512, 65))
+
+    def batch() -> tuple[Tensor, Tensor]:
+        rows = text[torch.randint(len(text), (8,))]
+        return rows[:, :-1], rows[:, 1:].flatten()
+
+    return _loop(Language(), wrap, batch, text[:16, :-1].clone(), "norm", "skip_first")
+
+
+def _loop(
+    model: nn.Module,
+    wrap: Wrap,
+    batch: Callable[[], tuple[Tensor, Tensor]],
+    probe: Tensor,
+    layer: str,
+    tokens: Tokens | None,
+) -> TrainingLoop:
+    model = wrap(model)
+    step = _step(model, torch.optim.AdamW(model.parameters(), lr=1e-3), batch)
+    return TrainingLoop(model, step, probe, layer, tokens)
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[], tuple[Tensor, Tensor]]
+) -> Callable[[], None]:
+    def step() -> None:
+        x, y = batch()
+        loss = functional.cross_entropy(model(x).flatten(0, -2), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+LOOPS: dict[str, Callable[[Wrap, int], TrainingLoop]] = {
+    "trainer's model": trainer,
+    "trainer, stacked": stacked,
+    "vision": vision,
+    "language": language,
+}
+
+
+def plain_step(config: TrainConfig, seed: int) -> Callable[[], object]:
+    """Return one step of the loop most people would write."""
+    torch.manual_seed(seed)
+    task, _, batch = _pairs(config, seed)
+    model = plain_model(config, task)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas
+    )
+    return _step(model, optimizer, batch)
+
+
+def training(quick: bool) -> list[Row]:
+    """Rows of every variant at this process's thread count; the ratios are printed. `quick`: of the first."""
+    rows = []
+    for name in list(VARIANTS)[:1] if quick else VARIANTS:
+        config = replace(preset("paper"), **VARIANTS[name])  # type: ignore[arg-type]
+        calls = {
+            "plain": plain_step(config, 1000),
+            "fastent": Stack(config, [1000]).train_step,
+            "fastent x8": Stack(config, range(1000, 1008)).train_step,
+        }
+        seconds = interleaved(calls, rounds=5 if quick else 25)
+        seconds["fastent x8"] = seconds["fastent x8"] / 8
+        for provider, values in seconds.items():
+            rows.append(
+                {
+                    "op": "training step, per seed",
+                    "model": name,
+                    "provider": provider.split()[0],
+                    "seeds": 8 if provider.endswith("x8") else 1,
+                    **quantiles(values),
+                    **environment(),
+                }
+            )
+        one = ratio(seconds["plain"], seconds["fastent"])
+        eight = ratio(seconds["fastent x8"], seconds["fastent"])
+        print(
+            f"{name}: {one[0]:.1f} times faster than plain ({one[1]:.1f} to {one[2]:.1f}); 8 seeds take "
+            f"{eight[0]:.2f} ({eight[1]:.2f} to {eight[2]:.2f}) of 1 seed's time per seed"
+        )
+    return rows
 
 
 class TimedRun:
@@ -231,7 +489,7 @@ def monitor(quick: bool) -> list[Row]:
         if quick or torch.get_num_threads() > 1:
             continue  # the other modes at one thread only, which each process of DDP has
         if has_compiler():
-            wrapped = functools.partial(make, _compiled)
+            wrapped = functools.partial(make, torch.compile)
             rows += _monitor_rows(name, "compiled", compare(wrapped, *settings(quick, "compiled")))
         if dist.is_available() and dist.is_gloo_available():
             rows += distributed(name)
@@ -242,10 +500,6 @@ def _as_it_is(model: nn.Module) -> nn.Module:
     return model
 
 
-def _compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(model)  # type: ignore[return-value]
-
-
 def has_compiler() -> bool:
     """Whether ``torch.compile`` finds the C++ compiler that it needs on a CPU."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
@@ -254,29 +508,21 @@ def has_compiler() -> bool:
 def distributed(name: str) -> list[Row]:
     """Rows of a loop under DDP with two processes."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.jsonl"
-        mp.spawn(_rank, args=(name, _free_port(), str(out)), nprocs=2)
-        return read_rows(out)
+        mp.spawn(_rank, args=(name, folder), nprocs=2)
+        return read_rows(Path(folder) / "rows.jsonl")
 
 
-def _rank(rank: int, name: str, port: int, out: str) -> None:
+def _rank(rank: int, name: str, folder: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
     wrap: Wrap = nn.parallel.DistributedDataParallel
     strides, periods, steps = settings(False, "DDP")
     runs = compare(functools.partial(LOOPS[name], wrap), strides, periods, steps, watched=rank == 0)
     if rank == 0:
-        write_rows(Path(out), _monitor_rows(name, "DDP, 2 processes", runs))
+        write_rows(Path(folder) / "rows.jsonl", _monitor_rows(name, "DDP, 2 processes", runs))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def probed(loop: TrainingLoop) -> Callable[[], Tensor]:
@@ -330,7 +576,7 @@ def _call_rows(name: str, loop: TrainingLoop, rounds: int) -> list[Row]:
         row |= excess(after, seconds[None][1])
         if provider is not ENTROPIES[0]:
             row |= ratio_columns(seconds[ENTROPIES[0].name][0], values)
-        rows.append(row | environment(*([provider.package] if provider.package else [])))
+        rows.append(row | environment(provider.package))
     return rows
 
 
@@ -371,16 +617,6 @@ def _steps(h: Tensor, work: int, evaluations: DeferredEntropy | None) -> Callabl
     return loop
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median time of a call."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
 def _deferred_rows(d: int) -> list[Row]:
     """Rows for one width: the cost of an evaluation on the training thread, in line and by the worker."""
     host = Host()
@@ -391,7 +627,8 @@ def _deferred_rows(d: int) -> list[Row]:
     h = torch.randn(N, d)
     matrix = centered_matrix(h)
     a = torch.randn(128, 128)
-    work = max(1, round(WORK * _seconds(lambda: eigenvalues(matrix), 5) / _seconds(lambda: a @ a, 200)))
+    solve = np.median(timeit.repeat(lambda: eigenvalues(matrix), number=1, repeat=5))
+    work = max(1, round(WORK * solve / np.median(timeit.repeat(lambda: a @ a, number=1, repeat=200))))
     providers = {
         "none": _steps(h, work, None),
         "in line": _steps(h, work, DeferredEntropy(device_of=in_line)),
@@ -410,8 +647,10 @@ def _deferred_rows(d: int) -> list[Row]:
 
 
 def deferred(quick: bool) -> list[Row]:
-    """Rows of all widths; `quick`: of the first two."""
-    return [row for d in (WIDTHS[:2] if quick else WIDTHS) for row in _deferred_rows(d)]
+    """Rows of all widths; `quick`: of the first two. The edge from which on the worker gains is printed."""
+    rows = [row for d in (WIDTHS[:2] if quick else WIDTHS) for row in _deferred_rows(d)]
+    print(f"the worker gains from d = {worker_from(rows)} on")
+    return rows
 
 
 def worker_from(rows: list[Row]) -> int | None:

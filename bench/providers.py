@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -57,6 +57,11 @@ class Shape:
     def columns(self) -> dict[str, object]:
         """Columns of a row."""
         return {"n": self.n, "d": self.d, "dtype": self.dtype}
+
+
+def chosen(shapes: Iterable[Shape], quick: bool) -> list[Shape]:
+    """All of them, or the ones for ``--quick``."""
+    return [shape for shape in shapes if shape.quick or not quick]
 
 
 SHAPES = (
@@ -174,6 +179,11 @@ def direct_covariance(h: Tensor) -> Tensor:
     x = h.double()
     x = x - x.mean(0)
     return x.T @ x / x.shape[0]
+
+
+def torch_cov(h: Tensor) -> Tensor:
+    """``torch.cov`` with the normaliser 1/n, of a float64 copy."""
+    return torch.cov(h.double().T, correction=0)
 
 
 def numpy_covariance(h: Tensor) -> np.ndarray:
@@ -373,7 +383,7 @@ ENTROPIES = (
 COVARIANCES: dict[str, tuple[Callable[[], Matrix], str | None]] = {
     "fastent": (lambda: fastent.covariance, None),
     "torch, direct": (lambda: direct_covariance, None),
-    "torch.cov": (lambda: lambda h: torch.cov(h.double().T, correction=0), None),
+    "torch.cov": (lambda: torch_cov, None),
     "numpy.cov": (lambda: lambda h: torch.from_numpy(numpy_covariance(h)), "numpy"),
     "ssrlib, streaming": (ssrlib_streaming, "ssrlib"),
     "torchmetrics FID states": (torchmetrics_covariance, "torchmetrics"),

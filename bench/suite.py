@@ -51,14 +51,14 @@ class Question:
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 QUESTIONS = {
     "imports": Question("counters.imports", (1,)),
-    "accuracy": Question("accuracy.accuracy", (1,)),
+    "accuracy": Question("entropy.accuracy", (1,)),
     "memory": Question("counters.memory", (1,), changes=MAPPED),
     "covariance": Question("entropy.covariance"),
     "entropy": Question("entropy.entropy"),
     "eigensolve": Question("entropy.eigensolve"),
     "in_training": Question("monitor.in_training"),
     "monitor": Question("monitor.monitor"),
-    "training": Question("training.training", (2, 1)),
+    "training": Question("monitor.training", (2, 1)),
     "forecast": Question("entropy.forecast", (1,)),
     "plan": Question("entropy.plan"),
     "deferred": Question("monitor.deferred", (1,), usual=False),

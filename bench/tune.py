@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_device import Session, activations, device_times
+from bench.gpu import Session, activations, device_times
 from bench.harness import Row, quantiles, write_rows
 from fastent.kernels import launch
 from fastent.kernels.compile import DTYPES, LAYOUTS, Resources, _launches_of, measure

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import monitor
-from bench.training import TrainingLoop
+from bench.monitor import TrainingLoop
 
 
 def test_the_overhead_of_a_run_is_that_of_its_probes_at_every_stride():
