@@ -104,7 +104,7 @@ GRIDS: dict[str, list[Stage]] = {
         (_PAPER_SHARED, [{}], (1001,)),
         (_PAPER_SHARED, _PAPER_AGAIN, (1001, 1002)),
     ],
-    "companion": [(asdict(PRESETS["companion"]), [{}], (1000, 1001))],
+    "companion": [(asdict(PRESETS["companion"]), [{}], (1000, 1001, 1002, 1003))],
 }
 """Stages of a grid: what all trials of a stage share, the trials, and their seeds."""
 

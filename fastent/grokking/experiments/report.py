@@ -565,8 +565,8 @@ def _settings(experiment: str, preset: str, changes: str) -> dict[tuple[str, str
 def _options(changes: dict[str, Any]) -> list[str]:
     words = []
     for key, value in changes.items():
-        words.append(f"--{key.replace('_', '-')}")
-        if value is not True:
+        words.append(f"--{'no-' if value is False else ''}{key.replace('_', '-')}")
+        if not isinstance(value, bool):
             words += map(str, value if isinstance(value, list) else [value])
     return words
 

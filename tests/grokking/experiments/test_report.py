@@ -279,15 +279,15 @@ def write(out, job):
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("name", "given"),
     [
-        {},
-        {"learning_rate": 0.003, "max_steps": 8000},
-        {"hidden": (64, 32), "equals_token": True, "weight_decay": 0.5},
+        ("quick", {"hidden": (64, 32), "equals_token": True, "weight_decay": 0.5}),
+        ("paper", {}),
+        ("paper", {"learning_rate": 0.003, "max_steps": 8000}),
+        ("companion", {"final_norm": False, "entropy_at": "readout"}),
     ],
-    ids=lambda given: ", ".join(given) or "the preset",
+    ids=lambda value: value if isinstance(value, str) else ", ".join(value) or "as it is",
 )
-@pytest.mark.parametrize("name", ["quick", "paper"])
 def test_every_command_asks_for_the_runs_it_stands_for(tmp_path, monkeypatch, name, given):
     made = {}
     for experiment in JOBS:

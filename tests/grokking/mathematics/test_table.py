@@ -115,6 +115,14 @@ def test_followed_runs_are_written_and_read_back_and_drawn(tmp_path, monkeypatch
         figures.draw_all(tmp_path / "figures", tmp_path)
 
 
+def test_a_task_is_followed_at_its_own_share_of_the_pairs(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runs, "follow", lambda config, seed, **_: seen.append(config))
+    runs.main([str(tmp_path), "--preset", "paper", "--task", "s5", "--seeds", "0"])
+    assert seen == [preset("paper", task="s5")]
+    assert seen[0].train_fraction == 0.5
+
+
 def test_measuring_a_run_leaves_its_training_as_it_is():
     from fastent.grokking.train.stack import Stack
 
