@@ -159,8 +159,8 @@ class TrainConfig:
         >>> TrainConfig().last_step(20_000)
         24000
         """
-        past = max(self.run_past_steps, round(self.run_past_share * t_grok))
-        return min(self.max_steps, t_grok + past)
+        past = max(self.run_past_steps, self.run_past_share * t_grok)
+        return min(self.max_steps, math.ceil(t_grok + past))
 
 
 def _require(holds: bool, rule: str) -> None:

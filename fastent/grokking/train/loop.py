@@ -296,10 +296,7 @@ class _Training:
         if not run.evaluation_due(step):
             return None
         grokked = reached(run.metrics.rows, config)["t_grok_sustained"]
-        if grokked is None:
-            return None
-        beyond = max(config.run_past_steps, config.run_past_share * grokked)
-        return "grokked" if step >= grokked + beyond else None
+        return "grokked" if grokked is not None and step >= config.last_step(grokked) else None
 
     def _save(self, step: int) -> None:
         for run in self._recorded(step):
