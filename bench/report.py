@@ -12,6 +12,7 @@ from the rows.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -21,17 +22,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from bench.harness import ROOT, Row, read_rows
 from bench.providers import ENTROPIES
 from fastent.grokking.experiments.document import markdown_table, marked
-from fastent.grokking.experiments.figures import LIGHT
+from fastent.grokking.experiments.figures import LIGHT, WIDTH, save_png
 
 Table = Callable[[list[Row]], str]
-Draw = Callable[[list[Row], Path], None]
+Draw = Callable[[list[Row]], Figure]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def write(
         parts += [f"## {section.title}", section.table(done), *([section.note] if section.note else [])]
         if section.draw is not None:
             files.append(out / f"{name.replace(' ', '-')}.png")
-            section.draw(done, files[-1])
+            save_png(functools.partial(section.draw, done), files[-1], dpi=110)
             parts.append(f"![{section.title}]({files[-1].name})")
     skipped = [row for row in everything if "skipped" in row]
     if skipped:
@@ -329,11 +329,9 @@ def correctness_table(rows: list[Row]) -> str:
     return markdown_table(header, lines)
 
 
+LOOKS = ((LIGHT.entropy, "o"), (LIGHT.test, "s"), (LIGHT.norm, "D"), (LIGHT.signal, "^"))
 STYLES = {
-    "fastent": (LIGHT.entropy, "o"),
-    "torch, direct": (LIGHT.test, "s"),
-    "numpy": (LIGHT.norm, "D"),
-    "scikit-learn PCA, full": (LIGHT.signal, "^"),
+    **dict(zip(("fastent", "torch, direct", "numpy", "scikit-learn PCA, full"), LOOKS, strict=True)),
     "scikit-learn PCA, covariance": (LIGHT.signal, "v"),
     "scikit-learn PCA, no copy": (LIGHT.signal, "1"),
     "ssrlib": ("#8a6d00", "<"),
@@ -358,7 +356,7 @@ SMALLEST = 1e-17  # errors of 0 are drawn here
 WRONG = 3.0  # and answers that are no number here
 
 
-def _accuracy(rows: list[Row], path: Path) -> None:
+def _accuracy(rows: list[Row]) -> Figure:
     rows = [row for row in rows if row["op"] == "accuracy"]
     inputs, drawn = list(dict.fromkeys(row["input"] for row in rows)), styles(rows)
     figure, axes = _figure(3, -(-len(inputs) // 3), height=2.5)
@@ -369,7 +367,7 @@ def _accuracy(rows: list[Row], path: Path) -> None:
             ax.plot(row["us_p50"] / 1e3, error, marker, color=colour, label=row["provider"], markersize=6)
         ax.set(xscale="log", yscale="log", ylim=(SMALLEST / 3, 10), title=name)
         _plain_ticks(ax.xaxis)
-        ax.axhline(1e-12, color=LIGHT.faint, linewidth=1, zorder=0)
+        ax.axhline(1e-12, color=LIGHT.ink, linewidth=0.8, linestyle="--")
         ax.set_yticks([1e-16, 1e-12, 1e-8, 1e-4, 1])
     for ax in axes[len(inputs) :]:
         ax.set_axis_off()
@@ -377,13 +375,13 @@ def _accuracy(rows: list[Row], path: Path) -> None:
         ax.set_xlabel("time of a call [ms]")
     for ax in axes[::3]:
         ax.set_ylabel("error of H / log d")
-    _finish(figure, axes, path, columns=4)
+    return _with_legend(figure, columns=4)
 
 
-def _overhead(rows: list[Row], path: Path) -> None:
+def _overhead(rows: list[Row]) -> Figure:
     modes = list(dict.fromkeys((row["mode"], row["threads"]) for row in rows))
     figure, axes = _figure(len(modes), 1, height=3.4)
-    colours = dict(zip(dict.fromkeys(row["loop"] for row in rows), _palette(), strict=False))
+    colours = dict(zip(dict.fromkeys(row["loop"] for row in rows), LOOKS, strict=False))
     for ax, (mode, threads) in zip(axes, modes, strict=True):
         for loop, (colour, marker) in colours.items():
             points = [
@@ -406,16 +404,16 @@ def _overhead(rows: list[Row], path: Path) -> None:
                 shift, middle, [middle - low, high - middle], fmt=".", color=colour, alpha=0.6, capsize=2
             )
         ax.axhline(1.0, color=LIGHT.ink, linewidth=0.8, linestyle="--")
-        ax.axvline(200, color=LIGHT.faint, linewidth=0.8, zorder=0)
+        ax.axvline(200, color=LIGHT.ink, linewidth=0.8, linestyle=":", zorder=0)
         ax.set(xscale="log", yscale="log", xlabel="steps between probes", ylim=(0.01, 300))
         _plain_ticks(ax.yaxis, 1.0)
         _plain_ticks(ax.xaxis, 1.0)
         ax.set_title(f"{mode}, {_threads(threads)}")
     axes[0].set_ylabel("overhead [%]; dashed: 1 %")
-    _finish(figure, axes, path, columns=4)
+    return _with_legend(figure, columns=4)
 
 
-def _cost(rows: list[Row], path: Path) -> None:
+def _cost(rows: list[Row]) -> Figure:
     threads = sorted({row["threads"] for row in rows})
     figure, axes = _figure(2, len(threads), height=3.2)
     for i, count in enumerate(threads):
@@ -448,7 +446,7 @@ def _cost(rows: list[Row], path: Path) -> None:
             _plain_ticks(ax.yaxis)
             ax.set_title(f"{'N' if fixed == 'n' else fixed} = {value}, {_threads(count)}")
         axes[2 * i].set_ylabel("time of a call [ms]")
-    _finish(figure, axes, path, columns=4)
+    return _with_legend(figure, columns=4)
 
 
 def _plain_ticks(axis: Any, *multiples: float) -> None:
@@ -458,37 +456,25 @@ def _plain_ticks(axis: Any, *multiples: float) -> None:
     axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _palette() -> list[tuple[str, str]]:
-    return [(LIGHT.entropy, "o"), (LIGHT.test, "s"), (LIGHT.norm, "D"), (LIGHT.signal, "^")]
+def _figure(columns: int, lines: int, *, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height * lines + 0.9), layout="constrained")
+    return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
 
 
-def _figure(columns: int, lines: int, *, height: float) -> tuple[Any, list[Axes]]:
-    figure = Figure(figsize=(10.0, height * lines + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False)
-    return figure, list(axes.flat)
-
-
-def _finish(figure: Any, axes: list[Axes], path: Path, *, columns: int) -> None:
+def _with_legend(figure: Figure, *, columns: int) -> Figure:
+    """Put one legend under all panels."""
     entries: dict[str, Any] = {}
-    for ax in axes:
+    for ax in figure.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.title.set_fontsize(9)
         ax.tick_params(labelsize=8)
     figure.legend(
-        list(entries.values()),
-        list(entries),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=8,
+        list(entries.values()), list(entries), loc="outside lower center", ncols=columns, fontsize=8
     )
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return figure
 
 
-def _kernel(rows: list[Row], path: Path) -> None:
+def _kernel(rows: list[Row]) -> Figure:
     """Time against d for each n, warm cache, and the floor dashed; bfloat16, one matrix."""
     rows = [row for row in rows if (row["batch"], row["dtype"], row["cache"]) == (1, "bfloat16", "warm")]
     figure, axes = _figure(1, 1, height=4.0)
@@ -498,23 +484,23 @@ def _kernel(rows: list[Row], path: Path) -> None:
         axes[0].loglog(widths, [row["us_p50"] for row in found], f"C{k}o-", label=f"n = {n}")
         axes[0].loglog(widths, [row["floor_us"] for row in found], f"C{k}--", linewidth=0.8)
     axes[0].set(xlabel="d", ylabel="kernel time [us]; dashed: floor")
-    _finish(figure, axes, path, columns=4)
+    return _with_legend(figure, columns=4)
 
 
-def _over_fastent(rows: list[Row], path: Path) -> None:
+def _over_fastent(rows: list[Row]) -> Figure:
     """Time over fastent's, for each provider over the shapes."""
     figure, axes = _figure(1, 1, height=4.0)
     shapes = list(dict.fromkeys(f"{row['n']} x {row['d']}" for row in rows))
     for provider, group in _group(rows, lambda row: row["provider"]).items():
         places = [shapes.index(f"{row['n']} x {row['d']}") for row in group]
         axes[0].semilogy(places, [row["over_fastent"] for row in group], "o", label=provider)
-    axes[0].axhline(1.0, color=LIGHT.faint, linewidth=0.8)
+    axes[0].axhline(1.0, color=LIGHT.ink, linewidth=0.8, linestyle="--")
     axes[0].set_xticks(range(len(shapes)), shapes)
     axes[0].set_ylabel("time over fastent's")
-    _finish(figure, axes, path, columns=4)
+    return _with_legend(figure, columns=4)
 
 
-def _slowdowns(rows: list[Row], path: Path) -> None:
+def _slowdowns(rows: list[Row]) -> Figure:
     """Slowdown of a step in percent against the stride of the probe."""
     figure, axes = _figure(1, 1, height=4.0)
     for (step, provider), found in _group(rows, lambda row: (row["step"], row["provider"])).items():
@@ -530,7 +516,7 @@ def _slowdowns(rows: list[Row], path: Path) -> None:
             label=f"{step}: {provider}",
         )
     axes[0].set(xscale="log", xlabel="steps from one probe to the next", ylabel="slowdown [%]")
-    _finish(figure, axes, path, columns=2)
+    return _with_legend(figure, columns=2)
 
 
 _TIMES: dict[str, Callable[[Row], object]] = {
