@@ -56,6 +56,9 @@ class Task:
     classes: int
 
 
+_OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "mul_nonzero": np.multiply}
+
+
 def make_task(config: TrainConfig) -> Task:
     """Tabulate the task of a configuration.
 
@@ -71,25 +74,16 @@ def make_task(config: TrainConfig) -> Task:
     """
     p = config.modulus
     if config.task == "s5":
-        table = _composition(5)
-        name = "S5"
-    else:
-        first, second = np.meshgrid(np.arange(p), np.arange(p), indexing="ij")
+        table, name = _composition(5), "S5"
+    elif config.task in _OPERATIONS:
+        table = _OPERATIONS[config.task].outer(np.arange(p), np.arange(p)) % p
         name = f"{config.task} mod {p}"
-        if config.task == "add":
-            table = (first + second) % p
-        elif config.task == "sub":
-            table = (first - second) % p
-        elif config.task == "mul":
-            table = first * second % p
-        elif config.task == "mul_nonzero":
-            if p < 3 or any(p % q == 0 for q in range(2, int(p**0.5) + 1)):
-                raise ValueError(
-                    f"mul_nonzero needs a prime modulus of at least 3, or products are 0; got {p}"
-                )
-            table = (first * second % p)[1:, 1:] - 1
-        else:
-            raise ValueError(f"task must be add, sub, mul, mul_nonzero or s5; got {config.task!r}")
+    else:
+        raise ValueError(f"task must be add, sub, mul, mul_nonzero or s5; got {config.task!r}")
+    if config.task == "mul_nonzero":
+        if p < 3 or any(p % q == 0 for q in range(2, int(p**0.5) + 1)):
+            raise ValueError(f"mul_nonzero needs a prime modulus of at least 3, or products are 0; got {p}")
+        table = table[1:, 1:] - 1
     n = len(table)
     # The tokens of each operand.
     written = _permutations(5) if config.operand_tokens == "images" else np.arange(n).reshape(n, 1)

@@ -21,6 +21,7 @@ CONFIG = preset(
     "paper", modulus=11, width=16, feedforward=32, heads=2, batch_size=24, probe_size=32, train_fraction=0.6,
     learning_rate=1e-2, evaluate_every=5, max_steps=20,
 )  # fmt: skip
+FINAL = dataclasses.replace(CONFIG, final_norm=True)
 MLP = dataclasses.replace(CONFIG, model="mlp", hidden=(24, 16))
 
 
@@ -44,7 +45,7 @@ def gradients(module, loss):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.4, 1.0])
 @pytest.mark.parametrize("average", ["losses", "logits"])
-@pytest.mark.parametrize("config", [CONFIG, MLP], ids=["transformer", "mlp"])
+@pytest.mark.parametrize("config", [CONFIG, FINAL, MLP], ids=["transformer", "final norm", "mlp"])
 def test_first_moment_after_a_step_is_the_autograd_gradient_of_the_papers_formula(config, average, alpha):
     task = make_task(config)
     mixed = stack(f"{average}-{alpha:g}", config=config, dtype=torch.float64)
@@ -59,6 +60,8 @@ def test_first_moment_after_a_step_is_the_autograd_gradient_of_the_papers_formul
     pairs = split(task, config.train_fraction, 1)[0]
     pairs = pairs[torch.from_numpy(batch_index(1, 0, len(pairs), config.batch_size))]
     hidden, labels = module.represent(task.inputs[pairs]), task.labels[pairs]
+    if config.final_norm:  # what the head gets is mixed
+        hidden = module.final_norm(hidden)
     # Appendix C: h~_i = (1 - a) h_i + a h_(i+1), cyclic; both logits by the same head.
     neighbour = hidden[torch.arange(1, len(hidden) + 1) % len(hidden)]
     logits = module.head(hidden), module.head((1 - alpha) * hidden + alpha * neighbour)

@@ -1,5 +1,6 @@
 """The stacked models against their plain modules: same weights, same loss and gradients, over every variant."""
 
+import dataclasses
 import itertools
 import math
 
@@ -20,58 +21,44 @@ from fastent.grokking.train.tasks import make_task
 
 TINY = {"modulus": 11, "width": 16, "heads": 4, "feedforward": 24}
 
-TRANSFORMERS = [
-    TrainConfig(
-        readout=readout,
-        equals_token=equals,
-        norm_place=place,
-        activation=activation,
-        separate_tokens=separate,
-        **TINY,
-    )
-    for readout, equals, place, activation, separate in itertools.product(
-        ("last", "mean"), (False, True), ("post", "pre", "none"), ("relu", "gelu"), (False, True)
-    )
-]
-TRANSFORMERS += [
-    TrainConfig(readout=readout, norm_place=place, final_norm=True, entropy_at=at, **TINY)
-    for readout, place, at in itertools.product(
-        ("last", "mean"), ("post", "pre", "none"), ("readout", "final_norm")
-    )
-]
-TRANSFORMERS += [
-    TrainConfig(
-        task="s5",
-        operand_tokens="images",
-        readout=readout,
-        equals_token=equals,
-        separate_tokens=separate,
-        norm_place="pre",
-        **TINY,
-    )
-    for readout, equals, separate in (
-        ("last", False, False),
-        ("last", True, True),
-        ("mean", False, True),
-        ("mean", True, False),
-    )
-]
-MLPS = [
-    TrainConfig(
-        model="mlp", combine=combine, activation=activation, separate_tokens=separate, hidden=hidden, **TINY
-    )
-    for combine, activation, separate, hidden in itertools.product(
-        ("concat", "sum"), ("relu", "gelu"), (False, True), ((20,), (20, 12))
+
+def every(**choices):
+    return [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
+
+
+NO_YES, READOUTS, PLACES = (False, True), ("last", "mean"), ("post", "pre", "none")
+ACTIVATIONS = ("relu", "gelu")
+CONFIGS = [
+    TrainConfig(**TINY, **choice)
+    for choice in (
+        *every(readout=READOUTS, norm_place=PLACES, equals_token=NO_YES, activation=ACTIVATIONS),
+        *every(readout=READOUTS, equals_token=NO_YES, separate_tokens=(True,)),
+        *every(readout=READOUTS, norm_place=PLACES, final_norm=(True,), entropy_at=("readout", "final_norm")),
+        *every(
+            task=("s5",),
+            operand_tokens=("images",),
+            readout=READOUTS,
+            equals_token=NO_YES,
+            separate_tokens=(True,),
+        ),
+        *every(
+            model=("mlp",),
+            combine=("concat", "sum"),
+            activation=ACTIVATIONS,
+            separate_tokens=NO_YES,
+            hidden=((20,), (20, 12)),
+        ),
     )
 ]
 
 
 def name_of(config):
-    if config.model == "mlp":
-        return f"mlp-{config.combine}-{config.activation}-{config.separate_tokens}-{len(config.hidden)}"
-    equals = "equals" if config.equals_token else "pair"
-    end = f"final-{config.entropy_at}" if config.final_norm else config.separate_tokens
-    return f"{config.task}-{config.readout}-{equals}-{config.norm_place}-{config.activation}-{end}"
+    plain = TrainConfig(**TINY)
+    return ", ".join(
+        f"{field.name} {getattr(config, field.name)}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(plain, field.name)
+    )
 
 
 def stacked(config, seeds, dtype):
@@ -88,7 +75,7 @@ def stacked(config, seeds, dtype):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize("config", TRANSFORMERS + MLPS, ids=name_of)
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_loss_and_gradients_are_the_plain_modules(config, seeds, dtype, tolerance):
     task = make_task(config)
     model = make_model(config, task, torch.device("cpu"))
@@ -115,7 +102,7 @@ def test_loss_and_gradients_are_the_plain_modules(config, seeds, dtype, toleranc
             assert (gradients[name][s] - parameter.grad).abs().max() <= tolerance * size, name
 
 
-@pytest.mark.parametrize("config", [TRANSFORMERS[0], *TRANSFORMERS[-5:], MLPS[0]], ids=name_of)
+@pytest.mark.parametrize("config", CONFIGS[::7], ids=name_of)
 def test_the_plain_module_and_the_stack_agree_on_names_and_shapes(config):
     plain = plain_model(config, make_task(config)).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in plain.items()} == parameter_shapes(
