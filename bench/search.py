@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,18 +107,23 @@ def combinations() -> list[Changes]:
     return [_merged(parts) for parts in product(*ARCHITECTURE)]
 
 
-def points(passing: Sequence[Changes]) -> list[Changes]:
-    """List the settings of the first `POINTS` points of the Sobol sequence whose architecture is in `passing`."""
+@cache
+def _drawn() -> list[tuple[str, Changes]]:
+    """Draw the Sobol sequence: the key of the architecture, and all settings, of each point in its order."""
     choices = (*ARCHITECTURE, *TRAINING)
     generator = np.random.default_rng(SOBOL_SEED)
     found = []
     for u in qmc.Sobol(len(choices) + 2, scramble=True, seed=generator).random(DRAWN):
         picked = [options[int(x * len(options))] for options, x in zip(choices, u, strict=False)]
-        if _merged(picked[: len(ARCHITECTURE)]) in passing:
-            found.append(
-                _merged(picked) | {"train_fraction": _fraction(u[-2]), "learning_rate": _rate(u[-1])}
-            )
-    return found[:POINTS]
+        settings = _merged(picked) | {"train_fraction": _fraction(u[-2]), "learning_rate": _rate(u[-1])}
+        found.append((_key(_merged(picked[: len(ARCHITECTURE)])), settings))
+    return found
+
+
+def points(passing: Iterable[Changes]) -> list[Changes]:
+    """List the settings of the first `POINTS` points of the Sobol sequence whose architecture is in `passing`."""
+    keys = {_key(changes) for changes in passing}
+    return [settings for key, settings in _drawn() if key in keys][:POINTS]
 
 
 def _merged(parts: Iterable[Changes]) -> Changes:
@@ -463,37 +468,39 @@ class _End:
         self.path, self.rung, self.stop = path, rung, stop
 
     def row(self, job: Job, seed: int, row: Row) -> None:
-        if ended(read_rows(self.path), self.rung) is not None:
+        if ended(read_rows(self.path), job.config, self.rung) is not None:
             self.stop.signal = signal.SIGTERM
 
     def done(self, job: Job, seed: int) -> None: ...
 
 
-def ended(rows: Sequence[Row], rung: int) -> list[Row] | None:
+def ended(rows: Sequence[Row], config: TrainConfig, rung: int) -> list[Row] | None:
     """Cut the rows of a run at its end or that of its rung; None if it is not there yet."""
-    grokked = (row["step"] for row in rows if row["step"] <= rung and row["test_accuracy"] >= BASE.criterion)
-    t_grok = next(grokked, None)
-    end = rung if t_grok is None else BASE.last_step(t_grok)
+    found = (row["step"] for row in rows if row["step"] <= rung and row["test_accuracy"] >= config.criterion)
+    t_grok = next(found, None)
+    end = rung if t_grok is None else config.last_step(t_grok)
     return [row for row in rows if row["step"] <= end] if rows and rows[-1]["step"] >= end else None
 
 
-def run_trial(trial: Trial, changes: Changes, scratch: Path) -> Row:
-    """Train a run to the end of its rung, from where its folder has it, and return its row."""
-    job = Job(f"point{trial.point:02}", "baseline", replace(BASE, **changes), (trial.seed,))
-    path = scratch / job.run_name(trial.seed) / "metrics.jsonl"
-    start, stop = time.thread_time(), StopRequest()
-    rows = ended(read_rows(path), trial.rung)
+def evaluations(job: Job, scratch: Path, rung: int) -> list[Row]:
+    """Train the only seed of `job` to `rung`, or to its end after grokking, from where its folder has it."""
+    (seed,) = job.seeds
+    path, stop = scratch / job.run_name(seed) / "metrics.jsonl", StopRequest()
+    rows = ended(read_rows(path), job.config, rung)
     if rows is None:
+        end = _End(path, rung, stop)
         with suppress(Interrupted):
-            train(
-                job,
-                scratch,
-                checkpoint_every=CHECKPOINT_EVERY,
-                observers=[_End(path, trial.rung, stop)],
-                stop=stop,
-            )
-        rows = ended(read_rows(path), trial.rung)
+            train(job, scratch, checkpoint_every=CHECKPOINT_EVERY, observers=[end], stop=stop)
+        rows = ended(read_rows(path), job.config, rung)
     assert rows is not None
+    return rows
+
+
+def run_trial(trial: Trial, changes: Changes, scratch: Path) -> Row:
+    """Train a run to the end of its rung and return its row."""
+    start = time.thread_time()
+    job = Job(f"point{trial.point:02}", "baseline", replace(BASE, **changes), (trial.seed,))
+    rows = evaluations(job, scratch, trial.rung)
     return {
         **trial._asdict(),
         "settings": changes,
