@@ -1,8 +1,8 @@
 """The grids by which the presets were chosen: every trial a line, on seeds that no experiment uses.
 
 ``python -m bench.calibration quick``, ``paper`` or ``companion`` runs the trials of its grid that are not yet in
-``bench/results/calibration-<grid>.jsonl`` and appends them, one thread, one seed at a time. Entropy is the
-reference's. A trial ends as a run of its configuration would.
+``bench/results/calibration-<grid>.jsonl`` and appends them, one thread, one seed at a time. A trial is the
+trainer's run (`bench.search.evaluations`), to the end that its configuration gives it.
 
 Columns: `t_mem`, `t_10`, `t_grok` (first evaluation at 99 % of the training set, 10 % and 99 % of the test set),
 `plateau` (`t_10` - `t_mem`: memorised, and hardly better than chance on the rest), `h_*` and `norm_*` (entropy and
@@ -18,15 +18,16 @@ import time
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from bench.harness import environment
+from bench.search import evaluations
 from fastent.grokking.train.config import PRESETS, TrainConfig
-from fastent.grokking.train.stack import Stack
+from fastent.grokking.train.runs import Job
 from fastent.grokking.train.storage import JsonLines
-from fastent.reference.entropy import spectral_entropy
 
 Changes = dict[str, Any]
 
@@ -111,19 +112,10 @@ GRIDS: dict[str, list[Stage]] = {
 
 def trial(config: TrainConfig, seed: int) -> dict[str, Any]:
     """Train one seed to the end of its run and return the columns."""
-    stack = Stack(config, [seed])
-    start, rows, end = time.thread_time(), [], config.max_steps
-    while True:
-        step = stack.steps_done
-        if step % config.evaluate_every == 0:
-            row = {name: float(value) for name, value in stack.evaluate().items()}
-            row["h"] = spectral_entropy(stack.representations()[0].numpy()).normalized
-            rows.append({"step": step, **row})
-            if row["test_accuracy"] >= config.criterion:
-                end = min(end, config.last_step(step))
-        if step >= end:
-            break
-        stack.train_step()
+    start = time.thread_time()
+    with TemporaryDirectory() as scratch:
+        job = Job("calibration", "baseline", config, (seed,))
+        rows = evaluations(job, Path(scratch), config.max_steps)
     marks = {
         name: next((row for row in rows if row[column] >= level), None)
         for name, column, level in (
@@ -133,8 +125,9 @@ def trial(config: TrainConfig, seed: int) -> dict[str, Any]:
         )
     }
     found: dict[str, Any] = {f"t_{name}": row and row["step"] for name, row in marks.items()}
+    end = rows[-1]["step"]
     found["plateau"] = (found["t_10"] or end) - found["t_mem"] if found["t_mem"] is not None else None
-    for key, column in (("h", "h"), ("norm", "parameter_norm")):
+    for key, column in (("h", "entropy"), ("norm", "parameter_norm")):
         values = [row[column] for row in rows]
         found |= {
             f"{key}_start": values[0],
