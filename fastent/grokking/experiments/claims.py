@@ -377,7 +377,7 @@ def arithmetic_section() -> Section:
         Text("What the paper's printed numbers and sentences say of each other; no run is needed for it."),
         Table("The paper's own arithmetic.", ("Paper", "It prints", "Its own numbers give", ""), rows),
     ]
-    return Section("arithmetic", "The paper's own arithmetic", tuple(blocks))
+    return Section("arithmetic", "Arithmetic: what the paper's numbers say of each other", tuple(blocks))
 
 
 ALPHAS = (0.1, 0.05, 0.01, 0.001)
@@ -475,4 +475,4 @@ def corrections_section() -> Section:
             "2.2). These cannot all hold; section E1 measures it."
         ),
     ]
-    return Section("corrections", "What is not so in the paper", tuple(blocks))
+    return Section("corrections", "Corrections: what is not so in the paper", tuple(blocks))

@@ -1,9 +1,9 @@
 """The report as data: sections of text, tables, figures and code, written as HTML or as Markdown.
 
-Text is plain: a pair of backticks marks code and nothing else is markup. Everything is escaped on the way out, so text
-that comes from a file can hold no tag. The HTML is one page without scripts, fonts or links to anything outside it;
-figures are embedded as SVG data, once for light and once for dark screens. The Markdown links the light figures, which
-the caller writes beside it (`figures_of`).
+Text is plain: a pair of backticks marks code and nothing else is markup; links are `Link`s. Everything is escaped on
+the way out, so text that comes from a file can hold no tag. The HTML is one page without scripts, fonts or links to
+anything outside it; figures are embedded as SVG data, once for light and once for dark screens. The Markdown links the
+light figures, which the caller writes beside it (`figures_of`).
 
 A committed document takes in a section of the report between two comments, which no reader of the page sees::
 
@@ -11,37 +11,23 @@ A committed document takes in a section of the report between two comments, whic
     ...
     <!-- fastent report: end -->
 
-with the section's anchor (summary, e1, ..., arithmetic), its figures left out: they are files of their own. `fill`
-writes what belongs there; `check` says what differs.
+with the section's anchor (summary, e1, ..., arithmetic). `fill` writes what belongs there, and the section's figures as
+files below the document; `check` says what differs, and which of the figures is not there.
 """
 
 from __future__ import annotations
 
 import base64
 import difflib
+import functools
 import html
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from fastent.grokking.train.storage import RunError, write_atomically
-
-
-@dataclass(frozen=True)
-class Text:
-    """One paragraph; `kind` "note" sets it apart as a remark."""
-
-    text: str
-    kind: str = "plain"
-
-
-@dataclass(frozen=True)
-class Code:
-    """Commands or configuration, verbatim."""
-
-    text: str
 
 
 class Verdict(Enum):
@@ -73,8 +59,43 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True)
+class Link:
+    """A link within the report: to the section, the group or the figure that has the anchor."""
+
+    label: str
+    anchor: str
+
+
+Piece = str | Verdict | Link
+Words = Piece | tuple[Piece, ...]
+"""What stands in a paragraph or a cell: text, a verdict, a link, or several of them one after the other."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One paragraph; `kind` "note" sets it apart as a remark."""
+
+    text: Words
+    kind: str = "plain"
+
+
+@dataclass(frozen=True)
+class Items:
+    """A numbered list of short paragraphs."""
+
+    items: tuple[Words, ...]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Commands or configuration, verbatim."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Table:
-    """A table with its caption; a cell is text or a `Verdict`, and the columns in `numbers` align right.
+    """A table with its caption; the columns in `numbers` align right.
 
     Raises
     ------
@@ -84,7 +105,7 @@ class Table:
 
     caption: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str | Verdict, ...], ...]
+    rows: tuple[tuple[Words, ...], ...]
     numbers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -97,16 +118,42 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture as SVG for light and for dark screens; `name` is its file's stem, `alt` is its text."""
+    """A picture; `name` is its anchor and its file's stem, `alt` its text.
+
+    `draw` returns it as SVG for light and for dark screens. It is drawn when it is first asked for, so who reads the
+    words alone waits for no picture.
+    """
 
     name: str
     caption: str
     alt: str
-    light: str
-    dark: str
+    draw: Callable[[], tuple[str, str]]
+
+    @functools.cached_property
+    def _drawn(self) -> tuple[str, str]:
+        return self.draw()
+
+    @property
+    def light(self) -> str:
+        """SVG for light screens."""
+        return self._drawn[0]
+
+    @property
+    def dark(self) -> str:
+        """SVG for dark screens."""
+        return self._drawn[1]
 
 
-Block = Text | Code | Table | Figure
+@dataclass(frozen=True)
+class Group:
+    """Blocks that are folded away behind one line, `summary`, until a reader opens them; no figures."""
+
+    anchor: str
+    summary: Words
+    blocks: tuple[Block, ...]
+
+
+Block = Text | Items | Code | Table | Figure | Group
 
 
 @dataclass(frozen=True)
@@ -117,6 +164,11 @@ class Section:
     title: str
     blocks: tuple[Block, ...]
 
+    @property
+    def short(self) -> str:
+        """Its title for a list of contents: what stands before a colon."""
+        return self.title.partition(":")[0]
+
 
 def figures_of(sections: Sequence[Section]) -> Iterator[Figure]:
     """All figures, in order."""
@@ -124,6 +176,16 @@ def figures_of(sections: Sequence[Section]) -> Iterator[Figure]:
         for block in section.blocks:
             if isinstance(block, Figure):
                 yield block
+
+
+def anchors_of(sections: Sequence[Section]) -> set[str]:
+    """All that a link can lead to."""
+    blocks = [block for section in sections for block in section.blocks]
+    return {
+        *(section.anchor for section in sections),
+        *(block.name for block in blocks if isinstance(block, Figure)),
+        *(block.anchor for block in blocks if isinstance(block, Group)),
+    }
 
 
 def as_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
@@ -141,7 +203,7 @@ def as_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     )
     pages.filters |= {
         "text": lambda text: Markup(html.escape(text)),
-        "inline": lambda text: Markup(_inline(text)),
+        "words": lambda words: Markup(_html(words)),
         "data": _data,
         "kind": lambda block: type(block).__name__,
     }
@@ -152,6 +214,17 @@ def _data(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
+def _html(words: Words) -> str:
+    match words:
+        case tuple():
+            return "".join(map(_html, words))
+        case Verdict():
+            return f'<span class="verdict {words.kind}">{_inline(words.label)}</span>'
+        case Link():
+            return f'<a href="#{html.escape(words.anchor)}">{_inline(words.label)}</a>'
+    return _inline(words)
+
+
 def _inline(text: str) -> str:
     # A number keeps its per cent sign, and n its value, on one line.
     kept = re.sub(r"(?<=\d) %", "&nbsp;%", html.escape(text)).replace("n = ", "n&nbsp;=&nbsp;")
@@ -160,33 +233,66 @@ def _inline(text: str) -> str:
 
 def as_markdown(title: str, subtitle: str, sections: Sequence[Section], figures: str = "figures") -> str:
     """Write the same as Markdown with GitHub's tables; figures are linked as ``<figures>/<name>.svg``."""
+    write = _Markdown(figures, anchors_of(sections))
     parts = [f"# {_plain(title)}", _plain(subtitle)]
     for section in sections:
-        parts += [f"## {_plain(section.title)}", blocks_markdown(section.blocks, figures)]
+        parts += [f"{_place(section.anchor)}\n\n## {_plain(section.title)}", write.blocks(section.blocks)]
     return "\n\n".join(parts) + "\n"
 
 
-def blocks_markdown(blocks: Sequence[Block], figures: str = "figures") -> str:
-    """Write blocks as Markdown, without a heading."""
-    return "\n\n".join(_block_markdown(block, figures) for block in blocks)
+def _place(anchor: str) -> str:
+    return f'<a id="{html.escape(anchor)}"></a>'
 
 
-def _block_markdown(block: Block, figures: str) -> str:
-    match block:
-        case Text(text, kind):
-            return _plain(text) if kind == "plain" else f"> {_plain(text)}"
-        case Code(text):
-            fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-            return f"{fence}\n{text}\n{fence}"
-        case Table():
-            return _table_markdown(block)
-        case Figure():
-            return f"![{_plain(block.alt)}]({figures}/{block.name}.svg)\n\n*{_plain(block.caption)}*"
+@dataclass(frozen=True)
+class _Markdown:
+    """Blocks as Markdown: figures lie in the folder `figures`, and what leads elsewhere than `anchors` is no link."""
+
+    figures: str
+    anchors: Collection[str]
+
+    def blocks(self, blocks: Sequence[Block]) -> str:
+        return "\n\n".join(map(self.block, blocks))
+
+    def block(self, block: Block) -> str:
+        match block:
+            case Text(text, kind):
+                return self.words(text) if kind == "plain" else f"> {self.words(text)}"
+            case Items(items):
+                return "\n".join(f"{place}. {self.words(item)}" for place, item in enumerate(items, 1))
+            case Code(text):
+                fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+                return f"{fence}\n{text}\n{fence}"
+            case Table():
+                columns, *rows = (
+                    [self.words(cell).replace("\n", " ") for cell in row]
+                    for row in (block.columns, *block.rows)
+                )
+                return f"*{_plain(block.caption)}*\n\n" + markdown_table(columns, rows, block.numbers)
+            case Figure():
+                picture = f"![{_plain(block.alt)}]({self.figures}/{block.name}.svg)"
+                return f"{_place(block.name)}\n\n{picture}\n\n*{_plain(block.caption)}*"
+            case Group():
+                # A renderer reads no Markdown in a summary.
+                summary = f"<details>\n<summary>{_text(block.summary)}</summary>"
+                return f"{_place(block.anchor)}\n\n{summary}\n\n{self.blocks(block.blocks)}\n\n</details>"
+
+    def words(self, words: Words) -> str:
+        match words:
+            case tuple():
+                return "".join(map(self.words, words))
+            case Verdict():
+                return _plain(words.label)
+            case Link():
+                label = _plain(words.label)
+                return f"[{label}](#{words.anchor})" if words.anchor in self.anchors else label
+        return _plain(words)
 
 
-def _table_markdown(table: Table) -> str:
-    columns, *rows = ([_cell_markdown(cell) for cell in row] for row in (table.columns, *table.rows))
-    return f"*{_plain(table.caption)}*\n\n" + markdown_table(columns, rows, table.numbers)
+def _text(words: Words) -> str:
+    if isinstance(words, tuple):
+        return "".join(map(_text, words))
+    return html.escape(words if isinstance(words, str) else words.label, quote=False)
 
 
 def markdown_table(
@@ -195,11 +301,6 @@ def markdown_table(
     """Write cells as they are as a Markdown table; the columns at `numbers` align right."""
     rule = ["---:" if i in numbers else "---" for i in range(len(columns))]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (columns, rule, *rows))
-
-
-def _cell_markdown(cell: str | Verdict) -> str:
-    text = cell.label if isinstance(cell, Verdict) else cell
-    return _plain(text).replace("\n", " ")
 
 
 def _plain(text: str) -> str:
@@ -230,8 +331,10 @@ def documents(root: Path) -> list[Path]:
     return [path for path in found if path.is_file() and f"<!-- {TAG}: " in path.read_text(encoding="utf-8")]
 
 
-def filled(text: str, sections: Sequence[Section], name: str) -> str:
-    """Return the document `text`, called `name` in errors, with its parts of the report as `sections` give them.
+def filled(path: Path, sections: Sequence[Section], figures: str) -> tuple[str, list[Figure]]:
+    """Return the text of the document `path` with its parts of the report as `sections` give them, and their figures.
+
+    Its figures are linked as ``<figures>/<name>.svg``.
 
     Raises
     ------
@@ -239,34 +342,48 @@ def filled(text: str, sections: Sequence[Section], name: str) -> str:
         If it takes in no part, or a section that the report does not have.
     """
     by_anchor: Mapping[str, Section] = {section.anchor: section for section in sections}
-
-    def part(anchor: str) -> str:
-        section = by_anchor.get(anchor)
-        if section is None:
+    text = path.read_text(encoding="utf-8")
+    taken = re.findall(rf"<!-- {TAG}: (?!end )(\w+) -->", text)
+    if not taken:
+        raise RunError(
+            f"{path} takes in no part of the report: mark the place as <!-- fastent report: summary -->"
+        )
+    for anchor in taken:
+        if anchor not in by_anchor:
             raise RunError(
-                f"{name} takes in the section {anchor!r}, which these runs do not give; there are "
+                f"{path} takes in the section {anchor!r}, which these runs do not give; there are "
                 f"{', '.join(by_anchor)}"
             )
-        blocks = [block for block in section.blocks if not isinstance(block, Figure)]
-        return f"\n{blocks_markdown(blocks)}\n\n"
-
-    new, count = marked(text, TAG, part)
-    if not count:
-        raise RunError(
-            f"{name} takes in no part of the report: mark the place as <!-- fastent report: summary -->"
-        )
-    return new
+    parts = [by_anchor[anchor] for anchor in taken]
+    write = _Markdown(figures, anchors_of(parts))
+    new, _ = marked(
+        text, TAG, lambda anchor: f"\n{_place(anchor)}\n\n{write.blocks(by_anchor[anchor].blocks)}\n\n"
+    )
+    return new, list(figures_of(parts))
 
 
-def fill(paths: Sequence[Path], sections: Sequence[Section]) -> None:
-    """Write the parts of the report into the documents `paths`. Raises as `filled`, and OSError."""
+def fill(paths: Sequence[Path], sections: Sequence[Section], figures: str) -> None:
+    """Write the parts of the report into the documents `paths`, and their figures into `figures` beside each.
+
+    Raises as `filled`, and OSError.
+    """
     for path in paths:
-        text = filled(path.read_text(encoding="utf-8"), sections, str(path))
+        text, pictures = filled(path, sections, figures)
         write_atomically(path, text.encode())
+        save(pictures, path.parent / figures)
 
 
-def check(paths: Sequence[Path], sections: Sequence[Section]) -> list[str]:
+def save(pictures: Iterable[Figure], folder: Path) -> None:
+    """Write figures for light screens as SVG files into `folder`, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        write_atomically(folder / f"{picture.name}.svg", picture.light.encode())
+
+
+def check(paths: Sequence[Path], sections: Sequence[Section], figures: str) -> list[str]:
     """Compare the documents `paths` with the report; return what differs as a unified diff, empty if nothing does.
+
+    Of a figure it is only seen that its file is there: another version of the drawing library draws other bytes.
 
     Raises
     ------
@@ -275,14 +392,19 @@ def check(paths: Sequence[Path], sections: Sequence[Section]) -> list[str]:
     """
     lines: list[str] = []
     for path in paths:
-        text = path.read_text(encoding="utf-8")
-        new = filled(text, sections, str(path))
+        new, pictures = filled(path, sections, figures)
         lines += difflib.unified_diff(
-            text.splitlines(),
+            path.read_text(encoding="utf-8").splitlines(),
             new.splitlines(),
             f"{path} as committed",
             f"{path} from the runs",
             lineterm="",
             n=1,
         )
+        files = [path.parent / figures / f"{picture.name}.svg" for picture in pictures]
+        lines += [
+            f"{file} is not there: `fastent report` with --fill draws it"
+            for file in files
+            if not file.is_file()
+        ]
     return lines

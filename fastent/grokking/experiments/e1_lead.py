@@ -585,7 +585,7 @@ EXPERIMENT = Experiment(
 )
 
 
-CHOICES_TITLE = "Which claims depend on what the paper leaves open?"
+CHOICES_TITLE = "Choices: which claims depend on what the paper leaves open?"
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ the same data give the same bytes. Nothing is smoothed.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import re
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -63,23 +61,8 @@ DASHED: Any = (0, (5, 2))
 DOTTED: Any = (0, (1, 2))
 
 
-_left_out: ContextVar[bool] = ContextVar("figures left out", default=False)
-
-
-@contextlib.contextmanager
-def left_out() -> Iterator[None]:
-    """Let `both` draw nothing and return empty pictures: for those who read the words alone."""
-    token = _left_out.set(True)
-    try:
-        yield
-    finally:
-        _left_out.reset(token)
-
-
 def both(draw: Callable[[], Figure]) -> tuple[str, str]:
     """Return the figure that `draw` makes as SVG text for light and for dark screens; same data, same text."""
-    if _left_out.get():
-        return "", ""
     with mpl.rc_context({"svg.fonttype": "path"}):
         file = io.StringIO()
         _drawn(draw).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
@@ -97,9 +80,8 @@ def _numbered(svg: str) -> str:
 
 
 def drawn(name: str, draw: Callable[[], Figure], caption: str, alt: str) -> document.Figure:
-    """Draw a figure for light and for dark screens."""
-    light, dark = both(draw)
-    return document.Figure(name, caption, alt, light, dark)
+    """Make a figure of the report, for light and for dark screens."""
+    return document.Figure(name, caption, alt, functools.partial(both, draw))
 
 
 def save_png(draw: Callable[[], Figure], path: Path, *, dpi: int = 150) -> None:

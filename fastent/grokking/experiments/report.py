@@ -1,11 +1,11 @@
 """The report: one page of HTML and the same as Markdown, from a folder of runs alone.
 
 `write_report` reads the runs, lets each experiment make its part (a headline, claims for the summary, and a section)
-from the complete runs that it reads, and adds what belongs to all: the summary, the paper's figures and tables and
-where they are here, what the quantities mean, what is not so in the paper, what was not run, and where the runs came
-from. Nothing is trained, nothing is filled in: an experiment without complete runs is listed as not run, with the
-command that runs it; one whose runs were made with different settings judges nothing. The same folder gives the same
-bytes: no date of writing, no order of chance.
+from the complete runs that it reads, and adds what belongs to all: what to believe, in five sentences made from the
+verdicts; every claim by experiment; the paper's figures and tables and where they are here, what the quantities mean,
+what is not so in the paper, what was not run, and where the runs came from. Nothing is trained, nothing is filled in:
+an experiment without complete runs is listed as not run, with the command that runs it; runs that were made with
+different settings judge nothing. The same folder gives the same bytes: no date of writing, no order of chance.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,6 @@ from fastent.grokking.experiments import (
     e6_tasks,
     e7_mlp,
     e8_probes,
-    figures,
 )
 from fastent.grokking.experiments.claims import (
     CLAIMS,
@@ -46,15 +47,22 @@ from fastent.grokking.experiments.data import PAPER, PRESETS_JSON, Runs, StoredR
 from fastent.grokking.experiments.document import (
     Block,
     Code,
+    Figure,
+    Group,
+    Items,
+    Link,
+    Piece,
     Section,
     Table,
     Text,
     Verdict,
+    Words,
     as_html,
     as_markdown,
     check,
     figures_of,
     fill,
+    save,
 )
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.grokking.experiments.leads import left_out_threshold
@@ -93,9 +101,7 @@ def write_report(runs: Path, out: Path) -> Path:
         "Runs of small Transformers that grok, under a live monitor of the spectral entropy of their "
         "representation, set beside what arXiv 2604.13123 says of it."
     )
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    for figure in figures_of(sections):
-        write_atomically(out / "figures" / f"{figure.name}.svg", figure.light.encode())
+    save(figures_of(sections), out / "figures")
     write_atomically(out / "report.md", as_markdown(TITLE, subtitle, sections).encode())
     page = out / "index.html"
     write_atomically(page, as_html(TITLE, subtitle, sections).encode())
@@ -110,7 +116,8 @@ def check_documents(runs: Path, documents: Sequence[Path]) -> list[str]:
     runs : Path
         Folder of runs, packed ones as a rule. It is only read.
     documents : sequence of Path
-        Markdown files with parts of the report; see `fastent.grokking.experiments.document`.
+        Markdown files with parts of the report; see `fastent.grokking.experiments.document`. Their figures lie in
+        ``figures/<name of runs>`` beside them.
 
     Returns
     -------
@@ -122,37 +129,55 @@ def check_documents(runs: Path, documents: Sequence[Path]) -> list[str]:
     RunError
         As `write_report`; and if a document has no part of the report, or one that the runs do not give.
     """
-    return check(documents, _words_alone(runs))
+    return check(documents, _sections(read_runs(runs), runs, Path("report")), f"figures/{runs.name}")
 
 
 def fill_documents(runs: Path, documents: Sequence[Path]) -> None:
-    """Write what `check_documents` would compare with. Raises as that, and OSError."""
-    fill(documents, _words_alone(runs))
-
-
-def _words_alone(runs: Path) -> list[Section]:
-    with figures.left_out():
-        return _sections(read_runs(runs), runs, Path("report"))
+    """Write what `check_documents` would compare with, and draw the figures. Raises as that, and OSError."""
+    fill(documents, _sections(read_runs(runs), runs, Path("report")), f"figures/{runs.name}")
 
 
 def _sections(stored: Sequence[StoredRun], runs: Path, out: Path) -> list[Section]:
-    made = {experiment.id: make_part(experiment, stored) for experiment in EXPERIMENTS}
-    parts = {name: part for name, part in made.items() if part is not None}
+    known = tuple(run for each in EXPERIMENTS for run in stored if run.experiment == each.id)
+    found = settings([run for run in known if run.done is not None] or stored)
+    parts = {
+        experiment.id: part
+        for experiment in EXPERIMENTS
+        if (part := make_part(experiment, stored, judged=len(found) == 1)) is not None
+    }
+    ask = _asker(stored, found, run_folder(stored, runs))
+    claims = judged(parts, ask)
     analyses = [
         _with_provenance(parts[experiment.id].section, experiment, stored, runs)
         for experiment in EXPERIMENTS
         if experiment.id in parts
     ]
+    first = [figure for figure in figures_of(analyses[:1]) if figure.name == FIRST_FIGURE]
     return [
-        summary_section(parts, stored, runs),
+        summary_section(claims, found, stored, first),
+        claims_section(claims, parts),
         figures_section(analyses),
-        *analyses,
+        *(_without(section, first) for section in analyses),
         _meanings(),
         arithmetic_section(),
         corrections_section(),
-        coverage(parts, stored, runs),
+        coverage(parts, stored, ask),
         origin_section(stored, runs, out),
     ]
+
+
+FIRST_FIGURE = "e1-dynamics"
+"""What the paper's Figure 1 shows: it stands at the head of the report, not in its section."""
+
+
+def _without(section: Section, figures: Sequence[Figure]) -> Section:
+    blocks = tuple(
+        Text(("Over training: figure ", Link(f"`{block.name}`", block.name), ", at the head of this page."))
+        if block in figures
+        else block
+        for block in section.blocks
+    )
+    return replace(section, blocks=blocks)
 
 
 def _with_provenance(
@@ -198,12 +223,12 @@ MEANINGS = (
 
 def _meanings() -> Section:
     table = Table("Terms of this page, in the order of their use.", ("term", "meaning"), MEANINGS)
-    return Section("meanings", "What the quantities mean", (table,))
+    return Section("meanings", "Terms: what the quantities mean", (table,))
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A row of the summary: a claim by its id, where the paper says what, what runs say, the verdict and its rule."""
+    """A row of the claims: a claim by its id, where the paper says what, what runs say, the verdict and its rule."""
 
     id: str
     where: str
@@ -212,37 +237,14 @@ class Judged:
     verdict: Verdict
     rule: str
 
-
-SEEDS = range(10)
-"""The paper's seeds of its main experiments."""
-
-
-def summary_section(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path) -> Section:
-    """Write the summary of the parts, by experiment, from the runs in the folder `runs`."""
-    claims = judged(parts, run_folder(stored, runs))
-    complete = sum(run.done is not None for run in stored)
-    blocks: list[Block] = [Text(part.headline) for part in parts.values()]
-    if not parts:
-        blocks.append(Text("No experiment has a complete run yet: there is nothing to judge.", "note"))
-    blocks += [
-        contributions_table(claims),
-        claims_table(
-            f"Claims of the paper and what {complete} complete runs say of them. How a run goes is judged for the "
-            "setting of these runs alone; a number of the paper only in its own setting, else it reads "
-            '"other setting".',
-            claims,
-        ),
-        Text(
-            "Intervals over fewer than about ten runs are narrower than they should be: a bootstrap cannot see "
-            "values that no seed has shown. A share, such as 3 of 3 runs, has an exact interval.",
-            "note",
-        ),
-    ]
-    return Section("summary", "Summary", tuple(blocks))
+    @property
+    def experiment(self) -> str:
+        """Which experiment speaks to it."""
+        return self.id.partition(".")[0]
 
 
-def judged(parts: Mapping[str, Part], runs: Path) -> list[Judged]:
-    """List the claims by experiment; one that no run speaks to with the command that runs it in the folder `runs`."""
+def judged(parts: Mapping[str, Part], ask: Callable[[str], str]) -> list[Judged]:
+    """List the claims by experiment; one that no run speaks to with the command that `ask` gives for an experiment."""
     rows: list[Judged] = []
     for experiment in EXPERIMENTS:
         found = parts[experiment.id].findings if experiment.id in parts else {}
@@ -250,32 +252,273 @@ def judged(parts: Mapping[str, Part], runs: Path) -> list[Judged]:
             claim = CLAIMS[name]
             rule = NONE if verdict is Verdict.MIXED else claim.rule
             rows.append(Judged(name, claim.where, claim.says.format(**words), ours, verdict, rule))
-        asked = f"`{command(experiment.id, 'paper', seeds=SEEDS, runs=runs)}`"
         rows += [
-            Judged(claim.id, *claim.named, asked, Verdict.NOT_RUN, NONE)
+            Judged(claim.id, *claim.named, f"`{ask(experiment.id)}`", Verdict.NOT_RUN, NONE)
             for claim in CLAIMS.values()
             if claim.experiment == experiment.id and claim.named is not None and claim.id not in found
         ]
     return rows
 
 
-def claims_table(caption: str, rows: Sequence[Judged]) -> Table:
-    """Lay out judged claims as the summary table."""
-    columns = ("Paper", "It says", "These runs", "Verdict", "Judged by")
-    return Table(caption, columns, tuple((r.where, r.says, r.ours, r.verdict, r.rule) for r in rows))
+def summary_section(
+    claims: Sequence[Judged],
+    found: Sequence[tuple[Way, Sequence[StoredRun]]],
+    stored: Sequence[StoredRun],
+    figures: Sequence[Figure],
+) -> Section:
+    """Say what to believe: the setting, five sentences, the tally, the paper's contributions, and its Figure 1."""
+    blocks: list[Block] = [_setting(found)]
+    if not any(run.done is not None for run in stored):
+        blocks.append(Text("No experiment has a complete run yet: there is nothing to judge.", "note"))
+    return Section(
+        "summary",
+        "Summary: what to believe",
+        (
+            *blocks,
+            Items(conclusions(claims)),
+            Text(
+                (
+                    f"Of {len(claims)} claims of the paper: ",
+                    *tally(claims),
+                    ". ",
+                    Link("Each of them", "claims"),
+                    ".",
+                )
+            ),
+            contributions_table(claims),
+            *figures,
+        ),
+    )
+
+
+def _setting(found: Sequence[tuple[Way, Sequence[StoredRun]]]) -> Text:
+    said = [
+        f"{_way(way)} ({len(made)} runs of {', '.join(dict.fromkeys(run.experiment.upper() for run in made))}, "
+        f"seeds {ranges({run.seed for run in made})})"
+        for way, made in found
+    ]
+    ((name, changes), _), *others = found
+    if others:
+        return Text(
+            f"These runs differ in their settings, and what they say together is said of none, so no claim is judged: "
+            f"{'; '.join(said)}. Put the runs of each setting into a folder of its own, and report on that.",
+            "note",
+        )
+    told = (
+        ""
+        if (name, changes) == ("paper", {})
+        else " No number that belongs to the paper's setting is judged by it."
+    )
+    return Text(
+        (f"True of one setting: {said[0]}.{told} ", Link("Every value and its source", "origin"), "."), "note"
+    )
+
+
+def _way(way: Way) -> str:
+    name, changes = way
+    differing = [
+        f"`{key}` {value} (there {PRESETS_JSON[name].get(key, NONE)})" for key, value in changes.items()
+    ]
+    return f"the preset `{name}` " + (f"but for {', '.join(differing)}" if differing else "as it is")
+
+
+@dataclass(frozen=True)
+class Clause:
+    """What a sentence says of a claim, by the kind of its verdict; `shows` gives the first of our figures a place."""
+
+    claim: str
+    yes: str
+    part: str
+    no: str
+    open: str
+    shows: str = ""
+
+    def said(self, row: Judged | None) -> str:
+        """Write it for a judged claim, None if nothing is known of it."""
+        verdict = Verdict.NOT_RUN if row is None else row.verdict
+        known = verdict.kind != "none"
+        text = {"yes": self.yes, "part": self.part, "no": self.no}[verdict.kind] if known else self.open
+        if not known:
+            text += f" ({verdict.label})"
+        if row is None or not self.shows or row.ours == NONE or not (known or verdict is Verdict.UNDECIDED):
+            return text
+        return f"{text}: {self.shows.format(_first(row.ours))}"
+
+
+def _first(ours: str) -> str:
+    """Cut what runs say after the first part, "9 of 10 runs (95 % CI 55 % to 100 %)"; brackets stay whole."""
+    found = re.match(r"(?:\([^()]*\)|[^;(])*", ours)
+    return ours if found is None else found[0].rstrip()
+
+
+CONCLUSIONS: tuple[tuple[Clause, ...], ...] = (
+    (
+        Clause(
+            "e1.precedes_left_out",
+            "The entropy warns of grokking",
+            "The entropy warns of grokking in part of the runs",
+            "The entropy does not warn of grokking",
+            "Whether the entropy warns of grokking is open",
+            "H falls below the H* of other runs before a run groks in {}",
+        ),
+        Clause(
+            "e1.collapse_at_half",
+            "a sudden fall of H comes first",
+            "a sudden fall of H comes first in part of the runs",
+            "a sudden fall of H does not come first",
+            "whether a sudden fall of H comes first is open",
+            "before half of the test pairs are right in {}",
+        ),
+    ),
+    (
+        Clause(
+            "e2.delays",
+            "Mixing the representations delays grokking",
+            "Mixing the representations may delay grokking",
+            "Mixing the representations does not delay grokking",
+            "Whether mixing the representations delays grokking is open",
+            "it moves T_grok by {}",
+        ),
+        Clause(
+            "e2.kept_up",
+            "it keeps H up, as it is meant to",
+            "it keeps H up by some measures only",
+            "it does not keep H up, as it is meant to",
+            "whether it keeps H up, as it is meant to, is open",
+        ),
+    ),
+    (
+        Clause(
+            "e3.driver",
+            "It is the entropy that drives grokking, and not the norm",
+            "That the entropy drives grokking, and not the norm, is borne out in part",
+            "That the entropy drives grokking, and not the norm, is not borne out",
+            "Whether the entropy drives grokking, or the norm, is open",
+        ),
+        Clause(
+            "e3.delays",
+            "mixing with the baseline's norm delays it",
+            "mixing with the baseline's norm may delay it",
+            "mixing with the baseline's norm does not delay it",
+            "whether mixing with the baseline's norm delays it is open",
+            "it moves T_grok by {}",
+        ),
+    ),
+    (
+        Clause(
+            "e5.beats_clock",
+            "The entropy forecasts grokking better than the clock does",
+            "The entropy forecasts grokking hardly better than the clock does",
+            "The entropy forecasts grokking no better than the clock does",
+            "Whether the entropy forecasts grokking better than the clock does is open",
+        ),
+        Clause(
+            "e5.left_out",
+            "its error on runs left out is the paper's",
+            "its error on runs left out is near the paper's",
+            "its error on runs left out is not the paper's",
+            "whether its error on runs left out is the paper's is open",
+            "{}",
+        ),
+    ),
+    (
+        Clause(
+            "e6.pattern",
+            "Other tasks show H falling below H* before grokking",
+            "Other tasks show H falling below H* before grokking in part",
+            "Other tasks do not show H falling below H* before grokking",
+            "Whether other tasks show H falling below H* before grokking is open",
+        ),
+        Clause(
+            "e7.insufficient",
+            "a collapse is not enough, as an MLP shows that collapses and does not generalise",
+            "a collapse may not be enough: some MLP comes near to one that collapses and does not generalise",
+            "that a collapse is not enough is not shown: no MLP here collapses and does not generalise",
+            "whether a collapse is enough is open",
+        ),
+    ),
+)
+"""The five sentences of the report: warning, mixing, norm, forecast, other tasks and models."""
+
+
+def conclusions(claims: Sequence[Judged]) -> tuple[Words, ...]:
+    """Write the five sentences, each with links to the claims that it rests on."""
+    rows = {row.id: row for row in claims}
+    found: list[Words] = []
+    for clauses in CONCLUSIONS:
+        text = "; ".join(clause.said(rows.get(clause.claim)) for clause in clauses)
+        names = dict.fromkeys(clause.claim.partition(".")[0] for clause in clauses)
+        links = [piece for name in names for piece in (" ", Link(name.upper(), f"claims-{name}"))]
+        found.append((f"{text}.", *links))
+    return tuple(found)
+
+
+def tally(rows: Sequence[Judged]) -> tuple[Piece, ...]:
+    """Count the verdicts, "5 reproduced, 2 in part", in the order of `Verdict`."""
+    counts = Counter(row.verdict for row in rows)
+    pieces: list[Piece] = []
+    for verdict in Verdict:
+        if counts[verdict]:
+            pieces += [f"{', ' if pieces else ''}{counts[verdict]} ", verdict]
+    return tuple(pieces)
+
+
+def claims_section(claims: Sequence[Judged], parts: Mapping[str, Part]) -> Section:
+    """Lay out the claims, a group for each experiment with what its runs show, its section and its figures."""
+    groups = []
+    for experiment in EXPERIMENTS:
+        rows, part = [row for row in claims if row.experiment == experiment.id], parts.get(experiment.id)
+        if part is None and not rows:
+            continue
+        blocks: list[Block] = []
+        if part is not None:
+            drawn = [Link(figure.name, figure.name) for figure in figures_of([part.section])]
+            links: list[Piece] = [Link("section", part.section.anchor)]
+            for figure in drawn:
+                links += [", ", figure]
+            blocks.append(Text((f"{part.headline} See ", *links, ".")))
+        if rows:
+            columns = ("Paper", "It says", "These runs", "Verdict", "Judged by")
+            lines = tuple((r.where, r.says, r.ours, r.verdict, r.rule) for r in rows)
+            blocks.append(Table("The paper's claims, and what these runs say of them.", columns, lines))
+        title = f"{experiment.id.upper()}: {experiment.question}" if part is None else part.section.title
+        groups.append(
+            Group(
+                f"claims-{experiment.id}", (f"{title}  ·  " if rows else title, *tally(rows)), tuple(blocks)
+            )
+        )
+    return Section(
+        "claims",
+        "Claims: one by one",
+        (
+            Text(
+                "How a run goes is judged for the setting of these runs alone; a number of the paper only in its own "
+                'setting, else it reads "other setting".'
+            ),
+            *groups,
+            Text(
+                "Intervals over fewer than about ten runs are narrower than they should be: a bootstrap cannot see "
+                "values that no seed has shown. A share, such as 3 of 3 runs, has an exact interval.",
+                "note",
+            ),
+        ),
+    )
 
 
 def contributions_table(rows: Sequence[Judged]) -> Table:
     """Lay out the paper's contributions, each with the verdict that those of its claims come to."""
     by_id = {row.id: row for row in rows}
-    lines = []
+    lines: list[tuple[Words, ...]] = []
     for number, says, names in CONTRIBUTIONS:
         resting = [by_id[name] for name in names if name in by_id]
-        found = "; ".join(f"{row.says}: {row.verdict.label}" for row in resting) or NONE
-        lines.append((number, says, found, together([row.verdict for row in resting])))
+        found: list[Piece] = []
+        for row in resting:
+            found += ["; " if found else "", f"{row.says}: ", row.verdict]
+        verdict = together([row.verdict for row in resting])
+        lines.append((number, says, verdict, tuple(found) or NONE))
     return Table(
         "The paper's contributions. Reproduced if every claim it rests on is, not reproduced if none is even in part.",
-        ("", "The paper's contribution", "It rests on", "Verdict"),
+        ("", "The paper's contribution", "Verdict", "It rests on"),
         tuple(lines),
     )
 
@@ -294,9 +537,9 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
     return Verdict.UNDECIDED if judged == {Verdict.NOT_REPRODUCED, Verdict.UNDECIDED} else Verdict.IN_PART
 
 
-def coverage(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path) -> Section:
-    """Say which experiments are here, from how many runs, and how to get the others."""
-    rows, folder = [], run_folder(stored, runs)
+def coverage(parts: Mapping[str, Part], stored: Sequence[StoredRun], ask: Callable[[str], str]) -> Section:
+    """Say which experiments are here, from how many runs, and with which command of `ask` to get the others."""
+    rows = []
     for experiment in EXPERIMENTS:
         mine = [run for run in stored if run.experiment == experiment.id]
         complete = sum(run.done is not None for run in mine)
@@ -309,9 +552,7 @@ def coverage(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path)
             state = "reported from its complete runs"
         else:
             state = "reported" if mine else f"reported from the runs of {reads}"
-        how = (
-            "" if experiment.id in parts else f"`{command(experiment.id, 'paper', seeds=SEEDS, runs=folder)}`"
-        )
+        how = "" if experiment.id in parts else f"`{ask(experiment.id)}`"
         rows.append((experiment.id.upper(), experiment.question, f"{complete} of {len(mine)}", state, how))
     unknown = sorted({run.experiment for run in stored} - {experiment.id for experiment in EXPERIMENTS})
     rows += [(name, "unknown to this version", NONE, "not reported", "") for name in unknown]
@@ -321,7 +562,7 @@ def coverage(parts: Mapping[str, Part], stored: Sequence[StoredRun], runs: Path)
         tuple(rows),
         (2,),
     )
-    return Section("coverage", "What was run, and what was not", (table,))
+    return Section("coverage", "Coverage: what was run, and what was not", (table,))
 
 
 @dataclass(frozen=True)
@@ -333,15 +574,12 @@ class Part:
     section: Section
 
     def unjudged(self) -> Part:
-        """Return it as it is said of runs that differ in their settings: no claim is judged, and a note says why."""
-        note = (
-            "These runs differ in their settings (see the last section): what is said of all mixes them, and no "
-            "claim is judged by it."
-        )
-        return Part(
-            f"{self.headline} {note}",
-            {name: found._replace(verdict=Verdict.MIXED) for name, found in self.findings.items()},
-            replace(self.section, blocks=(Text(note, "note"), *self.section.blocks)),
+        """Return it as it is said beside runs of another setting: no claim is judged."""
+        note = Text("The runs of this report differ in their settings: no claim is judged by them.", "note")
+        return replace(
+            self,
+            findings={name: found._replace(verdict=Verdict.MIXED) for name, found in self.findings.items()},
+            section=replace(self.section, blocks=(note, *self.section.blocks)),
         )
 
 
@@ -363,17 +601,18 @@ def complete_runs(experiment: Experiment[Any], stored: Sequence[StoredRun]) -> t
     return tuple(run for run in stored if run.experiment in experiment.reads and run.done is not None)
 
 
-def make_part(experiment: Experiment[Any], stored: Sequence[StoredRun]) -> Part | None:
-    """Make an experiment's part from those of `stored` that it reads and that are complete; None if it cannot be."""
-    runs = complete_runs(experiment, stored)
-    result = experiment.analyse(Runs(runs))
-    if result is None:
+def make_part(experiment: Experiment[Any], stored: Sequence[StoredRun], *, judged: bool) -> Part | None:
+    """Make an experiment's part from those of `stored` that it reads and that are complete; None if it cannot be.
+
+    `judged`: whether all runs of the report are of one setting, so that claims may be judged by them.
+    """
+    runs = Runs(complete_runs(experiment, stored))
+    result = experiment.analyse(runs)
+    if result is None or (experiment.of_verdicts and not judged):
         return None
-    findings = marked(experiment.claims(result), Runs(runs))
+    findings = marked(experiment.claims(result), runs)
     part = Part(experiment.headline(result), findings, experiment.section(result))
-    if of_one_setting(runs):
-        return part
-    return None if experiment.of_verdicts else part.unjudged()
+    return part if judged else part.unjudged()
 
 
 OURS = "ours: its description is lost"
@@ -416,15 +655,17 @@ COUNTERPARTS = (
 
 def figures_section(sections: Sequence[Section]) -> Section:
     """Say where the figures and tables of the paper are in a report of these sections, or that they are not run."""
-    places = {figure.name: f"figure `{figure.name}`" for figure in figures_of(sections)}
-    places |= {section.anchor: f'table in "{section.title}"' for section in sections}
-    rows = []
+    places: dict[str, Words] = {
+        figure.name: ("figure ", Link(f"`{figure.name}`", figure.name)) for figure in figures_of(sections)
+    }
+    places |= {section.anchor: ("table in ", Link(section.title, section.anchor)) for section in sections}
+    rows: list[tuple[Words, ...]] = []
     for each in COUNTERPARTS:
         place = places.get(each.ours, "not run")
         rows.append((each.paper, each.shows, place, each.basis if place != "not run" else "–"))
     return Section(
         "figures",
-        "The paper's figures and tables, and ours",
+        "Figures: the paper's, its tables, and ours",
         (
             Text(
                 "All are made from these runs. Table 6 of the paper is its mathematics: `fastent check maths`. "
@@ -454,7 +695,7 @@ def origin_section(stored: Sequence[StoredRun], runs: Path, out: Path) -> Sectio
         _settings_table(stored),
         _environment_table(stored),
     ]
-    return Section("origin", "Where the runs came from", tuple(blocks))
+    return Section("origin", "Origin: where the runs came from", tuple(blocks))
 
 
 def provenance(stored: Sequence[StoredRun], runs: Path) -> Text:
@@ -474,39 +715,60 @@ def run_folder(stored: Sequence[StoredRun], runs: Path) -> Path:
     return Path("runs") / runs.name if packed else runs
 
 
-def commands(stored: Sequence[StoredRun], runs: Path) -> list[str]:
-    """Write the commands that make `stored`: as few as there are presets and changed settings behind the runs."""
-    found = []
-    # What explains one experiment's runs may not be read off them: some multiply a setting that was given.
-    first = {(run.experiment, run.condition, run.config["task"]): run for run in reversed(stored)}
-    ways = [(name, _changes(run, name)) for run in first.values() for name in PRESETS_JSON]
-    for experiment in dict.fromkeys(run.experiment for run in stored):
-        left = [run for run in stored if run.experiment == experiment]
-        while left:
-            own = [(name, _changes(left[0], name)) for name in PRESETS_JSON]
-            name, changes = min(
-                (way for way in [*ways, *own] if _explains(left[0], *way)),
-                key=lambda way: (-sum(_explains(run, *way) for run in left), len(way[1])),
-                default=(left[0].preset[0], {}),
-            )
-            made = [run for run in left if run is left[0] or _explains(run, name, changes)]
-            seeds = {run.seed for run in made}
-            found.append(command(experiment, name, _options(changes), seeds=seeds, runs=runs))
-            left = [run for run in left if run not in made]
+Way = tuple[str, dict[str, Any]]
+"""A setting: a preset and the values that differ from it, given to whatever an experiment asks for."""
+
+
+def settings(
+    stored: Sequence[StoredRun], known: Sequence[StoredRun] = ()
+) -> list[tuple[Way, list[StoredRun]]]:
+    """Find the settings behind `stored`, as few as there can be, each with its runs, most runs first.
+
+    Whatever the experiments vary is part of no setting, nor are measures, which change nothing of the training. What
+    explains one experiment's runs may not be read off them (some multiply a setting that was given): `known` are
+    further runs that it is read off. A run of a kind that no experiment asks for varies nothing but its task.
+    """
+    kinds = {
+        (run.experiment, run.condition, json.dumps(run.config, sort_keys=True)): run
+        for run in (*known, *stored)
+    }
+    ways = {
+        json.dumps(way, sort_keys=True): way
+        for run in kinds.values()
+        for way in (*((name, _changes(run, name)) for name in PRESETS_JSON), run.preset)
+    }
+    found, left = [], list(stored)
+    while left:
+        behind = [
+            (way, made) for way in ways.values() if (made := [run for run in left if _made_by(run, *way)])
+        ] or [(left[0].preset, left[:1])]
+        way, made = min(behind, key=lambda each: (-len(each[1]), len(each[0][1])))
+        found.append((way, made))
+        left = [run for run in left if run not in made]
     return found
 
 
 def of_one_setting(stored: Sequence[StoredRun]) -> bool:
-    """Whether one preset with one set of changes is behind all of `stored`, whatever their experiments vary.
+    """Whether one preset with one set of changes is behind all of `stored`, whatever their experiments vary."""
+    return len(settings(stored)) <= 1
 
-    Measures change nothing of the training and are left aside. A run of a kind that no experiment asks for varies
-    nothing but its task.
-    """
-    groups = {(run.experiment, run.condition, json.dumps(run.config, sort_keys=True)): run for run in stored}
-    first = list(groups.values())
-    ways = [(name, _changes(run, name)) for run in first for name in PRESETS_JSON]
-    ways += [run.preset for run in first]
-    return not first or any(all(_made_by(run, *way) for run in first) for way in ways)
+
+def commands(stored: Sequence[StoredRun], runs: Path) -> list[str]:
+    """Write the commands that make `stored`: as few as there are presets and changed settings behind the runs."""
+    return [
+        command(experiment, name, _options(changes), seeds={run.seed for run in made}, runs=runs)
+        for experiment in dict.fromkeys(run.experiment for run in stored)
+        for (name, changes), made in settings([r for r in stored if r.experiment == experiment], stored)
+    ]
+
+
+def _asker(
+    stored: Sequence[StoredRun], found: Sequence[tuple[Way, Sequence[StoredRun]]], runs: Path
+) -> Callable[[str], str]:
+    """Return what writes the command that adds an experiment to runs: their first setting, and their seeds."""
+    name, changes = found[0][0]
+    seeds = {run.seed for run in stored}
+    return lambda experiment: command(experiment, name, _options(changes), seeds=seeds, runs=runs)
 
 
 def _made_by(run: StoredRun, preset: str, changes: dict[str, Any]) -> bool:
