@@ -79,7 +79,7 @@ class StoredRun:
         """Its seed."""
         return int(self.record["seed"])
 
-    @property
+    @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The trainer's settings as JSON gives them, those that are younger than the run included."""
         return completed(self.record["config"])

@@ -595,7 +595,7 @@ class Setting:
     label: str
     result: Baseline
 
-    @property
+    @functools.cached_property
     def findings(self) -> Findings:
         """What its runs say of E1's claims."""
         return claims(self.result)
@@ -705,7 +705,7 @@ def _mean_and_span(values: Array, digits: int = 3) -> str:
 
 CHOICES_EXPERIMENT = Experiment(
     "choices",
-    CHOICES_TITLE,
+    "Which claims depend on what the paper leaves open?",
     ("e1", "choices"),
     analyse_choices,
     choices_headline,

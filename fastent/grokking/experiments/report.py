@@ -15,7 +15,7 @@ import functools
 import json
 import re
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,7 +96,7 @@ def write_report(runs: Path, out: Path) -> Path:
     OSError
         If `out` cannot be written.
     """
-    sections = _sections(read_runs(runs), runs, out)
+    sections = make_sections(runs, out)
     subtitle = (
         "Runs of small Transformers that grok, under a live monitor of the spectral entropy of their "
         "representation, set beside what arXiv 2604.13123 says of it."
@@ -129,15 +129,20 @@ def check_documents(runs: Path, documents: Sequence[Path]) -> list[str]:
     RunError
         As `write_report`; and if a document has no part of the report, or one that the runs do not give.
     """
-    return check(documents, _sections(read_runs(runs), runs, Path("report")), f"figures/{runs.name}")
+    return check(documents, make_sections(runs), f"figures/{runs.name}")
 
 
 def fill_documents(runs: Path, documents: Sequence[Path]) -> None:
     """Write what `check_documents` would compare with, and draw the figures. Raises as that, and OSError."""
-    fill(documents, _sections(read_runs(runs), runs, Path("report")), f"figures/{runs.name}")
+    fill(documents, make_sections(runs), f"figures/{runs.name}")
 
 
-def _sections(stored: Sequence[StoredRun], runs: Path, out: Path) -> list[Section]:
+def make_sections(runs: Path, out: Path = Path("report")) -> list[Section]:
+    """Make the report on the runs in the folder `runs`, as data; no figure is drawn. Raises RunError as `write_report`.
+
+    `out` is the folder that the command in it names.
+    """
+    stored = read_runs(runs)
     known = tuple(run for each in EXPERIMENTS for run in stored if run.experiment == each.id)
     found = settings([run for run in known if run.done is not None] or stored)
     parts = {
@@ -322,135 +327,42 @@ def _way(way: Way) -> str:
     return f"the preset `{name}` " + (f"but for {', '.join(differing)}" if differing else "as it is")
 
 
-@dataclass(frozen=True)
-class Clause:
-    """What a sentence says of a claim, by the kind of its verdict; `shows` gives the first of our figures a place."""
-
-    claim: str
-    yes: str
-    part: str
-    no: str
-    open: str
-    shows: str = ""
-
-    def said(self, row: Judged | None) -> str:
-        """Write it for a judged claim, None if nothing is known of it."""
-        verdict = Verdict.NOT_RUN if row is None else row.verdict
-        known = verdict.kind != "none"
-        text = {"yes": self.yes, "part": self.part, "no": self.no}[verdict.kind] if known else self.open
-        if not known:
-            text += f" ({verdict.label})"
-        if row is None or not self.shows or row.ours == NONE or not (known or verdict is Verdict.UNDECIDED):
-            return text
-        return f"{text}: {self.shows.format(_first(row.ours))}"
-
-
-def _first(ours: str) -> str:
-    """Cut what runs say after the first part, "9 of 10 runs (95 % CI 55 % to 100 %)"; brackets stay whole."""
-    found = re.match(r"(?:\([^()]*\)|[^;(])*", ours)
-    return ours if found is None else found[0].rstrip()
-
-
-CONCLUSIONS: tuple[tuple[Clause, ...], ...] = (
-    (
-        Clause(
-            "e1.precedes_left_out",
-            "The entropy warns of grokking",
-            "The entropy warns of grokking in part of the runs",
-            "The entropy does not warn of grokking",
-            "Whether the entropy warns of grokking is open",
-            "H falls below the H* of other runs before a run groks in {}",
-        ),
-        Clause(
-            "e1.collapse_at_half",
-            "a sudden fall of H comes first",
-            "a sudden fall of H comes first in part of the runs",
-            "a sudden fall of H does not come first",
-            "whether a sudden fall of H comes first is open",
-            "before half of the test pairs are right in {}",
-        ),
-    ),
-    (
-        Clause(
-            "e2.delays",
-            "Mixing the representations delays grokking",
-            "Mixing the representations may delay grokking",
-            "Mixing the representations does not delay grokking",
-            "Whether mixing the representations delays grokking is open",
-            "it moves T_grok by {}",
-        ),
-        Clause(
-            "e2.kept_up",
-            "it keeps H up, as it is meant to",
-            "it keeps H up by some measures only",
-            "it does not keep H up, as it is meant to",
-            "whether it keeps H up, as it is meant to, is open",
-        ),
-    ),
-    (
-        Clause(
-            "e3.driver",
-            "It is the entropy that drives grokking, and not the norm",
-            "That the entropy drives grokking, and not the norm, is borne out in part",
-            "That the entropy drives grokking, and not the norm, is not borne out",
-            "Whether the entropy drives grokking, or the norm, is open",
-        ),
-        Clause(
-            "e3.delays",
-            "mixing with the baseline's norm delays it",
-            "mixing with the baseline's norm may delay it",
-            "mixing with the baseline's norm does not delay it",
-            "whether mixing with the baseline's norm delays it is open",
-            "it moves T_grok by {}",
-        ),
-    ),
-    (
-        Clause(
-            "e5.beats_clock",
-            "The entropy forecasts grokking better than the clock does",
-            "The entropy forecasts grokking hardly better than the clock does",
-            "The entropy forecasts grokking no better than the clock does",
-            "Whether the entropy forecasts grokking better than the clock does is open",
-        ),
-        Clause(
-            "e5.left_out",
-            "its error on runs left out is the paper's",
-            "its error on runs left out is near the paper's",
-            "its error on runs left out is not the paper's",
-            "whether its error on runs left out is the paper's is open",
-            "{}",
-        ),
-    ),
-    (
-        Clause(
-            "e6.pattern",
-            "Other tasks show H falling below H* before grokking",
-            "Other tasks show H falling below H* before grokking in part",
-            "Other tasks do not show H falling below H* before grokking",
-            "Whether other tasks show H falling below H* before grokking is open",
-        ),
-        Clause(
-            "e7.insufficient",
-            "a collapse is not enough, as an MLP shows that collapses and does not generalise",
-            "a collapse may not be enough: some MLP comes near to one that collapses and does not generalise",
-            "that a collapse is not enough is not shown: no MLP here collapses and does not generalise",
-            "whether a collapse is enough is open",
-        ),
-    ),
+CONCLUSIONS = (
+    ("e1.precedes_left_out", "e1.collapse_at_half"),
+    ("e2.delays", "e2.kept_up"),
+    ("e3.driver", "e3.delays"),
+    ("e5.beats_clock", "e5.left_out"),
+    ("e6.pattern", "e7.insufficient"),
 )
-"""The five sentences of the report: warning, mixing, norm, forecast, other tasks and models."""
+"""The claims of each of the five sentences: warning, mixing, norm, forecast, other tasks and models."""
 
 
 def conclusions(claims: Sequence[Judged]) -> tuple[Words, ...]:
     """Write the five sentences, each with links to the claims that it rests on."""
     rows = {row.id: row for row in claims}
     found: list[Words] = []
-    for clauses in CONCLUSIONS:
-        text = "; ".join(clause.said(rows.get(clause.claim)) for clause in clauses)
-        names = dict.fromkeys(clause.claim.partition(".")[0] for clause in clauses)
-        links = [piece for name in names for piece in (" ", Link(name.upper(), f"claims-{name}"))]
-        found.append((f"{text}.", *links))
+    for names in CONCLUSIONS:
+        said = "; ".join(_clause(CLAIMS[name].said, rows.get(name)) for name in names)
+        experiments = dict.fromkeys(CLAIMS[name].experiment for name in names)
+        links = [piece for each in experiments for piece in (" ", Link(each.upper(), f"claims-{each}"))]
+        found.append((f"{said[0].upper()}{said[1:]}.", *links))
     return tuple(found)
+
+
+def _clause(said: Mapping[str, str], row: Judged | None) -> str:
+    """Write what is to be believed of a claim, with the first of our figures where `said` has a place for them."""
+    verdict = Verdict.NOT_RUN if row is None else row.verdict
+    text = said.get(verdict.kind) or f"whether {said['open']} is open ({verdict.label})"
+    shown = verdict.kind != "none" or verdict is Verdict.UNDECIDED
+    if row is None or not shown or "shows" not in said or row.ours == NONE:
+        return text
+    return f"{text}: {said['shows'].format(_first(row.ours))}"
+
+
+def _first(ours: str) -> str:
+    """Cut what runs say after the first part, "9 of 10 runs (95 % CI 55 % to 100 %)"; brackets stay whole."""
+    found = re.match(r"(?:\([^()]*\)|[^;(])*", ours)
+    return ours if found is None else found[0].rstrip()
 
 
 def tally(rows: Sequence[Judged]) -> tuple[Piece, ...]:
@@ -728,23 +640,26 @@ def settings(
     explains one experiment's runs may not be read off them (some multiply a setting that was given): `known` are
     further runs that it is read off. A run of a kind that no experiment asks for varies nothing but its task.
     """
-    kinds = {
-        (run.experiment, run.condition, json.dumps(run.config, sort_keys=True)): run
-        for run in (*known, *stored)
-    }
+    kinds: dict[str, list[StoredRun]] = defaultdict(list)
+    for run in (*stored, *known):
+        kinds[json.dumps((run.experiment, run.condition, run.config), sort_keys=True)].append(run)
     ways = {
         json.dumps(way, sort_keys=True): way
-        for run in kinds.values()
+        for run, *_ in kinds.values()
         for way in (*((name, _changes(run, name)) for name in PRESETS_JSON), run.preset)
     }
-    found, left = [], list(stored)
+    asked = {id(run) for run in stored}
+    found = []
+    left = [made for runs in kinds.values() if (made := [run for run in runs if id(run) in asked])]
     while left:
         behind = [
-            (way, made) for way in ways.values() if (made := [run for run in left if _made_by(run, *way)])
-        ] or [(left[0].preset, left[:1])]
-        way, made = min(behind, key=lambda each: (-len(each[1]), len(each[0][1])))
-        found.append((way, made))
-        left = [run for run in left if run not in made]
+            (way, made)
+            for way in ways.values()
+            if (made := [runs for runs in left if _made_by(runs[0], *way)])
+        ] or [(left[0][0].preset, left[:1])]
+        way, made = min(behind, key=lambda each: (-sum(map(len, each[1])), len(each[0][1])))
+        found.append((way, [run for runs in made for run in runs]))
+        left = [runs for runs in left if runs not in made]
     return found
 
 

@@ -15,6 +15,9 @@ from fastent.cli import main
 from fastent.grokking.experiments.document import (
     Code,
     Figure,
+    Group,
+    Items,
+    Link,
     Section,
     Table,
     Text,
@@ -70,7 +73,14 @@ SECTION = Section(
         Text("two *not bold*"),
         Code("fastent run <e1> & ```"),
         Table("Caption", ("a", "b|c"), ((EVIL, Verdict.NOT_REPRODUCED), ("1", "x | y")), numbers=(0,)),
-        Figure("picture", "what it shows", 'alt "quoted"', SVG, SVG.replace("M0 0", "M1 1")),
+        Figure("picture", "what it shows", 'alt "quoted"', lambda: (SVG, SVG.replace("M0 0", "M1 1"))),
+        Items((("one ", Link("E1", "folded")), "two")),
+        Group(
+            "folded",
+            (f"all of it {EVIL} ", Verdict.IN_PART),
+            (Text(("see ", Link("the picture", "picture"))),),
+        ),
+        Text(Link("elsewhere", "nowhere")),
     ),
 )
 
@@ -81,7 +91,7 @@ def test_html_is_balanced_and_holds_every_text_with_its_tags_escaped():
     text = "".join(parsed.text)
     assert "script" not in parsed.tags
     assert "b" not in parsed.tags
-    assert text.count(EVIL) == 3
+    assert text.count(EVIL) == 4
     assert "fastent run <e1> & ```" in text
     assert ("span", "class", "verdict no") in parsed.attributes
     assert ("img", "alt", 'alt "quoted"') in parsed.attributes
@@ -110,10 +120,48 @@ def test_html_refers_to_nothing_outside_itself():
     assert "@import" not in style
 
 
-def test_links_of_the_page_lead_to_its_sections():
+def test_links_of_the_page_lead_to_its_sections_groups_and_figures():
     parsed = parse(as_html("Title", "", [SECTION]))
     assert ("a", "href", "#first") in parsed.attributes
-    assert ("section", "id", "first") in parsed.attributes
+    places = {("section", "first"), ("details", "folded"), ("figure", "picture")}
+    assert {(tag, value) for tag, key, value in parsed.attributes if key == "id"} == places
+    assert ("a", "href", "#folded") in parsed.attributes
+    assert ("a", "href", "#picture") in parsed.attributes
+
+
+def test_markdown_links_lead_where_there_is_something_and_are_plain_words_elsewhere():
+    text = as_markdown("Title", "", [SECTION])
+    assert "1. one [E1](#folded)\n2. two" in text
+    places = re.findall(r'<a id="(\w+)"></a>', text)
+    assert places == ["first", "picture", "folded"]
+    assert "[the picture](#picture)" in text
+    assert "\nelsewhere\n" in text
+    assert "<details>\n<summary>all of it &lt;script&gt;" in text
+    assert "in part</summary>\n\nsee [the picture]" in text
+    assert text.count("<details>") == text.count("</details>") == 1
+
+
+def test_a_group_of_the_page_is_folded_and_its_line_is_in_words_and_a_verdict():
+    page = as_html("Title", "", [SECTION])
+    assert '<details id="folded"><summary>all of it &lt;script&gt;' in page
+    assert '<span class="verdict part">in part</span></summary>' in page
+
+
+def test_wide_tables_and_code_can_be_scrolled_by_keyboard_and_words_become_cards():
+    words = Section("s", "S", (Table("c", ("a", "b"), (("1", "2"),)), Code("long")))
+    page = as_html("Title", "", [SECTION, words])
+    assert page.count('<div class="scroll" tabindex="0">') == 2
+    assert page.count('<pre tabindex="0">') == 2
+    # A table with numbers stays one; of one of words each cell knows its column's name.
+    assert '<table class="words">' in page
+    assert '<td data-of="a">1</td><td data-of="b">2</td>' in page
+    assert page.count('class="words"') == 1
+
+
+def test_contents_name_sections_by_what_stands_before_a_colon():
+    page = as_html("Title", "", [Section("e1", "E1: does it?", ())])
+    assert '<li><a href="#e1">E1</a></li>' in page
+    assert "<h2>E1: does it?</h2>" in page
 
 
 def test_markdown_tables_keep_their_columns_whatever_the_cells_hold():
@@ -139,8 +187,13 @@ def test_a_row_of_another_length_than_the_columns_is_refused():
         Table("c", ("a", "b"), (("only",),))
 
 
-def test_figures_of_gives_all_in_order():
+def test_figures_of_gives_all_in_order_and_none_is_drawn_before_it_is_asked_for():
     assert [f.name for f in figures_of([SECTION, SECTION])] == ["picture", "picture"]
+    drawn = []
+    figure = Figure("picture", "", "", lambda: drawn.append(1) or ("light", "dark"))
+    as_markdown("Title", "", [Section("s", "S", (figure,))])
+    assert drawn == []
+    assert (figure.light, figure.dark, drawn) == ("light", "dark", [1])
 
 
 def test_per_cent_signs_and_n_stay_with_their_numbers():
@@ -160,14 +213,26 @@ def document(three_runs, tmp_path):
     return path
 
 
-def test_a_filled_document_holds_the_sections_tables_without_figures_and_keeps_the_rest(document):
+def test_a_filled_document_holds_the_sections_and_their_figures_and_keeps_the_rest(document):
     text = document.read_text()
-    assert text.startswith("# Results\n\nBefore.\n\n<!-- fastent report: e1 -->\n")
+    assert text.startswith('# Results\n\nBefore.\n\n<!-- fastent report: e1 -->\n\n<a id="e1"></a>\n')
     assert text.count("After.") == 2
     assert "old" not in text.splitlines()
     assert "| 0 | 300 | 1,500 | 1,500 | 0.635 | 1,600 | −100 |" in text
-    assert "*Claims of the paper and what 3 complete runs say of them." in text
-    assert "](figures/" not in text
+    assert "runs of E1, seeds 0-2" in text
+    linked = re.findall(r"\]\((figures/runs/[^)]+)\)", text)
+    assert "figures/runs/e1-dynamics.svg" in linked
+    assert all((document.parent / link).read_text().startswith("<svg") for link in linked)
+    # Claims are in another section, which this document does not take in.
+    assert "](#e1-dynamics)" in text
+    assert "](#claims" not in text
+
+
+def test_a_figure_that_is_not_there_is_a_difference(three_runs, document):
+    figure = document.parent / "figures" / "runs" / "e1-dynamics.svg"
+    figure.unlink()
+    (line,) = check_documents(three_runs, [document])
+    assert line == f"{figure} is not there: `fastent report` with --fill draws it"
 
 
 def test_a_document_that_follows_from_its_runs_has_no_difference(three_runs, document):

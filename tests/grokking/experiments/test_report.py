@@ -6,7 +6,6 @@ The commands of a report make the runs that it was made from.
 """
 
 import dataclasses
-import html
 import json
 import re
 import shlex
@@ -19,10 +18,28 @@ from closed_form import write_run as write_columns
 
 from fastent import cli
 from fastent.grokking.experiments import report
+from fastent.grokking.experiments.claims import CLAIMS
 from fastent.grokking.experiments.data import read_runs
-from fastent.grokking.experiments.document import Figure, Section
+from fastent.grokking.experiments.document import (
+    Figure,
+    Group,
+    Link,
+    Section,
+    Table,
+    Text,
+    Verdict,
+    figures_of,
+)
 from fastent.grokking.experiments.jobs import JOBS
-from fastent.grokking.experiments.report import EXPERIMENTS, write_report
+from fastent.grokking.experiments.report import (
+    CONCLUSIONS,
+    EXPERIMENTS,
+    Judged,
+    conclusions,
+    make_sections,
+    tally,
+    write_report,
+)
 from fastent.grokking.train import sweep
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.storage import RunError
@@ -121,7 +138,7 @@ def test_what_was_not_run_is_shown_as_not_run_with_the_command_that_runs_it(writ
     cells = parse(page).cells
     # E2, E3, E7 and E8 have no run that they can be made from; E4 and E5 are made from E1's.
     for experiment in ("e2", "e3", "e7"):
-        command = f"fastent run {experiment} --preset paper --seeds 0-9 --out {runs}"
+        command = f"fastent run {experiment} --preset quick --seeds 0-2 --out {runs}"
         row = cells.index(f"{experiment.upper()}")
         assert cells[row + 2 : row + 5] == ["0 of 0", "not run", command]
         assert command in cells[:row]
@@ -133,12 +150,8 @@ def test_what_was_not_run_is_shown_as_not_run_with_the_command_that_runs_it(writ
 
 def test_summary_names_the_papers_contributions_and_its_arithmetic(written):
     cells = parse(written[1]).cells
-    for number in ("(i)", "(ii)", "(iii)", "(iv)", "(v)"):
-        assert number in cells
-    row = cells.index("(iii)")
-    assert cells[row + 3] == "not run"
-    row = cells.index("(ii)")
-    assert cells[row + 3] == "in part"
+    found = {number: cells[cells.index(number) + 2] for number in ("(i)", "(ii)", "(iii)", "(iv)", "(v)")}
+    assert (found["(ii)"], found["(iii)"]) == ("in part", "not run")
     assert "19,420 − 14,360 = 5,060" in cells
     assert "contradicts" in cells
 
@@ -197,43 +210,164 @@ def test_a_folder_without_runs_is_refused_by_name(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-def verdicts(page):
-    """The verdict of each claim of the summary, by the words of the claim."""
-    summary = page.read_text().partition('<section id="summary">')[2].partition("</section>")[0]
-    rows = re.findall(r"<tr><td>.*?</td><td>(.*?)</td><td>.*?</td><td><span[^>]*>(.*?)</span></td>", summary)
-    return {html.unescape(says): verdict for says, verdict in rows}
+def words(section):
+    """All paragraphs of a section, in one."""
+    return " ".join(plain(block.text) for block in section.blocks if isinstance(block, Text))
+
+
+def plain(words):
+    pieces = words if isinstance(words, tuple) else (words,)
+    return "".join(piece if isinstance(piece, str) else piece.label for piece in pieces)
+
+
+def claimed(sections):
+    """The rows of the claims by the words of the claim."""
+    groups = [block for block in sections[1].blocks if isinstance(block, Group)]
+    tables = [block for group in groups for block in group.blocks if isinstance(block, Table)]
+    return {row[1]: row for table in tables for row in table.rows}
+
+
+def verdicts(runs):
+    return {says: row[3].label for says, row in claimed(make_sections(runs)).items()}
 
 
 def test_runs_of_different_settings_are_not_passed_off_as_one(tmp_path, writer):
     mixed = "differ in their settings"
-    writer(tmp_path / "runs", 0)
-    other = writer(tmp_path / "runs", 1) / "config.json"
-    assert mixed not in write_report(tmp_path / "runs", tmp_path / "report").read_text()
+    writer(tmp_path, 0)
+    other = writer(tmp_path, 1) / "config.json"
+    assert mixed not in words(make_sections(tmp_path)[0])
     record = json.loads(other.read_text())
     record["config"]["weight_decay"] = 0.5
     other.write_text(json.dumps(record))
-    page = write_report(tmp_path / "runs", tmp_path / "report")
-    assert mixed in page.read_text()
-    assert set(verdicts(page).values()) == {"mixed settings", "not run"}
+    summary = make_sections(tmp_path)[0]
+    assert mixed in words(summary)
+    assert "the preset `quick` as it is (1 runs of E1, seeds 0)" in words(summary)
+    assert "but for `weight_decay` 0.5 (there 1.0) (1 runs of E1, seeds 1)" in words(summary)
+    assert set(verdicts(tmp_path).values()) == {"mixed settings", "not run"}
 
 
-def test_presets_mixed_over_two_experiments_give_no_verdict_that_mixes_them(tmp_path):
+def test_a_report_over_two_settings_judges_nothing_not_even_an_experiment_that_is_of_one(tmp_path):
     for seed in range(3):
-        write_columns(tmp_path / "runs", "e1", "baseline", seed, t_grok=1000)
-        write_columns(tmp_path / "runs", "e2", "losses-0.1", seed, t_grok=2000)
-    page = write_report(tmp_path / "runs", tmp_path / "report")
+        write_columns(tmp_path, "e1", "baseline", seed, t_grok=1000)
+        write_columns(tmp_path, "e2", "losses-0.1", seed, t_grok=2000)
     delayed = "mixing delays grokking by 5,020 steps (Table 1's means differ by 5,060)"
-    before = verdicts(page)
-    assert before[delayed] == "reproduced"
-    for path in (tmp_path / "runs").glob("e2-*/config.json"):
+    early = "the model memorises early and generalises thousands of steps later, in every run"
+    before = verdicts(tmp_path)
+    assert before[delayed] == before[early] == "reproduced"
+    for path in tmp_path.glob("e2-*/config.json"):
         record = json.loads(path.read_text())
         record["config"]["learning_rate"] *= 3
         path.write_text(json.dumps(record))
-    after = verdicts(write_report(tmp_path / "runs", tmp_path / "report"))
-    assert after[delayed] == "mixed settings"
-    # E1 alone is of one setting, and judged as before; the delay that E2 and E1 would give together is not.
-    early = "the model memorises early and generalises thousands of steps later, in every run"
-    assert after[early] == before[early] == "reproduced"
+    sections = make_sections(tmp_path)
+    assert set(verdicts(tmp_path).values()) == {"mixed settings", "not run"}
+    contributions = next(block for block in sections[0].blocks if isinstance(block, Table))
+    assert {row[2].label for row in contributions.rows} == {"mixed settings", "not run"}
+    # A setting that only runs which are not complete have is not one of the report.
+    for path in tmp_path.glob("e2-*/DONE"):
+        path.unlink()
+    assert verdicts(tmp_path)[early] == "reproduced"
+
+
+def test_the_head_names_the_setting_by_its_preset_and_the_values_that_differ(tmp_path):
+    for seed in range(2):
+        write_columns(tmp_path / "own", "e1", "baseline", seed, t_grok=1000)
+    head = words(make_sections(tmp_path / "own")[0])
+    assert (
+        "True of one setting: the preset `paper` but for `max_steps` 4000 (there 50000), `evaluate_every` 100"
+        in head
+    )
+    assert "No number that belongs to the paper's setting is judged by it." in head
+    (job,) = JOBS["e1"](preset("paper"), (0, 1, 2))
+    write(tmp_path / "paper", job)
+    head = words(make_sections(tmp_path / "paper")[0])
+    assert "True of one setting: the preset `paper` as it is (3 runs of E1, seeds 0-2)." in head
+    assert "No number" not in head
+
+
+def test_the_command_for_what_is_not_run_asks_for_the_setting_and_the_seeds_of_the_runs_that_are_there(
+    tmp_path,
+):
+    for seed in (0, 1, 4):
+        write_columns(tmp_path, "e1", "baseline", seed, t_grok=1000)
+    row = claimed(make_sections(tmp_path))["mixing delays grokking by 5,020 steps"]
+    assert row[2] == (
+        f"`fastent run e2 --preset paper --max-steps 4000 --evaluate-every 100 --seeds 0-1,4 --out {tmp_path}`"
+    )
+
+
+def rows_with(verdict, ours="9 of 10 runs (95 % CI 55 % to 100 %; n = 10); lead 5"):
+    return [Judged(name, "", "", ours, verdict, "") for names in CONCLUSIONS for name in names]
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_every_sentence_is_written_for_every_verdict_and_says_another_thing_for_each_kind(verdict):
+    found = [plain(each) for each in conclusions(rows_with(verdict))]
+    assert len(found) == 5
+    for sentence, names in zip(found, CONCLUSIONS, strict=True):
+        clauses = [CLAIMS[name].said for name in names]
+        if verdict.kind == "none":
+            expected = [f"hether {said['open']} is open ({verdict.label})" for said in clauses]
+        else:
+            expected = [said[verdict.kind][1:] for said in clauses]
+        assert all(words in sentence for words in expected)
+        assert sentence[0].isupper()
+        assert "{" not in sentence
+        shown = verdict.kind != "none" or verdict is Verdict.UNDECIDED
+        figures = [
+            said["shows"].format("9 of 10 runs (95 % CI 55 % to 100 %; n = 10)")
+            for said in clauses
+            if "shows" in said
+        ]
+        assert all((each in sentence) == shown for each in figures)
+        assert "lead 5" not in sentence
+
+
+def test_every_claim_of_a_sentence_has_words_for_each_kind_of_verdict_and_they_differ():
+    for names in CONCLUSIONS:
+        for name in names:
+            said = CLAIMS[name].said
+            assert {"yes", "part", "no", "open"} <= set(said)
+            assert len({said["yes"], said["part"], said["no"]}) == 3
+            assert "shows" not in said or said["shows"].count("{}") == 1
+
+
+def test_a_sentence_of_claims_that_no_run_speaks_to_is_open_and_gives_no_figure():
+    assert plain(conclusions([])[1]) == (
+        "Whether mixing the representations delays grokking is open (not run); whether it keeps H up, as it is meant "
+        "to, is open (not run). E2"
+    )
+    unknown = rows_with(Verdict.UNDECIDED, ours="–")
+    assert "–" not in plain(conclusions(unknown)[1])
+
+
+def test_the_tally_counts_each_verdict_in_their_order():
+    rows = [
+        *rows_with(Verdict.IN_PART)[:3],
+        *rows_with(Verdict.REPRODUCED)[:2],
+        rows_with(Verdict.NOT_RUN)[0],
+    ]
+    assert plain(tally(rows)) == "2 reproduced, 3 in part, 1 not run"
+    assert tally([]) == ()
+
+
+def test_the_first_screen_has_the_setting_the_sentences_the_tally_the_contributions_and_figure_1(written):
+    sections = make_sections(written[0])
+    setting, sentences, count, contributions, figure = sections[0].blocks
+    assert plain(setting.text).startswith("True of one setting: the preset `quick`")
+    assert plain(sentences.items[0]).startswith("The entropy does not warn of grokking: ")
+    assert plain(count.text).startswith(f"Of {len(claimed(sections))} claims of the paper: ")
+    assert [row[0] for row in contributions.rows][:2] == ["(i)", "(ii)"]
+    assert figure.name == "e1-dynamics"
+    # It stands once, and its section says where.
+    assert sum(each.name == "e1-dynamics" for each in figures_of(sections)) == 1
+
+
+def test_every_link_of_the_page_leads_to_a_place_in_it(written):
+    page = written[1].read_text()
+    places = re.findall(r' id="([^"]+)"', page)
+    assert len(places) == len(set(places))
+    links = re.findall(r'href="#([^"]+)"', page)
+    assert {"claims-e1", "e1", "e1-dynamics", "e1-seeds", "origin"} <= set(links) <= set(places)
 
 
 SOURCES = "\n".join(path.read_text() for path in Path(report.__file__).parent.glob("*.py"))
@@ -257,12 +391,12 @@ def test_a_counterpart_is_a_figure_that_is_drawn_or_an_experiments_section(each)
 
 
 def test_what_is_there_is_named_and_the_rest_is_not_run():
-    figure = Figure("e4-norm-entropy", "", "", "", "")
+    figure = Figure("e4-norm-entropy", "", "", lambda: ("", ""))
     found = rows([Section("e4", "E4: norm against entropy", (figure,))])
     there = {row[0]: row[2] for row in found if row[2] != "not run"}
     assert there == {
-        "Figure 4(a)": "figure `e4-norm-entropy`",
-        "Table 2": 'table in "E4: norm against entropy"',
+        "Figure 4(a)": ("figure ", Link("`e4-norm-entropy`", "e4-norm-entropy")),
+        "Table 2": ("table in ", Link("E4: norm against entropy", "e4")),
     }
     assert {row[3] for row in found if row[2] == "not run"} == {"–"}
 
@@ -319,12 +453,12 @@ def test_seeds_are_written_as_the_command_line_reads_them():
     assert cli.parse_seeds(report.ranges({4, 0, 2, 3})) == (0, 2, 3, 4)
 
 
-def test_a_run_of_an_unknown_experiment_gets_its_preset_alone(tmp_path):
+def test_a_run_of_an_unknown_experiment_gets_its_preset_and_what_differs_from_it(tmp_path):
     from fastent.grokking.train.runs import Job
 
     write(tmp_path, Job("e99", "baseline", dataclasses.replace(preset("paper"), weight_decay=0.5), (0,)))
     assert report.commands(read_runs(tmp_path), tmp_path) == [
-        f"fastent run e99 --preset paper --seeds 0 --out {tmp_path}"
+        f"fastent run e99 --preset paper --weight-decay 0.5 --seeds 0 --out {tmp_path}"
     ]
 
 
