@@ -41,8 +41,8 @@ class Claim:
     `id` begins with its experiment's. `says` may leave a {place} for a finding's own words. `number` is the paper's,
     which must lie within our interval, or within the share `tolerance` of our value for "in part". `named` holds where
     and what a summary says of it where no run speaks to it; None if it need not be named then. `target` names the
-    presets that were chosen with it in view (`bench/calibration.py`): runs of those are no evidence for it. `said` holds
-    the wordings for the sentences at the head of a report.
+    presets that were chosen with it in view (`bench/calibration.py`): runs of those are no evidence for it. `said`
+    holds the wordings for the sentences at the head of a report.
     """
 
     id: str

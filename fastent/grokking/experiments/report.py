@@ -352,8 +352,11 @@ def conclusions(claims: Sequence[Judged]) -> tuple[Words, ...]:
 def _clause(said: Mapping[str, str], row: Judged | None) -> str:
     """Write what is to be believed of a claim, with the first of our figures where `said` has a place for them."""
     verdict = Verdict.NOT_RUN if row is None else row.verdict
-    text = said.get(verdict.kind) or f"whether {said['open']} is open ({verdict.label})"
-    shown = verdict.kind != "none" or verdict is Verdict.UNDECIDED
+    undecided = verdict is Verdict.UNDECIDED
+    text = (
+        said.get(verdict.kind) or f"whether {said['open']} is {'' if undecided else 'open: '}{verdict.label}"
+    )
+    shown = verdict.kind != "none" or undecided
     if row is None or not shown or "shows" not in said or row.ours == NONE:
         return text
     return f"{text}: {said['shows'].format(_first(row.ours))}"
@@ -513,7 +516,9 @@ def complete_runs(experiment: Experiment[Any], stored: Sequence[StoredRun]) -> t
     return tuple(run for run in stored if run.experiment in experiment.reads and run.done is not None)
 
 
-def make_part(experiment: Experiment[Any], stored: Sequence[StoredRun], *, judged: bool) -> Part | None:
+def make_part(
+    experiment: Experiment[Any], stored: Sequence[StoredRun], *, judged: bool = True
+) -> Part | None:
     """Make an experiment's part from those of `stored` that it reads and that are complete; None if it cannot be.
 
     `judged`: whether all runs of the report are of one setting, so that claims may be judged by them.

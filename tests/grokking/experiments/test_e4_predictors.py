@@ -145,7 +145,7 @@ def test_difference_to_the_clock_is_that_of_the_two_r2_and_its_interval_is_over_
         if row is not clock:
             assert row.advantage.value == pytest.approx(row.left_out - clock.left_out)
             assert row.advantage.n == 4
-    # The gap leaves next to no error (its exponents are a grid), so each run weighs in by the clock's squared errors alone.
+    # The gap leaves next to no error (its exponents are a grid): a run weighs in by the clock's squared errors alone.
     total = np.sum((data.remaining - data.remaining.mean()) ** 2)
     weights = []
     for k, t_grok in enumerate(data.t_grok):

@@ -220,11 +220,16 @@ def plain(words):
     return "".join(piece if isinstance(piece, str) else piece.label for piece in pieces)
 
 
+def claim_rows(sections):
+    groups = [block for block in sections[1].blocks if isinstance(block, Group)]
+    return [
+        row for group in groups for block in group.blocks if isinstance(block, Table) for row in block.rows
+    ]
+
+
 def claimed(sections):
     """The rows of the claims by the words of the claim."""
-    groups = [block for block in sections[1].blocks if isinstance(block, Group)]
-    tables = [block for group in groups for block in group.blocks if isinstance(block, Table)]
-    return {row[1]: row for table in tables for row in table.rows}
+    return {row[1]: row for row in claim_rows(sections)}
 
 
 def verdicts(runs):
@@ -306,7 +311,8 @@ def test_every_sentence_is_written_for_every_verdict_and_says_another_thing_for_
     for sentence, names in zip(found, CONCLUSIONS, strict=True):
         clauses = [CLAIMS[name].said for name in names]
         if verdict.kind == "none":
-            expected = [f"hether {said['open']} is open ({verdict.label})" for said in clauses]
+            state = "undecided" if verdict is Verdict.UNDECIDED else f"open: {verdict.label}"
+            expected = [f"hether {said['open']} is {state}" for said in clauses]
         else:
             expected = [said[verdict.kind][1:] for said in clauses]
         assert all(words in sentence for words in expected)
@@ -333,8 +339,8 @@ def test_every_claim_of_a_sentence_has_words_for_each_kind_of_verdict_and_they_d
 
 def test_a_sentence_of_claims_that_no_run_speaks_to_is_open_and_gives_no_figure():
     assert plain(conclusions([])[1]) == (
-        "Whether mixing the representations delays grokking is open (not run); whether it keeps H up, as it is meant "
-        "to, is open (not run). E2"
+        "Whether mixing the representations delays grokking is open: not run; whether it keeps H up, as it is meant "
+        "to, is open: not run. E2"
     )
     unknown = rows_with(Verdict.UNDECIDED, ours="–")
     assert "–" not in plain(conclusions(unknown)[1])
@@ -355,7 +361,7 @@ def test_the_first_screen_has_the_setting_the_sentences_the_tally_the_contributi
     setting, sentences, count, contributions, figure = sections[0].blocks
     assert plain(setting.text).startswith("True of one setting: the preset `quick`")
     assert plain(sentences.items[0]).startswith("The entropy does not warn of grokking: ")
-    assert plain(count.text).startswith(f"Of {len(claimed(sections))} claims of the paper: ")
+    assert plain(count.text).startswith(f"Of {len(claim_rows(sections))} claims of the paper: ")
     assert [row[0] for row in contributions.rows][:2] == ["(i)", "(ii)"]
     assert figure.name == "e1-dynamics"
     # It stands once, and its section says where.
