@@ -13,13 +13,11 @@ runs.
 
 from __future__ import annotations
 
-import functools
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Protocol, get_args
 
@@ -27,19 +25,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastent.activations import Positions, Tokens, TooFewRows, rows_of
-from fastent.entropy import SpectralEntropy, Status, checked, spectral_entropy, unmeasured
+from fastent.activations import Positions, Tokens
+from fastent.entropy import SpectralEntropy, Status
 from fastent.forecast.diagnosis import Diagnosis, diagnosis_of
 from fastent.forecast.history import History
 from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import Forecast, predict_grok_time
-from fastent.moments import Moments, device_of_group
-from fastent.monitor.deferred import DeferredEntropy, Evaluated, Evaluation, OnFull, in_line
-from fastent.monitor.isolation import in_a_pass
-from fastent.monitor.probe import Axes, Inputs, Layers, Reading, SamplesAxis, Watched
+from fastent.moments import device_of_group
+from fastent.monitor.deferred import DeferredEntropy, Evaluated, OnFull, in_line
+from fastent.monitor.probe import Axes, Evaluator, Inputs, Layers, SamplesAxis, Watched
 from fastent.process import Interrupts, at_exit, interrupts_held, uncompiled, warn_user
 from fastent.records import Course, EntropyRecord, Recording, checked_count
-from fastent.sampling import sampling_error
 
 
 class Monitored(Protocol):
@@ -197,248 +193,6 @@ class Arrivals:
                     "without further warnings",
                     RuntimeWarning,
                 )
-
-
-class Evaluator:
-    """Asks for the entropies of a monitor's layers.
-
-    Parameters
-    ----------
-    evaluations : DeferredEntropy
-        Where they are asked for.
-    recording : Recording
-        Knows which layer has a record at a step, and refuses one of another width.
-    axes : Axes
-        How the activations are read.
-    standard_error : bool
-        As `fastent.SpectralEntropyMonitor` takes it.
-    """
-
-    def __init__(
-        self, evaluations: DeferredEntropy, recording: Recording, axes: Axes, standard_error: bool
-    ) -> None:
-        self._evaluations, self._recording = evaluations, recording
-        self._axes, self._standard_error = axes, standard_error
-        self._devices: dict[str, torch.device] = {}
-        self._merged = _Merged()
-        self._seen_in_backward: dict[str, bool] = {}  # by layer, for its newest observed step
-        self._warned_of_repeats = False
-        self._probing = False
-
-    @property
-    def probing(self) -> bool:
-        """Whether the calling thread is in a pass of the probe."""
-        return self._probing and in_a_pass()
-
-    def check(self, watched: Watched) -> None:
-        """Pass the probe through the model and check what comes, without an evaluation; every rank may do so."""
-        with self._pass(
-            "the probe's pass failed at construction; check=False puts it off to the first evaluation"
-        ):
-            watched.run(functools.partial(self._examine, watched.may_have_few_rows))
-
-    def run(self, step: int, watched: Watched) -> None:
-        """Evaluate the layers of a model on its probe; a full ring may drop that, and then nothing is run."""
-        every_rank = watched.needs_every_rank
-        evaluation = None
-        if not (every_rank and _rank()):
-            # The jackknife needs the activations: it is done in line.
-            evaluation = self._evaluations.open(step, needs_room=not self._standard_error)
-        if evaluation is not None:
-            with evaluation, self._pass(f"in the pass of the monitor's probe at step {step}"):
-                add = functools.partial(self._add, evaluation, watched.may_have_few_rows)
-                for layer, d in watched.run(add).items():
-                    message = "the layer did not run in this pass of the probe: nothing called it"
-                    width = self._recording.width(layer) or d
-                    evaluation.put(layer, unmeasured(Status.NOT_RUN, 0, width, message))
-                evaluation.arrange(watched.order)
-                self._expect(step, evaluation)
-        elif every_rank:  # its part of the forward pass: the other ranks wait for it
-            with self._pass(f"in the pass of the monitor's probe at step {step}"):
-                watched.run(functools.partial(self._examine, watched.may_have_few_rows))
-
-    def observe(self, step: int, layer: str, h: Tensor | SpectralEntropy, merge: bool) -> None:
-        """Evaluate activations that are at hand, or take their entropy, or keep rows until the step is over."""
-        if isinstance(h, SpectralEntropy) and not isinstance(h.normalized, float):
-            raise ValueError("observe takes one entropy at a time; got a batch: use its unbind()")
-        if merge and isinstance(h, SpectralEntropy):
-            raise ValueError(
-                "merge=True adds up activations, and entropies do not add up: pass the activations"
-            )
-        if merge and self._standard_error:
-            raise ValueError(
-                "merge=True keeps moments, and standard_error needs the activations: leave one of them out"
-            )
-        if (
-            in_a_pass()
-        ):  # by a hook of the user's that fires in the pass of a probe too, of another monitor's as well
-            return
-        merging = layer in self._merged.moments
-        if merging or self._recording.newest(layer) == step:
-            if _in_backward() and not self._seen_in_backward.get(layer, True):
-                return  # the forward pass once more, by activation checkpointing: the same rows
-            if not (merge and merging):
-                self._ignore(step, layer)
-                return
-        else:
-            self._seen_in_backward[layer] = _in_backward()
-        if merge and not isinstance(h, SpectralEntropy):
-            self._merge(step, layer, h)
-            return
-        known = isinstance(h, SpectralEntropy) or self._standard_error
-        evaluation = self._evaluations.open(step, needs_room=not known)
-        if evaluation is not None:
-            with evaluation:
-                if isinstance(h, SpectralEntropy):
-                    evaluation.put(layer, h)
-                else:
-                    self._add(evaluation, _AnyLayer(), layer, h)
-                self._expect(step, evaluation)
-
-    def end_merging(self, next_step: int | None = None) -> None:
-        """Evaluate what was merged, if that was at a step before `next_step` or there is none."""
-        merged = self._merged
-        if not merged.moments or next_step == merged.step:
-            return
-        with interrupts_held():
-            self._merged = _Merged()
-            self._evaluate(merged)
-
-    def _evaluate(self, merged: _Merged) -> None:
-        evaluation = self._evaluations.open(merged.step, needs_room=False)
-        if evaluation is not None:
-            with evaluation:
-                for layer, moments in merged.moments.items():
-                    few = moments.n < 2
-                    entropy = _too_few(moments.n, merged.widths[layer]) if few else moments.spectral_entropy()
-                    evaluation.put(layer, entropy)
-                self._expect(merged.step, evaluation)
-
-    def forget(self) -> None:
-        """Let layers come from other devices than before, and drop what was merged."""
-        self._devices = {}
-        self._merged = _Merged()
-
-    def _add(self, evaluation: Evaluation, few: Any, layer: str, h: Tensor) -> int:
-        """Put activations into `evaluation` and return their width; of the layers `few`, under two rows too."""
-        with self._checks_of(layer, h):
-            reading = self._read(layer, h)
-            try:
-                if self._standard_error:
-                    result = spectral_entropy(reading.h, **reading.choice)
-                    sampling = sampling_error(reading.h, **reading.choice) if result.n >= 3 else None
-                    evaluation.put(layer, result, sampling, mask_name=reading.mask)
-                else:
-                    evaluation.add(layer, reading.h, **reading.choice, mask_name=reading.mask)
-            except TooFewRows as error:
-                if layer not in few:
-                    raise
-                evaluation.put(layer, _too_few(error.n, error.d), mask_name=reading.mask)
-        self._devices[layer] = h.device
-        return evaluation.widths[layer]
-
-    def _examine(self, few: Any, layer: str, h: Tensor) -> int:
-        with self._checks_of(layer, h):
-            reading = self._read(layer, h)
-            try:
-                return checked(reading.h, **reading.choice).shape[-1]
-            except TooFewRows as error:
-                if layer not in few:
-                    raise
-                return error.d
-
-    def _merge(self, step: int, layer: str, h: Tensor) -> None:
-        with self._checks_of(layer, h):
-            reading = self._read(layer, h)
-            part = Moments().update(reading.h, **reading.choice)
-            d = len(part.mean) if part.n else rows_of(reading.h, **reading.choice, batch_dims=None).shape[-1]
-            if d < 2:
-                raise ValueError(
-                    "the normalised entropy divides by log d, so d must be at least 2; got d = 1"
-                )
-            self._recording.check(step, layer, d)
-            moments = self._merged.moments.get(layer, Moments()).merge(part)
-        self._merged.step = step
-        self._merged.moments[layer] = moments
-        self._merged.widths[layer] = d
-        self._devices[layer] = h.device
-
-    def _read(self, layer: str, h: Tensor) -> Reading:
-        h = h.detach() if isinstance(h, Tensor) else h
-        return self._axes.on_probe(layer, h) if self._probing else self._axes.at_hand(h)
-
-    def _ignore(self, step: int, layer: str) -> None:
-        if not self._warned_of_repeats:
-            self._warned_of_repeats = True
-            warn_user(
-                f"layer {layer!r} was observed again at step {step}, and that is ignored: pass merge=True to take "
-                "all calls of a step together (gradient accumulation), or another step. Further ones are ignored "
-                "without a warning",
-                UserWarning,
-            )
-
-    def _expect(self, step: int, evaluation: Evaluation) -> None:
-        for layer, d in evaluation.widths.items():
-            self._recording.check(step, layer, d)
-        for layer, d in evaluation.widths.items():
-            self._recording.expect(step, layer, d)
-
-    @contextmanager
-    def _checks_of(self, layer: str, h: Tensor) -> Iterator[None]:
-        try:
-            if isinstance(h, Tensor):
-                old = self._devices.get(layer, h.device)
-                if old != h.device:
-                    raise ValueError(
-                        f"the activations moved from {old} to {h.device}: move the model back, or load the "
-                        "state_dict() of this monitor into a new one"
-                    )
-            yield
-        except (TypeError, ValueError) as error:
-            error.args = (f"layer {layer!r}{' on the probe' if self._probing else ''}: {error}",)
-            raise
-        except Exception as error:
-            error.add_note(f"in the activations of layer {layer!r}")
-            raise
-
-    @contextmanager
-    def _pass(self, note: str) -> Iterator[None]:
-        self._probing = True
-        try:
-            yield
-        except Exception as error:
-            error.add_note(note)
-            raise
-        finally:
-            self._probing = False
-
-
-@dataclass
-class _Merged:
-    """Rows of the step under way, by layer."""
-
-    step: int = -1
-    moments: dict[str, Moments] = field(default_factory=dict)
-    widths: dict[str, int] = field(default_factory=dict)
-
-
-class _AnyLayer:
-    def __contains__(self, layer: object) -> bool:
-        return True
-
-
-def _too_few(n: int, d: int) -> SpectralEntropy:
-    message = f"a covariance needs at least 2 rows; there {'was' if n == 1 else 'were'} {n}"
-    return unmeasured(Status.TOO_FEW_ROWS, n, d, message)
-
-
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 Mode = Literal["deferred", "sync"]
@@ -609,12 +363,12 @@ class SpectralEntropyMonitor:
         axes = Axes(tokens, positions, channel_axis, samples_axis, mask, self._watched)
         self._evaluations = DeferredEntropy(on_full=on_full, device_of=in_line if mode == "sync" else None)
         self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite)
-        self._evaluator = Evaluator(self._evaluations, self._recording, axes, standard_error)
+        self._evaluator = Evaluator(self._evaluations, self._recording, self._watched, axes, standard_error)
         self._last_called: int | None = None  # by `step`, not by `observe`
         self._unfinished: int | None = None  # the step whose evaluation failed: it may be repeated
         self._closed = False
-        if self._watched is not None and check:
-            self._evaluator.check(self._watched)
+        if check:
+            self._evaluator.check()
         at_exit(self)
 
     @uncompiled
@@ -656,7 +410,7 @@ class SpectralEntropyMonitor:
             with interrupts_held():  # a step is evaluated and recorded, or it is not
                 self._last_called, self._unfinished = step, step
                 self._watched.probe.check()
-                self._evaluator.run(step, self._watched)
+                self._evaluator.run(step)
                 self._unfinished = None
                 self._arrivals.collect()
         self._last_called = step

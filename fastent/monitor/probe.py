@@ -1,4 +1,7 @@
-"""A monitor's probe: the fixed input, the layers it watches, the pass that takes their activations, and their axes.
+"""A monitor's probe: the fixed input, the layers, the pass that takes their activations, their axes, the evaluation.
+
+What the pass gives, and what an `observe` hands over, is read by its axes and put into an evaluation
+(`fastent.monitor.deferred`); nothing of it is kept.
 
 A probe's content is hashed when it is taken on, and a probe that changed is an error. The pass runs the plain module
 (what a compiled or DDP wrapper holds) inside `fastent.monitor.isolation.undisturbed`, with hooks that exist for its
@@ -20,25 +23,31 @@ holds the same one; if not, it is a part of which nobody says where it belongs, 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import inspect
 import re
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastent.activations import Positions, RealTokens, Tokens
+from fastent.activations import Positions, RealTokens, Tokens, TooFewRows, rows_of
+from fastent.entropy import SpectralEntropy, Status, checked, spectral_entropy, unmeasured
 from fastent.linalg import check_pool
-from fastent.monitor.isolation import apart, fsdp1_modules, fsdp_modules, undisturbed
-from fastent.process import warn_user
+from fastent.moments import Moments
+from fastent.monitor.deferred import DeferredEntropy, Evaluation
+from fastent.monitor.isolation import apart, fsdp1_modules, fsdp_modules, in_a_pass, undisturbed
+from fastent.process import interrupts_held, warn_user
+from fastent.records import Recording
+from fastent.sampling import sampling_error
 
-R = TypeVar("R")
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 LayerFunction = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
 Layers = str | Iterable[str] | LayerFunction
@@ -240,126 +249,12 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
     return found
 
 
-def reduce_activations(
-    model: nn.Module,
-    probe: Probe,
-    layers: Mapping[str, FoundLayer] | LayerFunction,
-    reduce: Callable[[str, Tensor], R],
-    may_be_idle: Container[str] = (),
-) -> dict[str, R]:
-    """Run the probe through the model and reduce the activations of the layers.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A plain module; when it is sharded by FSDP or tensor parallelism, every rank must call this.
-    probe : Probe
-        The input.
-    layers : mapping or callable
-        What `find_layers` returned, or a function of (model, probe as it was given) that returns activations,
-        or a mapping of names to them.
-    reduce : callable
-        Gets the layer's name and its activation, as soon as there is one.
-    may_be_idle : container of str
-        Names of layers that may be left out because they did not run, as those that are not `named` may.
-
-    Returns
-    -------
-    dict
-        What `reduce` returned, by layer. If one layer fails, it raises.
-
-    Raises
-    ------
-    RuntimeError
-        If a layer ran more than once, or not at all and may not be idle.
-    TypeError
-        If a layer's output holds no tensor.
-    ValueError
-        If a layer of a model under tensor parallelism holds only a part.
-    """
-    check_pool()
-    with undisturbed(model) as interrupts, Spread(model) as spread:
-        reduce = apart(reduce, interrupts)
-        if callable(layers):
-            with interrupts.second_at_once():
-                given = layers(model, probe.inputs)
-            named = given.items() if isinstance(given, Mapping) else [(name_of(layers), given)]
-            reduced: dict[str, R] = {}
-            for name, h in named:
-                if str(name) in reduced:
-                    raise ValueError(f"layers returned two activations named {str(name)!r}")
-                reduced[str(name)] = reduce(str(name), spread.whole(str(name), h))
-            return reduced
-        results: dict[str, R] = {}
-        fired = dict.fromkeys(layers, 0)
-
-        def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                fired[name] += 1
-                if fired[name] == 1:
-                    results[name] = reduce(name, spread.whole(name, _first_tensor(name, output), module))
-
-            return hook
-
-        def input_hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            hook = hook_for(name)
-            return lambda module, args, kwargs: hook(module, args, (*args, *kwargs.values()))
-
-        handles = []
-        try:
-            for name, layer in layers.items():
-                module = model.get_submodule(layer.path)
-                handles.append(
-                    module.register_forward_pre_hook(input_hook_for(name), with_kwargs=True)
-                    if layer.of_input
-                    else module.register_forward_hook(hook_for(name))
-                )
-            with interrupts.second_at_once():
-                model(*probe.args, **probe.kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-    for name, count in fired.items():
-        if count == 0 and (name in may_be_idle or not layers[name].named):
-            continue
-        if count != 1:
-            children = [
-                f"{name}.{child}" for child, _ in model.get_submodule(layers[name].path).named_children()
-            ]
-            reason = (
-                "its parent does not call it on this probe, or uses its weights without calling it"
-                + (
-                    f" (its children may run without it: {', '.join(map(repr, children[:3]))})"
-                    if children
-                    else ""
-                )
-                if count == 0
-                else "it is shared or runs in a loop, so which of its outputs is meant is open"
-            )
-            raise RuntimeError(
-                f"layer {name!r} fired {count} times in one forward pass: {reason}; "
-                "pass a callable as layers to choose the activations yourself"
-            )
-    return {name: results[name] for name in layers if name in results}
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass of `model` needs every rank: FSDP or tensor parallelism."""
     modules = list(model.modules())
     return any(hasattr(p, "full_tensor") for p in model.parameters()) or bool(
         fsdp_modules(modules) or fsdp1_modules(modules)
     )
-
-
-def tokens_first(model: nn.Module, path: str) -> str | None:
-    """Type of the nearest torch module around `path` that says ``batch_first``, where it says False; else None."""
-    parts = path.split(".")
-    for count in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:count]))
-        batch_first = _batch_first(module)
-        if batch_first is not None:
-            return None if batch_first else type(module).__name__
-    return None
 
 
 def _batch_first(module: nn.Module) -> bool | None:
@@ -371,11 +266,6 @@ def _batch_first(module: nn.Module) -> bool | None:
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         return bool(module.self_attn.batch_first)
     return None
-
-
-def name_of(layers: LayerFunction) -> str:
-    """Layer name of activations that a function returned without one."""
-    return str(getattr(layers, "__name__", type(layers).__name__))
 
 
 # Submodules that torch.compile, FSDP1, activation checkpointing, and Lightning's Fabric put in a path.
@@ -459,6 +349,17 @@ def _first_tensor(name: str, output: Any) -> Tensor:
     raise TypeError(
         f"layer {name!r} {what} at its first level; pass a callable as layers to take the activations out of it"
     )
+
+
+def _hook(
+    module: nn.Module, name: str, take: Callable[[str, nn.Module, Any], None], of_input: bool
+) -> RemovableHandle:
+    """Have `take` called with what `module` returns, or with what it is called with."""
+    if of_input:
+        return module.register_forward_pre_hook(
+            lambda module, args, kwargs: take(name, module, (*args, *kwargs.values())), with_kwargs=True
+        )
+    return module.register_forward_hook(lambda module, args, output: take(name, module, output))
 
 
 def _mark(t: Tensor) -> tuple[torch.device, int, int | None]:
@@ -598,15 +499,23 @@ class Watched:
 
     def tokens_first(self, layer: str) -> str | None:
         """Type of the torch module with ``batch_first=False`` that the layer is or is part of, None if none is."""
-        return None if callable(self._layers) else tokens_first(self.model, self._layers[layer].path)
+        if callable(self._layers):
+            return None
+        parts = self._layers[layer].path.split(".")
+        for count in range(len(parts), -1, -1):
+            module = self.model.get_submodule(".".join(parts[:count]))
+            batch_first = _batch_first(module)
+            if batch_first is not None:
+                return None if batch_first else type(module).__name__
+        return None
 
     @property
     def needs_every_rank(self) -> bool:
         """Whether a pass needs every rank: FSDP2 or tensor parallelism; rank 0 alone records then."""
-        return is_sharded(plain_module(self._model))
+        return is_sharded(self.model)
 
     def run(self, reduce: Callable[[str, Tensor], int]) -> dict[str, int]:
-        """Pass the probe through the model.
+        """Pass the probe through the model; when it is sharded (FSDP, tensor parallelism) every rank must do so.
 
         Parameters
         ----------
@@ -618,18 +527,76 @@ class Watched:
         dict
             Widths of layers that have run before and did not run now.
 
+        Raises
+        ------
+        RuntimeError
+            If a layer ran more than once, or a named one not at all the first time.
+        TypeError
+            If a layer's output holds no tensor.
+        ValueError
+            If a layer of a model under tensor parallelism holds only a part.
+
         Warns
         -----
         UserWarning
             Once, of the layers that were not named and did not run.
         """
-        model = plain_module(self._model)
-        widths = reduce_activations(model, self.probe, self._layers, reduce, self.ran)
-        for layer, d in widths.items():
-            self.ran.setdefault(layer, d)
+        check_pool()
+        model, layers = self.model, self._layers
+        widths: dict[str, int] = {}
+        fired: dict[str, int] = {}
+        with undisturbed(model) as interrupts, Spread(model) as spread:
+            reduce = apart(reduce, interrupts)
+            if callable(layers):
+                with interrupts.second_at_once():
+                    given = layers(model, self.probe.inputs)
+                own_name = str(getattr(layers, "__name__", type(layers).__name__))
+                for name, h in given.items() if isinstance(given, Mapping) else [(own_name, given)]:
+                    if str(name) in widths:
+                        raise ValueError(f"layers returned two activations named {str(name)!r}")
+                    widths[str(name)] = reduce(str(name), spread.whole(str(name), h))
+            else:
+                fired = dict.fromkeys(layers, 0)
+
+                def take(name: str, module: nn.Module, output: Any) -> None:
+                    fired[name] += 1
+                    if fired[name] == 1:
+                        widths[name] = reduce(name, spread.whole(name, _first_tensor(name, output), module))
+
+                handles = []
+                try:
+                    for name, layer in layers.items():
+                        handles.append(_hook(model.get_submodule(layer.path), name, take, layer.of_input))
+                    with interrupts.second_at_once():
+                        model(*self.probe.args, **self.probe.kwargs)
+                finally:
+                    for handle in handles:
+                        handle.remove()
+        for name, count in fired.items():
+            self._check_fired(name, count)
+        for name in widths if callable(layers) else self.order:
+            if name in widths:
+                self.ran.setdefault(name, widths[name])
         idle = {layer: d for layer, d in self.ran.items() if layer not in widths}
         self._warn_of_idle([layer for layer in self.order if layer not in widths and layer not in idle])
         return idle
+
+    def _check_fired(self, name: str, count: int) -> None:
+        assert not callable(self._layers)
+        layer = self._layers[name]
+        if count == 1 or (count == 0 and (name in self.ran or not layer.named)):
+            return
+        reason = "it is shared or runs in a loop, so which of its outputs is meant is open"
+        if count == 0:
+            reason = "its parent does not call it on this probe, or uses its weights without calling it"
+            module = self.model.get_submodule(layer.path)
+            children = [repr(f"{name}.{child}") for child, _ in module.named_children()]
+            if children:
+                reason += f" (its children may run without it: {', '.join(children[:3])})"
+        raise RuntimeError(
+            f"layer {name!r} fired {count} times in one forward pass: {reason}; "
+            "pass a callable as layers to choose the activations yourself"
+        )
 
     def _warn_of_idle(self, layers: list[str]) -> None:
         if layers and not self._warned_of_idle:
@@ -694,7 +661,7 @@ class Axes:
     ) -> None:
         _check_choices(tokens, positions, channel_axis, samples_axis)
         self._tokens, self._positions, self._channel_axis = tokens, positions, channel_axis
-        self._samples_axis, self._mask, self._watched = samples_axis, mask, watched
+        self._samples_axis, self._mask, self._given = samples_axis, mask, watched
         self._real: dict[torch.device, RealTokens] = {}
         self._used: str | None = None
         self._warned: set[str] = set()
@@ -709,6 +676,11 @@ class Axes:
             real = self._named_mask(mask) if mask is not None else self._usual_mask()
             if real is not None:
                 self._real[real.mask.device] = real
+
+    @property
+    def _watched(self) -> Watched:
+        assert self._given is not None
+        return self._given
 
     def at_hand(self, h: Tensor) -> Reading:
         """Activations that did not come from the probe: taken at their word."""
@@ -726,11 +698,9 @@ class Axes:
         ValueError
             If an axis does not count what it should, or which tokens are padding is open.
         """
-        watched = self._watched
-        assert watched is not None
         if _is_odd(h):
             return Reading(h, {})
-        if _is_matrix(h) and not watched.by_function and len(h) not in self._samples():
+        if _is_matrix(h) and not self._watched.by_function and len(h) not in self._samples():
             h = self._rows_of_tokens(h.flatten(1))
             if _is_matrix(h):
                 return Reading(h, {})
@@ -754,12 +724,10 @@ class Axes:
 
     def _samples(self) -> tuple[int, ...]:
         """Numbers of samples that the probe may have: along its first axis, or, where tokens come first, its second."""
-        assert self._watched is not None
         return self._watched.probe.shape[: 2 if self._samples_axis == 1 else 1]
 
     def _fits(self, layer: str, size: int) -> bool:
         """Whether an axis of `layer` counts samples; no other layer may find them along the probe's other axis."""
-        assert self._watched is not None
         axes = [axis for axis, count in enumerate(self._samples()) if count == size]
         if len(axes) == 1:
             self._samples_at.setdefault(axes[0], layer)
@@ -773,7 +741,6 @@ class Axes:
 
     def _rows_of_tokens(self, h: Tensor) -> Tensor:
         """Activations (rows, d) that are not one row for each sample, as (samples, tokens, d) where that is known."""
-        assert self._watched is not None
         rows, d = h.shape
         real = next(iter(self._real.values()), None)
         if real is not None and rows == real.mask.numel():
@@ -799,7 +766,6 @@ class Axes:
         )
 
     def _samples_first(self, layer: str, h: Tensor) -> Tensor:
-        assert self._watched is not None
         shape = tuple(h.shape)
         if self._samples_axis == 1 and self._by_tokens(h):
             if not self._watched.by_function and not self._fits(layer, shape[1]):
@@ -850,7 +816,6 @@ class Axes:
         return self._real[h.device]
 
     def _named_mask(self, name: str) -> RealTokens:
-        assert self._watched is not None
         plain = name.removeprefix("~")
         entries = self._watched.probe.entries(self._watched.model)
         tensors = [key for key, value in entries.items() if isinstance(value, Tensor)]
@@ -869,7 +834,6 @@ class Axes:
             raise
 
     def _usual_mask(self) -> RealTokens | None:
-        assert self._watched is not None
         entries = self._watched.probe.entries(self._watched.model)
         entry = entries.get(_USUAL_MASK)
         if isinstance(entry, Tensor) and entry.ndim and entry.shape[0] in self._samples():
@@ -892,7 +856,6 @@ class Axes:
         return None
 
     def _probe(self) -> str:
-        assert self._watched is not None
         return f"a probe of {self._watched.probe.shape[0]} samples"
 
 
@@ -923,6 +886,251 @@ def _check_choices(tokens: Any, positions: Any, channel_axis: Any, samples_axis:
             "positions and channel_axis go together: channel_axis=1 for (n, channels, ...) maps, and "
             'positions="flatten" or "mean"'
         )
+
+
+class Evaluator:
+    """Asks for the entropies of a monitor's layers.
+
+    Parameters
+    ----------
+    evaluations : DeferredEntropy
+        Where they are asked for.
+    recording : Recording
+        Knows which layer has a record at a step, and refuses one of another width.
+    watched : Watched or None
+        The model and its probe.
+    axes : Axes
+        How the activations are read.
+    standard_error : bool
+        As `fastent.SpectralEntropyMonitor` takes it.
+    """
+
+    def __init__(
+        self,
+        evaluations: DeferredEntropy,
+        recording: Recording,
+        watched: Watched | None,
+        axes: Axes,
+        standard_error: bool,
+    ) -> None:
+        self._evaluations, self._recording, self._watched = evaluations, recording, watched
+        self._axes, self._standard_error = axes, standard_error
+        self._devices: dict[str, torch.device] = {}
+        self._merged = _Merged()
+        self._seen_in_backward: dict[str, bool] = {}  # by layer, for its newest observed step
+        self._warned_of_repeats = False
+        self._probing = False
+
+    @property
+    def probing(self) -> bool:
+        """Whether the calling thread is in a pass of the probe."""
+        return self._probing and in_a_pass()
+
+    def check(self) -> None:
+        """Pass the probe through the model and check what comes, without an evaluation; every rank may do so."""
+        if self._watched is not None:
+            with self._pass(
+                "the probe's pass failed at construction; check=False puts it off to the first evaluation"
+            ):
+                self._watched.run(self._examine)
+
+    def run(self, step: int) -> None:
+        """Evaluate the layers of the model on its probe; a full ring may drop that, and then nothing is run."""
+        watched = self._watched
+        assert watched is not None
+        every_rank = watched.needs_every_rank
+        evaluation = None
+        if not (every_rank and _rank()):
+            # The jackknife needs the activations: it is done in line.
+            evaluation = self._evaluations.open(step, needs_room=not self._standard_error)
+        note = f"in the pass of the monitor's probe at step {step}"
+        if evaluation is not None:
+            with evaluation, self._pass(note):
+                for layer, d in watched.run(functools.partial(self._add, evaluation)).items():
+                    message = "the layer did not run in this pass of the probe: nothing called it"
+                    width = self._recording.width(layer) or d
+                    evaluation.put(layer, unmeasured(Status.NOT_RUN, 0, width, message))
+                evaluation.arrange(watched.order)
+                self._expect(step, evaluation)
+        elif every_rank:  # its part of the forward pass: the other ranks wait for it
+            with self._pass(note):
+                watched.run(self._examine)
+
+    def observe(self, step: int, layer: str, h: Tensor | SpectralEntropy, merge: bool) -> None:
+        """Evaluate activations that are at hand, or take their entropy, or keep rows until the step is over."""
+        if isinstance(h, SpectralEntropy) and not isinstance(h.normalized, float):
+            raise ValueError("observe takes one entropy at a time; got a batch: use its unbind()")
+        if merge and isinstance(h, SpectralEntropy):
+            raise ValueError(
+                "merge=True adds up activations, and entropies do not add up: pass the activations"
+            )
+        if merge and self._standard_error:
+            raise ValueError(
+                "merge=True keeps moments, and standard_error needs the activations: leave one of them out"
+            )
+        if (
+            in_a_pass()
+        ):  # by a hook of the user's that fires in the pass of a probe too, of another monitor's as well
+            return
+        merging = layer in self._merged.moments
+        if merging or self._recording.newest(layer) == step:
+            if _in_backward() and not self._seen_in_backward.get(layer, True):
+                return  # the forward pass once more, by activation checkpointing: the same rows
+            if not (merge and merging):
+                self._ignore(step, layer)
+                return
+        else:
+            self._seen_in_backward[layer] = _in_backward()
+        if merge and not isinstance(h, SpectralEntropy):
+            self._merge(step, layer, h)
+            return
+        known = isinstance(h, SpectralEntropy) or self._standard_error
+        evaluation = self._evaluations.open(step, needs_room=not known)
+        if evaluation is not None:
+            with evaluation:
+                if isinstance(h, SpectralEntropy):
+                    evaluation.put(layer, h)
+                else:
+                    self._add(evaluation, layer, h)
+                self._expect(step, evaluation)
+
+    def end_merging(self, next_step: int | None = None) -> None:
+        """Evaluate what was merged, if that was at a step before `next_step` or there is none."""
+        merged = self._merged
+        if not merged.moments or next_step == merged.step:
+            return
+        with interrupts_held():
+            self._merged = _Merged()
+            self._evaluate(merged)
+
+    def _evaluate(self, merged: _Merged) -> None:
+        evaluation = self._evaluations.open(merged.step, needs_room=False)
+        if evaluation is not None:
+            with evaluation:
+                for layer, moments in merged.moments.items():
+                    few = moments.n < 2
+                    entropy = _too_few(moments.n, merged.widths[layer]) if few else moments.spectral_entropy()
+                    evaluation.put(layer, entropy)
+                self._expect(merged.step, evaluation)
+
+    def forget(self) -> None:
+        """Let layers come from other devices than before, and drop what was merged."""
+        self._devices = {}
+        self._merged = _Merged()
+
+    def _add(self, evaluation: Evaluation, layer: str, h: Tensor) -> int:
+        """Put activations into `evaluation` and return their width."""
+        with self._reading(layer, h) as reading:
+            try:
+                if self._standard_error:
+                    result = spectral_entropy(reading.h, **reading.choice)
+                    sampling = sampling_error(reading.h, **reading.choice) if result.n >= 3 else None
+                    evaluation.put(layer, result, sampling, mask_name=reading.mask)
+                else:
+                    evaluation.add(layer, reading.h, **reading.choice, mask_name=reading.mask)
+            except TooFewRows as error:
+                self._check_few(layer, error)
+                evaluation.put(layer, _too_few(error.n, error.d), mask_name=reading.mask)
+        self._devices[layer] = h.device
+        return evaluation.widths[layer]
+
+    def _examine(self, layer: str, h: Tensor) -> int:
+        """Check activations and return their width."""
+        with self._reading(layer, h) as reading:
+            try:
+                return checked(reading.h, **reading.choice).shape[-1]
+            except TooFewRows as error:
+                self._check_few(layer, error)
+                return error.d
+
+    def _check_few(self, layer: str, error: TooFewRows) -> None:
+        """Raise `error` where it is a mistake: on the probe, for a layer that has not run before."""
+        if self._probing and self._watched is not None and layer not in self._watched.may_have_few_rows:
+            raise error
+
+    def _merge(self, step: int, layer: str, h: Tensor) -> None:
+        with self._reading(layer, h) as reading:
+            part = Moments().update(reading.h, **reading.choice)
+            d = len(part.mean) if part.n else rows_of(reading.h, **reading.choice, batch_dims=None).shape[-1]
+            if d < 2:
+                raise ValueError(
+                    "the normalised entropy divides by log d, so d must be at least 2; got d = 1"
+                )
+            self._recording.check(step, layer, d)
+            moments = self._merged.moments.get(layer, Moments()).merge(part)
+        self._merged.step = step
+        self._merged.moments[layer] = moments
+        self._merged.widths[layer] = d
+        self._devices[layer] = h.device
+
+    def _ignore(self, step: int, layer: str) -> None:
+        if not self._warned_of_repeats:
+            self._warned_of_repeats = True
+            warn_user(
+                f"layer {layer!r} was observed again at step {step}, and that is ignored: pass merge=True to take "
+                "all calls of a step together (gradient accumulation), or another step. Further ones are ignored "
+                "without a warning",
+                UserWarning,
+            )
+
+    def _expect(self, step: int, evaluation: Evaluation) -> None:
+        for layer, d in evaluation.widths.items():
+            self._recording.check(step, layer, d)
+        for layer, d in evaluation.widths.items():
+            self._recording.expect(step, layer, d)
+
+    @contextmanager
+    def _reading(self, layer: str, h: Tensor) -> Iterator[Reading]:
+        """Read activations by their axes; what is wrong with them is said with the name of the layer."""
+        try:
+            if isinstance(h, Tensor):
+                old = self._devices.get(layer, h.device)
+                if old != h.device:
+                    raise ValueError(
+                        f"the activations moved from {old} to {h.device}: move the model back, or load the "
+                        "state_dict() of this monitor into a new one"
+                    )
+                h = h.detach()
+            yield self._axes.on_probe(layer, h) if self._probing else self._axes.at_hand(h)
+        except (TypeError, ValueError) as error:
+            error.args = (f"layer {layer!r}{' on the probe' if self._probing else ''}: {error}",)
+            raise
+        except Exception as error:
+            error.add_note(f"in the activations of layer {layer!r}")
+            raise
+
+    @contextmanager
+    def _pass(self, note: str) -> Iterator[None]:
+        self._probing = True
+        try:
+            yield
+        except Exception as error:
+            error.add_note(note)
+            raise
+        finally:
+            self._probing = False
+
+
+@dataclass
+class _Merged:
+    """Rows of the step under way, by layer."""
+
+    step: int = -1
+    moments: dict[str, Moments] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+
+
+def _too_few(n: int, d: int) -> SpectralEntropy:
+    message = f"a covariance needs at least 2 rows; there {'was' if n == 1 else 'were'} {n}"
+    return unmeasured(Status.TOO_FEW_ROWS, n, d, message)
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 # Values compared between ranks, and how far they may be apart: kernels that add in any order differ by rounding.

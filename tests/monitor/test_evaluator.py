@@ -160,10 +160,10 @@ def test_idle_evaluations_are_unusable_for_a_diagnosis_and_do_not_change_what_is
 def test_a_rank_that_does_not_record_knows_which_layers_may_be_idle(
     monkeypatch: pytest.MonkeyPatch, checked: bool
 ) -> None:
-    from fastent.monitor import monitor, probe
+    from fastent.monitor import probe
 
     monkeypatch.setattr(probe, "is_sharded", lambda module: True)
-    monkeypatch.setattr(monitor, "_rank", lambda: 1)
+    monkeypatch.setattr(probe, "_rank", lambda: 1)
     model = Mixture()
     monitor = Monitor(model, inputs(), NAMES, every=1, check=checked)
     monitor.step(0)
