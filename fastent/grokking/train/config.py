@@ -1,9 +1,8 @@
 """What a run is: one typed, frozen configuration, and the presets, each value with its source.
 
 `TrainConfig` is the command line (tyro), ``config.json`` beside the results and what the trainer reads;
-there is no other place for a setting. Every default is the `paper` preset's. Values that the paper's text
-gives are marked "paper" in `SOURCES`; the ones its text lost are marked "ours", with the reason, and were
-calibrated on seeds 1000 and above, never on the seeds of the experiments
+there is no other place for a setting. Every default is the `paper` preset's. Values that the paper
+gives are marked "paper" in `SOURCES`; the others are marked "ours", with the reason, and were calibrated on seeds 1000 and above, never on the seeds of the experiments
 (``bench/results/calibration-*.jsonl``).
 """
 
@@ -170,34 +169,34 @@ def _require(holds: bool, rule: str) -> None:
 
 SOURCES: dict[str, str] = {
     "task": "paper, section 4 (add first); S5 in section 9",
-    "modulus": "ours: the text lost it; 97 is the field's (Power et al. 2022)",
+    "modulus": "paper, version 2, as its reviews quote it; lost in version 1",
     "separate_tokens": "ours: off, as in Power et al. 2022; on in the relabelling controls",
     "operand_tokens": "ours: not given; one, as in Power et al. 2022",
-    "train_fraction": "ours: the text lost it; 0.3, calibrated, and 0.5 for S5, which does not grok at 0.3",
+    "train_fraction": "ours: 0.3, calibrated, and 0.5 for S5; lost in version 1, version 2 has 0.20 and 0.10",
     "model": "paper, section 4 and Appendix A; the MLP in section 11",
     "width": "paper, Appendix A",
     "heads": "paper, Appendix A",
     "feedforward": "paper, Appendix A",
-    "activation": "ours: not given; ReLU, the default of torch's layer; calibrated",
+    "activation": "ours: not given; ReLU, the default of torch's layer; calibrated; GELU in the authors' sibling code",
     "norm_place": "ours: not given; post, as in torch's layer and in Vaswani et al. 2017, which it cites",
     "readout": "ours: not given; last, calibrated",
-    "final_norm": "ours: not given; none",
+    "final_norm": "ours: not given; none; the authors' sibling code has one",
     "entropy_at": "ours: not given; what is read out of the layer",
     "equals_token": "ours: not given; none: with it and a small scale there is no plateau; calibrated",
     "start": "ours: not given; torch's",
     "init_scale": "ours: not given; width^-1/2, so that the norm rises while it memorises, as in the paper",
     "hidden": "ours: the paper does not describe its MLP",
     "combine": "ours: the paper does not describe its MLP",
-    "learning_rate": "ours: the text lost it; 1e-3, calibrated",
+    "learning_rate": "paper, version 2, as its reviews quote it; lost in version 1, and calibrated then",
     "weight_decay": "paper, Appendix A",
-    "betas": "ours: the text lost them; 0.9 and 0.98 as in Power et al. 2022",
+    "betas": "ours: not given; 0.9 and 0.98 as in Power et al. 2022; 0.9 and 0.999 in the sibling code",
     "epsilon": "ours: not given; torch's default",
     "batch_size": "paper, section 4 and Appendix A",
-    "sampling": "ours: not given; shuffled passes, as torch's loader draws them",
+    "sampling": "ours: not given; shuffled passes, as torch's loader draws them; with replacement in the sibling code",
     "max_steps": "paper, section 4 and Appendix A",
     "evaluate_every": "paper, Appendix A",
     "probe_size": "paper, Appendix A",
-    "criterion": "ours: the text lost it; 0.99",
+    "criterion": "ours: lost in version 1; 0.99, as in the authors' sibling code",
     "memorised": "ours: the paper has no criterion for memorising",
     "run_past_steps": "ours: to see what entropy does after grokking, and T_grok sustained",
     "run_past_share": "ours: as run_past_steps",

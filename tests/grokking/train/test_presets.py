@@ -16,10 +16,12 @@ def test_every_field_has_a_source_and_no_source_lacks_its_field():
 def test_the_paper_preset_holds_what_the_papers_text_gives():
     given = {
         "task": "add",
+        "modulus": 97,
         "model": "transformer",
         "width": 128,
         "heads": 4,
         "feedforward": 512,
+        "learning_rate": 1e-3,
         "weight_decay": 1.0,
         "batch_size": 512,
         "max_steps": 50_000,
