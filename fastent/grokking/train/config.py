@@ -1,9 +1,9 @@
 """What a run is: one typed, frozen configuration, and the presets, each value with its source.
 
 `TrainConfig` is the command line (tyro), ``config.json`` beside the results and what the trainer reads;
-there is no other place for a setting. Every default is the `paper` preset's. Values that the paper
-gives are marked "paper" in `SOURCES`; the others are marked "ours", with the reason, and were calibrated on seeds 1000 and above, never on the seeds of the experiments
-(``bench/results/calibration-*.jsonl``).
+there is no other place for a setting. Every default is the `paper` preset's. Values that the paper gives are
+marked "paper" in `SOURCES`; the others are marked "ours", with the reason, and were calibrated on seeds 1000 and
+above, never on the seeds of the experiments (``bench/results/calibration-*.jsonl``).
 """
 
 from __future__ import annotations
