@@ -73,13 +73,12 @@ from bench.harness import (
     write_rows,
 )
 from bench.providers import ENTROPIES, entropies
-from fastent.activations import Tokens, matrix_of
+from fastent.activations import Rows, Tokens
 from fastent.covariance import centered_matrix
 from fastent.grokking.train.config import TrainConfig, preset
 from fastent.grokking.train.models import plain_model
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.tasks import Task, make_task, probe_index, split
-from fastent.linalg import eigenvalues
 from fastent.monitor.deferred import DeferredEntropy, Device, Host, in_line
 from fastent.monitor.probe import Watched
 
@@ -532,7 +531,7 @@ def probed(loop: TrainingLoop) -> Callable[[], Tensor]:
 
     def read() -> Tensor:
         kept: list[Tensor] = []
-        watched.run(lambda name, h: kept.append(matrix_of(h, tokens=loop.tokens).contiguous()))
+        watched.run(lambda name, h: kept.append(Rows(loop.tokens).matrix(h).contiguous()))
         return kept[0]
 
     return read
@@ -627,7 +626,7 @@ def _deferred_rows(d: int) -> list[Row]:
     h = torch.randn(N, d)
     matrix = centered_matrix(h)
     a = torch.randn(128, 128)
-    solve = np.median(timeit.repeat(lambda: eigenvalues(matrix), number=1, repeat=5))
+    solve = np.median(timeit.repeat(matrix.eigenvalues, number=1, repeat=5))
     work = max(1, round(WORK * solve / np.median(timeit.repeat(lambda: a @ a, number=1, repeat=200))))
     providers = {
         "none": _steps(h, work, None),

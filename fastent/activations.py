@@ -1,22 +1,36 @@
-"""Checks and the choice of rows: whatever a layer gave, made an (n, d) or (batch, n, d) matrix of activations.
+"""Activations: which of their numbers are rows, and how finely their dtype resolves them.
 
-Bad input stops here, with the rule, the value seen and the remedy. Rows are samples, or their tokens or positions.
-Nothing is copied unless it must be: an exact cast of integers, a move off MPS (which has no float64), a choice of
-tokens. The data are not read, except for the range of 64-bit integers, so this costs no host synchronisation; a mask is
-read once (`RealTokens`).
+**Rows.** Whatever a layer gave becomes an (n, d) or (batch, n, d) matrix; rows are samples, or their tokens or
+positions. Bad input stops here, with the rule, the value seen and the remedy. Nothing is copied unless it must be: an
+exact cast of integers, a move off MPS (which has no float64), a choice of tokens. The data are not read, except for the
+range of 64-bit integers, so this costs no host synchronisation; a mask is read once (`RealTokens`).
+
+**Resolution.** A number of size v in a dtype with spacing `relative` at 1 was rounded to a multiple of at most
+``relative |v|``, and never of less than `absolute`, its smallest subnormal. Rounding to multiples of r is taken to add
+``r^2 / 12``, the variance of an error that is uniform. Summed over all features,
+
+``(relative^2 E|x|^2 + absolute^2 d) / 12``, with ``E|x|^2 = |mean|^2 + tr C``,
+
+is compared with ``tr C``. So each feature counts with its own size: one whose variance is rounding alone plays no part
+while that variance is a small share of the trace, and one large offset is enough where it is not. Whether a
+feature that came in constant had a spread below its spacing cannot be known: it counts as if it had.
+
+Values may be narrower than their dtype (bfloat16 activations cast to float32): only if that could matter
+are they looked at, whether each survives a round trip through the narrower dtype. Float8 in a wider dtype is not looked
+for: every few halves or quarters would be taken for it.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastent.linalg import check_pool
-from fastent.rounding import RESOLUTIONS, Resolution, of_dtype, of_means
 
 Tokens = Literal["flatten", "first", "last", "mean", "skip_first"]
 Positions = Literal["flatten", "mean"]
@@ -34,6 +48,149 @@ _INTEGERS = (
 )
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INT64_EXACT = 2**53
+
+
+# Rounding that makes up this share of the total variance moves H by about as much.
+UNRESOLVED_SHARE = 0.01
+
+
+class Resolution(NamedTuple):
+    """Spacing of a dtype's values: that of numbers of size 1, and the least one, around 0."""
+
+    relative: float
+    absolute: float
+
+    @staticmethod
+    def of(dtype: torch.dtype) -> Resolution:
+        """Resolution of activations of `dtype`; integers are exact."""
+        return RESOLUTIONS.get(dtype, EXACT)
+
+    def share(self, offset: float, unit: float) -> float:
+        """Variance by rounding over the total variance.
+
+        Parameters
+        ----------
+        offset : float
+            ``|mean|^2 / tr C``.
+        unit : float
+            ``sqrt(d / tr C)``: one over the root mean square spread of a feature.
+        """
+        return (self.relative**2 * (offset + 1.0) + (self.absolute * unit) ** 2) / 12.0
+
+
+EXACT = Resolution(0.0, 0.0)
+
+RESOLUTIONS = {
+    dtype: Resolution(2.0**-mantissa, 2.0**smallest)
+    for dtype, mantissa, smallest in (
+        # By bits of the mantissa and exponent of the smallest number: torch.finfo has no subnormals, and for one float8
+        # another spacing than its values.
+        (torch.float64, 52, -1074),
+        (torch.float32, 23, -149),
+        (torch.float16, 10, -24),
+        (torch.bfloat16, 7, -133),
+        (torch.float8_e4m3fn, 3, -9),
+        (torch.float8_e5m2, 2, -16),
+        (torch.float8_e4m3fnuz, 3, -10),
+        (torch.float8_e5m2fnuz, 2, -17),
+        (torch.float8_e8m0fnu, 0, -127),
+    )
+}
+"""Every floating-point dtype whose tensors hold one number in each element."""
+
+# What wider tensors may hold, the coarsest first.
+_HELD = (torch.bfloat16, torch.float16, torch.float32)
+COARSEST = Resolution(RESOLUTIONS[torch.bfloat16].relative, RESOLUTIONS[torch.float16].absolute)
+"""As coarse as they are in each way: what it resolves, they all do."""
+# Rows that are looked at before all of them are, and in place of all where there is no time.
+_FEW = 4
+# Tokens of a sample that have one value from which on their errors are one error too.
+_FROZEN = 0.75
+
+
+def held_dtype(rows: Tensor, given: Resolution, offset: float, unit: float) -> torch.dtype | None:
+    """Narrower dtype that holds every value of `rows`, if its rounding makes up too much of the variance.
+
+    Whole numbers that the narrower dtype tells apart are not its work: they may be counts.
+
+    Parameters
+    ----------
+    rows : Tensor, shape (n, d)
+        Activations, or some of them.
+    given : Resolution
+        That of their dtype.
+    offset, unit : float
+        As in `Resolution.share`.
+    """
+    if COARSEST.share(offset, unit) <= UNRESOLVED_SHARE:
+        return None
+    few = _some(rows)
+    for dtype in _HELD:
+        narrow = RESOLUTIONS[dtype]
+        if not narrow.relative > given.relative > 0.0:
+            break
+        if (
+            narrow.share(offset, unit) > UNRESOLVED_SHARE
+            and bool((few.to(dtype) == few).all())
+            and bool(_holds(dtype, rows))
+        ):
+            return dtype
+    return None
+
+
+def squared_relative(rows: Tensor, given: Resolution) -> Tensor:
+    """``relative^2`` of what a few `rows` hold, float64 on their device, which is not waited for."""
+    few = _some(rows)
+    found = torch.full((), given.relative**2, dtype=torch.float64, device=rows.device)
+    for dtype in reversed(_HELD):
+        narrow = RESOLUTIONS[dtype].relative
+        if narrow > given.relative > 0.0:
+            found = torch.where(_holds(dtype, few), narrow**2, found)
+    return found
+
+
+def _of_means(samples: list[Tensor], given: Resolution) -> Resolution:
+    """Resolution of means over the tokens of a sample.
+
+    Errors of k tokens are independent, and that of their mean has a variance k times smaller, unless the tokens
+    have one value: then they have one error. How much of the rounding is of that kind is seen in a few samples.
+
+    Parameters
+    ----------
+    samples : list of Tensor, each of shape (tokens, d)
+        Some of them.
+    given : Resolution
+        That of the tokens.
+    """
+    if given == EXACT or not samples:
+        return given
+    for dtype in _HELD:
+        narrow = RESOLUTIONS[dtype]
+        if narrow.relative > given.relative and bool(_holds(dtype, torch.cat(samples))):
+            given = narrow
+            break
+    kept = 0.0
+    for sample in samples:
+        values = sample.to(torch.float64)
+        one = values[len(values) // 2]
+        frozen = (values == one).to(torch.float64).mean(0) >= _FROZEN
+        rounding = one.square()
+        total = float(rounding.sum())
+        common = float(rounding[frozen].sum()) / total if total > 0.0 else 0.0
+        kept += (common + (1.0 - common) / len(values)) / len(samples)
+    return given._replace(relative=given.relative * math.sqrt(kept))
+
+
+def _some(rows: Tensor) -> Tensor:
+    """Return a few rows from all over, or an only one."""
+    return rows[:: -(-len(rows) // _FEW)] if rows.ndim == 2 and len(rows) > _FEW else rows
+
+
+def _holds(dtype: torch.dtype, rows: Tensor) -> Tensor:
+    """Whether all values survive a round trip through `dtype` and are not whole numbers that it tells apart."""
+    survive = (rows.to(dtype) == rows).all()
+    whole = (rows == rows.round()).all() & (rows.abs().amax() <= 2.0 / RESOLUTIONS[dtype].relative)
+    return survive & ~whole
 
 
 class RealTokens:
@@ -142,132 +299,209 @@ class TooFewRows(ValueError):
         self.n, self.d = n, d
 
 
-def matrix_of(
-    h: Tensor,
-    *,
-    tokens: Tokens | None = None,
-    positions: Positions | None = None,
-    channel_axis: int | None = None,
-    mask: Tensor | RealTokens | None = None,
-    batch_dims: int | None = 0,
-) -> Tensor:
-    """Check activations and bring them into the shape that everything after this expects.
+class Rows(NamedTuple):
+    """What to make of a tokens axis, of a map and of padding, as a caller said it; `fastent.spectral_entropy` explains.
 
-    Parameters
-    ----------
-    h : Tensor, shape (n, d), (n, tokens, d), (n, channels, ...), or with one leading batch axis
-        Activations of any real dtype on any device; any strides. Of a pool (n, d, 1, 1) the axes of 1 are dropped;
-        (n, d, 1) leaves open which axis is which, and needs `tokens` or `positions`.
-    tokens : {"flatten", "first", "last", "mean", "skip_first"}, optional
-        What to make of a (samples, tokens, d) input: every token a row; the first token (a class token); the last; the
-        mean over tokens (in float64); every token but the first (the attention sink of language models).
-    positions : {"flatten", "mean"}, optional
-        What to make of a map with channels, such as (n, c, height, width) or (n, c, length): every position a row of c
-        features, or the mean over positions (in float64). Needs `channel_axis`.
-    channel_axis : int, optional
-        The axis of `h`, counted among all of them, that holds the features of a map: 1 in torch's own convolutions.
-    mask : Tensor, shape (n, tokens), or RealTokens, optional
-        True or 1 for a real token, False or 0 for padding, where activations may be anything, NaN too. "flatten" keeps
-        real tokens and "skip_first" leaves out the first real one of each sample, so that a sample without one gives no
-        row; "first" and "last" are the first and last real token, wherever the padding is; "mean" is over real tokens.
-    batch_dims : {0, 1} or None
-        1 when the first axis counts independent matrices (layers, seeds); not with `mask`. None is 0, in a call that
-        does not take it.
-
-    Returns
-    -------
-    Tensor, shape (n, d) or (batch, n, d)
-        float16, bfloat16, float32 or float64, detached from autograd.
-
-    Raises
-    ------
-    TypeError
-        If `h` or `mask` is not a dense real tensor that holds data.
-    ValueError
-        If the shape leaves a choice open, has fewer than two rows or no column, an integer is beyond 2^53, or `mask`
-        has another shape, other values than 0 and 1, another device, or for one row of each sample no real token.
+    Of a pool (n, d, 1, 1) the axes of 1 are dropped; (n, d, 1) leaves open which axis is which, and needs `tokens` or
+    `positions`. The methods take ``batch_dims`` None for 0 in a call that does not take it.
     """
-    x = rows_of(
-        h,
-        tokens=tokens,
-        positions=positions,
-        channel_axis=channel_axis,
-        mask=mask,
-        batch_dims=batch_dims,
-    )
-    n = x.shape[-2]
-    if n < 2:
-        padding = "" if mask is None else " with its mask"
-        raise TooFewRows(
-            f"a covariance needs at least 2 samples (rows); got N = {n} from shape {tuple(h.shape)}{padding}",
-            n,
-            x.shape[-1],
-        )
-    return x
 
+    tokens: Tokens | None = None
+    positions: Positions | None = None
+    channel_axis: int | None = None
+    mask: Tensor | RealTokens | None = None
 
-def rows_of(
-    h: Tensor,
-    *,
-    tokens: Tokens | None = None,
-    positions: Positions | None = None,
-    channel_axis: int | None = None,
-    mask: Tensor | RealTokens | None = None,
-    batch_dims: int | None = 0,
-) -> Tensor:
-    """Rows as `matrix_of` gives them, of any number, none included; arguments and other errors are the same."""
-    check_pool()
-    _check_kind(h, "h")
-    if tokens is not None and tokens not in get_args(Tokens):
-        raise ValueError(f"tokens must be one of {', '.join(map(repr, get_args(Tokens)))}; got {tokens!r}")
-    if batch_dims not in (0, 1, None):
-        raise ValueError(f"batch_dims must be 0 or 1; got {batch_dims!r}")
-    leading = batch_dims or 0
-    x = h.detach()
-    if positions is not None or channel_axis is not None:
-        x = _choose_positions(x, tokens, positions, channel_axis, mask, leading)
-    elif mask is not None:
-        x = _choose_real_tokens(x, tokens, mask, batch_dims)
-    else:
-        x = _choose_tokens(x, tokens, batch_dims)
-    x = _exact_float(x)
-    if x.shape[-1] < 1:
-        raise ValueError(f"activations need at least one column; got shape {tuple(h.shape)}")
-    if x.ndim == 3 and x.shape[0] < 1:
-        raise ValueError(f"the batch axis is empty; got shape {tuple(h.shape)}")
-    return x
+    def matrix(self, h: Tensor, batch_dims: int | None = None) -> Tensor:
+        """Check activations and bring them into the shape that everything after this expects.
 
+        Returns
+        -------
+        Tensor, shape (n, d) or (batch, n, d)
+            float16, bfloat16, float32 or float64, detached from autograd.
 
-def resolution_of(
-    h: Tensor,
-    *,
-    tokens: Tokens | None = None,
-    positions: Positions | None = None,
-    channel_axis: int | None = None,
-    mask: Tensor | RealTokens | None = None,
-    batch_dims: int | None = 0,
-) -> Resolution:
-    """Resolution of the rows that `matrix_of` makes of `h`, which accepted these arguments.
+        Raises
+        ------
+        TypeError
+            If `h` or `mask` is not a dense real tensor that holds data.
+        ValueError
+            If the shape leaves a choice open, has fewer than two rows (`TooFewRows`) or no column, an integer is beyond
+            2^53, or `mask` has another shape, other values than 0 and 1, another device, or for one row of each sample
+            no real token.
+        """
+        x = self.of(h, batch_dims)
+        n = x.shape[-2]
+        if n < 2:
+            padding = "" if self.mask is None else " with its mask"
+            raise TooFewRows(
+                f"a covariance needs at least 2 samples (rows); got N = {n} from shape {tuple(h.shape)}{padding}",
+                n,
+                x.shape[-1],
+            )
+        return x
 
-    Of a mean it depends on how many tokens differ, which is looked at in three samples; on a device other than the
-    CPU, where that would stop the host, they are taken to differ.
-    """
-    given = of_dtype(h.dtype)
-    if tokens != "mean" and positions != "mean":
-        return given
-    leading = batch_dims or 0
-    h = h.detach()
-    if positions == "mean" and channel_axis is not None:
-        h = h.movedim(channel_axis, -1).flatten(leading + 1, -2)
-    real = RealTokens(mask) if isinstance(mask, Tensor) else mask
-    if leading:
-        h = h.flatten(0, 1)
-    if h.device.type != "cpu":
-        count = h.shape[1]
-        return given._replace(relative=given.relative / count**0.5)
-    chosen = {0, len(h) // 2, len(h) - 1}
-    samples = [h[i] if real is None else h[i][real.mask[i]] for i in chosen]
-    return of_means([_exact_float(sample) for sample in samples], given)
+    def of(self, h: Tensor, batch_dims: int | None = None) -> Tensor:
+        """Rows as `matrix` gives them, of any number, none included; the other errors are the same."""
+        check_pool()
+        _check_kind(h, "h")
+        if self.tokens is not None and self.tokens not in get_args(Tokens):
+            raise ValueError(
+                f"tokens must be one of {', '.join(map(repr, get_args(Tokens)))}; got {self.tokens!r}"
+            )
+        if batch_dims not in (0, 1, None):
+            raise ValueError(f"batch_dims must be 0 or 1; got {batch_dims!r}")
+        x = h.detach()
+        if self.positions is not None or self.channel_axis is not None:
+            x = self._choose_positions(x, batch_dims or 0)
+        elif self.mask is not None:
+            x = self._choose_real_tokens(x, self.mask, batch_dims)
+        else:
+            x = self._choose_tokens(x, batch_dims)
+        x = _exact_float(x)
+        if x.shape[-1] < 1:
+            raise ValueError(f"activations need at least one column; got shape {tuple(h.shape)}")
+        if x.ndim == 3 and x.shape[0] < 1:
+            raise ValueError(f"the batch axis is empty; got shape {tuple(h.shape)}")
+        return x
+
+    def resolution(self, h: Tensor, batch_dims: int | None = None) -> Resolution:
+        """Resolution of the rows that `matrix` made of `h`.
+
+        Of a mean it depends on how many tokens differ, which is looked at in three samples; on a device other than the
+        CPU, where that would stop the host, they are taken to differ.
+        """
+        given = Resolution.of(h.dtype)
+        if self.tokens != "mean" and self.positions != "mean":
+            return given
+        leading = batch_dims or 0
+        h = h.detach()
+        if self.channel_axis is not None:
+            h = h.movedim(self.channel_axis, -1).flatten(leading + 1, -2)
+        real = RealTokens(self.mask) if isinstance(self.mask, Tensor) else self.mask
+        if leading:
+            h = h.flatten(0, 1)
+        if h.device.type != "cpu":
+            return given._replace(relative=given.relative / h.shape[1] ** 0.5)
+        chosen = {0, len(h) // 2, len(h) - 1}
+        samples = [h[i] if real is None else h[i][real.mask[i]] for i in chosen]
+        return _of_means([_exact_float(sample) for sample in samples], given)
+
+    def _choose_tokens(self, h: Tensor, batch_dims: int | None) -> Tensor:
+        tokens = self.tokens
+        leading = batch_dims or 0
+        dims = h.ndim - leading
+        if dims == 2 and tokens is None:
+            return h
+        shape = tuple(h.shape)
+        if dims > 3 and all(size == 1 for size in shape[leading + 2 :]):
+            h = h.flatten(leading + 1)  # a pool
+            dims = 2
+        if dims == 2:
+            if tokens is not None:
+                raise ValueError(
+                    f"tokens={tokens!r} needs h of shape (samples, tokens, d); got {shape}: leave it out"
+                )
+            return h
+        if dims != 3:
+            wanted = "(batch, n, d)" if leading else "(n, d)"
+            axes = "(batch, n, channels, ...)" if leading else "(n, channels, ...)"
+            remedy = (
+                f'. For a map {axes} say positions="flatten" or "mean" with channel_axis={leading + 1}'
+                if dims > 3
+                else ""
+            )
+            if dims < 2 and h.numel():
+                remedy = f": of one row give h[None]{', for a batch of one matrix too' if leading else ''}"
+            raise ValueError(f"h must have shape {wanted}; got {shape}{remedy}")
+        if tokens is None:
+            choices = ['tokens="flatten", "first", "last", "mean", "skip_first"']
+            choices.append(
+                f'positions="flatten", "mean" with channel_axis={leading + 1} for channels before positions'
+            )
+            if batch_dims == 0:
+                choices.append("or batch_dims=1")
+            raise ValueError(f"h must have shape (n, d); got {shape}. Say which: {', '.join(choices)}")
+        if h.shape[-2] < (2 if tokens == "skip_first" else 1):
+            raise ValueError(f"tokens={tokens!r} needs more tokens than shape {shape} has")
+        if tokens == "first":
+            return h[..., 0, :]
+        if tokens == "last":
+            return h[..., -1, :]
+        if tokens == "mean":
+            return _exact_float(h).mean(-2, dtype=torch.float64)
+        if tokens == "skip_first":
+            h = h[..., 1:, :]
+        return h.flatten(-3, -2)
+
+    def _choose_real_tokens(self, h: Tensor, mask: Tensor | RealTokens, batch_dims: int | None) -> Tensor:
+        tokens = self.tokens
+        shape = tuple(h.shape)
+        if batch_dims:
+            raise ValueError(
+                "mask does not go with batch_dims=1: matrices of one batch have the same number of rows; call once for "
+                "each"
+            )
+        if h.ndim != 3:
+            rows = ": where rows are samples leave it out, where they are all tokens use h[mask.flatten()]"
+            raise ValueError(
+                f"mask needs h of shape (samples, tokens, d); got {shape}{rows if h.ndim == 2 else ''}"
+            )
+        if tokens is None:
+            raise ValueError(
+                f"mask says which tokens of h {shape} are real, not what to make of them. Say which: "
+                'tokens="flatten", "first", "last", "mean", "skip_first"'
+            )
+        real = mask if isinstance(mask, RealTokens) else RealTokens(mask)
+        seen = tuple(real.mask.shape)
+        if seen != shape[:2]:
+            turned = ": use mask.T" if seen == shape[1::-1] else ""
+            raise ValueError(
+                f"mask must have shape (n, tokens) = {shape[:2]}, as h {shape} has; got {seen}{turned}"
+            )
+        if real.mask.device != h.device:
+            raise ValueError(f"mask is on {real.mask.device} and h on {h.device}: use mask.to(h.device)")
+        if real.full:
+            return self._choose_tokens(h, batch_dims)
+        samples, places = real.rows(tokens)
+        if tokens != "mean":
+            return h[samples, places]
+        # Padding is 0 before the cast: whatever it holds, it is neither added nor checked.
+        kept = _exact_float(torch.where(real.mask[..., None], h, h.new_zeros(())))
+        return kept.sum(1, dtype=torch.float64) / real.mask.sum(1).to(kept.device)[:, None]
+
+    def _choose_positions(self, h: Tensor, leading: int) -> Tensor:
+        tokens, positions, channel_axis, mask = self
+        shape = tuple(h.shape)
+        if positions is None or channel_axis is None:
+            given, missing = (
+                ("channel_axis", 'positions="flatten" or "mean"')
+                if positions is None
+                else ("positions", f"channel_axis={leading + 1} where channels come after samples")
+            )
+            raise ValueError(f"positions and channel_axis go together; got {given} alone: add {missing}")
+        if positions not in get_args(Positions):
+            raise ValueError(
+                f"positions must be one of {', '.join(map(repr, get_args(Positions)))}; got {positions!r}"
+            )
+        if tokens is not None or mask is not None:
+            other = "mask" if tokens is None else f"tokens={tokens!r}"
+            raise ValueError(
+                f"{other} is for (samples, tokens, d) and positions for maps with channels: leave one of them out"
+            )
+        if h.ndim - leading < 3:
+            raise ValueError(
+                f"positions={positions!r} needs h of shape (samples, channels, ...); got {shape}: leave it out"
+            )
+        axis = int(operator.index(channel_axis))
+        if not (leading < axis < h.ndim or leading < axis + h.ndim < h.ndim):
+            raise ValueError(
+                f"channel_axis must be an axis of h {shape} after that of the samples ({leading}); got {channel_axis}"
+            )
+        h = h.movedim(axis, -1)
+        if positions == "mean":
+            if 0 in h.shape[leading + 1 : -1]:
+                raise ValueError(f"positions='mean' needs more positions than shape {shape} has")
+            return _exact_float(h).flatten(leading + 1, -2).mean(-2, dtype=torch.float64)
+        return h.flatten(leading, -2)
 
 
 def first_nonfinite(x: Tensor) -> tuple[int, tuple[int, ...]] | None:
@@ -345,129 +579,3 @@ def _exact_float(h: Tensor) -> Tensor:
                 f"h holds {kind} values beyond 2^53, which float64 cannot represent; scale them down"
             )
     return h.to(torch.float64)
-
-
-def _choose_tokens(h: Tensor, tokens: Tokens | None, batch_dims: int | None) -> Tensor:
-    leading = batch_dims or 0
-    dims = h.ndim - leading
-    if dims == 2 and tokens is None:
-        return h
-    shape = tuple(h.shape)
-    if dims > 3 and all(size == 1 for size in shape[leading + 2 :]):
-        h = h.flatten(leading + 1)  # a pool
-        dims = 2
-    if dims == 2:
-        if tokens is not None:
-            raise ValueError(
-                f"tokens={tokens!r} needs h of shape (samples, tokens, d); got {shape}: leave it out"
-            )
-        return h
-    if dims != 3:
-        wanted = "(batch, n, d)" if leading else "(n, d)"
-        axes = "(batch, n, channels, ...)" if leading else "(n, channels, ...)"
-        remedy = (
-            f'. For a map {axes} say positions="flatten" or "mean" with channel_axis={leading + 1}'
-            if dims > 3
-            else ""
-        )
-        if dims < 2 and h.numel():
-            remedy = f": of one row give h[None]{', for a batch of one matrix too' if leading else ''}"
-        raise ValueError(f"h must have shape {wanted}; got {shape}{remedy}")
-    if tokens is None:
-        choices = ['tokens="flatten", "first", "last", "mean", "skip_first"']
-        choices.append(
-            f'positions="flatten", "mean" with channel_axis={leading + 1} for channels before positions'
-        )
-        if batch_dims == 0:
-            choices.append("or batch_dims=1")
-        raise ValueError(f"h must have shape (n, d); got {shape}. Say which: {', '.join(choices)}")
-    if h.shape[-2] < (2 if tokens == "skip_first" else 1):
-        raise ValueError(f"tokens={tokens!r} needs more tokens than shape {shape} has")
-    if tokens == "first":
-        return h[..., 0, :]
-    if tokens == "last":
-        return h[..., -1, :]
-    if tokens == "mean":
-        return _exact_float(h).mean(-2, dtype=torch.float64)
-    if tokens == "skip_first":
-        h = h[..., 1:, :]
-    return h.flatten(-3, -2)
-
-
-def _choose_real_tokens(
-    h: Tensor, tokens: Tokens | None, mask: Tensor | RealTokens, batch_dims: int | None
-) -> Tensor:
-    shape = tuple(h.shape)
-    if batch_dims:
-        raise ValueError(
-            "mask does not go with batch_dims=1: matrices of one batch have the same number of rows; call once for each"
-        )
-    if h.ndim != 3:
-        rows = ": where rows are samples leave it out, where they are all tokens use h[mask.flatten()]"
-        raise ValueError(
-            f"mask needs h of shape (samples, tokens, d); got {shape}{rows if h.ndim == 2 else ''}"
-        )
-    if tokens is None:
-        raise ValueError(
-            f"mask says which tokens of h {shape} are real, not what to make of them. Say which: "
-            'tokens="flatten", "first", "last", "mean", "skip_first"'
-        )
-    real = mask if isinstance(mask, RealTokens) else RealTokens(mask)
-    seen = tuple(real.mask.shape)
-    if seen != shape[:2]:
-        turned = ": use mask.T" if seen == shape[1::-1] else ""
-        raise ValueError(
-            f"mask must have shape (n, tokens) = {shape[:2]}, as h {shape} has; got {seen}{turned}"
-        )
-    if real.mask.device != h.device:
-        raise ValueError(f"mask is on {real.mask.device} and h on {h.device}: use mask.to(h.device)")
-    if real.full:
-        return _choose_tokens(h, tokens, batch_dims)
-    samples, places = real.rows(tokens)
-    if tokens != "mean":
-        return h[samples, places]
-    # Padding is 0 before the cast: whatever it holds, it is neither added nor checked.
-    kept = _exact_float(torch.where(real.mask[..., None], h, h.new_zeros(())))
-    return kept.sum(1, dtype=torch.float64) / real.mask.sum(1).to(kept.device)[:, None]
-
-
-def _choose_positions(
-    h: Tensor,
-    tokens: Tokens | None,
-    positions: Positions | None,
-    channel_axis: int | None,
-    mask: Tensor | RealTokens | None,
-    leading: int,
-) -> Tensor:
-    shape = tuple(h.shape)
-    if positions is None or channel_axis is None:
-        given, missing = (
-            ("channel_axis", 'positions="flatten" or "mean"')
-            if positions is None
-            else ("positions", f"channel_axis={leading + 1} where channels come after samples")
-        )
-        raise ValueError(f"positions and channel_axis go together; got {given} alone: add {missing}")
-    if positions not in get_args(Positions):
-        raise ValueError(
-            f"positions must be one of {', '.join(map(repr, get_args(Positions)))}; got {positions!r}"
-        )
-    if tokens is not None or mask is not None:
-        other = "mask" if tokens is None else f"tokens={tokens!r}"
-        raise ValueError(
-            f"{other} is for (samples, tokens, d) and positions for maps with channels: leave one of them out"
-        )
-    if h.ndim - leading < 3:
-        raise ValueError(
-            f"positions={positions!r} needs h of shape (samples, channels, ...); got {shape}: leave it out"
-        )
-    axis = int(operator.index(channel_axis))
-    if not (leading < axis < h.ndim or leading < axis + h.ndim < h.ndim):
-        raise ValueError(
-            f"channel_axis must be an axis of h {shape} after that of the samples ({leading}); got {channel_axis}"
-        )
-    h = h.movedim(axis, -1)
-    if positions == "mean":
-        if 0 in h.shape[leading + 1 : -1]:
-            raise ValueError(f"positions='mean' needs more positions than shape {shape} has")
-        return _exact_float(h).flatten(leading + 1, -2).mean(-2, dtype=torch.float64)
-    return h.flatten(leading, -2)

@@ -320,7 +320,7 @@ def open_array(path: Path) -> Iterator[Stored]:
             with _safetensors(path) as stored:
                 yield stored
         elif start.startswith(b"\x93NUMPY"):
-            yield _numpy(path, functools.partial(open, path, "rb"), mapped=True)
+            yield _numpy(path, lambda: path.open("rb"), mapped=True)
         elif start.startswith(b"PK") and path.suffix not in PICKLES:
             yield _numpy(path, functools.partial(_member, path, _only_member(path)), mapped=False)
         elif path.suffix in PICKLES or start.startswith(b"\x80"):

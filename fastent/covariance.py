@@ -14,22 +14,65 @@ import functools
 import importlib.util
 import os
 import warnings
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastent import linalg
-from fastent.activations import Positions, RealTokens, Tokens, first_nonfinite, matrix_of
-from fastent.linalg import CenteredMatrix, Side
+from fastent.activations import Positions, RealTokens, Resolution, Rows, Tokens, first_nonfinite
+from fastent.linalg import Side
 from fastent.process import uncompiled, warn_of_detached
-from fastent.rounding import Resolution, of_dtype
 
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS = get_args(Backend)
 MIRRORED_AT_ONCE = 32  # edge of a block
 _ABOVE = ~np.tri(MIRRORED_AT_ONCE, dtype=bool)  # above the diagonal
+
+
+class CenteredMatrix(NamedTuple):
+    """A float64 matrix with the non-zero spectrum of the covariance, and where it came from.
+
+    Attributes
+    ----------
+    matrix : Tensor, shape (..., m, m)
+        float64; only the lower triangle is meaningful. m is d for the covariance, n for the Gram matrix.
+    shift, delta : Tensor, shape (..., d)
+        Their sum is the mean of the rows, float64; apart, since the sum rounds at the size of the offset.
+    side : {"covariance", "gram"}
+        Which of the two `matrix` is.
+    n, d : int
+        Samples and features.
+    resolution : Resolution
+        Of the input's dtype: what it could not tell apart, this cannot either.
+    rounding : float, optional
+        Variance that rounding added, in units of the trace, where it is known from many parts.
+    entries : Tensor, shape (k, d), optional
+        Some of the input where the rest is gone, for `fastent.activations.held_dtype`.
+    """
+
+    matrix: Tensor
+    shift: Tensor
+    delta: Tensor
+    side: Side
+    n: int
+    d: int
+    resolution: Resolution
+    rounding: float | None = None
+    entries: Tensor | None = None
+
+    def eigenvalues(self) -> tuple[Tensor, str]:
+        """Ascending eigenvalues, shape (..., m), on the CPU, and the solver with the matrix; entries must be finite."""
+        values, solver = linalg.eigenvalues(self.matrix)
+        return values, f"{solver} ({self.side})"
+
+    @property
+    def trace(self) -> Tensor:
+        """Total variance, shape (...,), in units of the input squared."""
+        return (
+            self.matrix.trace() if self.matrix.ndim == 2 else self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        )
 
 
 @uncompiled
@@ -67,7 +110,7 @@ def covariance(
     Raises
     ------
     TypeError, ValueError
-        For unusable input (`fastent.activations.matrix_of`), NaN or Inf in it, or ``n <= correction``.
+        For unusable input (as `fastent.spectral_entropy`), NaN or Inf in it, or ``n <= correction``.
     OverflowError
         If the squares leave float64's range: values near 1e200 or 1e-200.
 
@@ -89,14 +132,7 @@ def covariance(
     """
     if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():
         warn_of_detached("covariance")
-    x = matrix_of(
-        h,
-        tokens=tokens,
-        positions=positions,
-        channel_axis=channel_axis,
-        mask=mask,
-        batch_dims=batch_dims,
-    )
+    x = Rows(tokens, positions, channel_axis, mask).matrix(h, batch_dims)
     n = x.shape[-2]
     if not correction < n:
         raise ValueError(
@@ -121,7 +157,7 @@ def centered_matrix(
     Parameters
     ----------
     x : Tensor, shape (n, d) or (batch, n, d)
-        What `fastent.activations.matrix_of` returned.
+        What `fastent.activations.Rows.matrix` returned.
     backend : {"auto", "torch", "triton"}
         See `covariance`.
     side : {"covariance", "gram"}, optional
@@ -163,7 +199,7 @@ def centered_matrix(
             matrix, shift, delta = (torch.stack(part) for part in zip(*parts, strict=True))
         else:
             ((matrix, shift, delta),) = parts
-    return CenteredMatrix(matrix, shift, delta, side, n, d, resolution or of_dtype(x.dtype))
+    return CenteredMatrix(matrix, shift, delta, side, n, d, resolution or Resolution.of(x.dtype))
 
 
 def mirror_lower(matrix: Tensor) -> Tensor:

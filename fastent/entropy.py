@@ -18,11 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastent.activations import Positions, RealTokens, Tokens, first_nonfinite, matrix_of, resolution_of
-from fastent.covariance import Backend, centered_matrix
-from fastent.linalg import EPS, CenteredMatrix, eigenvalues
+from fastent.activations import (
+    COARSEST,
+    RESOLUTIONS,
+    UNRESOLVED_SHARE,
+    Positions,
+    RealTokens,
+    Resolution,
+    Rows,
+    Tokens,
+    first_nonfinite,
+    held_dtype,
+)
+from fastent.covariance import Backend, CenteredMatrix, centered_matrix
+from fastent.linalg import EPS
 from fastent.process import uncompiled, warn_of_detached
-from fastent.rounding import COARSEST, RESOLUTIONS, UNRESOLVED_SHARE, Resolution, held, of_dtype
 
 Convention = Literal["relative", "paper"]
 CONVENTIONS = get_args(Convention)
@@ -122,7 +132,7 @@ def entropy_of_matrix(
     centered : CenteredMatrix
         Unbatched, scaled by 1/n.
     spectrum : (Tensor, str), optional
-        What `fastent.linalg.eigenvalues` would return, where the matrix was solved together with others.
+        What `CenteredMatrix.eigenvalues` would return, where the matrix was solved together with others.
 
     Returns
     -------
@@ -132,7 +142,7 @@ def entropy_of_matrix(
     """
     value = float(centered.trace)
     if TINY <= value < math.inf:
-        found = spectrum or eigenvalues(centered)
+        found = spectrum or centered.eigenvalues()
         return summarize(centered, *found, value, rows=centered.entries)
     if math.isnan(value):
         # The mean of a column is finite where the column is; Inf - Inf makes the trace NaN for large squares too.
@@ -245,7 +255,7 @@ def _ceiling(n: int, d: int) -> float:
 
 def held_resolution(centered: CenteredMatrix, trace: float, rows: Tensor) -> Resolution:
     """Resolution of the values of `rows`, where it is narrower than that of their dtype and matters."""
-    dtype = held(rows, centered.resolution, *_offset_and_unit(centered, trace))
+    dtype = held_dtype(rows, centered.resolution, *_offset_and_unit(centered, trace))
     return centered.resolution if dtype is None else RESOLUTIONS[dtype]
 
 
@@ -271,7 +281,7 @@ def _unresolved(centered: CenteredMatrix, trace: float, rows: Tensor | None) -> 
     ):
         return ""  # nearly always
     else:
-        narrow = None if rows is None else held(rows, resolution, size, unit)
+        narrow = None if rows is None else held_dtype(rows, resolution, size, unit)
         if narrow is not None:
             resolution = RESOLUTIONS[narrow]
             holder = f"{str(narrow).removeprefix('torch.')}, whose values it holds"
@@ -362,7 +372,7 @@ def spectral_entropy(
         paper's Appendix B. For comparison only: constant rows score 1, and H depends on the scale.
     tokens : {"flatten", "first", "last", "mean", "skip_first"}, optional
         What to make of a (n, tokens, d) input: each token a row, one token of each sample, their mean, or each token
-        but the first of its sample (`fastent.activations.matrix_of`).
+        but the first of its sample.
     positions : {"flatten", "mean"}, optional
         What to make of a map with channels, such as (n, c, height, width): each position a row, or their mean.
     channel_axis : int, optional
@@ -411,23 +421,9 @@ def spectral_entropy(
         warn_of_detached("spectral_entropy")
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be 'relative' or 'paper'; got {convention!r}")
-    x = checked(
-        h,
-        tokens=tokens,
-        positions=positions,
-        channel_axis=channel_axis,
-        mask=mask,
-        batch_dims=batch_dims,
-    )
-    averaged = tokens == "mean" or positions == "mean"
-    resolution = (
-        resolution_of(
-            h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=batch_dims
-        )
-        if averaged
-        else of_dtype(h.dtype)
-    )
-    result = entropy_of_rows(x, resolution, backend=backend)
+    rows = Rows(tokens, positions, channel_axis, mask)
+    x = checked(h, rows, batch_dims)
+    result = entropy_of_rows(x, rows.resolution(h, batch_dims), backend=backend)
     return result if convention == "relative" else by_the_paper(result)
 
 
@@ -437,19 +433,17 @@ def entropy_of_rows(x: Tensor, resolution: Resolution, *, backend: Backend = "au
     if x.ndim == 2:
         trace = float(centered.trace)
         if TINY <= trace < math.inf:
-            return summarize(centered, *eigenvalues(centered), trace, rows=x)
+            return summarize(centered, *centered.eigenvalues(), trace, rows=x)
         return _of_extreme_values(x, centered, backend)
     traces = centered.trace.tolist()
     good = [TINY <= trace < math.inf for trace in traces]
     if not all(good):  # a NaN would stop the solver for the whole batch
         kept = torch.tensor(good, dtype=torch.bool, device=x.device)[:, None, None]
-        centered = dataclasses.replace(centered, matrix=torch.where(kept, centered.matrix, 0.0))
-    values, solver = eigenvalues(centered)
+        centered = centered._replace(matrix=torch.where(kept, centered.matrix, 0.0))
+    values, solver = centered.eigenvalues()
     items = []
     for i, trace in enumerate(traces):
-        item = dataclasses.replace(
-            centered, matrix=centered.matrix[i], shift=centered.shift[i], delta=centered.delta[i]
-        )
+        item = centered._replace(matrix=centered.matrix[i], shift=centered.shift[i], delta=centered.delta[i])
         if good[i]:
             items.append(summarize(item, values[i], solver, trace, rows=x[i]))
         else:
@@ -457,24 +451,9 @@ def entropy_of_rows(x: Tensor, resolution: Resolution, *, backend: Backend = "au
     return _stack(items)
 
 
-def checked(
-    h: Tensor,
-    *,
-    tokens: Tokens | None = None,
-    positions: Positions | None = None,
-    channel_axis: int | None = None,
-    mask: Tensor | RealTokens | None = None,
-    batch_dims: int | None = None,
-) -> Tensor:
-    """Activations that a normalised entropy can be taken of; arguments and errors as in `spectral_entropy`."""
-    x = matrix_of(
-        h,
-        tokens=tokens,
-        positions=positions,
-        channel_axis=channel_axis,
-        mask=mask,
-        batch_dims=batch_dims,
-    )
+def checked(h: Tensor, rows: Rows, batch_dims: int | None = None) -> Tensor:
+    """Activations that a normalised entropy can be taken of; errors as in `spectral_entropy`."""
+    x = rows.matrix(h, batch_dims)
     if x.shape[-1] < 2:
         raise ValueError("the normalised entropy divides by log d, so d must be at least 2; got d = 1")
     return x
@@ -495,12 +474,11 @@ def _of_extreme_values(x: Tensor, centered: CenteredMatrix, backend: Backend) ->
     exponent = first + second
     scaled = centered_matrix(spread, backend=backend)
     given = centered.resolution
-    scaled = dataclasses.replace(
-        scaled,
+    scaled = scaled._replace(
         shift=_times_power_of_two(small[0], -second),
         resolution=given._replace(absolute=_ldexp(given.absolute, -exponent)),
     )
-    again = summarize(scaled, *eigenvalues(scaled), float(scaled.trace))
+    again = summarize(scaled, *scaled.eigenvalues(), float(scaled.trace))
     total = _times_power_of_two(scaled.trace.cpu(), 2 * exponent)
     values = _times_power_of_two(again.eigenvalues, 2 * exponent)
     return dataclasses.replace(

@@ -31,7 +31,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,49 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastent.rounding import Resolution
-
 Side = Literal["covariance", "gram"]
-
-
-@dataclass(frozen=True)
-class CenteredMatrix:
-    """A float64 matrix with the non-zero spectrum of the covariance, and where it came from.
-
-    Attributes
-    ----------
-    matrix : Tensor, shape (..., m, m)
-        float64; only the lower triangle is meaningful. m is d for the covariance, n for the Gram matrix.
-    shift, delta : Tensor, shape (..., d)
-        Their sum is the mean of the rows, float64; apart, since the sum rounds at the size of the offset.
-    side : {"covariance", "gram"}
-        Which of the two `matrix` is.
-    n, d : int
-        Samples and features.
-    resolution : Resolution
-        Of the input's dtype: what it could not tell apart, this cannot either.
-    rounding : float, optional
-        Variance that rounding added, in units of the trace, where it is known from many parts.
-    entries : Tensor, shape (k, d), optional
-        Some of the input where the rest is gone, for `fastent.rounding.held`.
-    """
-
-    matrix: Tensor
-    shift: Tensor
-    delta: Tensor
-    side: Side
-    n: int
-    d: int
-    resolution: Resolution
-    rounding: float | None = None
-    entries: Tensor | None = None
-
-    @property
-    def trace(self) -> Tensor:
-        """Total variance, shape (...,), in units of the input squared."""
-        return (
-            self.matrix.trace() if self.matrix.ndim == 2 else self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-        )
 
 
 # Edge from which its eigenvalues come sooner than MKL's: 0.94 of the time at 192, 0.6 at 1,024, 1.1 at 64.
@@ -400,12 +357,12 @@ fallbacks: list[str] = []
 _log = logging.getLogger(__name__)
 
 
-def eigenvalues(centered: CenteredMatrix) -> tuple[Tensor, str]:
-    """Eigenvalues of the lower triangle of a centred matrix.
+def eigenvalues(matrix: Tensor) -> tuple[Tensor, str]:
+    """Eigenvalues of the lower triangle of a symmetric matrix.
 
     Parameters
     ----------
-    centered : CenteredMatrix
+    matrix : Tensor, shape (..., m, m), float64
         With finite entries; batched or not.
 
     Returns
@@ -413,16 +370,16 @@ def eigenvalues(centered: CenteredMatrix) -> tuple[Tensor, str]:
     values : Tensor, shape (..., m)
         float64 on the CPU, ascending.
     solver : str
-        "cusolver" or "lapack", and the matrix in brackets.
+        "cusolver" or "lapack".
     """
     check_pool()
     # LAPACK is column-major: the upper triangle of the transpose is our lower one, and needs no copy.
-    matrix = centered.matrix.mT
+    matrix = matrix.mT
     if matrix.is_cuda:
         try:
             values = torch.linalg.eigvalsh(matrix, UPLO="U").cpu()
             if _sums_to_trace(values, matrix):
-                return values, f"cusolver ({centered.side})"
+                return values, "cusolver"
             reason = "its eigenvalues do not sum to the trace"
         except RuntimeError as error:  # torch.linalg.LinAlgError is one
             reason = str(error)
@@ -430,8 +387,8 @@ def eigenvalues(centered: CenteredMatrix) -> tuple[Tensor, str]:
         _log.warning("eigvalsh failed on the GPU (%s): solved on the CPU, %d so far", reason, len(fallbacks))
         matrix = matrix.cpu()
     if matrix.shape[-1] >= SOLVE_FROM and openblas_preferred(matrix):
-        return openblas_eigenvalues(matrix.mT), f"lapack ({centered.side})"
-    return torch.linalg.eigvalsh(matrix, UPLO="U"), f"lapack ({centered.side})"
+        return openblas_eigenvalues(matrix.mT), "lapack"
+    return torch.linalg.eigvalsh(matrix, UPLO="U"), "lapack"
 
 
 def _sums_to_trace(values: Tensor, matrix: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Streaming and sharded moments: the covariance of data that is never in one place.
 
 A state is (n, shift, mean - shift, M2, rounding), M2 the centred sum of products, rounding what the dtypes of the rows
-add to its trace (`fastent.rounding`), all float64. Parts merge by Chan, Golub and LeVeque (1983) on differences of
+add to its trace (`fastent.activations`), all float64. Parts merge by Chan, Golub and LeVeque (1983) on differences of
 shifts, never by raw sums: those lose eps * (offset / spread)^2, all digits at an offset of 1e8. The mean is kept as two
 parts since their sum rounds at the size of the offset.
 """
@@ -15,12 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastent.activations import Positions, RealTokens, Tokens, resolution_of, rows_of
-from fastent.covariance import Backend, centered_matrix, mirror_lower
+from fastent.activations import (
+    EXACT,
+    RESOLUTIONS,
+    Positions,
+    RealTokens,
+    Resolution,
+    Rows,
+    Tokens,
+    held_dtype,
+    squared_relative,
+)
+from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
 from fastent.entropy import SpectralEntropy, entropy_of_matrix
-from fastent.linalg import CenteredMatrix, check_pool
+from fastent.linalg import check_pool
 from fastent.process import uncompiled
-from fastent.rounding import EXACT, RESOLUTIONS, Resolution, held, squared_relative
 
 _MOST_ROWS = 2**53  # as float64 counts them
 
@@ -103,14 +112,11 @@ class Moments:
         TypeError, ValueError
             For unusable input, or when d differs from before.
         """
-        x = rows_of(
-            h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=None
-        )
+        rows = Rows(tokens, positions, channel_axis, mask)
+        x = rows.of(h)
         if len(x) == 0:
             return self
-        resolution = resolution_of(
-            h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=None
-        )
+        resolution = rows.resolution(h)
         part = Moments()
         part.n, part._finest = len(x), resolution.relative
         if part.n == 1:
@@ -401,7 +407,7 @@ def _rounding(x: Tensor, resolution: Resolution, shift: Tensor, delta: Tensor, p
         total = float(trace.numpy())
         if not math.isnan(total):
             ratio = float(offset.numpy()) / total if total > 0.0 else math.inf
-            narrow = held(x, resolution, ratio, math.sqrt(n * d / total) if total > 0.0 else math.inf)
+            narrow = held_dtype(x, resolution, ratio, math.sqrt(n * d / total) if total > 0.0 else math.inf)
             if narrow is not None:
                 resolution = RESOLUTIONS[narrow]
                 squared = resolution.relative**2

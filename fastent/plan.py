@@ -34,7 +34,7 @@ import torch
 from fastent import linalg
 from fastent.covariance import centered_matrix
 from fastent.entropy import spectral_entropy
-from fastent.linalg import SLAB, _chunk_length, eigenvalues
+from fastent.linalg import SLAB, _chunk_length
 
 FLOAT64 = 8
 
@@ -221,7 +221,7 @@ def measure_rates(edges: Sequence[int] = EDGES, *, budget: float = 0.1) -> Rates
         h = torch.randn(LENGTH, m, generator=generator, dtype=torch.float64, device="cpu")
         lower, add_lower_product = linalg.product_target(h, m)
         products = partial(add_lower_product, lower, h.T, 1.0, first=True)
-        solution = partial(eigenvalues, centered_matrix(h, side="covariance"))
+        solution = centered_matrix(h, side="covariance").eigenvalues
         product.append((m, work(LENGTH, m, side="covariance").flops / _seconds(products, budget)))
         solve.append((m, _seconds(solution, budget)))
     tall = torch.randn(4096, 128, generator=generator, dtype=torch.float32, device="cpu")

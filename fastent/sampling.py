@@ -10,7 +10,6 @@ It removes the bias of order 1/N. For n <= d that leaves a part, since no sample
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
 from collections.abc import Iterator
@@ -21,10 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastent.activations import Positions, RealTokens, Tokens, resolution_of
-from fastent.covariance import Backend, centered_matrix, mirror_lower
+from fastent.activations import Positions, RealTokens, Rows, Tokens
+from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
 from fastent.entropy import SpectralEntropy, Status, checked, entropy_of_matrix, entropy_of_rows
-from fastent.linalg import CenteredMatrix
 from fastent.process import uncompiled
 
 GROUPS = 16
@@ -114,7 +112,8 @@ def sampling_error(
     >>> round(error.normalized, 2), round(error.bias, 3), round(error.corrected, 2)
     (0.97, -0.026, 1.0)
     """
-    x = checked(h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=None)
+    rows = Rows(tokens, positions, channel_axis, mask)
+    x = checked(h, rows)
     n, d = x.shape
     if n < 3:
         raise ValueError(f"a jackknife needs at least 3 samples (rows); got N = {n}")
@@ -123,10 +122,7 @@ def sampling_error(
         raise ValueError(f"groups must be at least 2; got {groups}")
     if population is not None and not population >= n:
         raise ValueError(f"the population cannot be smaller than its sample; got {population} < {n}")
-    resolution = resolution_of(
-        h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask, batch_dims=None
-    )
-    whole = entropy_of_rows(x, resolution, backend=backend)
+    whole = entropy_of_rows(x, rows.resolution(h), backend=backend)
     groups = min(groups, n)
     normalized = float(whole.normalized)
     if whole.status in (Status.ZERO_VARIANCE, Status.NONFINITE):
@@ -176,7 +172,7 @@ def _leave_out_rows(x: Tensor, parts: list[Tensor], backend: Backend) -> Iterato
         weighted = delta * (whole.n * gone.n / left)
         matrix = (whole.matrix - gone.matrix).addr_(weighted, delta, alpha=-1.0).div_(left)
         # Of the mean only whether it is away from the shift is asked, where all variance is gone.
-        yield dataclasses.replace(whole, matrix=matrix, delta=whole.delta - delta * (gone.n / left), n=left)
+        yield whole._replace(matrix=matrix, delta=whole.delta - delta * (gone.n / left), n=left)
 
 
 def _leave_out_gram(x: Tensor, parts: list[Tensor], backend: Backend) -> Iterator[CenteredMatrix]:
@@ -189,7 +185,7 @@ def _leave_out_gram(x: Tensor, parts: list[Tensor], backend: Backend) -> Iterato
         cut = full[kept][:, kept]
         means = cut.mean(0)
         matrix = (cut - means - means[:, None] + means.mean()) / len(cut)
-        yield dataclasses.replace(whole, matrix=matrix, n=len(cut))
+        yield whole._replace(matrix=matrix, n=len(cut))
 
 
 def _jackknife(whole: float, without: NDArray[np.float64], sizes: NDArray[np.int64]) -> tuple[float, float]:

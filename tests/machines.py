@@ -17,9 +17,9 @@ import torch
 from fake_device import FakeStreams, Operations
 from torch import Tensor
 
+from fastent.activations import Resolution
 from fastent.monitor import deferred
 from fastent.monitor.deferred import CudaStreams, DeferredEntropy, Device, Devices, Ring, TorchFormer
-from fastent.rounding import of_dtype
 
 # About half a second: long for what a host does in between, and short where a test waits for its end.
 CYCLES = 1_000_000_000
@@ -167,7 +167,7 @@ def take_slots(machine: Machine, h: Tensor, count: int) -> None:
     """Have the memory of `count` evaluations allocated and the kernels compiled: both may wait for the device."""
     device = machine.device_of(h)
     assert device is not None
-    staged = [device.stage(h, of_dtype(h.dtype)) for _ in range(count)]
+    staged = [device.stage(h, Resolution.of(h.dtype)) for _ in range(count)]
     machine.release()
     if machine.device.type == "cuda":
         torch.cuda.synchronize()

@@ -9,9 +9,12 @@ import torch
 
 import fastent
 from fastent import Moments, Status, covariance, sampling_error, spectral_entropy
-from fastent.activations import RealTokens, Tokens, first_nonfinite, matrix_of
+from fastent.activations import RESOLUTIONS, RealTokens, Rows, Tokens, first_nonfinite
 from fastent.process import warn_of_detached
-from fastent.rounding import RESOLUTIONS
+
+
+def matrix_of(h: torch.Tensor, *, batch_dims: int = 0, **choice: object) -> torch.Tensor:
+    return Rows(**choice).matrix(h, batch_dims)
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

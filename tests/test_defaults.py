@@ -141,7 +141,7 @@ def nameless(path: Path) -> list[str]:
 def test_every_tensor_that_the_library_makes_names_its_device_and_dtype(tmp_path):
     files = [path for folder in ("fastent", "kernels") for path in (HOUSE / folder).rglob("*.py")]
     files = [path for path in files if not STUDY & set(path.relative_to(HOUSE).parts)]
-    assert len(files) > 30
+    assert len(files) > 20
     assert [line for path in files for line in nameless(path)] == []
     (tmp_path / "made.py").write_text("import torch\ntorch.zeros(3, device='cpu')\ntorch.eye(2)\n")
     assert len(nameless(tmp_path / "made.py")) == 2

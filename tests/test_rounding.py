@@ -8,8 +8,8 @@ from fake_device import FakeStreams
 
 import fastent
 from fastent import Moments, Status, sampling_error, spectral_entropy
+from fastent.activations import EXACT, RESOLUTIONS, Resolution, squared_relative
 from fastent.monitor.deferred import DeferredEntropy, Host, KernelFormer, Ring, TorchFormer
-from fastent.rounding import EXACT, RESOLUTIONS, of_dtype, squared_relative
 
 UNRESOLVED = Status.UNRESOLVED_OFFSET
 D = 32
@@ -136,7 +136,7 @@ def test_small_exact_values_are_not_taken_for_rounded_ones():
 
 def test_integers_are_exact_however_large():
     h = activations().round().long() + 2**52
-    assert of_dtype(h.dtype) == EXACT
+    assert Resolution.of(h.dtype) == EXACT
     assert status_of(h) is Status.OK
     assert status_of(h.double()) is UNRESOLVED  # whose spacing there is 1
 
@@ -237,10 +237,13 @@ def test_what_a_device_finds_in_a_few_rows_is_the_resolution_of_what_they_hold()
     h = activations() + 100.0
     for dtype in (torch.bfloat16, torch.float16):
         assert (
-            squared_relative(h.to(dtype).float(), of_dtype(torch.float32)) == RESOLUTIONS[dtype].relative ** 2
+            squared_relative(h.to(dtype).float(), Resolution.of(torch.float32))
+            == RESOLUTIONS[dtype].relative ** 2
         )
     for rows in (h.float(), h.round().float()):
-        assert squared_relative(rows, of_dtype(torch.float32)) == RESOLUTIONS[torch.float32].relative ** 2
+        assert (
+            squared_relative(rows, Resolution.of(torch.float32)) == RESOLUTIONS[torch.float32].relative ** 2
+        )
 
 
 def moved(values: torch.Tensor, offset: float) -> tuple[float, float, Status]:

@@ -42,8 +42,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from fastent.activations import Positions, RealTokens, Tokens, resolution_of
-from fastent.covariance import centered_matrix, triton_obstacle
+from fastent.activations import Resolution, Rows
+from fastent.covariance import CenteredMatrix, centered_matrix, triton_obstacle
 from fastent.entropy import (
     TINY,
     SpectralEntropy,
@@ -53,9 +53,8 @@ from fastent.entropy import (
     entropy_of_rows,
     held_resolution,
 )
-from fastent.linalg import EPS, CenteredMatrix, Side, fallbacks, use_one_thread
+from fastent.linalg import EPS, Side, fallbacks, use_one_thread
 from fastent.process import at_exit, warn_user
-from fastent.rounding import Resolution
 from fastent.sampling import SamplingError
 
 if TYPE_CHECKING:
@@ -398,7 +397,7 @@ class Host:
         if not TINY <= trace < torch.inf:
             return None
         resolution = held_resolution(centered, trace, x)
-        return Staged(dataclasses.replace(centered, resolution=resolution), x.dtype)
+        return Staged(centered._replace(resolution=resolution), x.dtype)
 
 
 Device = Host | Ring
@@ -477,27 +476,17 @@ class Evaluation:
         self._known: dict[str, Evaluated] = {}
         self._masks: dict[str, str | None] = {}
 
-    def add(
-        self,
-        layer: str,
-        h: Tensor,
-        *,
-        tokens: Tokens | None = None,
-        positions: Positions | None = None,
-        channel_axis: int | None = None,
-        mask: Tensor | RealTokens | None = None,
-        mask_name: str | None = None,
-    ) -> None:
+    def add(self, layer: str, h: Tensor, rows: Rows = Rows(), *, mask_name: str | None = None) -> None:
         """Form the matrix of a layer's activations, in the current stream; they are not kept.
 
         Parameters
         ----------
         layer : str
             A name within this evaluation.
-        h : Tensor, shape (n, d), (n, tokens, d) with `tokens`, or a map with `positions`
+        h : Tensor, shape (n, d), (n, tokens, d) with `rows.tokens`, or a map with `rows.positions`
             Activations.
-        tokens, positions, channel_axis, mask
-            See `fastent.spectral_entropy`.
+        rows : Rows
+            Which of their numbers are rows.
         mask_name : str, optional
             What the result says of its mask.
 
@@ -506,10 +495,8 @@ class Evaluation:
         TypeError, ValueError
             As `fastent.spectral_entropy` does.
         """
-        x = checked(h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask)
-        resolution = resolution_of(
-            h, tokens=tokens, positions=positions, channel_axis=channel_axis, mask=mask
-        )
+        x = checked(h, rows)
+        resolution = rows.resolution(h)
         assert self._owner is not None
         staged = self._owner._stage(x, resolution)
         if staged is None:

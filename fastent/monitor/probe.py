@@ -31,14 +31,14 @@ import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastent.activations import Positions, RealTokens, Tokens, TooFewRows, rows_of
+from fastent.activations import Positions, RealTokens, Rows, Tokens, TooFewRows
 from fastent.entropy import SpectralEntropy, Status, checked, spectral_entropy, unmeasured
 from fastent.linalg import check_pool
 from fastent.moments import Moments
@@ -615,21 +615,12 @@ _TORCH_MASK = "key_padding_mask"  # the end of its names in torch.nn, where True
 _BY_HAND = "give a function as layers that returns the rows you mean"
 
 
-class Choice(TypedDict, total=False):
-    """Arguments of `fastent.spectral_entropy` that choose rows."""
-
-    tokens: Tokens | None
-    positions: Positions | None
-    channel_axis: int | None
-    mask: RealTokens | None
-
-
 @dataclass(frozen=True)
 class Reading:
     """Activations with samples first, how to take rows of them, and the name of the mask that is used, if any."""
 
     h: Tensor
-    choice: Choice
+    rows: Rows
     mask: str | None = None
 
 
@@ -685,10 +676,10 @@ class Axes:
     def at_hand(self, h: Tensor) -> Reading:
         """Activations that did not come from the probe: taken at their word."""
         if _is_odd(h):
-            return Reading(h, {})
+            return Reading(h, Rows())
         if self._samples_axis == 1 and self._by_tokens(h):
             h = h.transpose(0, 1)
-        return Reading(h, self._choice(h))
+        return Reading(h, self._rows(h))
 
     def on_probe(self, layer: str, h: Tensor) -> Reading:
         """Activations of a layer on the probe.
@@ -699,25 +690,25 @@ class Axes:
             If an axis does not count what it should, or which tokens are padding is open.
         """
         if _is_odd(h):
-            return Reading(h, {})
+            return Reading(h, Rows())
         if _is_matrix(h) and not self._watched.by_function and len(h) not in self._samples():
             h = self._rows_of_tokens(h.flatten(1))
             if _is_matrix(h):
-                return Reading(h, {})
+                return Reading(h, Rows())
         if not _is_matrix(h) and h.ndim >= 3:
             h = self._samples_first(layer, h)
-        choice = self._choice(h)
-        if choice.get("tokens") is None:
-            return Reading(h, choice)
+        rows = self._rows(h)
+        if rows.tokens is None:
+            return Reading(h, rows)
         real = self._real_tokens(layer, h)
-        return Reading(h, {**choice, "mask": real}, None if real is None else self._used)
+        return Reading(h, rows._replace(mask=real), None if real is None else self._used)
 
-    def _choice(self, h: Tensor) -> Choice:
+    def _rows(self, h: Tensor) -> Rows:
         if _is_matrix(h):
-            return {}
+            return Rows()
         if self._by_tokens(h):
-            return {"tokens": self._tokens}
-        return {"positions": self._positions, "channel_axis": self._channel_axis}
+            return Rows(self._tokens)
+        return Rows(positions=self._positions, channel_axis=self._channel_axis)
 
     def _by_tokens(self, h: Tensor) -> bool:
         return h.ndim == 3 and (self._tokens is not None or self._positions is None)
@@ -1023,11 +1014,11 @@ class Evaluator:
         with self._reading(layer, h) as reading:
             try:
                 if self._standard_error:
-                    result = spectral_entropy(reading.h, **reading.choice)
-                    sampling = sampling_error(reading.h, **reading.choice) if result.n >= 3 else None
+                    result = spectral_entropy(reading.h, **reading.rows._asdict())
+                    sampling = sampling_error(reading.h, **reading.rows._asdict()) if result.n >= 3 else None
                     evaluation.put(layer, result, sampling, mask_name=reading.mask)
                 else:
-                    evaluation.add(layer, reading.h, **reading.choice, mask_name=reading.mask)
+                    evaluation.add(layer, reading.h, reading.rows, mask_name=reading.mask)
             except TooFewRows as error:
                 self._check_few(layer, error)
                 evaluation.put(layer, _too_few(error.n, error.d), mask_name=reading.mask)
@@ -1038,7 +1029,7 @@ class Evaluator:
         """Check activations and return their width."""
         with self._reading(layer, h) as reading:
             try:
-                return checked(reading.h, **reading.choice).shape[-1]
+                return checked(reading.h, reading.rows).shape[-1]
             except TooFewRows as error:
                 self._check_few(layer, error)
                 return error.d
@@ -1050,8 +1041,8 @@ class Evaluator:
 
     def _merge(self, step: int, layer: str, h: Tensor) -> None:
         with self._reading(layer, h) as reading:
-            part = Moments().update(reading.h, **reading.choice)
-            d = len(part.mean) if part.n else rows_of(reading.h, **reading.choice, batch_dims=None).shape[-1]
+            part = Moments().update(reading.h, **reading.rows._asdict())
+            d = len(part.mean) if part.n else reading.rows.of(reading.h).shape[-1]
             if d < 2:
                 raise ValueError(
                     "the normalised entropy divides by log d, so d must be at least 2; got d = 1"

@@ -1,6 +1,5 @@
 """The eigensolve: LAPACK's answer, the guard on the trace, and the way out when the GPU's solver fails (fault 27)."""
 
-import dataclasses
 import sys
 
 import pytest
@@ -20,7 +19,7 @@ def test_only_the_lower_triangle_is_read():
     matrix = centered(50, 6)
     poisoned = matrix.matrix.clone()
     poisoned[torch.triu(torch.ones(6, 6, dtype=torch.bool), 1)] = torch.nan
-    values, solver = module.eigenvalues(dataclasses.replace(matrix, matrix=poisoned))
+    values, solver = matrix._replace(matrix=poisoned).eigenvalues()
     whole = matrix.matrix.tril() + matrix.matrix.tril(-1).T
     assert torch.allclose(values, torch.linalg.eigvalsh(whole), rtol=1e-13)
     assert solver == "lapack (covariance)"
@@ -66,7 +65,7 @@ def test_a_solver_that_fails_on_the_gpu_is_replaced_counted_and_logged(failure, 
     monkeypatch.setattr(torch.linalg, "eigvalsh", broken)
     monkeypatch.setattr(module, "fallbacks", [])
     matrix = centered(50, 6)
-    values, solver = module.eigenvalues(dataclasses.replace(matrix, matrix=OnGpu(matrix.matrix)))
+    values, solver = matrix._replace(matrix=OnGpu(matrix.matrix)).eigenvalues()
     assert torch.equal(values, solve(matrix.matrix.mT, UPLO="U"))
     assert solver == "lapack (covariance)"
     assert len(module.fallbacks) == 1

@@ -69,7 +69,7 @@ class Reference:
         positions: str = "flatten",
         channel_axis: int | None = None,
     ) -> np.ndarray:
-        """Rows of activations as `fastent.activations.matrix_of` is asked for them."""
+        """Rows of activations as `fastent.activations.Rows` chooses them."""
         if tokens is not None:
             kept = None if mask is None else _array(mask)
             return reference_activations.rows_of_tokens(_array(h), tokens, kept)
