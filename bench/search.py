@@ -241,7 +241,7 @@ class Trajectory:
                 "fall": star - float(self.h[self.judged][-1]),
                 "r": correlation([self]),
                 # Not before grokking, or never: as late as an evaluation can tell.
-                "lead": max(lead, BASE.evaluate_every) if lead > 0 else float(BASE.evaluate_every),
+                "lead": lead if lead > 0 else float(BASE.evaluate_every),
             }
         after = float(self.step[-1]) + BASE.evaluate_every
         if self.over:
@@ -327,11 +327,10 @@ class Search:
                 )
         return found
 
-    def run(self, point: int, seed: int = SEED) -> Trajectory | None:
-        """Newest part of a run, None if it has no row."""
-        stage = 1 if seed == SEED else 2
-        known = [self.runs.get(Trial(stage, point, seed, rung)) for rung in RUNGS]
-        return next((run for run in reversed(known) if run is not None), None)
+    @cached_property
+    def over(self) -> dict[int, Trajectory]:
+        """Runs of stage 1 that came to their ends, by point, in order."""
+        return {t.point: run for t, run in sorted(self.runs.items()) if t.stage == 1 and run.over}
 
     def entrants(self, bracket: range, rung: int) -> list[int] | None:
         """Points of `bracket` that run to `rung` (a place in `RUNGS`), in order; None as long as that is open."""
@@ -369,19 +368,13 @@ class Search:
                     return missing
         return []
 
-    def ranked(self) -> list[int]:
-        """Points of the complete brackets whose run came to its end, the best first, those that did not grok last."""
-        found = []
-        for bracket in filter(self.complete, brackets(POINTS)):
-            for point in bracket:
-                run = self.run(point)
-                if run is not None and run.over:
-                    found.append((not run.grokked, run.distance, point))
-        return [point for _, _, point in sorted(found)]
-
     def best(self) -> list[int]:
-        """Points that stage 2 runs."""
-        return [point for point in self.ranked() if (run := self.run(point)) and run.grokked][:BEST]
+        """Points that stage 2 runs: the nearest that grokked, of the brackets that are complete."""
+        there = {point for bracket in brackets(POINTS) if self.complete(bracket) for point in bracket}
+        grokked = [
+            (run.distance, point) for point, run in self.over.items() if run.grokked and point in there
+        ]
+        return [point for _, point in sorted(grokked)[:BEST]]
 
     def further_trials(self) -> list[Trial]:
         """List what stage 2 has still to run."""
@@ -506,8 +499,9 @@ def run_trial(trial: Trial, changes: Changes, scratch: Path) -> Row:
         "settings": changes,
         "train": [_floor(row["train_accuracy"]) for row in rows],
         "test": [_floor(row["test_accuracy"]) for row in rows],
-        "norm": [float(f"{row['parameter_norm']:.5g}") for row in rows],
-        "h": [None if row["entropy"] is None else round(row["entropy"], 4) for row in rows],
+        # None where a run has diverged.
+        "norm": [row["parameter_norm"] and float(f"{row['parameter_norm']:.5g}") for row in rows],
+        "h": [row["entropy"] and round(row["entropy"], 4) for row in rows],
         "seconds": round(time.thread_time() - start, 1),
     }
 
@@ -603,13 +597,8 @@ def results(search: Search) -> str:
     if not search.starts:
         return f"No run yet. {_NEXT}\n"
     parts = [outcome(search), _work(search), _stage_0(search)]
-    ended_runs = {
-        point: run
-        for point in range(len(search.points))
-        if (run := search.run(point)) is not None and run.over
-    }
-    if ended_runs:
-        parts += [_targets(ended_runs), _ranking(search, ended_runs)]
+    if search.over:
+        parts += [_targets(search.over), _ranking(search)]
     verdicts = {point: found for point in search.best() if (found := search.verdict(point))}
     if verdicts:
         parts.append(_verdicts(search, verdicts))
@@ -652,16 +641,10 @@ def words(changes: Changes) -> str:
             final[changes["entropy_at"]] if changes["final_norm"] else "no final norm",
             {"relu": "ReLU", "gelu": "GELU"}[changes["activation"]],
             f"{changes['readout']} of {'a, b, =' if changes['equals_token'] else 'a, b'}",
-            *(
-                (
-                    f"beta2 {changes['betas'][1]:g}",
-                    changes["sampling"],
-                    f"fraction {changes['train_fraction']:g}",
-                    f"lr {changes['learning_rate']:g}",
-                )
-                if "betas" in changes
-                else ()
-            ),
+            f"beta2 {changes['betas'][1]:g}",
+            changes["sampling"],
+            f"fraction {changes['train_fraction']:g}",
+            f"lr {changes['learning_rate']:g}",
         )
     )
 
@@ -739,7 +722,8 @@ def _shown(name: str, value: float) -> str:
     return f"{value:,.0f}" if name in ("T_mem", "T_grok", "lead") else f"{value:.3f}"
 
 
-def _ranking(search: Search, runs: Mapping[int, Trajectory]) -> str:
+def _ranking(search: Search) -> str:
+    runs = search.over
     order = sorted(runs, key=lambda point: (not runs[point].grokked, runs[point].distance, point))
     lines = [
         (
