@@ -64,7 +64,7 @@ class Delay:
     """One condition against the baseline.
 
     `mean` is the mean T_grok restricted to `limit`, `later` the difference of these means with an interval from
-    pairs where seeds are shared (else Greenwood's); `paired` holds the tests on shared seeds and is empty without
+    pairs where seeds are shared (else Welch's); `paired` holds the tests on shared seeds and is empty without
     them; `adjusted` is the Mann-Whitney p-value after Holm over the conditions of the experiment; `events` counts the
     runs of both groups that grokked.
     """
@@ -121,7 +121,7 @@ def _delay(baseline: Runs, runs: Runs) -> Delay:
     limits = (*baseline.setting("max_steps"), *runs.setting("max_steps"))
     limit = int(min(*limits, control.cut, times.cut))
     survival = log_rank(control, times, limit)
-    delay = _without_interval(survival.effect) if min(control.n, times.n) < 3 else survival.effect
+    delay = survival.effect
     paired: tuple[Comparison, ...] = ()
     if shared := set(baseline.seeds) & set(runs.seeds):
         a, b = baseline.only(shared).times, runs.only(shared).times
@@ -134,7 +134,7 @@ def _delay(baseline: Runs, runs: Runs) -> Delay:
         runs=runs,
         limit=limit,
         grokked=share(times.observed),
-        mean=mean_time(runs, limit),
+        mean=restricted_mean(times, limit),
         later=delay,
         rank=rank,
         survival=survival,
@@ -143,17 +143,6 @@ def _delay(baseline: Runs, runs: Runs) -> Delay:
         adjusted=rank.p_value,
         events=int(control.observed.sum() + times.observed.sum()),
     )
-
-
-def mean_time(runs: Runs, limit: int) -> Estimate:
-    """Mean T_grok of runs, restricted to `limit` steps; without an interval below three runs."""
-    mean = restricted_mean(runs.times, limit)
-    return _without_interval(mean) if len(runs) < 3 else mean
-
-
-def _without_interval(estimate: Estimate) -> Estimate:
-    # Greenwood's variance of one or two runs is 0 or next to it: that is ignorance, not certainty.
-    return replace(estimate, low=np.nan, high=np.nan, method=f"no interval: n = {estimate.n}")
 
 
 def judge_later(delay: Delay | None) -> Verdict:
@@ -273,8 +262,8 @@ def equal_loss(baseline: Runs, runs: Runs, losses: Sequence[float] = LOSSES) -> 
             found.append(
                 AtLoss(
                     loss=loss,
-                    control=over(h[both]),
-                    treated=over(other_h[both]),
+                    control=over(h[both], least=0, most=1),
+                    treated=over(other_h[both], least=0, most=1),
                     control_step=float(np.mean(step[both])),
                     treated_step=float(np.mean(other_step[both])),
                     difference=over((other_h - h)[both]),
@@ -320,12 +309,12 @@ def collapse(baseline: Runs, runs: Runs) -> Collapse:
     a, b = pairs(baseline, runs)
     level = mean_known(baseline.h_star)
     below = UNKNOWN if np.isnan(level) else share((runs.first_below(level) <= runs.t_grok)[runs.grokked])
-    return Collapse(below, over(runs.h_star), over(b.h_star - a.h_star))
+    return Collapse(below, over(runs.h_star, least=0, most=1), over(b.h_star - a.h_star))
 
 
 def delays_table(caption: str, baseline: Runs, delays: Sequence[Delay]) -> Table:
     """Each condition's T_grok, delay, tests and effect: the paper's Table 1 with what it lacks."""
-    mean = mean_time(baseline, min(delay.limit for delay in delays))
+    mean = restricted_mean(baseline.times, min(delay.limit for delay in delays))
     row = (words("baseline"), of(share(baseline.grokked)), span(mean, steps), *[NONE] * 8)
     columns = (
         *("condition", "grokked", "T_grok, mean", "later by, mean", "P(later)", "d"),
@@ -353,10 +342,11 @@ def notes(delays: Sequence[Delay]) -> str:
     """Say how the columns of `delays_table` were made."""
     limit = min(delay.limit for delay in delays)
     said = (
-        f"Means are restricted to {steps(limit)} steps, with a Greenwood interval; the delay is the mean "
-        "over seeds that both conditions share, with a BCa bootstrap interval over them. P(later): the "
+        f"Means are restricted to {steps(limit)} steps; the delay is the mean over seeds that both conditions share; "
+        "both with Student's interval over seeds. P(later): the "
         "chance that a run under the condition groks later than a baseline run. d: Cohen's, undefined once "
-        "a run is censored. All tests are one-sided; by seed: each seed a stratum; Holm is over the "
+        "a run is censored. All tests are one-sided and, up to ten runs against ten, exact; by seed: each seed a "
+        "stratum; Holm is over the "
         "conditions of this table. Brackets: 95 % intervals."
     )
     if any(delay.rank.note for delay in delays):
@@ -394,7 +384,7 @@ def grokking_times(baseline: Runs, delays: Sequence[Delay]) -> Figure:
         for value, seen in zip(runs.times.values, runs.times.observed, strict=True):
             axes.plot(value, row, "o" if seen else ">", color=LIGHT.signal, alpha=0.65, markeredgewidth=0)
     limit = min(delay.limit for delay in delays)
-    for row, mean in enumerate([mean_time(baseline, limit), *(delay.mean for delay in delays)]):
+    for row, mean in enumerate([restricted_mean(baseline.times, limit), *(delay.mean for delay in delays)]):
         axes.plot(mean.value, row, "D", color=LIGHT.ink, markersize=6, zorder=3)
         if mean.bounded:
             axes.plot([mean.low, mean.high], [row, row], color=LIGHT.ink, linewidth=1.5)

@@ -114,8 +114,8 @@ def analyse_group(runs: Runs) -> Baseline | None:
         return None
     return Baseline(
         runs=runs,
-        h_star=over(runs.h_star),
-        t_mem=over(runs.t_mem),
+        h_star=over(runs.h_star, least=0, most=1),
+        t_mem=over(runs.t_mem, least=0),
         t_grok=mean_time(runs),
         own=leads.own_threshold(runs),
         pooled=leads.in_sample_threshold(runs),
@@ -129,7 +129,7 @@ def analyse_group(runs: Runs) -> Baseline | None:
 def mean_time(runs: Runs) -> Estimate:
     """Mean T_grok; if some runs did not grok, the restricted mean to the earliest end of those."""
     if runs.grokked.all():
-        return over(runs.t_grok)
+        return over(runs.t_grok, least=0)
     return restricted_mean(runs.times, runs.times.cut) if runs.grokked.any() else UNKNOWN
 
 
@@ -145,7 +145,8 @@ def claims(result: Baseline) -> Findings:
     calm = share(where_known(np.abs(at_mem - start), lambda change: change < TAU))
     monotone = share(where_known(highest - start, lambda rise: rise < 0.01))
     growth = share(where_known(norm_at_mem - norm_start, lambda grown: grown > 0))
-    change, rise, norm = over(at_mem - start), over(highest - start), over(norm_at_mem / norm_start)
+    change, rise = over(at_mem - start), over(highest - start, least=0)
+    norm = over(norm_at_mem / norm_start, least=0)
     comparable = runs.comparable
     return {
         "e1.memorises_early": Finding(

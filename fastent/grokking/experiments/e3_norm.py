@@ -278,7 +278,7 @@ def _factorial_blocks(result: Norm) -> list[Block]:
     return [
         Table(
             f"The two by two design: effects on T_grok in steps, over the {effects.n} seeds of all four cells, with "
-            "BCa intervals over seeds.",
+            "Student's intervals over seeds.",
             ("effect of", "steps"),
             rows,
             (1,),

@@ -232,10 +232,10 @@ def correlations(runs: Runs) -> Correlations:
 
     return Correlations(
         overall=pooled(_pearson),
-        within=over(_pearson(*part) for part in whole),
-        plateau=over(_pearson(*part) for part in plateau),
-        changes=over(_pearson(*map(np.diff, part)) for part in whole),
-        changes_plateau=over(_pearson(*map(np.diff, part)) for part in plateau),
+        within=over((_pearson(*part) for part in whole), least=-1, most=1),
+        plateau=over((_pearson(*part) for part in plateau), least=-1, most=1),
+        changes=over((_pearson(*map(np.diff, part)) for part in whole), least=-1, most=1),
+        changes_plateau=over((_pearson(*map(np.diff, part)) for part in plateau), least=-1, most=1),
         ranks=pooled(lambda a, b: _pearson(stats.rankdata(a), stats.rankdata(b))),
     )
 
@@ -529,7 +529,7 @@ def section(result: Predictors) -> Section:
         ),
         Table(
             "Correlation of parameter norm and H. Overall: jackknife over runs, Fisher's z; else the mean "
-            "over runs with a BCa interval.",
+            "over runs with Student's interval.",
             ("over", "r", "runs"),
             tuple(
                 (name, span(value, decimal), str(value.n) if value.known else NONE)

@@ -147,13 +147,13 @@ def _validate(left_out: LeaveOneOut, runs: Runs) -> Validation:
         warnings += [held_out.t_grok - float(after[0])] if after.size else []
     return Validation(
         runs=left_out,
-        law=over(law.mape),
-        clock=over(clock.mape),
+        law=over(law.mape, least=0),
+        clock=over(clock.mape, least=0),
         law_r_squared=law.r_squared,
         clock_r_squared=clock.r_squared,
         advantage=over(advantage),
         better=share(where_known(advantage, lambda gain: gain > 0)),
-        warning=over(warnings),
+        warning=over(warnings, least=0),
     )
 
 
@@ -219,8 +219,8 @@ def savings(runs: Runs, budget: int) -> Savings:
         step=step,
         accuracy=accuracy,
         budget=budget,
-        saved=over(_part(step, budget)),
-        saved_by_accuracy=over(_part(runs.t_grok, budget)),
+        saved=over(_part(step, budget), least=0, most=1),
+        saved_by_accuracy=over(_part(runs.t_grok, budget), least=0, most=1),
         grokked=share((accuracy >= runs.criteria)[stopped]),
         within=share(((ahead >= 0) & (ahead <= AFTER))[stopped]),
     )
@@ -247,7 +247,9 @@ def monitor_cost(runs: Runs) -> Cost | None:
         milliseconds.append(1e3 * float(np.mean([row["monitor_seconds"] / row["seeds"] for row in measured])))
         device = str(run.environment.get("device", "unknown"))
         machines.add(str(run.environment.get("cpu", "unknown")) if device == "cpu" else device)
-    return Cost(over(shares), over(milliseconds), tuple(sorted(machines))) if shares else None
+    return (
+        Cost(over(shares, least=0), over(milliseconds, least=0), tuple(sorted(machines))) if shares else None
+    )
 
 
 def _elapsed(timing: Sequence[dict[str, object]]) -> float:
@@ -318,7 +320,7 @@ def guide(runs: Runs, baseline: Runs) -> Guide | None:
         n=len(found),
         evaluations=evaluations,
         shares=shares,
-        imminent=over(float(np.mean(each)) for each in hits if each),
+        imminent=over((float(np.mean(each)) for each in hits if each), least=0, most=1),
         warned=share((near, Outcome.SOON) in rows for rows, grokked in found if grokked),
         given_up=share(grokked for rows, grokked in found if any(phase is doubted for phase, _ in rows)),
     )

@@ -296,7 +296,7 @@ class Difference:
 def task_of(name: str, runs: Runs) -> TaskRuns:
     """Measure the runs of a task."""
     times = runs.times
-    t_grok = over(times.values)
+    t_grok = over(times.values, least=0)
     if times.censored:
         t_grok = (
             restricted_mean(times, runs.setting("max_steps").min()) if times.censored < times.n else UNKNOWN
@@ -306,7 +306,7 @@ def task_of(name: str, runs: Runs) -> TaskRuns:
         runs=runs,
         grokked=share(runs.grokked),
         t_grok=t_grok,
-        h_star=over(runs.h_star),
+        h_star=over(runs.h_star, least=0, most=1),
         left_out=leads.left_out_threshold(runs),
         fall=leads.paper_collapse(runs),
     )
@@ -317,7 +317,6 @@ def difference(first: TaskRuns, second: TaskRuns) -> Difference:
     a, b = (task.runs.h_star[~np.isnan(task.runs.h_star)] for task in (first, second))
     t_grok = UNKNOWN
     if first.grokked.value == second.grokked.value == 1:
-        # Greenwood's interval of a few runs is far too narrow; Welch's is right for normal times.
         t_grok = welch(first.runs.t_grok, second.runs.t_grok)
     elif first.grokked.value + second.grokked.value > 0:
         limit = min(task.runs.setting("max_steps").min() for task in (first, second))
@@ -328,7 +327,8 @@ def difference(first: TaskRuns, second: TaskRuns) -> Difference:
 def shares_at(task: TaskRuns, name: str) -> tuple[Estimate, ...]:
     """Mean of a column at T_mem, at T_grok and at the end of the task's runs."""
     return tuple(
-        over(task.runs.at(name, step)) for step in (task.runs.t_mem, task.runs.t_grok, task.runs.end)
+        over(task.runs.at(name, step), least=0, most=1)
+        for step in (task.runs.t_mem, task.runs.t_grok, task.runs.end)
     )
 
 
@@ -493,7 +493,7 @@ def _pairs_table(pairs: Sequence[Difference], contrast: Difference | None) -> Ta
     ]
     caption = (
         "Pairs of tasks: differences of mean T_grok and of mean H*, with Welch's intervals (T_grok restricted to the "
-        "limit of steps, with Greenwood's, where a run does not grok)."
+        "limit of steps where a run does not grok)."
     )
     columns = ("pair", "one task under other names", "T_grok", "H*", "0 in both intervals")
     return Table(caption, columns, tuple(rows))

@@ -75,7 +75,7 @@ class Sufficiency:
 def analyse(runs: Runs) -> Sufficiency | None:
     """Compare E7's MLPs with E1's Transformers; None without a run of an MLP."""
     base = runs.select("e1", "baseline")
-    h_star = over(base.h_star)
+    h_star = over(base.h_star, least=0, most=1)
     mlps = {mlp.label: runs.select("e7", mlp.condition) for mlp in MLPS}
     if not len(runs.select("e7")):
         return None
@@ -454,10 +454,10 @@ def _models_table(result: Sufficiency) -> Table:
             (
                 model.label,
                 told(model),
-                *(span(over(h), decimal) for h in shown),
+                *(span(over(h, least=0, most=1), decimal) for h in shown),
                 f"{(~np.isnan(model.below)).sum()} of {len(runs)}",
-                span(over(runs.at(runs.test_accuracy, runs.end)), percent),
-                *(span(over(values), _two) for values in ends),
+                span(over(runs.at(runs.test_accuracy, runs.end), least=0, most=1), percent),
+                *(span(over(values, least=0, most=1), _two) for values in ends),
             )
         )
     caption = (
@@ -502,7 +502,7 @@ def _signals_table(models: Sequence[ModelRuns]) -> Table:
 def _null(result: Sufficiency) -> str:
     """Mean over runs and evaluations of what the alignment is for permuted labels."""
     rows = (values for model in result.models for values in model.runs.column("alignment_null_mean"))
-    return worded(over(map(mean_known, rows)), "", 2)
+    return worded(over(map(mean_known, rows), least=0, most=1), "", 2)
 
 
 def _two(value: float) -> str:

@@ -412,8 +412,8 @@ def claims_section(claims: Sequence[Judged], parts: Mapping[str, Part]) -> Secti
             ),
             *groups,
             Text(
-                "Intervals over fewer than about ten runs are narrower than they should be: a bootstrap cannot see "
-                "values that no seed has shown. A share, such as 3 of 3 runs, has an exact interval.",
+                "Intervals of means are Student's over seeds, those of shares exact (Clopper-Pearson), p-values exact "
+                "up to ten runs against ten.",
                 "note",
             ),
         ),

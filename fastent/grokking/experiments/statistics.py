@@ -3,11 +3,15 @@
 Built on `scipy.stats`. Nothing here chooses a test or a family: callers do, and pass all of a family's p-values to
 `holm` together.
 
+Intervals of means are Student's: with three to ten seeds a bootstrap over them, BCa too, and Greenwood's normal
+interval hold the truth far more rarely than they say (``python -m fastent.grokking.experiments.statistics`` simulates
+it for ``docs/results.md``). p-values of small groups are exact: every way to choose the treated runs is counted.
+
 A run that ends before it groks is censored, not dropped: dropping it, as the paper's "28 of 30" does, biases the mean
-time down. Rank tests tie censored runs last; means of times are restricted means; the log-rank test counts a run until
-it was cut; Cohen's d, which needs every time, is None as soon as one is censored. All tests are one-sided, "the treated
-runs are later", as the paper's. Seeds decide split, start and batches, so runs of one seed under two conditions are
-pairs.
+time down. Rank tests tie censored runs last; means of times are restricted to a step that every censored run reached;
+the log-rank test counts a run until it was cut; Cohen's d, which needs every time, is unknown as soon as one is
+censored. All tests are one-sided, "the treated runs are later", as the paper's. Seeds decide split, start and batches,
+so runs of one seed under two conditions are pairs.
 
 Evaluations of a run are far from independent, so numbers made of many of them get their intervals by leaving out whole
 runs (`jackknife`): resampling evaluations would give intervals that are far too narrow, and a bootstrap over few runs
@@ -16,11 +20,14 @@ repeats some of them and fits the rest too well (`fastent.forecast.power_law` ha
 
 from __future__ import annotations
 
+import argparse
+import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,7 +37,12 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 LEVEL = 0.95
-RESAMPLES = 10_000
+
+FEWEST = 3
+"""Values below which no interval is given: Student's of two is more than six times as wide as they are apart."""
+
+WAYS = 200_000
+"""Ways to choose the treated runs up to which all are counted: ten of twenty are 184,756."""
 
 
 @dataclass(frozen=True)
@@ -64,60 +76,6 @@ UNKNOWN = Estimate()
 """The number that no run gives."""
 
 
-def bootstrap(values: ArrayLike, statistic: Callable[..., Any] = np.mean) -> Estimate:
-    """`statistic` of `values` with a bias-corrected and accelerated bootstrap interval over them.
-
-    Below three values no bootstrap means anything and none is made; where BCa is undefined (all values equal,
-    or the statistic constant under the jackknife) the percentile interval stands in. `method` says which it
-    was.
-
-    Parameters
-    ----------
-    values : sequence of floats, one per seed
-        Finite.
-    statistic : callable
-        Takes an array and an `axis`, as `numpy.mean` does.
-
-    Raises
-    ------
-    ValueError
-        If `values` is empty or not finite.
-
-    References
-    ----------
-    Efron, "Better bootstrap confidence intervals", JASA 82 (1987).
-
-    Examples
-    --------
-    >>> bool(np.isnan(bootstrap([4.0]).low))
-    True
-    """
-    x = np.asarray(values, dtype=np.float64)
-    if x.size == 0 or not np.isfinite(x).all():
-        raise ValueError(f"values must be finite and at least one; got {x.tolist()}")
-    point = float(statistic(x, axis=-1))
-    if x.size < 3:
-        return Estimate(point, n=x.size, method=f"no interval: n = {x.size}")
-    if (x == x[0]).all():
-        return Estimate(point, point, point, x.size, "no spread: all values equal")
-    for method, name in (("BCa", "BCa bootstrap"), ("percentile", "percentile bootstrap, BCa undefined")):
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-            result = stats.bootstrap(
-                (x,),
-                statistic,
-                axis=-1,
-                n_resamples=RESAMPLES,
-                confidence_level=LEVEL,
-                method=method,
-                random_state=np.random.default_rng(0),
-            )
-        low, high = (float(end) for end in result.confidence_interval)
-        if np.isfinite([low, high]).all():
-            return Estimate(point, low, high, x.size, name)
-    raise AssertionError("a percentile interval of finite values is finite")
-
-
 def proportion(successes: int, n: int) -> Estimate:
     """Share of `n` runs with the exact (Clopper-Pearson) interval: 3 of 3 reads 1, 0.29 to 1; unknown of none.
 
@@ -132,10 +90,44 @@ def proportion(successes: int, n: int) -> Estimate:
     return Estimate(successes / n, float(interval.low), float(interval.high), n, "Clopper-Pearson")
 
 
-def over(values: Iterable[float]) -> Estimate:
-    """Mean of the values that are known (not NaN), with its bootstrap interval; unknown if none is."""
-    known = [float(value) for value in values if np.isfinite(value)]
-    return bootstrap(known) if known else UNKNOWN
+def over(values: Iterable[float], *, least: float = -math.inf, most: float = math.inf) -> Estimate:
+    """Mean of the values that are known (not NaN), with Student's interval; unknown if none is.
+
+    Parameters
+    ----------
+    values : iterable of floats, one per seed
+    least, most : float
+        What the mean cannot pass (0 for a length or a time): the interval ends there.
+
+    Returns
+    -------
+    Estimate
+        Without an interval below three values; where all are equal the interval has no width, and `method` says so.
+
+    Examples
+    --------
+    >>> e = over([1.0, 2.0, 6.0])
+    >>> round(e.low, 4), round(e.high, 4)
+    (-3.5724, 9.5724)
+    >>> over([1.0, 2.0, 6.0], least=0).low
+    0.0
+    """
+    x = np.array([value for value in values if np.isfinite(value)], dtype=np.float64)
+    if not x.size:
+        return UNKNOWN
+    mean = float(x.mean())
+    if x.size < FEWEST:
+        return Estimate(mean, n=x.size, method=f"no interval: n = {x.size}")
+    if (x == x[0]).all():
+        return Estimate(mean, mean, mean, x.size, "no spread: all values equal")
+    half = _students(x.size - 1) * float(x.std(ddof=1)) / math.sqrt(x.size)
+    return Estimate(
+        mean, max(mean - half, float(least)), min(mean + half, float(most)), x.size, "Student's t"
+    )
+
+
+def _students(freedom: float) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def mean_known(values: Array) -> float:
@@ -200,9 +192,10 @@ def welch(x: ArrayLike, y: ArrayLike) -> Estimate:
     gap = float(b.mean() - a.mean())
     if min(a.size, b.size) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
         return Estimate(gap, n=a.size + b.size, method=f"no interval: n = {a.size} and {b.size}")
-    interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(LEVEL)
-    low, high = float(interval.low), float(interval.high)
-    return Estimate(gap, low, high, a.size + b.size, "difference of means, Welch interval")
+    parts = [float(x.var(ddof=1)) / x.size for x in (a, b)]
+    freedom = sum(parts) ** 2 / sum(part**2 / (x.size - 1) for part, x in zip(parts, (a, b), strict=True))
+    half = _students(freedom) * math.sqrt(sum(parts))
+    return Estimate(gap, gap - half, gap + half, a.size + b.size, "difference of means, Welch interval")
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -290,8 +283,8 @@ def mann_whitney(control: Times, treated: Times) -> Comparison:
     """One-sided Mann-Whitney U: are the treated runs later? Censored runs are tied last.
 
     Where runs were cut at different steps, the smallest cut is the horizon for all: a time beyond it is as
-    unknown to the ranks as a censored one. The p-value is exact without ties and with a group of at most 8;
-    else normal with tie correction. The effect is the chance that a treated run is later than a control run
+    unknown to the ranks as a censored one. The p-value is exact, ties and all, up to ten against ten, else normal with
+    tie correction. The effect is the chance that a treated run is later than a control run
     (ties count half), with Newcombe's score interval, which stays honest when the groups do not overlap.
 
     References
@@ -302,6 +295,7 @@ def mann_whitney(control: Times, treated: Times) -> Comparison:
     x, y, note = _tied_last(control, treated)
     result = stats.mannwhitneyu(y, x, alternative="greater")
     m, n = y.size, x.size
+    p_value = _exact(stats.rankdata(np.r_[y, x]), m)
     share = float(result.statistic) / (m * n)
 
     def variance(theta: float) -> float:
@@ -317,9 +311,22 @@ def mann_whitney(control: Times, treated: Times) -> Comparison:
     low = 0.0 if share == 0 else optimize.brentq(excess, 0.0, share - 1e-12)
     high = 1.0 if share == 1 else optimize.brentq(excess, share + 1e-12, 1.0)
     effect = Estimate(share, low, high, m + n, "P(treated later), Newcombe score interval")
-    return Comparison(
-        "Mann-Whitney U, one-sided", float(result.statistic), float(result.pvalue), (n, m), effect, note
-    )
+    p_value = float(result.pvalue) if p_value is None else p_value
+    return Comparison("Mann-Whitney U, one-sided", float(result.statistic), p_value, (n, m), effect, note)
+
+
+def _exact(scores: Array, treated: int) -> float | None:
+    """Chance that as many of `scores` add up to at least what the first `treated` do; None of too many ways."""
+    if math.comb(scores.size, treated) > WAYS:
+        return None
+    sums = scores[_choices(scores.size, treated)].sum(axis=1)
+    # Sums of equal scores in another order differ by rounding.
+    return float((sums >= scores[:treated].sum() - 1e-9 * max(1.0, np.abs(scores).sum())).mean())
+
+
+@functools.lru_cache(maxsize=8)
+def _choices(n: int, k: int) -> NDArray[np.int8]:
+    return np.array(list(itertools.combinations(range(n), k)), dtype=np.int8)
 
 
 def _tied_last(control: Times, treated: Times) -> tuple[Array, Array, str]:
@@ -384,68 +391,66 @@ def _hodges_lehmann(difference: Array) -> Estimate:
 
 
 def restricted_mean(times: Times, limit: float) -> Estimate:
-    """Mean time up to `limit`: the area under the Kaplan-Meier curve, with a normal (Greenwood) interval.
-
-    Without censoring before `limit` it is the mean of ``min(time, limit)``.
+    """Mean of ``min(time, limit)``, with Student's interval: what is known of a mean time when some runs were cut.
 
     Raises
     ------
     ValueError
-        If `limit` is not positive, or the largest time is censored before it: the area beyond is then
-        unknown.
+        If `limit` is not positive, or a run was cut before it: its restricted time is then unknown.
 
     References
     ----------
     Royston and Parmar, "Restricted mean survival time", BMC Medical Research Methodology 13 (2013).
     """
-    area, variance = _area(times, limit)
-    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * variance**0.5
-    method = f"restricted mean to step {limit:g}, Greenwood interval"
-    return Estimate(area, max(area - half, 0.0), min(area + half, limit), times.n, method)
+    mean = over(_restricted(times, limit), least=0, most=limit)
+    return replace(mean, method=f"{mean.method}, restricted to step {limit:g}")
 
 
-def _area(times: Times, limit: float) -> tuple[float, float]:
-    value, seen = times.values, times.observed
+def _restricted(times: Times, limit: float) -> Array:
     if limit <= 0:
         raise ValueError(f"limit must be positive; got {limit}")
-    if value.max() < limit and not seen[value == value.max()].all():
-        raise ValueError(f"limit must not exceed the last censored time, {value.max():g}; got {limit:g}")
-    events = np.unique(value[seen & (value <= limit)])
-    at_risk = (value[None, :] >= events[:, None]).sum(axis=1)
-    died = ((value[None, :] == events[:, None]) & seen[None, :]).sum(axis=1)
-    survival = np.r_[1.0, np.cumprod(1 - died / at_risk)]
-    pieces = survival * np.diff(np.r_[0.0, events, limit])
-    beyond = pieces[::-1].cumsum()[::-1][1:]  # area to the right of each event
-    left = at_risk - died
-    # Where nobody is left the curve is 0 and so is the area beyond: the term vanishes.
-    terms = np.divide(beyond**2 * died, at_risk * left, out=np.zeros_like(beyond), where=left > 0)
-    return float(pieces.sum()), float(terms.sum())
+    if times.cut < limit:
+        raise ValueError(f"limit must not exceed the step where a run was cut, {times.cut:g}; got {limit:g}")
+    return np.minimum(times.values, limit)
 
 
 def log_rank(control: Times, treated: Times, limit: float) -> Comparison:
     """One-sided log-rank test, "the treated runs are later"; a censored run counts until its cut.
 
-    The effect is the difference of the restricted means up to `limit` (treated minus control, in steps), with
-    a normal interval. Raises as `restricted_mean`.
+    The p-value is exact up to ten against ten: of observed less expected events over all ways to choose the treated
+    runs; else it is scipy's. The effect is the difference of the means restricted to `limit` (treated minus control,
+    in steps), with Welch's interval. Raises as `restricted_mean`.
+
+    References
+    ----------
+    Peto and Peto, "Asymptotically efficient rank invariant test procedures", Journal of the Royal Statistical Society
+    A 135 (1972).
     """
     # 0 / 0 where no event has anyone of the other group at risk beside it.
     with np.errstate(invalid="ignore"):
         result = stats.logrank(_censored(treated), _censored(control), alternative="less")
-    (a, va), (b, vb) = _area(control, limit), _area(treated, limit)
-    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * (va + vb) ** 0.5
-    method = f"difference of restricted means to step {limit:g}, Greenwood interval"
-    effect = Estimate(b - a, b - a - half, b - a + half, control.n + treated.n, method)
-    censored = control.censored + treated.censored
-    note = f"{censored} runs censored" if censored else ""
+    exact = _exact(_expected_less_observed(treated, control), treated.n)
     known = np.isfinite(result.statistic)
+    p_value = exact if exact is not None else float(result.pvalue) if known else 1.0
+    censored = control.censored + treated.censored
     return Comparison(
         "log-rank, one-sided",
         float(result.statistic) if known else 0.0,
-        float(result.pvalue) if known else 1.0,
+        p_value,
         (control.n, treated.n),
-        effect,
-        note,
+        welch(_restricted(control, limit), _restricted(treated, limit)),
+        f"{censored} runs censored" if censored else "",
     )
+
+
+def _expected_less_observed(first: Times, second: Times) -> Array:
+    """Events expected of each run, those of both groups as one, less its own: the later, the more."""
+    values, seen = (
+        np.concatenate(pair) for pair in ((first.values, second.values), (first.observed, second.observed))
+    )
+    events, died = np.unique(values[seen], return_counts=True)
+    hazard = died / (values[None, :] >= events[:, None]).sum(axis=1)
+    return ((values[:, None] >= events) * hazard).sum(axis=1) - seen
 
 
 def _censored(times: Times) -> stats.CensoredData:
@@ -525,14 +530,15 @@ def stratified_log_rank(control: Times, treated: Times) -> Comparison:
 
 
 def mean_delay(control: Times, treated: Times, limit: float) -> Estimate:
-    """Mean over pairs of ``min(treated, limit) - min(control, limit)`` in steps, with a BCa interval over seeds.
+    """Mean over pairs of ``min(treated, limit) - min(control, limit)`` in steps, with Student's interval over seeds.
 
     That is the difference of the restricted means to `limit`. Unknown if a run was cut before `limit` without the
     event: its restricted time is then unknown.
     """
     if min(control.cut, treated.cut) < limit:
         return UNKNOWN
-    return bootstrap(np.minimum(treated.values, limit) - np.minimum(control.values, limit))
+    later = np.minimum(treated.values, limit) - np.minimum(control.values, limit)
+    return over(later, least=-limit, most=limit)
 
 
 EXACT = 1e-12
@@ -593,7 +599,7 @@ def jackknife(value: float, left_out: Sequence[float], scale: Scale = PLAIN) -> 
     def without(reason: str) -> Estimate:
         return Estimate(value, n=n, method=f"no interval: {reason}")
 
-    if n < 3:
+    if n < FEWEST:
         return without(f"n = {n}")
     if not np.isfinite([value, *left_out]).all():
         return without("undefined with a run left out")
@@ -603,8 +609,113 @@ def jackknife(value: float, left_out: Sequence[float], scale: Scale = PLAIN) -> 
         return without("a perfect fit")
     if not np.isfinite(replicates).all():
         return without("a perfect fit with a run left out")
-    width = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * math.sqrt((n - 1) * float(replicates.var()))
+    width = _students(n - 1) * math.sqrt((n - 1) * float(replicates.var()))
     low, high = float(back(centre - width)), float(back(centre + width))
     if scale is EXPLAINED and low < WORST:
         return without(f"not determined by {n} runs")
     return Estimate(value, low, high, n, "jackknife over runs")
+
+
+SIZES = (3, 5, 10)
+"""Numbers of seeds in the simulation."""
+
+TRIALS = 2000
+
+DRAWS: Mapping[str, tuple[Callable[..., Array], float]] = {
+    "normal": (lambda rng, size: rng.normal(0.0, 1.0, size), 0.0),
+    "log-normal, spread 0.25": (lambda rng, size: rng.lognormal(0.0, 0.25, size), math.exp(0.25**2 / 2)),
+    "exponential": (lambda rng, size: rng.exponential(1.0, size), 1.0),
+}
+"""Distributions of a quantity over seeds, each with its mean; the second is as skewed as our T_grok."""
+
+
+def coverage(trials: int = TRIALS) -> list[tuple[str, str, int, float]]:
+    """Simulate how often each interval of a mean that is called 95 % holds it: (interval, distribution, n, share)."""
+    rows = []
+    for name, (draw, truth) in DRAWS.items():
+        for n in SIZES:
+            x = draw(np.random.default_rng(n), (trials, n))
+            mean, error = x.mean(axis=1), x.std(axis=1, ddof=1) / math.sqrt(n)
+            half = {
+                "Student's t (used here)": _students(n - 1) * error,
+                "Greenwood, normal": stats.norm.ppf((1 + LEVEL) / 2) * error * math.sqrt((n - 1) / n),
+            }
+            rows += [(kind, name, n, float((abs(mean - truth) <= h).mean())) for kind, h in half.items()]
+            with warnings.catch_warnings():
+                # Three values can be drawn all alike.
+                warnings.simplefilter("ignore")
+                low, high = stats.bootstrap(
+                    (x,), np.mean, axis=-1, n_resamples=999, method="BCa", rng=np.random.default_rng(0)
+                ).confidence_interval
+            rows.append(("BCa bootstrap", name, n, float(((low <= truth) & (truth <= high)).mean())))
+    return rows
+
+
+def sizes(trials: int = TRIALS) -> list[tuple[str, int, float]]:
+    """Simulate how often p is at most 0.05 where the groups do not differ: (test, runs in each, share).
+
+    Times are rounded, so that there are ties, and cut, so that about a tenth are censored.
+    """
+    rows = []
+    for n in SIZES[:2]:
+        rng, found = np.random.default_rng(n), []
+        for _ in range(trials):
+            drawn = np.round(rng.lognormal(0.0, 0.25, (2, n)) * 10)
+            a, b = (Times(np.minimum(x, 14), x <= 14) for x in drawn)
+            exact, rank = log_rank(a, b, 14.0), mann_whitney(a, b)
+            normal = stats.mannwhitneyu(*_tied_last(b, a)[:2], alternative="greater", method="asymptotic")
+            found.append(
+                (exact.p_value, float(stats.norm.cdf(exact.statistic)), rank.p_value, float(normal.pvalue))
+            )
+        names = ("log-rank, exact (used here)", "log-rank, normal")
+        names += ("Mann-Whitney, exact (used here)", "Mann-Whitney, normal")
+        rows += [
+            (name, n, float(share))
+            for name, share in zip(names, (np.array(found) <= 0.05).mean(0), strict=True)
+        ]
+    return rows
+
+
+def coverage_tables() -> str:
+    """Write both simulations as Markdown."""
+    from fastent.grokking.experiments.document import markdown_table
+
+    held: dict[tuple[str, str], list[str]] = {}
+    for kind, name, _, part in coverage():
+        held.setdefault((name, kind), []).append(f"{100 * part:.1f} %")
+    rejected: dict[str, list[str]] = {}
+    for test, _, part in sizes():
+        rejected.setdefault(test, []).append(f"{100 * part:.1f} %")
+    first = markdown_table(
+        ("quantity over seeds", "interval", *(f"n = {n}" for n in SIZES)),
+        [(*key, *parts) for key, parts in held.items()],
+        (2, 3, 4),
+    )
+    second = markdown_table(
+        ("test", *(f"{n} against {n}" for n in SIZES[:2])),
+        [(key, *parts) for key, parts in rejected.items()],
+        (1, 2),
+    )
+    return f"\n{first}\n\n{second}\n\n"
+
+
+def main() -> None:
+    """Print how often the intervals hold what they say and how often the tests reject, or write it to a document."""
+    from fastent.grokking.experiments.document import marked
+
+    parser = argparse.ArgumentParser(
+        prog="python -m fastent.grokking.experiments.statistics", description=main.__doc__
+    )
+    parser.add_argument("--fill", type=Path, help="document with <!-- fastent statistics: coverage --> in it")
+    given = parser.parse_args()
+    if given.fill is None:
+        print(coverage_tables())
+        return
+    text, _ = marked(
+        given.fill.read_text(encoding="utf-8"), "fastent statistics", lambda _: coverage_tables()
+    )
+    given.fill.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -37,7 +37,7 @@ from fastent.grokking.experiments.claims import (
 from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.report import EXPERIMENTS, together
-from fastent.grokking.experiments.statistics import UNKNOWN, Estimate, bootstrap, proportion
+from fastent.grokking.experiments.statistics import UNKNOWN, Estimate, over, proportion
 from fastent.reference.entropy import entropy_of_eigenvalues
 
 
@@ -79,7 +79,7 @@ def test_numbers_are_worded_with_interval_n_and_unit():
     assert worded(Estimate(1020.4, -90.0, 1150.0, 10, "m")) == "1,020 steps (95 % CI −90 to 1,150; n = 10)"
     assert worded(Estimate(0.5, 0.25, 0.75, 4, "m"), "%") == "50 % (95 % CI 25 % to 75 %; n = 4)"
     assert worded(Estimate(0.64, 0.6, 0.7, 3, "m"), "", 2) == "0.64 (95 % CI 0.60 to 0.70; n = 3)"
-    assert worded(bootstrap([5.0, 7.0])) == "6 steps (no interval: n = 2)"
+    assert worded(over([5.0, 7.0])) == "6 steps (no interval: n = 2)"
     assert worded(UNKNOWN) == "–"
     assert counted(proportion(3, 3)) == "3 of 3 runs (95 % CI 29 % to 100 %)"
     assert (steps(math.nan), decimal(math.nan), percent(math.nan), counted(UNKNOWN)) == ("–",) * 4

@@ -72,7 +72,7 @@ def test_a_run_that_does_not_grok_is_kept_to_its_end_in_the_mean_time(tmp_path, 
     writer(tmp_path, 1, t_grok=None, last_step=2500)
     result = e1_lead.analyse(Runs(tuple(read_runs(tmp_path)), judged=False))
     assert result.t_grok.value == pytest.approx((1500 + 2500) / 2)
-    assert "restricted mean to step 2500" in result.t_grok.method
+    assert "restricted to step 2500" in result.t_grok.method
     assert verdicts(result)["e1.memorises_early"] == Verdict.IN_PART
 
 

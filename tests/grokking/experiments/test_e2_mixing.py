@@ -145,7 +145,7 @@ def test_a_reading_that_was_not_run_is_said_to_be_not_run(runs):
 def test_section_tables_hold_the_closed_form_values(result):
     tables = [block for block in e2_mixing.section(result).blocks if isinstance(block, Table)]
     rows = {row[0]: row for row in tables[0].rows}
-    assert rows["baseline"][:3] == ("baseline", "6 of 6", "1,250 [1,113, 1,387]")
+    assert rows["baseline"][:3] == ("baseline", "6 of 6", "1,250 [1,054, 1,446]")
     assert rows["mixing, α = 0.1, logits averaged"][3] == "300 [300, 300]"
     assert rows["mixing, α = 0.1, losses averaged"][5] == "undefined"
     assert "moves T_grok by 917 steps" in e2_mixing.headline(result)

@@ -190,7 +190,7 @@ def test_claims_judge_weak_correlation_pairs_and_predictors(tmp_path):
         Verdict.OTHER_SETTING,
         Verdict.REPRODUCED,
         Verdict.IN_PART,
-        Verdict.REPRODUCED,
+        Verdict.IN_PART,  # four runs
     ]
     strong = e4_predictors.analyse(dataclasses.replace(runs(tmp_path / "strong", falling), judged=True))
     verdicts = [found.verdict for found in e4_predictors.claims(strong).values()]

@@ -62,7 +62,7 @@ def test_claims_on_the_planted_law(result):
     verdicts = {name: found.verdict for name, found in e5_forecast.claims(result).items()}
     assert verdicts["e5.r2"] == Verdict.NOT_REPRODUCED
     assert verdicts["e5.gamma"] == Verdict.IN_PART
-    assert verdicts["e5.beats_clock"] == Verdict.REPRODUCED
+    assert verdicts["e5.beats_clock"] == Verdict.IN_PART  # three runs
     # H is at H* at T_grok and below it 200 steps later only.
     assert verdicts["e5.imminent_at_crossing"] == Verdict.NOT_REPRODUCED
     assert verdicts["e5.accuracy_kept"] == Verdict.REPRODUCED

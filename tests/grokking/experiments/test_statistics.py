@@ -7,74 +7,65 @@ Tests on pairs: exact p-values, censoring, ties, and intervals over seeds.
 Pearson's r and differences of means with their intervals.
 """
 
+import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from fastent.grokking.experiments.statistics import (
+    UNKNOWN,
     Times,
-    bootstrap,
     cohens_d,
+    coverage,
+    coverage_tables,
     holm,
     log_rank,
     mann_whitney,
     mean_delay,
+    over,
     pearson,
     proportion,
     restricted_mean,
     signed_rank,
+    sizes,
     stratified_log_rank,
     welch,
 )
 
 
-def test_bootstrap_interval_of_a_large_normal_sample_matches_the_normal_interval():
-    x = np.random.default_rng(1).normal(10, 2, 400)
-    e = bootstrap(x.tolist())
-    half = 1.96 * x.std() / 20
-    assert e.value == pytest.approx(x.mean())
-    assert e.low == pytest.approx(x.mean() - half, abs=0.03)  # 0.2 is the half-width: 15 % of it
-    assert e.high == pytest.approx(x.mean() + half, abs=0.03)
-    assert (e.n, e.method, e.level) == (400, "BCa bootstrap", 0.95)
+def test_interval_of_a_mean_is_students():
+    x = [1.0, 2.0, 4.0, 8.0]
+    e = over(x)
+    expected = stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    assert (e.low, e.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    assert (e.value, e.n, e.method) == (3.75, 4, "Student's t")
 
 
-def test_bca_corrects_for_skew_where_the_percentile_interval_does_not():
-    # The acceleration pushes both ends towards the long tail.
-    x = np.random.default_rng(0).exponential(1.0, 30)
-    draws = np.random.default_rng(2).choice(x, (20_000, 30)).mean(axis=1)
-    e = bootstrap(x.tolist())
-    low, high = np.quantile(draws, [0.025, 0.975])
-    assert e.low > low + 0.01
-    assert e.high > high + 0.01
+def test_interval_of_a_length_ends_at_zero_and_that_of_a_share_at_its_ends():
+    assert over([1.0, 2.0, 6.0], least=0).low == 0
+    e = over([0.1, 0.5, 0.9], least=0, most=1)
+    assert (e.low, e.value, e.high) == (0, pytest.approx(0.5), 1)
+    assert over([10.0, 20.0, 90.0]).low < 0  # a difference may be anything
 
 
-def test_bootstrap_is_reproducible_and_takes_another_statistic():
-    x = [1.0, 2.0, 4.0, 8.0, 16.0]
-    assert bootstrap(x) == bootstrap(x)
-    assert bootstrap(x, np.median).value == 4.0
+def test_values_that_are_not_known_take_no_part_and_none_is_unknown():
+    assert over([1.0, np.nan, 3.0, 5.0]) == over([1.0, 3.0, 5.0])
+    assert over([np.nan]) == over([]) == UNKNOWN
 
 
 @pytest.mark.parametrize("x", [[3.0], [3.0, 5.0]])
 def test_fewer_than_three_values_get_no_interval_and_the_result_says_so(x):
-    e = bootstrap(x)
+    e = over(x)
     assert (e.value, e.bounded) == (np.mean(x), False)
     assert e.method == f"no interval: n = {len(x)}"
 
 
-def test_equal_values_and_an_undefined_bca_say_what_stood_in():
-    assert bootstrap([2.0, 2.0, 2.0]).method == "no spread: all values equal"
-    e = bootstrap([1.0, 1.0, 1.0, 1.0, 5.0], np.median)
-    assert e.method == "percentile bootstrap, BCa undefined"
-    assert (e.value, e.low, e.high) == (1.0, 1.0, 5.0)
-
-
-def test_bootstrap_refuses_what_is_not_finite():
-    with pytest.raises(ValueError, match="finite and at least one"):
-        bootstrap([1.0, float("nan"), 2.0])
-    with pytest.raises(ValueError, match="finite and at least one"):
-        bootstrap([])
+def test_equal_values_have_an_interval_without_width_and_say_so():
+    e = over([2.0, 2.0, 2.0])
+    assert (e.low, e.high, e.method) == (2.0, 2.0, "no spread: all values equal")
 
 
 def test_all_of_n_has_the_closed_form_clopper_pearson_bound():
@@ -104,32 +95,77 @@ def times(*values, limit=1000):
     return Times.of(values, limit)
 
 
-def test_freireich_log_rank_chi_square_and_restricted_means_are_the_published_ones():
-    result = log_rank(PLACEBO, SIX_MP, 35)
+def test_freireich_log_rank_chi_square_is_the_published_one():
+    limit = 5  # every run was watched at least as long
+    result = log_rank(PLACEBO, SIX_MP, limit)
     assert result.statistic**2 == pytest.approx(16.79, abs=0.005)
-    assert result.p_value == pytest.approx(stats.chi2.sf(16.793, 1) / 2, rel=1e-3)
+    assert result.p_value == pytest.approx(stats.chi2.sf(16.793, 1) / 2, rel=1e-3)  # too many ways to count
     assert result.note == "12 runs censored"
-    drug, placebo = restricted_mean(SIX_MP, 35), restricted_mean(PLACEBO, 35)
-    assert drug.value == pytest.approx(23.287, abs=5e-4)
-    assert placebo.value == pytest.approx(8.667, abs=5e-4)
-    # Published standard error of the 6-MP restricted mean: 2.83.
-    assert (drug.high - drug.value) / 1.959964 == pytest.approx(2.83, abs=0.005)
-    assert result.effect.value == pytest.approx(23.287 - 8.667, abs=1e-3)
+    cut = [np.minimum(t.values, limit) for t in (PLACEBO, SIX_MP)]
+    assert result.effect == welch(*cut)
 
 
-def test_restricted_mean_without_censoring_is_the_mean_of_the_cut_times():
-    x = np.array([100.0, 300.0, 500.0, 900.0])
-    t = Times.of(x.tolist(), 1000)
-    e = restricted_mean(t, 600)
-    assert e.value == pytest.approx(np.minimum(x, 600).mean())
-    full = restricted_mean(t, 1000)
-    # Greenwood without censoring is the plain variance over n.
-    assert full.high - full.value == pytest.approx(1.959964 * x.std() / 2, rel=1e-6)
+def exactly(control, treated, statistic):
+    """Share of all ways to choose the treated runs whose statistic is at least that of the one seen."""
+    values, seen = np.r_[treated.values, control.values], np.r_[treated.observed, control.observed]
+    n, found = values.size, []
+    for chosen in itertools.combinations(range(n), treated.n):
+        mask = np.isin(np.arange(n), chosen)
+        found.append(statistic(Times(values[~mask], seen[~mask]), Times(values[mask], seen[mask])))
+    return np.mean(np.array(found) >= statistic(control, treated) - 1e-9)
 
 
-def test_restricted_mean_refuses_an_area_beyond_the_last_censored_time():
-    with pytest.raises(ValueError, match="must not exceed the last censored time, 500"):
+def expected_less_observed(control, treated):
+    """Events that are expected of the treated runs, event by event, less those seen."""
+    total = 0.0
+    for t in np.unique(np.r_[control.values[control.observed], treated.values[treated.observed]]):
+        at_risk = [(x.values >= t).sum() for x in (control, treated)]
+        died = [((x.values == t) & x.observed).sum() for x in (control, treated)]
+        total += sum(died) * at_risk[1] / sum(at_risk) - died[1]
+    return total
+
+
+def test_log_rank_p_is_the_share_of_all_labellings_ties_and_cuts_included():
+    control, treated = times(100, 200, 200, 400, None), times(200, 500, None, 600, 300)
+    found = log_rank(control, treated, 1000)
+    assert found.p_value == exactly(control, treated, expected_less_observed)
+    apart = log_rank(times(1, 2, 3, 4, 5), times(6, 7, 8, 9, 10), 1000)
+    assert apart.p_value == 1 / math.comb(10, 5)
+    assert stats.norm.cdf(apart.statistic) < 0.4 * apart.p_value  # what the normal would say
+
+
+def test_mann_whitney_p_is_the_share_of_all_labellings_ties_and_cuts_included():
+    def rank_sum(a, b):
+        x, y = (np.where(t.observed, t.values, np.inf) for t in (a, b))
+        return stats.rankdata(np.r_[x, y])[x.size :].sum()
+
+    control, treated = times(100, 200, 200, 400, None), times(200, 500, None, 600, 300)
+    assert mann_whitney(control, treated).p_value == exactly(control, treated, rank_sum)
+
+
+def test_ten_against_ten_are_counted_and_thirty_against_ten_are_not():
+    low, high = Times.of(range(10), 99), Times.of(range(10, 20), 99)
+    assert mann_whitney(low, high).p_value == log_rank(low, high, 99).p_value == 1 / math.comb(20, 10)
+    many = Times.of(range(10, 40), 99)
+    assert mann_whitney(low, many).p_value == pytest.approx(
+        stats.mannwhitneyu(many.values, low.values, alternative="greater").pvalue
+    )
+
+
+def test_restricted_mean_is_the_mean_of_the_cut_times_within_zero_and_the_limit():
+    e = restricted_mean(Times.of([100.0, 300.0, 500.0, 900.0], 1000), 600)
+    assert e.value == pytest.approx(375)
+    assert e.low == pytest.approx(over([100, 300, 500, 600]).low)
+    wide = restricted_mean(Times.of([10, 10, None], 1000), 1000)
+    assert (wide.low, wide.high) == (0, 1000)
+    assert wide.method == "Student's t, restricted to step 1000"
+
+
+def test_restricted_mean_refuses_a_limit_beyond_the_first_cut():
+    with pytest.raises(ValueError, match="must not exceed the step where a run was cut, 500"):
         restricted_mean(Times.of([100, None], 500), 600)
+    with pytest.raises(ValueError, match="must be positive"):
+        restricted_mean(Times.of([100], 500), 0)
 
 
 def test_dropping_a_censored_run_would_make_the_mean_smaller():
@@ -166,7 +202,7 @@ def test_score_interval_of_the_chance_to_be_later_covers_as_often_as_it_says():
     truth = stats.norm.cdf(1 / 2**0.5)
     covered = 0
     for _ in range(400):
-        x, y = rng.normal(10, 1, 10), rng.normal(11, 1, 10)
+        x, y = rng.normal(10, 1, 10), rng.normal(11, 1, 12)
         effect = mann_whitney(Times.of(x.tolist(), 99), Times.of(y.tolist(), 99)).effect
         covered += effect.low <= truth <= effect.high
     assert 0.91 < covered / 400 < 0.99  # 0.95, and three standard errors of 400 draws
@@ -328,3 +364,27 @@ def test_difference_is_the_second_less_the_first_and_has_no_interval_for_one_run
     assert not welch([1.0, 2.0], [4.0]).bounded
     with pytest.raises(ValueError, match="each group needs a value"):
         welch([], [1.0])
+
+
+@pytest.mark.nightly
+def test_students_interval_holds_what_it_says_and_the_bootstrap_does_not():
+    held = {(kind, name, n): share for kind, name, n, share in coverage()}
+    for n in (3, 5, 10):
+        assert held["Student's t (used here)", "normal", n] == pytest.approx(
+            0.95, abs=0.015
+        )  # 3 errors of 2,000
+        assert held["Student's t (used here)", "log-normal, spread 0.25", n] > 0.93
+    for kind in ("BCa bootstrap", "Greenwood, normal"):
+        assert 0.68 < held[kind, "normal", 3] < 0.8
+        assert 0.8 < held[kind, "normal", 5] < 0.88
+
+
+@pytest.mark.nightly
+def test_exact_tests_reject_no_more_often_than_they_say():
+    assert all(share <= 0.06 for test, _, share in sizes() if "exact" in test)
+
+
+@pytest.mark.nightly
+def test_the_committed_table_of_coverage_is_what_the_command_makes():
+    document = Path(__file__).parents[3] / "docs" / "results.md"
+    assert coverage_tables() in document.read_text(encoding="utf-8")
