@@ -85,24 +85,26 @@ print(json.dumps([seconds, (after - before) * 1024, len(sys.modules) - modules])
 """
 
 
-class _Operations(TorchDispatchMode):
-    """Count of what is dispatched."""
+class _Calls(TorchDispatchMode):
+    """Names of the operations that are dispatched."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.host_syncs = self.products = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        self.host_syncs += name.startswith("aten._local_scalar_dense")
-        self.products += name.startswith(PRODUCTS)
+        self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+    def of(self, *prefixes: str) -> int:
+        """Count those that begin with one of `prefixes`."""
+        return sum(name.startswith(prefixes) for name in self.names)
 
 
 def count(call: Callable[[], object]) -> dict[str, int]:
     """Count what one call does, after another that warms up."""
     call()
-    with _Operations() as operations:
+    with _Calls() as calls:
         call()
     with FlopCounterMode(display=False) as flops:
         call()
@@ -119,8 +121,8 @@ def count(call: Callable[[], object]) -> dict[str, int]:
         peak = max(peak, held)
     new = [change for change in changes if change > 0]
     return {
-        "host_syncs": operations.host_syncs,
-        "products": operations.products,
+        "host_syncs": calls.of("aten._local_scalar_dense"),
+        "products": calls.of(*PRODUCTS),
         "flops": flops.get_total_flops(),
         "allocations": len(new),
         "bytes": sum(new),
@@ -165,28 +167,18 @@ def _cases() -> dict[str, Callable[[], object]]:
     }
 
 
-class _Reads(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += str(func).startswith(READING)
-        return func(*args, **(kwargs or {}))
-
-
 def host_reads(call: Callable[[], object]) -> int:
     """Count the reads of one call."""
     numpy = Tensor.numpy
-    reads = _Reads()
+    with _Calls() as calls:
 
-    def counted(self: Tensor, **options: Any) -> Any:
-        reads.count += 1
-        return numpy(self, **options)
+        def counted(self: Tensor, **options: Any) -> Any:
+            calls.names.append(READING[0])
+            return numpy(self, **options)
 
-    with reads, patch.object(Tensor, "numpy", counted):
-        call()
-    return reads.count
+        with patch.object(Tensor, "numpy", counted):
+            call()
+    return calls.of(*READING)
 
 
 def extra_bytes(call: Callable[[], object]) -> int | None:

@@ -7,7 +7,7 @@ documentation says, with its best settings: a float64 copy where it would comput
 copy": without it), no logging, the cheaper of two forms of the same thing; the copy is part of its time. RankMe is a
 Lightning callback; it is called as Lightning would, with a queue that holds the activations and a module that keeps
 what is logged. A package is imported when its provider is loaded, and not before; what is not installed is left out
-and said (`missing`).
+and said.
 
 How a peer's quantity becomes ours: exp H of ssrlib and of vendi-score by the logarithm; the Vendi score is of a
 kernel matrix, so it gets centred rows divided by their Frobenius norm, whose kernel has the shares of the variance as
@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -390,32 +391,24 @@ COVARIANCES: dict[str, tuple[Callable[[], Matrix], str | None]] = {
 }
 
 
+def _installed(loads: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    """Load what is installed, and say what is not."""
+    found = {}
+    for key, load in loads.items():
+        try:
+            found[key] = load()
+        except ImportError as error:
+            print(f"left out: {getattr(key, 'name', key)} ({error})", file=sys.stderr)
+    return found
+
+
 @cache
 def entropies() -> dict[Provider, Call]:
     """Load the providers that are installed."""
-    found = {}
-    for provider in ENTROPIES:
-        try:
-            found[provider] = provider.load()
-        except ImportError:
-            continue
-    return found
+    return _installed({provider: provider.load for provider in ENTROPIES})
 
 
 @cache
 def covariances() -> dict[str, Matrix]:
     """Load the providers of a covariance that are installed."""
-    found = {}
-    for name, (load, _) in COVARIANCES.items():
-        try:
-            found[name] = load()
-        except ImportError:
-            continue
-    return found
-
-
-def missing() -> list[str]:
-    """Distributions of providers that are not installed, as far as their functions could not be loaded."""
-    absent = {p.package for p in ENTROPIES if p not in entropies()}
-    absent |= {package for name, (_, package) in COVARIANCES.items() if name not in covariances()}
-    return sorted(name for name in absent if name)
+    return _installed({name: load for name, (load, _) in COVARIANCES.items()})

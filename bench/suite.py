@@ -86,12 +86,12 @@ def part(name: str, threads: int, *, quick: bool) -> list[Row]:
             sys.executable,
             "-m",
             "bench.suite",
+            "--only",
+            name,
             "--part",
             str(threads),
             "--rows",
             str(rows),
-            "--only",
-            name,
         ]
         line += ["--quick"] if quick else []
         subprocess.run(line, check=True, cwd=ROOT, env=pinned(threads) | dict(QUESTIONS[name].changes))

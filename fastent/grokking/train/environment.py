@@ -65,17 +65,8 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        command = [
-            "git",
-            "--no-optional-locks",
-            "-C",
-            str(root),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=40",
-            "--exclude=*",
-        ]
+        flags = ("--always", "--dirty", "--abbrev=40", "--exclude=*")
+        command = ("git", "--no-optional-locks", "-C", str(root), "describe", *flags)
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(f"the commit is not recorded: git failed ({error})", RunWarning, stacklevel=2)

@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -161,11 +162,7 @@ class JsonLines:
         self._descriptor: int | None = None
         data = path.read_bytes() if path.exists() else b""
         end = 0
-        for line in data.splitlines(keepends=True):
-            row = _parse(line)
-            if row is None:
-                break
-            end += len(line)
+        for row, end in _whole_rows(data):
             self.rows.append(row)
             self._ends.append(end)
         if end < len(data):
@@ -221,14 +218,20 @@ class JsonLines:
             self._descriptor = None
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+def _whole_rows(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    """Rows of a log, each with where it ends, up to the first line that is torn."""
+    end = 0
+    for line in data.splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(row, dict):
+            return
+        end += len(line)
+        yield row, end
 
 
 def read_rows(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
@@ -247,14 +250,8 @@ def read_rows(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
             data = file.read()
     except FileNotFoundError:
         return [], offset
-    rows = []
-    for line in data.splitlines(keepends=True):
-        row = _parse(line)
-        if row is None:
-            break
-        rows.append(row)
-        offset += len(line)
-    return rows, offset
+    found = list(_whole_rows(data))
+    return [row for row, _ in found], offset + (found[-1][1] if found else 0)
 
 
 LOCK_NAME = "lock"

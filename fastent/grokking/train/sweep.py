@@ -324,26 +324,20 @@ class _Worker:
     messages: IO[str]
 
 
+@dataclass
 class _WorkerPool:
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        out: Path,
-        workers: int,
-        device: str,
-        force: bool,
-        observers: Sequence[Observer],
-        stop: StopRequest | None,
-    ) -> None:
-        self.jobs = jobs
-        self.out = out
-        self.size = workers
-        self.device = device
-        self.force = force
-        self.observers = Observers(observers)
-        self.stop = stop
-        self.threads = max(1, torch.get_num_threads() // workers)
-        self.waiting = deque((job, 1) for job in dict.fromkeys(jobs))
+    jobs: Sequence[Job]
+    out: Path
+    size: int
+    device: str
+    force: bool
+    observers: Sequence[Observer]
+    stop: StopRequest | None
+
+    def __post_init__(self) -> None:
+        self.observer = Observers(self.observers)
+        self.threads = max(1, torch.get_num_threads() // self.size)
+        self.waiting = deque((job, 1) for job in dict.fromkeys(self.jobs))
         self.working: list[_Worker] = []
         self.outcomes: dict[Job, JobOutcome] = {}
         self.told: dict[tuple[Job, int], int] = {}
@@ -409,7 +403,7 @@ class _WorkerPool:
             for row in rows:
                 if row["step"] > self.told.get(key, -1):
                     self.told[key] = row["step"]
-                    self.observers.row(job, seed, row)
+                    self.observer.row(job, seed, row)
 
     def _end(self, worker: _Worker) -> None:
         status = worker.process.returncode
@@ -417,7 +411,7 @@ class _WorkerPool:
         if status == 0:
             self.outcomes[worker.job] = JobOutcome(worker.job, worker.attempt)
             for seed in worker.job.seeds:
-                self.observers.done(worker.job, seed)
+                self.observer.done(worker.job, seed)
         elif status == REFUSED:
             self.outcomes[worker.job] = JobOutcome(worker.job, worker.attempt, messages.strip())
         elif worker.attempt < ATTEMPTS:
