@@ -1,8 +1,9 @@
 """The look of the figures: palette, marks, drawing for light and dark screens, and saving.
 
 Series colours are those of Okabe and Ito, which readers with colour-blindness tell apart, lightened for dark screens;
-no figure tells series apart by colour alone. Thin lines are runs, thick lines their mean over the evaluations that all
-runs share; every axis has its unit. A figure comes as SVG text with its letters as outlines, so it needs no font, and
+no figure tells series apart by colour alone. Thin lines are runs, thick lines their mean over all of them, in which a
+run that has ended counts with its last value: runs end some time after they grok, so the mean of those that still run
+would be one of the late ones. Legends stand above the axes, off the curves; every axis has its unit. A figure comes as SVG text with its letters as outlines, so it needs no font, and
 the same data give the same bytes. Nothing is smoothed.
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from scipy import stats
 
 from fastent.grokking.experiments import document
 from fastent.grokking.experiments.data import Runs
@@ -140,7 +144,116 @@ def lines(
 
 
 def mean_over_runs(runs: Runs, name: str) -> tuple[Array, Array]:
-    """Return the steps that every run evaluated, and the mean of an array there; NaN where a run has none."""
+    """Return the steps that any run evaluated, and the mean of an array there; NaN where a run has none.
+
+    A run that has ended counts with its last value.
+    """
     rows = list(runs.lines(getattr(runs, name)))
-    shared = functools.reduce(np.intersect1d, [step for step, _ in rows])
-    return shared, np.mean([values[np.isin(step, shared)] for step, values in rows], axis=0)
+    steps = functools.reduce(np.union1d, [step for step, _ in rows])
+    held = [values[np.maximum(np.searchsorted(step, steps, "right") - 1, 0)] for step, values in rows]
+    return steps, np.mean(held, axis=0)
+
+
+def legend_above(axes: Axes, columns: int = 9) -> None:
+    """Put the legend above the axes, to the right, beside the title."""
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=columns, borderaxespad=0, columnspacing=1.3
+    )
+
+
+def compared(name: str, groups: Mapping[str, Runs]) -> tuple[document.Figure, document.Figure]:
+    """Make two figures of groups of runs, by their titles, each beside the first: when they grok, and H on the way."""
+    first = next(iter(groups))
+    return (
+        drawn(
+            f"{name}-grokked",
+            functools.partial(panels, groups, _grokked_by, ("training step", "share of runs grokked")),
+            f"Share of the runs that have grokked, by step (Kaplan-Meier); grey: {first}. Upright bars: runs that "
+            "ended without grokking; they count until then.",
+            "Step curves of the share of runs that have grokked, one panel a condition.",
+        ),
+        drawn(
+            f"{name}-accuracy",
+            functools.partial(panels, groups, _entropy_at_accuracy, ("test accuracy (share)", "H (no unit)")),
+            f"H against the test accuracy, from T_mem on, in tenths of the accuracy. Thin lines: runs; thick lines: "
+            f"their mean; grey: {first}. Where a condition lies on the grey line, H goes with the test accuracy "
+            "whatever was done.",
+            "Entropy against test accuracy, one panel a condition.",
+        ),
+    )
+
+
+def panels(
+    groups: Mapping[str, Runs], draw: Callable[..., None], labels: tuple[str, str], columns: int = 4
+) -> Figure:
+    """Draw one panel for each of `groups` beside the first of them, in grey; the first alone if there is no other."""
+    (title, first), *others = groups.items()
+    shown = others or [(title, first)]
+    columns = min(columns, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.3 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, (name, runs) in zip(grid.flat, shown, strict=False):
+        if others:
+            draw(axes, first, color=LIGHT.train, linestyle=DASHED)
+        draw(axes, runs, color=LIGHT.test, linestyle="solid")
+        axes.set_title(textwrap.fill(name, 118 // columns), fontsize=9)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(labels[1])
+    for place, axes in enumerate(grid.flat[: len(shown)]):
+        if place + columns >= len(shown):
+            axes.set_xlabel(labels[0])
+            axes.xaxis.set_tick_params(labelbottom=True)
+    grid[0, 0].set_xlim(left=0)
+    if grid[0, 0].get_xlim()[1] > 1.5:
+        grid[0, 0].xaxis.set_major_formatter(thousands)
+        grid[0, 0].xaxis.set_major_locator(MaxNLocator(3))
+    return figure
+
+
+def _grokked_by(axes: Axes, runs: Runs, **look: Any) -> None:
+    step, share, cut = share_grokked(runs)
+    axes.step(step, share, where="post", linewidth=1.8, **look)
+    axes.plot(cut, np.interp(cut, step, share), "|", color=look["color"], markersize=9, markeredgewidth=1.5)
+    axes.set_ylim(-0.03, 1.05)
+
+
+def share_grokked(runs: Runs) -> tuple[Array, Array, Array]:
+    """Return the Kaplan-Meier share of runs that have grokked: steps, the share from each on, and where runs were cut.
+
+    References
+    ----------
+    Kaplan and Meier, "Nonparametric estimation from incomplete observations", JASA 53 (1958).
+    """
+    times = runs.times
+    seen, cut = times.values[times.observed], times.values[~times.observed]
+    curve = stats.ecdf(stats.CensoredData(uncensored=seen, right=cut)).cdf
+    return np.r_[0.0, curve.quantiles], np.r_[0.0, curve.probabilities], cut
+
+
+TENTHS = np.linspace(0, 1, 11)
+
+
+def _entropy_at_accuracy(axes: Axes, runs: Runs, **look: Any) -> None:
+    middle = (TENTHS[1:] + TENTHS[:-1]) / 2
+    rows = entropy_at_accuracy(runs)
+    for row in rows:
+        axes.plot(middle, row, linewidth=0.7, alpha=0.4, **look)
+    known = ~np.isnan(rows)
+    count = known.sum(axis=0)
+    mean = np.divide(np.nansum(rows, axis=0), count, out=np.full(middle.size, np.nan), where=count > 0)
+    axes.plot(middle, mean, linewidth=2.2, **look)
+    axes.set_xlim(0, 1)
+
+
+def entropy_at_accuracy(runs: Runs) -> Array:
+    """Mean H of each run over its evaluations from T_mem on, by tenth of the test accuracy, (n, 10); NaN without any."""
+    tenth = np.digitize(runs.test_accuracy, TENTHS[1:-1])
+    used = ~np.isnan(runs.entropy + runs.test_accuracy) & (runs.step >= runs.t_mem[:, None])
+    found = np.full((len(runs), TENTHS.size - 1), np.nan)
+    for i, k in np.ndindex(found.shape):
+        if (here := used[i] & (tenth[i] == k)).any():
+            found[i, k] = runs.entropy[i, here].mean()
+    return found
