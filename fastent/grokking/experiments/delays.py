@@ -39,7 +39,7 @@ from fastent.grokking.experiments.claims import (
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Figure as Picture
 from fastent.grokking.experiments.document import Table, Verdict
-from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn, lines, thousands
+from fastent.grokking.experiments.figures import LIGHT, WIDTH, compared, legend_above, lines, thousands
 from fastent.grokking.experiments.statistics import (
     UNKNOWN,
     Array,
@@ -364,38 +364,11 @@ LOOKS: tuple[tuple[str, Any], ...] = (
 """Colour and dash of the baseline and of up to four conditions."""
 
 
-def times_figure(name: str, baseline: Runs, delays: Sequence[Delay]) -> Picture:
-    """T_grok of every run of the baseline and of each condition, as a figure of the report."""
-    return drawn(
-        name,
-        functools.partial(grokking_times, baseline, delays),
-        "T_grok of every run. Triangles: runs that did not grok, at their end; diamonds and bars: restricted means "
-        "with 95 % intervals; dashed: the baseline's mean.",
-        "Dots of T_grok of each run by condition.",
+def condition_figures(name: str, baseline: Runs, delays: Sequence[Delay]) -> tuple[Picture, Picture]:
+    """When the runs of each condition grok, and their H on the way, beside the baseline's, as figures of the report."""
+    return compared(
+        name, {words(runs.condition): runs for runs in (baseline, *(each.runs for each in delays))}
     )
-
-
-def grokking_times(baseline: Runs, delays: Sequence[Delay]) -> Figure:
-    """T_grok of every run by condition, with the mean restricted to the limit of steps and its interval."""
-    rows = [baseline, *(delay.runs for delay in delays)]
-    figure = Figure(figsize=(WIDTH, 1.1 + 0.55 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for row, runs in enumerate(rows):
-        for value, seen in zip(runs.times.values, runs.times.observed, strict=True):
-            axes.plot(value, row, "o" if seen else ">", color=LIGHT.signal, alpha=0.65, markeredgewidth=0)
-    limit = min(delay.limit for delay in delays)
-    for row, mean in enumerate([restricted_mean(baseline.times, limit), *(delay.mean for delay in delays)]):
-        axes.plot(mean.value, row, "D", color=LIGHT.ink, markersize=6, zorder=3)
-        if mean.bounded:
-            axes.plot([mean.low, mean.high], [row, row], color=LIGHT.ink, linewidth=1.5)
-        if row == 0:
-            axes.axvline(mean.value, color=LIGHT.ink, linewidth=1, linestyle=(0, (2, 2)))
-    axes.set_yticks(range(len(rows)), [words(runs.condition) for runs in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, 1.03 * max(runs.times.values.max() for runs in rows))
-    axes.set_xlabel("T_grok (training steps)")
-    axes.xaxis.set_major_formatter(thousands)
-    return figure
 
 
 def trajectories(groups: Sequence[Runs]) -> Figure:
@@ -440,5 +413,5 @@ def at_equal_loss(rows: dict[str, Sequence[AtLoss]]) -> Figure:
     axes.set_xscale("log")
     axes.invert_xaxis()
     axes.set(xlabel="training loss (nats), falling", ylabel="H minus the baseline's (no unit)")
-    axes.legend(loc="best")
+    legend_above(axes, 2)
     return figure

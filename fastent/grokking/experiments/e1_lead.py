@@ -52,6 +52,7 @@ from fastent.grokking.experiments.figures import (
     LIGHT,
     WIDTH,
     drawn,
+    legend_above,
     lines,
     mark,
     save_png,
@@ -220,9 +221,7 @@ def training_dynamics(runs: Runs, crossing: Leads, fall: Leads, h_star: float) -
     for axes, name in {a: "test_accuracy", b: "entropy", c: "norm"}.items():
         _marks(axes, runs, name, crossing, fall)
     for axes in (a, b):
-        axes.legend(
-            loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=7, borderaxespad=0, columnspacing=1.3
-        )
+        legend_above(axes)
     c.set_xlim(0, runs.end.max())
     c.xaxis.set_major_formatter(thousands)
     return figure
@@ -246,7 +245,7 @@ def around_grokking(runs: Runs, crossing: Leads, fall: Leads, *, reach: int) -> 
         axes.axvline(0, color=LIGHT.ink, linewidth=1)
     b.plot([], [], color=LIGHT.signal, label="T_collapse", **FALL)
     b.plot([], [], color=LIGHT.signal, label=f"T_cross, H* of {crossing.rule}", **CROSS)
-    b.legend(loc="lower left")
+    legend_above(b)
     a.set(title="A  Test accuracy", ylabel="accuracy (share)", ylim=(-0.03, 1.05))
     b.set(title="B  Spectral entropy", ylabel="H (normalised, no unit)", xlabel="training steps after T_grok")
     b.xaxis.set_major_formatter(thousands)
@@ -334,7 +333,7 @@ def threshold_sweep(result: Sweep, runs: Runs) -> Figure:
         h, result.early, color=LIGHT.train, linestyle=DASHED, linewidth=1.5, label="before it has memorised"
     )
     c.set(title="C  Alarms that are false or too early", ylabel="share", xlabel="threshold on H (no unit)")
-    c.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=2, borderaxespad=0)
+    legend_above(c)
     for axes in (a, c):
         axes.set_ylim(-0.04, 1.04)
     useful = result.useful()
@@ -398,7 +397,8 @@ def section(result: Baseline) -> Section:
         drawn(
             "e1-dynamics",
             functools.partial(training_dynamics, runs, left_out, result.fall, h_star),
-            "In the manner of the paper's Figure 1. Thin lines: runs; thick lines: their mean. Circles: T_grok, the "
+            "In the manner of the paper's Figure 1. Thin lines: runs; thick lines: their mean, in which a run "
+            "that has ended counts with its last values. Circles: T_grok, the "
             "first evaluation with test accuracy at the criterion. Triangles: T_cross, H first below the H* of the "
             f"other seeds. Diamonds: T_collapse, the first {result.fall.source.removeprefix('a ')}.",
             "Train and test accuracy, spectral entropy and parameter norm against the training step, one line a run.",

@@ -34,13 +34,13 @@ from fastent.grokking.experiments.delays import (
     Delay,
     at_equal_loss,
     collapse,
+    condition_figures,
     delays,
     delays_table,
     judge_later,
     judge_test,
     notes,
     tested,
-    times_figure,
     trajectories,
     words,
 )
@@ -163,7 +163,7 @@ def section(result: MixedRuns) -> Section:
         ),
         delays_table("When each condition groks, in steps, against E1's baseline.", result.baseline, mixed),
         Text(notes(mixed), "note"),
-        times_figure("e2-times", result.baseline, mixed),
+        *condition_figures("e2", result.baseline, mixed),
     ]
     if result.dose.known:
         blocks.append(
@@ -176,8 +176,8 @@ def section(result: MixedRuns) -> Section:
         drawn(
             "e2-trajectories",
             functools.partial(trajectories, shown),
-            "In the manner of the paper's Figure 3: baseline and mixing. Thin lines: runs; thick lines: their mean "
-            "over the steps that all of them reached.",
+            "In the manner of the paper's Figure 3: baseline and mixing. Thin lines: runs; thick lines: their mean, in "
+            "which a run that has ended counts with its last values.",
             "Test accuracy, entropy and norm against the step, by condition.",
         ),
         *_entropy_blocks(result, mixed),

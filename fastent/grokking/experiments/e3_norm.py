@@ -33,13 +33,13 @@ from fastent.grokking.experiments.claims import (
 from fastent.grokking.experiments.data import Runs, by_condition
 from fastent.grokking.experiments.delays import (
     Delay,
+    condition_figures,
     delays,
     delays_table,
     judge_later,
     judge_test,
     notes,
     tested,
-    times_figure,
     trajectories,
     words,
 )
@@ -220,13 +220,13 @@ def section(result: Norm) -> Section:
         delays_table("When each condition groks, in steps, against E1's baseline.", result.baseline, held),
         Text(notes(held), "note"),
         *_factorial_blocks(result),
-        times_figure("e3-times", result.baseline, held),
+        *condition_figures("e3", result.baseline, held),
         drawn(
             "e3-trajectories",
             functools.partial(trajectories, shown),
             "The cells of the design: baseline, mixing, mixing with the baseline's norm, and the norm of mixing "
-            "without it, as far as they were run. Thin lines: runs; thick lines: their mean over the steps that all "
-            "reached.",
+            "without it, as far as they were run. Thin lines: runs; thick lines: their mean, in which a run that "
+            "has ended counts with its last values.",
             "Test accuracy, entropy and norm against the step, by condition.",
         ),
         Table(

@@ -44,7 +44,7 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn
+from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn, legend_above
 from fastent.grokking.experiments.statistics import (
     CORRELATION,
     EXPLAINED,
@@ -473,7 +473,7 @@ def norm_against_entropy(runs: Runs) -> Figure:
     ):
         axes.plot([], [], marker, color=colour, fillstyle=style, label=label)
     axes.set(xlabel="Euclidean norm of all parameters (no unit)", ylabel="H (normalised, no unit)")
-    axes.legend(loc="best")
+    legend_above(axes)
     return figure
 
 

@@ -53,7 +53,7 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn, thousands
+from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn, legend_above, thousands
 from fastent.grokking.experiments.leads import left_out_threshold
 from fastent.grokking.experiments.statistics import (
     UNKNOWN,
@@ -482,7 +482,7 @@ def remaining_against_gap(
     axes.plot(*curve, color=LIGHT.ink, linewidth=2.2, label="fitted law")
     axes.set(xlabel="H − H* (no unit)", ylabel="steps until T_grok", ylim=(0, None), xlim=(0, None))
     axes.yaxis.set_major_formatter(thousands)
-    axes.legend(loc="best")
+    legend_above(axes)
     return figure
 
 

@@ -46,6 +46,7 @@ from fastent.grokking.experiments.figures import (
     GROK,
     LIGHT,
     WIDTH,
+    compared,
     drawn,
     mark,
     thousands,
@@ -415,6 +416,7 @@ def section(result: Tasks) -> Section:
             "other seeds.",
             "Accuracy and spectral entropy against the training step, one column a task.",
         ),
+        *compared("e6", {task.title: task.runs for task in (*result.tasks.values(), *controls)}),
     ]
     pairs = [*result.controls, *([] if result.contrast is None else [result.contrast])]
     if pairs:

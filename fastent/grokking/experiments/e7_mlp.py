@@ -37,7 +37,17 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs, StoredRun
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.figures import DASHED, DOTTED, GROK, LIGHT, WIDTH, drawn, mark, thousands
+from fastent.grokking.experiments.figures import (
+    DASHED,
+    DOTTED,
+    GROK,
+    LIGHT,
+    WIDTH,
+    compared,
+    drawn,
+    mark,
+    thousands,
+)
 from fastent.grokking.experiments.jobs import MLPS
 from fastent.grokking.experiments.statistics import Estimate, Mask, mean_known, over, share
 from fastent.grokking.train.config import TrainConfig
@@ -300,7 +310,11 @@ def side_by_side(result: Sufficiency) -> Figure:
         _columns(axes, model, "alignment_null", LIGHT.train, DOTTED)
         _columns(axes, model, "alignment", LIGHT.norm, "solid")
         axes.set_ylim(0, 1.03)
-    _named(grid[0][0], "accuracy (share)", {"train": (LIGHT.train, DASHED), "test": (LIGHT.test, "solid")})
+    _named(
+        grid[0][0],
+        "accuracy (share)",
+        {"train accuracy": (LIGHT.train, DASHED), "test accuracy": (LIGHT.test, "solid")},
+    )
     _named(
         grid[1][0],
         "H (normalised, no unit)",
@@ -309,9 +323,9 @@ def side_by_side(result: Sufficiency) -> Figure:
     _named(
         grid[2][0],
         "alignment, max |r| (no unit)",
-        {"training probe": (LIGHT.norm, "solid"), "labels permuted": (LIGHT.train, DOTTED)},
+        {"alignment": (LIGHT.norm, "solid"), "its null, labels permuted": (LIGHT.train, DOTTED)},
     )
-    return figure
+    return _with_legend(figure, grid)
 
 
 def spectra(result: Sufficiency) -> Figure:
@@ -330,18 +344,18 @@ def spectra(result: Sufficiency) -> Figure:
     _named(
         grid[0][0],
         "share (no unit)",
-        {"between labels": (LIGHT.test, DASHED), "of it, five frequencies": (LIGHT.norm, "solid")},
+        {"share between labels": (LIGHT.test, DASHED), "of it, five frequencies": (LIGHT.norm, "solid")},
     )
     _named(
         grid[1][0],
         "loss (nats)",
         {
-            "restricted": (LIGHT.test, "solid"),
-            "excluded": (LIGHT.signal, DASHED),
-            "test": (LIGHT.train, DOTTED),
+            "restricted loss": (LIGHT.test, "solid"),
+            "excluded loss": (LIGHT.signal, DASHED),
+            "test loss": (LIGHT.train, DOTTED),
         },
     )
-    return figure
+    return _with_legend(figure, grid)
 
 
 def settings(result: Sufficiency) -> Figure:
@@ -394,7 +408,13 @@ def _named(axes: Axes, label: str, series: dict[str, tuple[str, Any]]) -> None:
     axes.set_ylabel(label)
     for name, (colour, dash) in series.items():
         axes.plot([], [], color=colour, linestyle=dash, label=name)
-    axes.legend(loc="best")
+
+
+def _with_legend(figure: Figure, grid: Any) -> Figure:
+    """Put what the first panel of each row names above them all."""
+    handles = [handle for axes in grid[:, 0] for handle in axes.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
+    return figure
 
 
 def section(result: Sufficiency) -> Section:
@@ -433,6 +453,7 @@ def section(result: Sufficiency) -> Section:
             "the last two the representations alone. They say what is learnt before the test accuracy moves, the "
             "entropy how much of the representation is that."
         ),
+        *compared("e7", {model.label: model.runs for model in result.models}),
         drawn(
             "e7-settings",
             functools.partial(settings, result),

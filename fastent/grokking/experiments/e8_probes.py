@@ -36,7 +36,16 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs, StoredRun
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.figures import DASHED, DOTTED, LIGHT, WIDTH, drawn, lines, thousands
+from fastent.grokking.experiments.figures import (
+    DASHED,
+    DOTTED,
+    LIGHT,
+    WIDTH,
+    drawn,
+    legend_above,
+    lines,
+    thousands,
+)
 from fastent.grokking.experiments.leads import Leads
 from fastent.grokking.experiments.statistics import (
     UNKNOWN,
@@ -277,7 +286,7 @@ def two_probes(result: Probes) -> Figure:
         a.axvline(step, color=LIGHT.ink, linewidth=0.8, linestyle=DOTTED)
     a.set(title="A  Along the runs", xlabel="training step", ylabel="H (normalised, no unit)")
     a.xaxis.set_major_formatter(thousands)
-    a.legend(loc="upper right")
+    legend_above(a)
     x, y = result.runs.h_star, result.tested.h_star
     known = ~np.isnan(x + y)
     if known.any():

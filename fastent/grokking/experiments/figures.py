@@ -2,9 +2,9 @@
 
 Series colours are those of Okabe and Ito, which readers with colour-blindness tell apart, lightened for dark screens;
 no figure tells series apart by colour alone. Thin lines are runs, thick lines their mean over all of them, in which a
-run that has ended counts with its last value: runs end some time after they grok, so the mean of those that still run
-would be one of the late ones. Legends stand above the axes, off the curves; every axis has its unit. A figure comes as SVG text with its letters as outlines, so it needs no font, and
-the same data give the same bytes. Nothing is smoothed.
+run that has ended counts with its last value: runs end some time after they grok, so a mean of those that still run
+would be of the late ones. Legends stand above the axes, off the curves; every axis has its unit. A figure comes as SVG
+text with its letters as outlines, so it needs no font, and the same data give the same bytes. Nothing is smoothed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from scipy import stats
 
 from fastent.grokking.experiments import document
 from fastent.grokking.experiments.data import Runs
-from fastent.grokking.experiments.statistics import Array
+from fastent.grokking.experiments.statistics import Array, mean_known
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,11 @@ def legend_above(axes: Axes, columns: int = 9) -> None:
 def compared(name: str, groups: Mapping[str, Runs]) -> tuple[document.Figure, document.Figure]:
     """Make two figures of groups of runs, by their titles, each beside the first: when they grok, and H on the way."""
     first = next(iter(groups))
+    grokked_by = functools.partial(_grokked_by, until=max(runs.end.max() for runs in groups.values()))
     return (
         drawn(
             f"{name}-grokked",
-            functools.partial(panels, groups, _grokked_by, ("training step", "share of runs grokked")),
+            functools.partial(panels, groups, grokked_by, ("training step", "share of runs grokked")),
             f"Share of the runs that have grokked, by step (Kaplan-Meier); grey: {first}. Upright bars: runs that "
             "ended without grokking; they count until then.",
             "Step curves of the share of runs that have grokked, one panel a condition.",
@@ -197,7 +198,7 @@ def panels(
         if others:
             draw(axes, first, color=LIGHT.train, linestyle=DASHED)
         draw(axes, runs, color=LIGHT.test, linestyle="solid")
-        axes.set_title(textwrap.fill(name, 118 // columns), fontsize=9)
+        axes.set_title(textwrap.fill(name, 112 // columns), fontsize=9, fontweight="normal")
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
@@ -213,10 +214,12 @@ def panels(
     return figure
 
 
-def _grokked_by(axes: Axes, runs: Runs, **look: Any) -> None:
+def _grokked_by(axes: Axes, runs: Runs, until: float, **look: Any) -> None:
     step, share, cut = share_grokked(runs)
-    axes.step(step, share, where="post", linewidth=1.8, **look)
-    axes.plot(cut, np.interp(cut, step, share), "|", color=look["color"], markersize=9, markeredgewidth=1.5)
+    # Nothing is known of the share beyond the last run that was cut.
+    end = cut.max() if share[-1] < 1 else until
+    axes.step(np.r_[step, end], np.r_[share, share[-1]], where="post", linewidth=1.8, **look)
+    axes.plot(cut, share[np.searchsorted(step, cut, "right") - 1], "|", color=look["color"], ms=9, mew=1.5)
     axes.set_ylim(-0.03, 1.05)
 
 
@@ -237,19 +240,18 @@ TENTHS = np.linspace(0, 1, 11)
 
 
 def _entropy_at_accuracy(axes: Axes, runs: Runs, **look: Any) -> None:
-    middle = (TENTHS[1:] + TENTHS[:-1]) / 2
-    rows = entropy_at_accuracy(runs)
-    for row in rows:
-        axes.plot(middle, row, linewidth=0.7, alpha=0.4, **look)
-    known = ~np.isnan(rows)
-    count = known.sum(axis=0)
-    mean = np.divide(np.nansum(rows, axis=0), count, out=np.full(middle.size, np.nan), where=count > 0)
-    axes.plot(middle, mean, linewidth=2.2, **look)
+    rows, middle = entropy_at_accuracy(runs), (TENTHS[1:] + TENTHS[:-1]) / 2
+    mean = np.array([mean_known(column) for column in rows.T])
+    thin = {"linewidth": 0.7, "alpha": 0.4}
+    for row, width in (*((row, thin) for row in rows), (mean, {"linewidth": 2.2, "marker": "o", "ms": 4})):
+        known = ~np.isnan(row)
+        axes.plot(middle[known], row[known], **width, **look)
     axes.set_xlim(0, 1)
+    axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
 
 
 def entropy_at_accuracy(runs: Runs) -> Array:
-    """Mean H of each run over its evaluations from T_mem on, by tenth of the test accuracy, (n, 10); NaN without any."""
+    """Mean H of each run from T_mem on, by tenth of the test accuracy, (n, 10); NaN where it has no evaluation."""
     tenth = np.digitize(runs.test_accuracy, TENTHS[1:-1])
     used = ~np.isnan(runs.entropy + runs.test_accuracy) & (runs.step >= runs.t_mem[:, None])
     found = np.full((len(runs), TENTHS.size - 1), np.nan)

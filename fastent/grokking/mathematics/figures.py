@@ -254,23 +254,20 @@ def probes(run: FollowedRun) -> Figure:
 
 def curvature(runs: Sequence[FollowedRun]) -> Figure:
     """Largest Hessian eigenvalue and the speed of the fall of H along each run."""
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    grid = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    for axes, run in zip(grid, runs, strict=True):
+    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
+    above, below = figure.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False)
+    for a, b, run in zip(above, below, runs, strict=True):
         at = np.array([s for s, _ in run.curvature])
-        axes.semilogy(at, [ritz.value for _, ritz in run.curvature], color=LIGHT.norm, linewidth=1.8)
-        axes.set(title=f"seed {run.seed}", xlabel="training step")
-        other = axes.twinx()
+        a.semilogy(at, [ritz.value for _, ritz in run.curvature], color=LIGHT.norm, linewidth=1.8)
+        a.set_title(f"seed {run.seed}")
         step, entropy = run.evaluated("step"), run.evaluated("entropy")
         reach = 4  # evaluations to either side: single differences hide the course
         fall = (entropy[: -2 * reach] - entropy[2 * reach :]) / (step[2 * reach :] - step[: -2 * reach]) * 1e3
-        other.plot(step[reach:-reach], fall, color=LIGHT.entropy, linewidth=1.3, linestyle=(0, (5, 2)))
-        other.axhline(0, color=LIGHT.entropy, linewidth=0.6)
-        other.set_ylim(-0.3, 0.6)
-        other.grid(visible=False)
-        if run is runs[-1]:
-            other.set_ylabel("fall of H per 1,000 steps (dashed)", color=LIGHT.entropy)
-    grid[0].set_ylabel("largest Hessian eigenvalue", color=LIGHT.norm)
+        b.plot(step[reach:-reach], fall, color=LIGHT.entropy, linewidth=1.3)
+        b.axhline(0, color=LIGHT.ink, linewidth=0.8)
+        b.set_xlabel("training step")
+    above[0].set_ylabel("largest Hessian eigenvalue")
+    below[0].set_ylabel("fall of H per 1,000 steps")
     return figure
 
 

@@ -6,10 +6,12 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fastent.grokking.experiments import e1_lead, figures, leads
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.figures import DARK, LIGHT
+from fastent.grokking.experiments.statistics import restricted_mean
 
 
 @pytest.fixture
@@ -39,10 +41,72 @@ def points(axes, marker):
     )
 
 
-def test_mean_line_covers_only_the_evaluations_that_all_runs_share(runs):
+def test_the_mean_goes_on_to_the_last_end_and_a_run_that_has_ended_counts_with_its_last_value(runs):
     step, mean = figures.mean_over_runs(runs, "entropy")
-    assert step.tolist() == [0, 100, 200, 300, 400, 500]
-    assert mean.tolist() == pytest.approx([0.91, 0.91, 0.81, 0.71, 0.61, 0.51])
+    assert step.tolist() == [0, 100, 200, 300, 400, 500, 600]
+    assert mean.tolist() == pytest.approx([0.91, 0.91, 0.81, 0.71, 0.61, 0.51, 0.5])
+
+
+def test_the_mean_of_runs_evaluated_at_different_steps_holds_the_last_value_of_each(measure):
+    often, seldom = measure([0.8, 0.6, 0.4], [0, 0, 0]), measure([0.6, 0.2], [0, 0], every=200, seed=1)
+    step, mean = figures.mean_over_runs(Runs((often, seldom)), "entropy")
+    assert step.tolist() == [0, 100, 200]
+    assert mean.tolist() == pytest.approx([0.7, 0.6, 0.3])
+
+
+def test_the_share_grokked_is_kaplan_meiers_and_the_area_beside_it_the_restricted_mean(measure):
+    ends = [[0, 1, 1, 1, 1, 1], [0, 0], [0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]
+    runs = Runs(tuple(measure([0.5] * len(test), test, seed=seed) for seed, test in enumerate(ends)))
+    step, share, cut = figures.share_grokked(runs)
+    # At 100 one of four groks; one is cut at 100 too; at 300 one of the two that are left groks; one is cut at 500.
+    assert dict(zip(step.tolist(), share.tolist(), strict=True)) == pytest.approx(
+        {0: 0, 100: 1 / 4, 300: 5 / 8, 500: 5 / 8}
+    )
+    assert sorted(cut.tolist()) == [100, 500]
+    area = float(((1 - share)[:-1] * np.diff(step)).sum())
+    assert area == pytest.approx(restricted_mean(runs.times, 500).value)
+
+
+def test_a_panel_shows_its_groups_curve_beside_the_first_groups_in_grey_with_a_bar_where_a_run_was_cut(
+    measure,
+):
+    first = Runs((measure([0.5] * 4, [0, 0, 1, 1]), measure([0.5] * 3, [0, 1, 1], seed=1)))
+    other = Runs((measure([0.5] * 9, [0] * 9), measure([0.5] * 7, [0, 0, 0, 0, 1, 1, 1], seed=1)))
+    grokked, _ = figures.compared("e9", {"baseline": first, "mixed": other})
+    assert grokked.name == "e9-grokked"
+    (axes,) = grokked.draw.args[0]().axes
+    assert axes.get_title() == "mixed"
+    curves = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
+    grey, blue = ((line.get_color(), [list(map(float, xy)) for xy in line.get_data()]) for line in curves)
+    # The first goes on to the last end of all, as all of its runs have grokked; the other to where a run was cut.
+    assert grey == (LIGHT.train, [[0, 100, 200, 800], [0, 0.5, 1, 1]])
+    assert blue == (LIGHT.test, [[0, 400, 800, 800], [0, 0.5, 0.5, 0.5]])
+    assert points(axes, "|") == [(800, 0.5)]
+
+
+def test_entropy_by_accuracy_is_the_mean_in_each_tenth_from_memorising_on(measure):
+    runs = Runs(
+        (
+            measure([0.9, 0.8, 0.7, 0.6, 0.5], [0.31, 0.32, 0.38, 1.0, 0.95], t_mem=100),
+            measure([np.nan, 0.4], [0.05, 0.05], seed=1),
+        )
+    )
+    found = figures.entropy_at_accuracy(runs)
+    known = {(int(i), int(k)): round(float(found[i, k]), 9) for i, k in np.argwhere(~np.isnan(found))}
+    assert known == {(0, 3): 0.75, (0, 9): 0.55, (1, 0): 0.4}
+
+
+def test_no_legend_lies_on_the_curves_of_its_axes(runs, rules):
+    swept = leads.sweep(runs, leads.observed_thresholds(runs))
+    for figure in (
+        dynamics(runs, rules)(),
+        e1_lead.around_grokking(runs, *rules, reach=300),
+        e1_lead.threshold_sweep(swept, runs),
+    ):
+        FigureCanvasAgg(figure).draw()
+        for axes in figure.axes:
+            if (legend := axes.get_legend()) is not None:
+                assert legend.get_window_extent().y0 > axes.bbox.y0 + 0.95 * axes.bbox.height
 
 
 def test_dynamics_mark_grokking_crossing_and_collapse_on_the_curves(runs, rules):
