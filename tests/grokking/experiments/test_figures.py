@@ -11,7 +11,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from fastent.grokking.experiments import e1_lead, figures, leads
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.figures import DARK, LIGHT
-from fastent.grokking.experiments.statistics import restricted_mean
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_the_mean_of_runs_evaluated_at_different_steps_holds_the_last_value_of_e
     assert mean.tolist() == pytest.approx([0.7, 0.6, 0.3])
 
 
-def test_the_share_grokked_is_kaplan_meiers_and_the_area_beside_it_the_restricted_mean(measure):
+def test_the_share_grokked_is_kaplan_meiers(measure):
     ends = [[0, 1, 1, 1, 1, 1], [0, 0], [0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]
     runs = Runs(tuple(measure([0.5] * len(test), test, seed=seed) for seed, test in enumerate(ends)))
     step, share, cut = figures.share_grokked(runs)
@@ -63,8 +62,6 @@ def test_the_share_grokked_is_kaplan_meiers_and_the_area_beside_it_the_restricte
         {0: 0, 100: 1 / 4, 300: 5 / 8, 500: 5 / 8}
     )
     assert sorted(cut.tolist()) == [100, 500]
-    area = float(((1 - share)[:-1] * np.diff(step)).sum())
-    assert area == pytest.approx(restricted_mean(runs.times, 500).value)
 
 
 def test_a_panel_shows_its_groups_curve_beside_the_first_groups_in_grey_with_a_bar_where_a_run_was_cut(
