@@ -162,7 +162,11 @@ def legend_above(axes: Axes, columns: int = 9) -> None:
 
 
 def compared(name: str, groups: Mapping[str, Runs]) -> tuple[document.Figure, document.Figure]:
-    """Make two figures of groups of runs, by their titles, each beside the first: when they grok, and H on the way."""
+    """Make two figures of groups of runs, by their titles, each beside the first: when they grok, and H on the way.
+
+    Groups without a run are left out; one at least has some.
+    """
+    groups = {title: runs for title, runs in groups.items() if len(runs)}
     first = next(iter(groups))
     grokked_by = functools.partial(_grokked_by, until=max(runs.end.max() for runs in groups.values()))
     return (
