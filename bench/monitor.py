@@ -79,6 +79,7 @@ from fastent.grokking.train.config import TrainConfig, preset
 from fastent.grokking.train.models import plain_model
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.tasks import Task, make_task, probe_index, split
+from fastent.linalg import eigenvalues
 from fastent.monitor.deferred import DeferredEntropy, Device, Host, in_line
 from fastent.monitor.probe import Watched
 
@@ -624,9 +625,9 @@ def _deferred_rows(d: int) -> list[Row]:
         return host
 
     h = torch.randn(N, d)
-    matrix = centered_matrix(h)
+    matrix = centered_matrix(h).matrix
     a = torch.randn(128, 128)
-    solve = np.median(timeit.repeat(matrix.eigenvalues, number=1, repeat=5))
+    solve = np.median(timeit.repeat(lambda: eigenvalues(matrix), number=1, repeat=5))
     work = max(1, round(WORK * solve / np.median(timeit.repeat(lambda: a @ a, number=1, repeat=200))))
     providers = {
         "none": _steps(h, work, None),

@@ -62,11 +62,6 @@ class CenteredMatrix(NamedTuple):
     rounding: float | None = None
     entries: Tensor | None = None
 
-    def eigenvalues(self) -> tuple[Tensor, str]:
-        """Ascending eigenvalues, shape (..., m), on the CPU, and the solver with the matrix; entries must be finite."""
-        values, solver = linalg.eigenvalues(self.matrix)
-        return values, f"{solver} ({self.side})"
-
     @property
     def trace(self) -> Tensor:
         """Total variance, shape (...,), in units of the input squared."""

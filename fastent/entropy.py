@@ -31,7 +31,7 @@ from fastent.activations import (
     held_dtype,
 )
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix
-from fastent.linalg import EPS
+from fastent.linalg import EPS, eigenvalues
 from fastent.process import uncompiled, warn_of_detached
 
 Convention = Literal["relative", "paper"]
@@ -132,7 +132,7 @@ def entropy_of_matrix(
     centered : CenteredMatrix
         Unbatched, scaled by 1/n.
     spectrum : (Tensor, str), optional
-        What `CenteredMatrix.eigenvalues` would return, where the matrix was solved together with others.
+        What `fastent.linalg.eigenvalues` would return, where the matrix was solved together with others.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def entropy_of_matrix(
     """
     value = float(centered.trace)
     if TINY <= value < math.inf:
-        found = spectrum or centered.eigenvalues()
+        found = spectrum or eigenvalues(centered.matrix)
         return summarize(centered, *found, value, rows=centered.entries)
     if math.isnan(value):
         # The mean of a column is finite where the column is; Inf - Inf makes the trace NaN for large squares too.
@@ -211,7 +211,7 @@ def summarize(
         ceiling=ceiling,
         n=n,
         d=d,
-        solver=solver,
+        solver=f"{solver} ({centered.side})",
     )
 
 
@@ -433,14 +433,14 @@ def entropy_of_rows(x: Tensor, resolution: Resolution, *, backend: Backend = "au
     if x.ndim == 2:
         trace = float(centered.trace)
         if TINY <= trace < math.inf:
-            return summarize(centered, *centered.eigenvalues(), trace, rows=x)
+            return summarize(centered, *eigenvalues(centered.matrix), trace, rows=x)
         return _of_extreme_values(x, centered, backend)
     traces = centered.trace.tolist()
     good = [TINY <= trace < math.inf for trace in traces]
     if not all(good):  # a NaN would stop the solver for the whole batch
         kept = torch.tensor(good, dtype=torch.bool, device=x.device)[:, None, None]
         centered = centered._replace(matrix=torch.where(kept, centered.matrix, 0.0))
-    values, solver = centered.eigenvalues()
+    values, solver = eigenvalues(centered.matrix)
     items = []
     for i, trace in enumerate(traces):
         item = centered._replace(matrix=centered.matrix[i], shift=centered.shift[i], delta=centered.delta[i])
@@ -478,7 +478,7 @@ def _of_extreme_values(x: Tensor, centered: CenteredMatrix, backend: Backend) ->
         shift=_times_power_of_two(small[0], -second),
         resolution=given._replace(absolute=_ldexp(given.absolute, -exponent)),
     )
-    again = summarize(scaled, *scaled.eigenvalues(), float(scaled.trace))
+    again = summarize(scaled, *eigenvalues(scaled.matrix), float(scaled.trace))
     total = _times_power_of_two(scaled.trace.cpu(), 2 * exponent)
     values = _times_power_of_two(again.eigenvalues, 2 * exponent)
     return dataclasses.replace(

@@ -707,7 +707,7 @@ def _solve_together(evaluations: list[Evaluation]) -> dict[Staged, Spectrum]:
             _fall_back(str(error))
             continue
         for staged, own in zip(group, values, strict=True):
-            spectra[staged] = own, f"cusolver ({staged.centered.side})"
+            spectra[staged] = own, "cusolver"
     return spectra
 
 
