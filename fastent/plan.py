@@ -221,7 +221,7 @@ def measure_rates(edges: Sequence[int] = EDGES, *, budget: float = 0.1) -> Rates
         h = torch.randn(LENGTH, m, generator=generator, dtype=torch.float64, device="cpu")
         lower, add_lower_product = linalg.product_target(h, m)
         products = partial(add_lower_product, lower, h.T, 1.0, first=True)
-        solution = centered_matrix(h, side="covariance").eigenvalues
+        solution = partial(linalg.eigenvalues, centered_matrix(h, side="covariance").matrix)
         product.append((m, work(LENGTH, m, side="covariance").flops / _seconds(products, budget)))
         solve.append((m, _seconds(solution, budget)))
     tall = torch.randn(4096, 128, generator=generator, dtype=torch.float32, device="cpu")
