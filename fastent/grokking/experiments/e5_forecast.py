@@ -6,13 +6,18 @@ whole runs, H* and the law fitted to the others, against the clock at the same e
 (`fastent.forecast.validation`). What the runs determine of its parameters is asked of the profile of gamma and of the
 law without C2.
 
+The law's rivals are judged by `contest`: each run that grokked is forecast from the others, at every evaluation from
+T_mem on, and whatever a rival leaves open (a threshold, a window, an exponent, how much to shrink) is chosen by leaving
+out one more run, so never with a look at the run that is forecast. All take for granted that the run groks; what they
+say of runs that never do is counted beside.
+
 Stopping as the paper recommends (section 10): 1,000 steps after H fell below H*, here that of the other seeds. What is
 saved is a share of the budget, and the budget is a choice: a run that groks at a quarter of it leaves three quarters to
 be saved by whatever tells that it has grokked. So the same is computed for stopping at T_grok itself, which needs the
 test accuracy and no entropy. The monitor's cost is what the trainer's timing log has measured: representations of the
 probe and their entropy, of the whole stack at each evaluation, against the time between the log's entries.
 
-Table 5, the paper's diagnostic guide, is read by `fastent.forecast.diagnosis.diagnose` at every evaluation of a run
+Table 5, the paper's diagnostic guide, is read as `fastent.diagnose` reads it at every evaluation of a run
 before it grokked, from the run so far, with the H* of the baseline's other seeds. Each run has the same weight. Runs of
 every experiment that trains the same task take part, also those that do not grok: a guide is needed where it is not
 known which those are.
@@ -23,16 +28,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from fastent.forecast.diagnosis import Phase, diagnose
+from fastent.forecast.diagnosis import Phase, Tolerances, diagnosis_of
 from fastent.forecast.history import History
-from fastent.forecast.power_law import PowerLaw, Triples, profile_gamma
+from fastent.forecast.power_law import GAMMA_BOUNDS, PowerLaw, Triples, profile_gamma, solve
+from fastent.forecast.predict import predict_grok_time
 from fastent.forecast.validation import LeaveOneOut, leave_one_run_out
 from fastent.grokking.experiments.claims import (
     CLAIMS,
@@ -46,6 +54,7 @@ from fastent.grokking.experiments.claims import (
     judge,
     judge_positive,
     judge_share,
+    of,
     percent,
     span,
     steps,
@@ -53,18 +62,21 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn, legend_above, thousands
+from fastent.grokking.experiments.e4_predictors import fit_power
+from fastent.grokking.experiments.figures import DASHED, DOTTED, LIGHT, WIDTH, drawn, legend_above, thousands
 from fastent.grokking.experiments.leads import left_out_threshold
 from fastent.grokking.experiments.statistics import (
     UNKNOWN,
     Array,
     Estimate,
+    Mask,
     mean_known,
     over,
     share,
     where_known,
 )
 from fastent.monitor.monitor import StopAfterCrossing
+from fastent.records import Course
 
 TITLE = "E5: does a power law forecast grokking?"
 
@@ -79,6 +91,10 @@ class Validation:
     `law` and `clock` hold each run's mean absolute error over its T_grok, as estimates over runs; `advantage` is the
     clock's minus the law's, over runs; `better` the share of runs that the law forecasts better. `warning` is T_grok
     minus the first evaluation after T_mem at which the law forecasts at all, in steps.
+
+    By the paper's second version: `last`, the law's error at the last evaluation before T_grok with H above H*, by run
+    (shares of T_grok), `now` that of saying "it groks now" there; `below` T_grok minus the first evaluation at which
+    the law's error is under a fifth of T_grok, in steps.
     """
 
     runs: LeaveOneOut
@@ -89,13 +105,17 @@ class Validation:
     advantage: Estimate
     better: Estimate
     warning: Estimate
+    last: Array
+    now: Array
+    below: Estimate
 
 
 @dataclass(frozen=True, eq=False)
 class Forecasts:
     """Analysis of E5. `law`, `profile` and `validation` are None with fewer than three runs that grokked.
 
-    `profile` holds R2 at `GAMMAS`. `long` are the runs that went on to the limit of steps.
+    `profile` holds R2 at `GAMMAS`. `long` are the runs that went on to the limit of steps. `contest` is the rivals' on
+    E1's runs, None with fewer than four that grokked, and `elsewhere` by name on those of other settings.
     """
 
     runs: Runs
@@ -107,6 +127,9 @@ class Forecasts:
     long: Runs
     cost: Cost | None
     guide: Guide | None
+    contest: Contest | None
+    elsewhere: Mapping[str, Contest]
+    after: After
 
 
 def analyse(runs: Runs) -> Forecasts | None:
@@ -125,6 +148,7 @@ def analyse(runs: Runs) -> Forecasts | None:
         law = PowerLaw.fit(histories)
         profile = tuple(float(r) for r in profile_gamma(histories, GAMMAS))
         validation = _validate(leave_one_run_out(histories), runs)
+    guided = everything[[run.experiment in GUIDED for run in everything.stored]]
     return Forecasts(
         runs=runs,
         histories=tuple(histories),
@@ -134,17 +158,34 @@ def analyse(runs: Runs) -> Forecasts | None:
         saved=savings(runs, int(runs.setting("max_steps").min())),
         long=everything.select("e5"),
         cost=monitor_cost(runs),
-        guide=guide(everything[[run.experiment != "e5" for run in everything.stored]], runs),
+        guide=guide(guided, runs),
+        contest=contest(runs, guided, law),
+        elsewhere={
+            f"{experiment.upper()}: {condition}, {task}": found
+            for experiment, condition, task in dict.fromkeys(
+                (run.experiment, run.condition, str(run.config["task"])) for run in everything.stored
+            )
+            if experiment not in ("e1", "e5")
+            and len(others := everything.select(experiment, condition, task)) >= ELSEWHERE
+            and (found := contest(others)) is not None
+        },
+        after=after_grokking(runs),
     )
 
 
 def _validate(left_out: LeaveOneOut, runs: Runs) -> Validation:
     law, clock = left_out.score("law"), left_out.score("clock")
     advantage = clock.mape - law.mape
-    warnings = []
+    warnings, last, now, below = [], [], [], []
     for held_out in left_out.runs:
         after = held_out.step[held_out.step >= runs.t_mem[held_out.run]]
         warnings += [held_out.t_grok - float(after[0])] if after.size else []
+        error = np.abs(held_out.by_law - held_out.remaining) / held_out.t_grok
+        close = held_out.remaining[error < CLOSE]
+        below += [float(close[0])] if close.size else []
+        if error.size:
+            last.append(float(error[-1]))
+            now.append(float(held_out.remaining[-1]) / held_out.t_grok)
     return Validation(
         runs=left_out,
         law=over(law.mape, least=0),
@@ -154,7 +195,425 @@ def _validate(left_out: LeaveOneOut, runs: Runs) -> Validation:
         advantage=over(advantage),
         better=share(where_known(advantage, lambda gain: gain > 0)),
         warning=over(warnings, least=0),
+        last=np.array(last),
+        now=np.array(now),
+        below=over(below, least=0),
     )
+
+
+CLOSE = 0.2
+"""Error as a share of T_grok from which on a forecast counts as a warning, by the paper's second version."""
+
+GUIDED = ("e1", "e2", "e3", "e7")
+"""Experiments that train the task of E1: their runs are diagnosed, and those that never grok are forecast."""
+
+ELSEWHERE = 5
+"""Runs of another setting from which on the rivals are compared there too."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plateau:
+    """Evaluations of runs from T_mem until they grok, or to their end, flat.
+
+    `run` numbers the run of each; `remaining` are its steps until T_grok, NaN in a run that never groks. `where` (n, m)
+    says which evaluations of the runs they are.
+    """
+
+    runs: Runs
+    where: Mask
+    run: NDArray[np.int64]
+    step: Array
+    remaining: Array
+    triples: Triples
+
+    @classmethod
+    def of(cls, runs: Runs) -> Plateau:
+        """Collect those with H, norm and training loss."""
+        until = np.where(runs.grokked, runs.t_grok, np.inf)
+        known = ~np.isnan(runs.entropy + runs.norm + runs.column("train_loss"))
+        where = (runs.step >= runs.t_mem[:, None]) & (runs.step < until[:, None]) & known
+        histories = [
+            History(step, h, t_grok if np.isfinite(t_grok) else None)
+            for t_grok, (step, h) in zip(runs.t_grok, runs.lines(runs.entropy), strict=True)
+        ]
+        run, step = np.nonzero(where)[0], runs.step[where]
+        return cls(runs, where, run, step, runs.t_grok[run] - step, Triples.of(histories))
+
+    @functools.cached_property
+    def columns(self) -> dict[str, Array]:
+        """What was computed of the runs once, by name."""
+        return {}
+
+    def column(self, name: str, make: Callable[[], Array]) -> Array:
+        """Return an array of the runs, made at the first call."""
+        if name not in self.columns:
+            self.columns[name] = make()
+        return self.columns[name]
+
+    def mean_error(self, forecast: Array) -> Array:
+        """Mean absolute error of a forecast over each run's evaluations, as a share of its T_grok, (n,)."""
+        n = len(self.runs)
+        total = np.bincount(self.run, np.abs(forecast - self.remaining), n)
+        share: Array = total / np.bincount(self.run, minlength=n) / self.runs.t_grok
+        return share
+
+
+Forecaster = Callable[[Plateau, Mask], Array]
+"""Fitted to the runs of a mask, all of which grokked: the steps that remain at every evaluation of every run."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A way to forecast: `needs` says what of the run it reads, `choices` holds by name what is chosen by leaving out.
+
+    `column` is a column of the metrics that not every run has.
+    """
+
+    name: str
+    needs: str
+    choices: Mapping[str, Forecaster]
+    column: str = "entropy"
+
+
+def _clock(plateau: Plateau, used: Mask) -> Array:
+    return plateau.runs.t_grok[used].mean() - plateau.step
+
+
+Statistic = Callable[[Array], np.floating]
+
+
+def residual_life(times: Array, at: Array, statistic: Statistic) -> Array:
+    """`statistic` of the `times` after each of `at`, less that; 0 where none is left."""
+    ordered = np.sort(times)
+    passed = np.searchsorted(ordered, at, side="right")
+    # Where none is left the last time stands for it: the difference is cut at 0.
+    expected = np.array([statistic(ordered[min(k, times.size - 1) :]) for k in range(times.size + 1)])
+    return np.maximum(expected[passed] - at, 0)
+
+
+def _still_running(statistic: Statistic) -> Forecaster:
+    return lambda plateau, used: residual_life(plateau.runs.t_grok[used], plateau.step, statistic)
+
+
+def _first_passage(*, once: bool) -> Forecaster:
+    """``log(V / V*) / (2 kappa eta lambda)`` steps, from T_mem with V there, or from now with V now.
+
+    V is the squared norm; V*, the geometric mean at T_grok, and the constant before the logarithm, by least squares,
+    are those of the other runs. The law needs kappa > 0; where V is below V* when the run has memorised, the runs give
+    another sign, which is left as it is.
+    """
+
+    def forecast(plateau: Plateau, used: Mask) -> Array:
+        runs = plateau.runs
+        log_v = plateau.column("log V", lambda: 2 * np.log(runs.norm))
+        excess = log_v - runs.at(log_v, runs.t_grok)[used].mean()
+        if not once:
+            x, kept = excess[plateau.where], used[plateau.run]
+            return x * _slope(x[kept], plateau.remaining[kept])
+        x, delay = runs.at(excess, runs.t_mem), runs.t_grok - runs.t_mem
+        times = runs.t_mem + x * _slope(x[used], delay[used])
+        return times[plateau.run] - plateau.step
+
+    return forecast
+
+
+def _slope(x: Array, y: Array) -> float:
+    """Slope through the origin; 0 where x is."""
+    return float(x @ y / (x @ x)) if x.any() else 0.0
+
+
+def _running_median(values: Array, window: int) -> Array:
+    """Median of the last `window` values of each row (n, m); before its first stands the first."""
+    padded = np.concatenate([np.repeat(values[:, :1], window - 1, axis=1), values], axis=1)
+    median: Array = np.median(np.lib.stride_tricks.sliding_window_view(padded, window, axis=1), axis=2)
+    return median
+
+
+_EXPONENTS = np.geomspace(*GAMMA_BOUNDS, 41)
+
+
+_LEAST_LOSS = float(np.finfo(np.float32).tiny)
+
+
+def _loss(window: int) -> Forecaster:
+    """Fit ``a x^gamma + b``, x how far log training loss, a median over evaluations, lies above its mean at T_grok."""
+
+    def forecast(plateau: Plateau, used: Mask) -> Array:
+        runs = plateau.runs
+        log_loss = plateau.column(
+            f"log loss, {window}",
+            # A loss can round to 0.
+            lambda: np.log(np.maximum(_running_median(runs.column("train_loss"), window), _LEAST_LOSS)),
+        )
+        above = np.maximum(log_loss[plateau.where] - runs.at(log_loss, runs.t_grok)[used].mean(), 0)
+        return fit_power(above, plateau.remaining, used[plateau.run], _EXPONENTS)[1]
+
+    return forecast
+
+
+def _share(window: int) -> Forecaster:
+    """Fit ``a x^gamma + b``, x what is not in the five frequencies, a median over evaluations."""
+
+    def forecast(plateau: Plateau, used: Mask) -> Array:
+        rest = plateau.column(
+            f"rest, {window}",
+            lambda: 1 - _running_median(plateau.runs.column("top_share"), window)[plateau.where],
+        )
+        return fit_power(rest, plateau.remaining, used[plateau.run], _EXPONENTS)[1]
+
+    return forecast
+
+
+def _since(threshold: float) -> Forecaster:
+    """Take the mean residual life since the share first reached a threshold after T_mem; before, the clock's."""
+
+    def forecast(plateau: Plateau, used: Mask) -> Array:
+        runs = plateau.runs
+        reached = plateau.column(
+            f"{threshold} reached",
+            lambda: runs.first((runs.column("top_share") >= threshold) & (runs.step >= runs.t_mem[:, None])),
+        )
+        leads = (runs.t_grok - reached)[used]
+        leads = leads[leads > 0]
+        before = residual_life(runs.t_grok[used], plateau.step, np.mean)
+        if not leads.size:
+            return before
+        elapsed = plateau.step - reached[plateau.run]
+        return np.where(elapsed >= 0, residual_life(leads, elapsed, np.mean), before)
+
+    return forecast
+
+
+def _law(plateau: Plateau, used: Mask) -> Array:
+    """Fit as the paper does, to all evaluations before grokking; C2 below H*."""
+    fit = solve(plateau.triples, used[list(plateau.triples.origin)])
+    return fit.remaining(np.maximum(plateau.runs.entropy[plateau.where], fit.h_star))
+
+
+def _gap_and_clock(gamma: float, shrink: float) -> Forecaster:
+    """Fit ``a (H - H*)^gamma + b t + c`` by least squares, a and b shrunk (ridge, in units of the terms' variance)."""
+
+    def forecast(plateau: Plateau, used: Mask) -> Array:
+        gap = plateau.runs.entropy[plateau.where] - plateau.runs.h_star[used].mean()
+        terms = np.stack([np.maximum(gap, 0) ** gamma, plateau.step])
+        kept = used[plateau.run]
+        mean, spread = terms[:, kept].mean(1, keepdims=True), terms[:, kept].std(1, keepdims=True)
+        terms = (terms - mean) / np.where(spread > 0, spread, 1.0)
+        x, y = terms[:, kept], plateau.remaining[kept]
+        weights = np.linalg.lstsq(x @ x.T / y.size + shrink * np.eye(2), x @ (y - y.mean()) / y.size)[0]
+        return weights @ terms + y.mean()
+
+    return forecast
+
+
+CLOCK, RUNNING = "clock: mean T_grok of the other runs", "clock among those still running"
+LAW, WITH_H = "power law of the gap (the paper's)", "H"
+
+RIVALS = (
+    Rival(CLOCK, "nothing", {"": _clock}),
+    Rival(
+        RUNNING,
+        "nothing",
+        {"mean": _still_running(np.mean), "median": _still_running(np.median)},
+    ),
+    Rival(
+        "norm, first passage",
+        "norm",
+        {"from V at T_mem": _first_passage(once=True), "from V now": _first_passage(once=False)},
+    ),
+    Rival(
+        "training loss",
+        "training loss",
+        {f"median of {window}": _loss(window) for window in (1, 3, 5, 9)},
+    ),
+    Rival(
+        "label share in five frequencies",
+        "labels of the test set",
+        {
+            **{f"{part:g} reached": _since(part) for part in (0.3, 0.5, 0.7, 0.9)},
+            **{f"power law, median of {window}": _share(window) for window in (1, 5)},
+        },
+        "top_share",
+    ),
+    Rival(LAW, WITH_H, {"": _law}),
+    Rival(
+        "gap and clock",
+        WITH_H,
+        {
+            f"γ = {gamma:g}, ridge {shrink:g}": _gap_and_clock(gamma, shrink)
+            for gamma in (0.5, 1.0, 2.0)
+            for shrink in (0.0, 0.1)
+        },
+    ),
+)
+"""Every way to forecast, the clock first: what the others have to beat."""
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """How well a rival forecasts runs left out, arrays (n,) by run.
+
+    `error`: mean absolute error over its evaluations as a share of T_grok; `advantage`: the clock's error minus that,
+    over runs; `chosen`: how often which choice was made; `forecast`: the steps that it says remain, by evaluation of
+    the contest; `alarms`: share of the evaluations of a run that never groks at which it is forecast to grok by a step
+    that the run then passes, over such runs.
+    """
+
+    rival: Rival
+    error: Array
+    advantage: Estimate
+    chosen: Counter[str]
+    forecast: Array
+    alarms: Estimate
+
+    @property
+    def mean(self) -> Estimate:
+        """Mean error over runs."""
+        return over(self.error, least=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Contest:
+    """The rivals on the runs of one setting that grokked; in `standings` those whose columns the runs have.
+
+    `below` counts the runs whose norm is lower at T_mem than at T_grok: there the first-passage law has no answer.
+    `declined`: share of the evaluations of runs that never grok at which `fastent.predict_grok_time` gives no step, and
+    `wrongly` of those at which it gives one that the run then passes; over such runs.
+    """
+
+    plateau: Plateau
+    standings: tuple[Standing, ...]
+    below: Estimate
+    never: int
+    declined: Estimate
+    wrongly: Estimate
+
+    def standing(self, name: str) -> Standing:
+        """Return a rival's."""
+        return next(each for each in self.standings if each.rival.name == name)
+
+    @property
+    def best(self) -> Standing:
+        """The one with the least mean error."""
+        return min(self.standings, key=lambda each: each.mean.value)
+
+
+FEWEST = 4
+"""Runs below which none can be left out twice: two must be left to fit to."""
+
+
+def contest(runs: Runs, never: Runs | None = None, law: PowerLaw | None = None) -> Contest | None:
+    """Cross-validate every rival over whole runs, choices inside.
+
+    Parameters
+    ----------
+    runs : Runs
+        Of one setting, each seed once. Those that did not grok, or have no usable entropy there, take no part.
+    never : Runs, optional
+        Those that memorised and did not grok are forecast by all of `runs`.
+    law : PowerLaw, optional
+        That of `runs`, for what `predict_grok_time` says of `never`.
+
+    Returns
+    -------
+    Contest or None
+        None with fewer than four runs that take part.
+    """
+    runs = runs[
+        ~np.isnan(runs.h_star + runs.at(runs.norm, runs.t_grok) + runs.t_mem) & (runs.t_grok > runs.t_mem)
+    ]
+    if len(runs) < FEWEST:
+        return None
+    plateau = Plateau.of(runs)
+    never = replace(runs, stored=()) if never is None else never[~never.grokked & ~np.isnan(never.t_mem)]
+    unseen = Plateau.of(replace(runs, stored=runs.stored + never.stored)) if len(never) else None
+    declined, wrongly = _declined(never, law) if law is not None else (UNKNOWN, UNKNOWN)
+    standings: list[Standing] = []
+    for rival in RIVALS:
+        if (
+            standing := _standing(rival, plateau, unseen, standings[0].error if standings else None)
+        ) is not None:
+            standings.append(standing)
+    return Contest(
+        plateau=plateau,
+        standings=tuple(standings),
+        below=share(runs.at(runs.norm, runs.t_mem) < runs.at(runs.norm, runs.t_grok)),
+        never=len(never),
+        declined=declined,
+        wrongly=wrongly,
+    )
+
+
+def _standing(
+    rival: Rival, plateau: Plateau, unseen: Plateau | None, of_clock: Array | None
+) -> Standing | None:
+    if np.isnan(plateau.runs.column(rival.column)[plateau.where]).any():
+        return None
+    n = len(plateau.runs)
+    fitted: dict[tuple[str, bytes], Array] = {}
+
+    def forecast(choice: str, used: Mask) -> Array:
+        key = choice, used.tobytes()
+        if key not in fitted:
+            fitted[key] = np.maximum(rival.choices[choice](plateau, used), 0)
+        return fitted[key]
+
+    def choose(used: Mask) -> str:
+        """Take the choice with the least mean error on the runs of a mask, each left out of the fit in turn."""
+        if len(rival.choices) == 1:
+            return next(iter(rival.choices))
+        runs = np.nonzero(used)[0]
+        apart = [used & (np.arange(n) != run) for run in runs]
+        errors = {
+            choice: np.mean(
+                [
+                    plateau.mean_error(forecast(choice, rest))[run]
+                    for run, rest in zip(runs, apart, strict=True)
+                ]
+            )
+            for choice in rival.choices
+        }
+        return min(errors, key=lambda choice: float(errors[choice]))
+
+    left_out, chosen = np.empty_like(plateau.step), Counter[str]()
+    for run, others in enumerate(~np.eye(n, dtype=bool)):
+        choice = choose(others)
+        chosen[choice] += 1
+        own = plateau.run == run
+        left_out[own] = forecast(choice, others)[own]
+    error = plateau.mean_error(left_out)
+    alarms = UNKNOWN
+    if unseen is not None:
+        everyone = np.arange(len(unseen.runs)) < n
+        said = np.maximum(rival.choices[choose(np.ones(n, dtype=bool))](unseen, everyone), 0)
+        alarms = _alarms(unseen, said, ~everyone)
+    return Standing(
+        rival=rival,
+        error=error,
+        advantage=UNKNOWN if of_clock is None else over(of_clock - error),
+        chosen=chosen,
+        forecast=left_out,
+        alarms=alarms,
+    )
+
+
+def _alarms(plateau: Plateau, remaining: Array, never: Mask) -> Estimate:
+    """Share of a run's evaluations at which it is forecast to grok by a step that it passes without, over `never`."""
+    wrong = plateau.step + remaining <= plateau.runs.end[plateau.run]
+    known = ~np.isnan(remaining)
+    own = [(plateau.run == run) & known for run in np.nonzero(never)[0]]
+    return over((float(wrong[mine].mean()) for mine in own if mine.any()), least=0, most=1)
+
+
+def _declined(never: Runs, law: PowerLaw) -> tuple[Estimate, Estimate]:
+    declined, wrongly = [], []
+    for start, end, (step, h) in zip(never.t_mem, never.end, never.lines(never.entropy), strict=True):
+        history = History(step, h)
+        said = [predict_grok_time(history.until(now), law).step for now in step[step >= start]]
+        if said:
+            declined.append(float(np.mean([at is None for at in said])))
+            wrongly.append(float(np.mean([at is not None and at <= end for at in said])))
+    return over(declined, least=0, most=1), over(wrongly, least=0, most=1)
 
 
 def parameter(law: PowerLaw | None, name: str) -> Estimate:
@@ -269,6 +728,33 @@ IMMINENT = 1000
 """Steps within which grokking must come after "imminent"; the paper's."""
 
 
+AFTERWARDS = 1200
+"""Steps after T_grok at which the paper's runs end, by its counts of evaluations."""
+
+
+@dataclass(frozen=True, eq=False)
+class After:
+    """H over the 1,200 steps after T_grok: its least-squares slope, a step, and its fall from T_grok on, over runs.
+
+    `falls`: share of the runs with a negative slope.
+    """
+
+    falls: Estimate
+    slope: Estimate
+    fall: Estimate
+
+
+def after_grokking(runs: Runs) -> After:
+    """Measure it where a run has three evaluations or more from T_grok on."""
+    slopes, falls = [], []
+    for t_grok, (step, h) in zip(runs.t_grok, runs.lines(runs.entropy), strict=True):
+        near = (step >= t_grok) & (step <= t_grok + AFTERWARDS) & ~np.isnan(h)
+        if near.sum() >= 3:
+            slopes.append(float(np.polyfit(step[near], h[near], 1)[0]))
+            falls.append(float(h[near][0] - h[near][-1]))
+    return After(share(slope < 0 for slope in slopes), over(slopes), over(falls))
+
+
 class Outcome(StrEnum):
     """What came of a run after an evaluation."""
 
@@ -302,7 +788,7 @@ def guide(runs: Runs, baseline: Runs) -> Guide | None:
     diagnosed = [
         [] if np.isnan(threshold) else _diagnosed(row, t_grok, threshold, criterion)
         for row, t_grok, threshold, criterion in zip(
-            runs.lines(runs.entropy, runs.norm, runs.test_accuracy),
+            runs.lines(runs.entropy, runs.test_accuracy),
             runs.t_grok,
             others,
             runs.criteria,
@@ -329,14 +815,13 @@ def guide(runs: Runs, baseline: Runs) -> Guide | None:
 def _diagnosed(
     run: tuple[Array, ...], t_grok: float, threshold: float, criterion: float
 ) -> list[tuple[Phase, Outcome]]:
-    step, entropy, norm, accuracy = run
-    history = History(step, entropy, norm=norm)
+    course, tolerances = Course(threshold), Tolerances(criterion=criterion)
     rows = []
-    for now, reached in zip(step.tolist(), accuracy.tolist(), strict=True):
+    for now, entropy, reached in zip(*(column.tolist() for column in run), strict=True):
         if now >= t_grok:
             break
-        known = None if np.isnan(reached) else reached
-        read = diagnose(history.until(now), threshold=threshold, test_accuracy=known, criterion=criterion)
+        course.add(now, entropy)
+        read = diagnosis_of(course, None if np.isnan(reached) else reached, tolerances=tolerances)
         rows.append((read.phase, _outcome(t_grok - now)))
     return rows
 
@@ -356,13 +841,22 @@ def claims(result: Forecasts) -> Findings:
         error, clock, advantage, better = valid.law, valid.clock, valid.advantage, valid.better
         warning = valid.warning
     against = f"clock: {in_percent(clock)}; law better in {counted(better)}"
-    cost, table = result.cost, result.guide
+    cost, table, after = result.cost, result.guide, result.after
+    last = UNKNOWN if valid is None else over(valid.last, least=0)
+    below = UNKNOWN if valid is None else valid.below
     return {
         "e5.r2": Finding(worded(r_squared, ""), CLAIMS["e5.r2"].judge(r_squared, comparable=comparable)),
         "e5.gamma": Finding(worded(gamma, "", 2), CLAIMS["e5.gamma"].judge(gamma, comparable=comparable)),
         "e5.left_out": Finding(in_percent(error), CLAIMS["e5.left_out"].judge(error, comparable=comparable)),
+        "e5.left_out_last": Finding(
+            _at_the_last(valid), CLAIMS["e5.left_out_last"].judge(last, comparable=comparable)
+        ),
         "e5.beats_clock": Finding(against if valid else NONE, judge_positive(advantage)),
+        "e5.rivals": _against_rivals(result.contest),
         "e5.warning": Finding(worded(warning), CLAIMS["e5.warning"].judge(warning, comparable=comparable)),
+        "e5.warning_close": Finding(
+            worded(below), CLAIMS["e5.warning_close"].judge(below, comparable=comparable)
+        ),
         "e5.imminent_at_crossing": Finding(
             f"{counted(result.saved.within)} that cross the H* of the other seeds",
             judge_share(result.saved.within),
@@ -382,7 +876,39 @@ def claims(result: Forecasts) -> Findings:
         ),
         "e5.imminent": Finding(_imminent(table), _judge_guide(table)),
         "e5.stagnates": Finding(_given_up(table), _judge_given_up(table)),
+        "e5.after_falls": Finding(counted(after.falls), judge_share(after.falls)),
+        "e5.after_slope": Finding(
+            worded(after.slope, "a step", write=_per_step),
+            CLAIMS["e5.after_slope"].judge(after.slope, comparable=comparable),
+        ),
+        "e5.after_fall": Finding(
+            worded(after.fall, ""), CLAIMS["e5.after_fall"].judge(after.fall, comparable=comparable)
+        ),
     }
+
+
+def _per_step(value: float) -> str:
+    return f"{value:.1e}".replace("-", "−").replace("−0", "−")
+
+
+def _at_the_last(valid: Validation | None) -> str:
+    if valid is None or not valid.last.size:
+        return NONE
+    return (
+        f"{in_percent(over(valid.last, least=0))}, median {percent_of(float(np.median(valid.last)))}, largest "
+        f'{percent_of(float(valid.last.max()))}; "it groks now" is off by {percent_of(float(valid.now.mean()))} there, '
+        "so the figure says next to nothing"
+    )
+
+
+def _against_rivals(contest: Contest | None) -> Finding:
+    if contest is None:
+        return Finding(NONE, Verdict.NOT_RUN)
+    law = contest.standing(LAW)
+    gains = [over(each.error - law.error) for each in contest.standings if each.rival.needs != WITH_H]
+    said = "; ".join(f"{each.rival.name}: {percent_of(each.mean.value)}" for each in contest.standings)
+    least = all(gain.value > 0 for gain in gains)
+    return Finding(said, judge(True, least and all(gain.low > 0 for gain in gains), least))
 
 
 def percent_of(value: float) -> str:
@@ -451,8 +977,22 @@ def headline(result: Forecasts) -> str:
         return f"E5: too few runs grokked to fit a law. {said}"
     return (
         f"E5: the law explains R² = {decimal(result.law.r_squared)} in sample; on runs left out it is off by "
-        f"{in_percent(valid.law)} of T_grok, the clock by {in_percent(valid.clock)}. {said}"
+        f"{in_percent(valid.law)} of T_grok, the clock by {in_percent(valid.clock)}.{_winner(result.contest)} {said}"
     )
+
+
+def _winner(contest: Contest | None) -> str:
+    if contest is None:
+        return ""
+    best, law = contest.best, contest.standing(LAW)
+    said = (
+        f' From T_mem on, the least error of {len(contest.standings)} forecasts has "{best.rival.name}", which needs '
+        f"{best.rival.needs}: {in_percent(best.mean)}"
+    )
+    if best is law:
+        return f"{said}."
+    gain = over(law.error - best.error)
+    return f"{said}; the law {percent_of(law.mean.value)}, {worded(gain, '', write=percent_of)} more."
 
 
 def section(result: Forecasts) -> Section:
@@ -463,6 +1003,7 @@ def section(result: Forecasts) -> Section:
         (
             *_law_blocks(result),
             *_validation_blocks(result),
+            *_contest_blocks(result),
             *_savings_blocks(result),
             *_cost_blocks(result),
             *_guide_blocks(result.guide),
@@ -584,7 +1125,129 @@ def _validation_blocks(result: Forecasts) -> list[Block]:
                 ("first forecast after T_mem, before T_grok", worded(valid.warning), NONE),
             ),
         ),
+        Text(
+            "The paper's second version takes the error at the last evaluation before T_grok alone: here "
+            f"{_at_the_last(valid)}. Its advance warning runs from the first evaluation at which the error is under a "
+            f"fifth of T_grok: {worded(valid.below)}."
+        ),
     ]
+
+
+_LOOKS: tuple[tuple[str, Any], ...] = (
+    (LIGHT.ink, "solid"),
+    (LIGHT.ink, DASHED),
+    (LIGHT.norm, "solid"),
+    (LIGHT.train, DASHED),
+    (LIGHT.test, DASHED),
+    (LIGHT.entropy, "solid"),
+    (LIGHT.signal, DASHED),
+)
+"""Colour and dash of each of `RIVALS`."""
+
+
+def error_against_steps_left(contest: Contest) -> Figure:
+    """Mean absolute error of each forecast by the steps that are left, as far as half of the runs have them."""
+    plateau = contest.plateau
+    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
+    axes = figure.subplots()
+    left, place, count = np.unique(plateau.remaining, return_inverse=True, return_counts=True)
+    shown = 2 * count >= len(plateau.runs)
+    looks = dict(zip((rival.name for rival in RIVALS), _LOOKS, strict=True))
+    for each in contest.standings:
+        colour, dash = looks[each.rival.name]
+        error = np.bincount(place, np.abs(each.forecast - plateau.remaining)) / count
+        axes.plot(
+            left[shown], error[shown], color=colour, linestyle=dash, linewidth=1.6, label=each.rival.name
+        )
+    axes.plot(
+        left[shown], left[shown], color=LIGHT.train, linestyle=DOTTED, linewidth=1.2, label='"it groks now"'
+    )
+    axes.set(xlabel="steps left until T_grok", ylabel="mean absolute error over runs (steps)", ylim=(0, None))
+    axes.set_ylim(0, 1.15 * max(float(line.get_ydata().max()) for line in axes.lines[:-1]))
+    axes.invert_xaxis()
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(thousands)
+    figure.legend(handles=axes.get_legend_handles_labels()[0], loc="outside upper center", ncols=3)
+    return figure
+
+
+def _contest_blocks(result: Forecasts) -> list[Block]:
+    contest = result.contest
+    if contest is None:
+        return [
+            Text(f"Fewer than {FEWEST} runs grokked: rivals cannot be compared, choices and all.", "note")
+        ]
+    rows = tuple(
+        (
+            each.rival.name,
+            each.rival.needs,
+            in_percent(each.mean),
+            steps(float((each.error * contest.plateau.runs.t_grok).mean())),
+            worded(each.advantage, "", write=percent_of),
+            "; ".join(f"{name} ({count})" for name, count in each.chosen.most_common() if name) or NONE,
+            worded(each.alarms, "%"),
+        )
+        for each in contest.standings
+    )
+    blocks: list[Block] = [
+        Text(
+            "The law's rivals, under nested cross-validation over whole runs: each run is forecast from the others at "
+            "every evaluation between T_mem and T_grok, and what a forecast leaves open is chosen among these by "
+            "leaving out one more. False alarms are forecasts, in runs that never grok, of a step that the run passes: "
+            f"of {contest.never} runs, by what all runs that grok have taught. The norm's first-passage law "
+            f"(arXiv 2605.18845) needs a norm that falls from T_mem to T_grok; in {of(contest.below)} runs it is lower "
+            "at T_mem, so its fitted rate has the wrong sign."
+        ),
+        Table(
+            "Forecasts from T_mem on, of runs left out; errors are shares of T_grok, means over a run's evaluations.",
+            (
+                *("forecast", "needs", "error", "in steps", "clock's error minus its"),
+                *("chosen (times)", "false alarms, share of evaluations"),
+            ),
+            rows,
+            (3,),
+        ),
+        drawn(
+            "e5-rivals",
+            functools.partial(error_against_steps_left, contest),
+            "Error of each forecast of runs left out against the steps left, where half of the runs or more have them. "
+            'Dotted: saying "it groks now".',
+            "Mean absolute error of seven forecasts against the steps left until grokking.",
+        ),
+        Text(_recommended(contest)),
+    ]
+    if result.elsewhere:
+        names = [each.rival.name for each in contest.standings]
+        blocks.append(
+            Table(
+                "The same in other settings: error as a share of T_grok, means over runs.",
+                ("runs", "n", *names, "least"),
+                tuple(_elsewhere(name, found, names) for name, found in result.elsewhere.items()),
+                tuple(range(1, 2 + len(names))),
+            )
+        )
+    return blocks
+
+
+def _recommended(contest: Contest) -> str:
+    ahead = [each.rival.name for each in contest.standings if each.advantage.low > 0]
+    said = (
+        f"Of these the interval of the lead over the clock is above 0 for: {', '.join(ahead) or 'none'}. So "
+        "`fastent.predict_grok_time` gives the step by the clock among those still running beside the law's, and says "
+        "where the law was not better than that."
+    )
+    if contest.declined.known:
+        said += (
+            f" In the runs that never grok it declines to answer at {worded(contest.declined, '%')} of the "
+            f"evaluations, and names a step that the run passes at {worded(contest.wrongly, '%')}."
+        )
+    return said
+
+
+def _elsewhere(name: str, contest: Contest, rivals: Sequence[str]) -> tuple[str, ...]:
+    errors = {each.rival.name: percent_of(each.mean.value) for each in contest.standings}
+    written = (errors.get(rival, NONE) for rival in rivals)
+    return (name, str(len(contest.plateau.runs)), *written, contest.best.rival.name)
 
 
 def _savings_blocks(result: Forecasts) -> list[Block]:
@@ -697,7 +1360,7 @@ def _tenths(share: float) -> str:
 EXPERIMENT = Experiment(
     "e5",
     "Does a power law forecast the time of grokking?",
-    ("e1", "e2", "e3", "e5", "e7"),
+    ("e1", "e2", "e3", "e5", "e6", "e7"),
     analyse,
     headline,
     claims,

@@ -331,7 +331,7 @@ CONCLUSIONS = (
     ("e1.precedes_left_out", "e1.collapse_at_half"),
     ("e2.delays", "e2.kept_up"),
     ("e3.driver", "e3.delays"),
-    ("e5.beats_clock", "e5.left_out"),
+    ("e5.beats_clock", "e5.rivals", "e5.left_out"),
     ("e6.pattern", "e7.insufficient"),
 )
 """The claims of each of the five sentences: warning, mixing, norm, forecast, other tasks and models."""

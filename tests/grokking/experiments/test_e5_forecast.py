@@ -1,15 +1,18 @@
 """E5 on runs that follow a known law, and stopping, cost and Table 5 on closed-form runs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from closed_form import write_run
 from planted_columns import listed
 
 from fastent.forecast.diagnosis import Phase
+from fastent.forecast.power_law import PowerLaw
 from fastent.grokking.experiments import e5_forecast, figures
 from fastent.grokking.experiments.data import Runs, read_runs
-from fastent.grokking.experiments.document import Table, Verdict
-from fastent.grokking.experiments.e5_forecast import Outcome
+from fastent.grokking.experiments.document import Figure, Table, Verdict
+from fastent.grokking.experiments.e5_forecast import CLOCK, LAW, RUNNING, Outcome
 
 RISE = 100
 
@@ -114,6 +117,203 @@ def test_a_run_that_never_crosses_saves_nothing_and_is_not_stopped(measure):
     assert listed(found.step) == [None, None, 1100]
     assert found.saved.value == 0
     assert found.grokked.n == 1
+
+
+TIMES = (2000, 2200, 2400, 2600, 3400)
+
+
+def planted(tmp_path, times=TIMES, memorised=300, **columns):
+    """Runs with the law's entropy, as `law` has it, and columns that are functions of T_grok and of the step."""
+    for seed, t_grok in enumerate(times):
+        own = {name: lambda step, f=f, t_grok=t_grok: f(t_grok, step) for name, f in columns.items()}
+        write_run(
+            tmp_path, "e1", "baseline", seed, t_grok=t_grok, last_step=t_grok + 1500, t_mem=memorised,
+            **{"entropy": law(t_grok), **own},
+        )  # fmt: skip
+    return Runs(tuple(read_runs(tmp_path)))
+
+
+def with_column(runs, name, column):
+    """The same runs with a column more, a function of T_grok and of the step."""
+    stored = [
+        dataclasses.replace(run, rows=tuple({**row, name: column(t_grok, row["step"])} for row in run.rows))
+        for run, t_grok in zip(runs.stored, runs.t_grok, strict=True)
+    ]
+    return dataclasses.replace(runs, stored=tuple(stored))
+
+
+def test_residual_life_is_that_of_the_times_still_to_come_and_0_when_none_is():
+    times, at = np.array([500.0, 100.0, 300.0]), np.array([500.0, 0, 100, 299, 700])
+    assert e5_forecast.residual_life(times, at, np.mean).tolist() == [0, 300, 300, 101, 0]
+    assert e5_forecast.residual_life(times, at, np.median).tolist() == [0, 300, 300, 101, 0]
+    skewed = np.array([100.0, 200.0, 900.0])
+    assert e5_forecast.residual_life(skewed, np.array([0.0, 150.0]), np.median).tolist() == [200, 400]
+
+
+def test_clocks_are_those_of_the_other_runs_and_the_law_that_holds_has_no_error(tmp_path):
+    contest = e5_forecast.contest(planted(tmp_path))
+    plateau = contest.plateau
+    assert contest.standing(LAW).error == pytest.approx(np.zeros(5), abs=1e-6)
+    assert contest.best.rival.name == LAW
+    running = e5_forecast._still_running(np.median)
+    for run, t_grok in enumerate(TIMES):
+        own, others = plateau.run == run, np.delete(TIMES, run)
+        step = np.arange(300, t_grok, 100)
+        left = np.maximum(others.mean() - step, 0)
+        assert contest.standing(CLOCK).forecast[own] == pytest.approx(left)
+        error = np.mean(np.abs(left - (t_grok - step))) / t_grok
+        assert contest.standing(CLOCK).error[run] == pytest.approx(error)
+        later = [others[others > now] for now in step]
+        median = [np.median(rest) - now if rest.size else 0 for rest, now in zip(later, step, strict=True)]
+        assert running(plateau, np.arange(5) != run)[own] == pytest.approx(median)
+    assert sum(contest.standing(RUNNING).chosen.values()) == 5
+    assert not contest.standing(CLOCK).advantage.known
+    gain = contest.standing(CLOCK).error
+    assert contest.standing(LAW).advantage.value == pytest.approx(gain.mean())
+
+
+def test_first_passage_of_a_norm_that_decays_to_its_threshold_is_exact_from_t_mem_and_from_now(tmp_path):
+    # |theta| = 30 exp(2e-4 (T_grok - t)): V crosses 900 at T_grok at one rate in every run.
+    runs = planted(tmp_path, norm=lambda t_grok, step: 30 * np.exp(2e-4 * (t_grok - step)))
+    contest = e5_forecast.contest(runs)
+    standing = contest.standing("norm, first passage")
+    assert standing.error == pytest.approx(np.zeros(5), abs=1e-9)
+    assert contest.below.value == 0
+    others = np.arange(5) != 2
+    for once in (True, False):
+        forecast = e5_forecast._first_passage(once=once)(contest.plateau, others)
+        assert forecast == pytest.approx(contest.plateau.remaining)
+
+
+def test_a_norm_that_never_moves_says_now_and_one_that_rises_has_no_first_passage(tmp_path):
+    still = e5_forecast.contest(planted(tmp_path / "still"))
+    assert not still.standing("norm, first passage").forecast.any()
+    rising = e5_forecast.contest(planted(tmp_path / "up", norm=lambda t_grok, step: 30 + step / 100))
+    assert (rising.below.value, rising.below.n) == (1, 5)
+
+
+def test_training_loss_and_label_share_forecast_where_they_tell_and_only_where_they_were_recorded(tmp_path):
+    runs = planted(tmp_path, train_loss=lambda t_grok, step: 0.01 * np.exp((t_grok - step) / 1000))
+    assert "label share in five frequencies" not in [
+        each.rival.name for each in e5_forecast.contest(runs).standings
+    ]
+    # The share reaches a half 900 steps before grokking, and nothing else of it tells.
+    shares = with_column(runs, "top_share", lambda t_grok, step: 0.2 if step < t_grok - 900 else 0.6)
+    contest = e5_forecast.contest(shares)
+    loss = contest.standing("training loss")
+    # A median of an exponential is one, only later, so any window is as good; exponents are a grid.
+    assert loss.error.max() < 0.01
+    near = contest.plateau.remaining <= 900
+    share = contest.standing("label share in five frequencies")
+    assert set(share.chosen) <= {"0.3 reached", "0.5 reached"}
+    assert share.forecast[near] == pytest.approx(contest.plateau.remaining[near])
+
+
+def test_what_is_chosen_for_a_run_does_not_see_it(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(6, 60))
+
+    def entropy(t_grok, step):
+        return (
+            0.6
+            + (max(t_grok - step, 0) / 40_000) ** (1 / 1.5)
+            + 0.005 * noise[TIMES.index(t_grok), step // 100]
+        )
+
+    def norm(t_grok, step):
+        return 40 + (t_grok - step) / 200 + noise[TIMES.index(t_grok), step // 100]
+
+    def share(t_grok, step):
+        return min(max(0.9 - (t_grok - step) / 3000 + 0.05 * noise[TIMES.index(t_grok), step // 100], 0), 1)
+
+    runs = with_column(planted(tmp_path, entropy=entropy, norm=norm), "top_share", share)
+    first = runs.stored[0]
+    # The first run groks 600 steps earlier, all that is measured of it until then being the same.
+    early = dataclasses.replace(
+        first,
+        rows=tuple({**row, "test_accuracy": float(row["step"] >= TIMES[0] - 600)} for row in first.rows),
+    )
+    before, after = (
+        e5_forecast.contest(dataclasses.replace(runs, stored=(one, *runs.stored[1:])))
+        for one in (first, early)
+    )
+    shared = after.plateau.run == 0
+    assert shared.sum() == (before.plateau.run == 0).sum() - 6
+    for old, new in zip(before.standings, after.standings, strict=True):
+        assert new.forecast[shared].tolist() == old.forecast[before.plateau.run == 0][: shared.sum()].tolist()
+        others = before.plateau.run != 0
+        assert old.forecast[others].tolist() != new.forecast[after.plateau.run != 0].tolist()
+
+
+def test_false_alarms_are_forecasts_of_a_step_that_a_run_passes_without_grokking(tmp_path):
+    runs = planted(tmp_path / "e1")
+    # H stays where the law says 1,200 steps: every forecast but those of the last 1,200 steps is passed.
+    held = 0.6 + (1200 / 40_000) ** (1 / 1.5)
+    write_run(
+        tmp_path / "never", "e7", "mlp", 0, t_grok=None, last_step=6000, max_steps=6000,
+        entropy=lambda step: held,
+    )  # fmt: skip
+    never = Runs(tuple(read_runs(tmp_path / "never")))
+    fitted = PowerLaw(c1=40_000.0, gamma=1.5, c2=0.0, h_star=0.6)
+    contest = e5_forecast.contest(runs, Runs((*runs.stored, *never.stored)), fitted)
+    assert contest.never == 1
+    step = np.arange(300, 6001, 100)
+    assert contest.standing(LAW).alarms.value == pytest.approx(np.mean(step + 1200 <= 6000 + 1e-6))
+    assert contest.standing(CLOCK).alarms.value == 1
+    assert contest.declined.value == 0
+    assert contest.wrongly.value == pytest.approx(np.mean(step + 1200 <= 6000 + 1e-6))
+
+
+def test_errors_at_the_last_evaluation_and_the_first_close_one_are_by_the_papers_definition(tmp_path):
+    # In the last run H is too high by what the law takes for another 500 steps, until the very last evaluation.
+    def entropy(t_grok, step):
+        late = 500 if t_grok == 3400 and step < 3300 else 0
+        return law(t_grok)(step - late)
+
+    valid = e5_forecast.analyse(planted(tmp_path, entropy=entropy)).validation
+    assert valid.now == pytest.approx([100 / t_grok for t_grok in TIMES])
+    assert valid.last.shape == (5,)
+    assert valid.last[-1] == pytest.approx(0, abs=1e-6)
+    # 500 of 3,400 steps are under a fifth from the start on.
+    assert valid.below.value == pytest.approx(np.mean(TIMES), rel=1e-6)
+
+
+def test_after_grokking_slope_and_fall_are_those_of_the_1200_steps_after(tmp_path):
+    runs = planted(
+        tmp_path,
+        entropy=lambda t_grok, step: 0.7 - 4e-5 * min(step - t_grok, 1200) if step >= t_grok else 0.8,
+    )
+    after = e5_forecast.after_grokking(runs)
+    assert (after.falls.value, after.falls.n) == (1, 5)
+    assert after.slope.value == pytest.approx(-4e-5)
+    assert after.fall.value == pytest.approx(0.048)
+
+
+def test_section_has_the_rivals_their_figure_and_other_settings(tmp_path):
+    runs = planted(tmp_path / "e1")
+    for seed, t_grok in enumerate(TIMES):
+        write(tmp_path / "e6", seed, t_grok, experiment="e6", task="mul")
+    others = tuple(read_runs(tmp_path / "e6"))
+    result = e5_forecast.analyse(Runs((*runs.stored, *others), judged=True))
+    blocks = e5_forecast.section(result).blocks
+    tables = {block.columns[0]: block for block in blocks if isinstance(block, Table)}
+    rivals = {row[0]: row for row in tables["forecast"].rows}
+    assert rivals[LAW][2].startswith("0.0 %")
+    assert rivals[RUNNING][5] == "median (3); mean (2)"
+    assert tables["runs"].rows[0][:2] == ("E6: baseline, mul", "5")
+    assert tables["runs"].rows[0][-1] == LAW
+    assert "e5-rivals" in [block.name for block in blocks if isinstance(block, Figure)]
+    claims = e5_forecast.claims(result)
+    assert claims["e5.rivals"].verdict == Verdict.REPRODUCED
+    assert "needs H" in e5_forecast.headline(result)
+    assert result.guide.n == 5  # runs of other tasks are not diagnosed with this one's H*
+
+
+def test_three_runs_are_too_few_to_leave_two_out_and_the_section_says_so(stored):
+    result = e5_forecast.analyse(Runs(tuple(stored[:3]), judged=True))
+    assert result.contest is None
+    assert e5_forecast.claims(result)["e5.rivals"].verdict == Verdict.NOT_RUN
+    assert any("Fewer than 4" in getattr(b, "text", "") for b in e5_forecast.section(result).blocks)
 
 
 def timing(monitor, elapsed, seeds=2):
