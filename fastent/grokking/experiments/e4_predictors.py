@@ -13,6 +13,10 @@ rise or fall towards grokking. R2 is given in sample, as the paper's, and for ru
 constants (H*, the norm at grokking). In every run the remaining steps fall by one a step, so the clock, which needs no
 measurement of the network, explains much of them. The difference of R2 on runs left out is paired over runs: a run
 weighs in by what its squared errors differ.
+
+The paper's second version sets H beside the Fourier alignment of the covariance's leading eigenvectors
+(`fastent.grokking.train.measures`) and finds that they go against each other before grokking; its rho is read as
+Spearman's, within each run.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ from fastent.grokking.experiments.claims import (
 )
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.figures import LIGHT, WIDTH, drawn, legend_above
+from fastent.grokking.experiments.figures import GROK, LIGHT, WIDTH, drawn, legend_above
 from fastent.grokking.experiments.statistics import (
     CORRELATION,
     EXPLAINED,
@@ -72,6 +76,7 @@ class Predictors:
     pairs: Pairs
     table: tuple[Predictor, ...]
     points: int
+    alignment: Alignment
 
 
 def analyse(runs: Runs) -> Predictors | None:
@@ -86,6 +91,7 @@ def analyse(runs: Runs) -> Predictors | None:
         pairs=pairs(runs),
         table=table(data),
         points=data.remaining.size,
+        alignment=alignment(runs),
     )
 
 
@@ -109,8 +115,19 @@ def claims(result: Predictors) -> Findings:
         ),
         "e4.beats_norms": Finding(_listed(rows, (ENTROPY_GAP, NORM, NORM_GAP)), _judge_best(rows)),
         "e4.seven": Finding(_listed(rows, SEVEN), _judge_seven(rows)),
+        "e4.alignment": Finding(
+            _against_alignment(result.alignment),
+            CLAIMS["e4.alignment"].judge(result.alignment.rho, comparable=result.runs.comparable),
+        ),
         "e4.beats_clock": Finding(_beyond_clock(rows), judge_positive(_advantage(rows))),
     }
+
+
+def _against_alignment(found: Alignment) -> str:
+    if not found.rho.known:
+        return "not recorded in these runs: `fastent run e1 --preset paper` records it"
+    first, last = (f"({decimal(h.value, 2)}, {decimal(a.value, 2)})" for h, a in (found.first, found.last))
+    return f"ρ = {worded(found.rho, '')}; (H, alignment) from {first} at the start to {last} at T_grok"
 
 
 def _judge_weak(r: Estimate) -> Verdict:
@@ -176,6 +193,36 @@ class Correlations:
     changes: Estimate
     changes_plateau: Estimate
     ranks: Estimate
+
+
+LEADING = "leading_alignment"
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """H beside the alignment of the leading eigenvectors, over the runs that recorded it; unknown where none did.
+
+    `rho`: Spearman's of the two within each run, at its evaluations before T_grok. `first` and `last`: H and alignment
+    at the first evaluation and at T_grok.
+    """
+
+    rho: Estimate
+    first: tuple[Estimate, Estimate]
+    last: tuple[Estimate, Estimate]
+
+
+def alignment(runs: Runs) -> Alignment:
+    """Set H of `runs` beside the alignment of the leading eigenvectors."""
+    columns = runs.entropy, runs.column(LEADING)
+    before = runs.step < runs.t_grok[:, None]
+    both = before & ~np.isnan(columns[0] + columns[1])
+    ranks = ([stats.rankdata(column[i][kept]) for column in columns] for i, kept in enumerate(both))
+
+    def at(step: Array) -> tuple[Estimate, Estimate]:
+        h, aligned = (runs.at(column, step) for column in columns)
+        return over(h[~np.isnan(aligned)]), over(aligned)
+
+    return Alignment(over(_pearson(*pair) for pair in ranks), at(runs.start), at(runs.t_grok))
 
 
 @dataclass(frozen=True)
@@ -477,6 +524,25 @@ def norm_against_entropy(runs: Runs) -> Figure:
     return figure
 
 
+def portrait(runs: Runs) -> Figure:
+    """Every run's way through the plane of H and alignment, up to where it groks and beyond."""
+    figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for t_grok, (step, entropy, aligned) in zip(runs.t_grok, runs.lines(runs.entropy, LEADING), strict=True):
+        until = step <= t_grok if np.isfinite(t_grok) else np.full(step.size, True)
+        axes.plot(entropy, aligned, color=LIGHT.faint, linewidth=0.8, zorder=1)
+        axes.plot(entropy[until], aligned[until], color=LIGHT.test, linewidth=0.9, zorder=2)
+        axes.plot(entropy[:1], aligned[:1], "o", color=LIGHT.train, markersize=5, fillstyle="none", zorder=3)
+        axes.plot(entropy[step == t_grok], aligned[step == t_grok], color=LIGHT.ink, **GROK)
+    axes.plot([], [], color=LIGHT.test, label="until T_grok")
+    axes.plot([], [], color=LIGHT.faint, label="after")
+    axes.plot([], [], "o", color=LIGHT.train, fillstyle="none", label="start")
+    axes.plot([], [], color=LIGHT.ink, label="T_grok", **GROK)
+    axes.set(xlabel="H (normalised, no unit)", ylabel="alignment of the leading eigenvectors (no unit)")
+    legend_above(axes)
+    return figure
+
+
 def explained(table: Sequence[Predictor]) -> Figure:
     """R2 of every predictor, in sample with its interval, and on runs left out."""
     figure = Figure(figsize=(WIDTH, 1.0 + 0.55 * len(table)), layout="constrained")
@@ -552,6 +618,7 @@ def section(result: Predictors) -> Section:
             "Entropy against the parameter norm, coloured by test accuracy.",
         ),
         *_pair_blocks(result),
+        *_alignment_blocks(result),
         *_predictor_blocks(result),
     ]
     return Section("e4", TITLE, tuple(blocks))
@@ -591,6 +658,25 @@ def _pair_blocks(result: Predictors) -> list[Block]:
             f"So the norm alone does not tell how far a run has come: of {pairs.count:,} pairs alike in "
             f"norm, {percent(pairs.far_accuracy)} are more than one half apart in test accuracy. The same "
             f"test put to H: of the pairs within 0.005 in H, {percent(pairs.same_entropy)} are."
+        ),
+    ]
+
+
+def _alignment_blocks(result: Predictors) -> list[Block]:
+    found = result.alignment
+    if not found.rho.known:
+        return [Text(f"The alignment of the leading eigenvectors is {_against_alignment(found)}.", "note")]
+    return [
+        Text(
+            "The alignment of the covariance's leading eigenvectors with frequencies of the label, and H: "
+            f"{_against_alignment(found)}. Both follow the training, so a correlation of the two says no more than "
+            "one of norm and H over all evaluations does."
+        ),
+        drawn(
+            "e4-portrait",
+            functools.partial(portrait, result.runs),
+            "H and the alignment of the leading eigenvectors, one line a run.",
+            "Fourier alignment of the leading eigenvectors against the spectral entropy.",
         ),
     ]
 

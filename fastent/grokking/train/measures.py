@@ -5,10 +5,11 @@
   training set, `entropy_train`; and on all pairs, `entropy_all`. Every entropy has a column ``<name>_status``.
 - "fourier": how far the representation follows the task's group. `alignment`, the paper's measure on the
   training probe, with `alignment_null` and `alignment_null_mean`, the largest and the mean of what it is for
-  19 permutations of the labels. On all test pairs: `label_share`, the share of variance between labels;
-  of that variance, `top_share`, the part in the five strongest frequencies, and `frequencies`, how many take
-  part (participation). For S5 no alignment; instead of top_share `isotypic_41`, ..., the share of each
-  irreducible representation but the trivial one.
+  19 permutations of the labels; `leading_alignment`, that of the leading eigenvectors of the covariance, and
+  `leading_alignment_null`, the largest of the same 19. On all test pairs: `label_share`, the share of variance
+  between labels; of that variance, `top_share`, the part in the five strongest frequencies, and `frequencies`,
+  how many take part (participation). For S5 no alignment; instead of top_share `isotypic_41`, ..., the share of
+  each irreducible representation but the trivial one.
 - "progress": `restricted_loss` and `excluded_loss` (nats) by the key frequencies of that moment, `key_blocks`
   (their names, ascending), and `embedding_gini`, of the norms of the embedding's components per function of a
   block, the constant left out; not where an operand is several tokens.
@@ -27,6 +28,9 @@ axis of S seeds:
 - `alignment` is the paper's (section 11): the largest |Pearson r| of a coordinate of the representation with a
   character of the label. It is a maximum over some ten thousand correlations, so chance alone makes it large:
   `alignment_null` gives what it is for permuted labels.
+- `leading_alignment` is that of the paper's second version as we read it: of the representation along each of the
+  leading eigenvectors of its covariance, the largest correlation with a frequency of the label, averaged. How many
+  lead is ours, two for each of five frequencies.
 - `label_spectrum` is ours: how the variance between the label means divides over the blocks.
 - `restricted_and_excluded_loss` and `gini` are the progress measures of Nanda et al. 2023.
 """
@@ -257,6 +261,42 @@ def alignment_null(h: Tensor, characters: Tensor, permutations: Tensor) -> Tenso
     return torch.stack([_largest(x[rows, order], y) for order in permutations.unbind(1)])
 
 
+def leading_projections(h: Tensor, count: int) -> Tensor:
+    """Centred `h` (S, N, d) along the `count` leading eigenvectors of its covariance: (S, N, count), float64."""
+    h = h.double()
+    h = h - h.mean(1, keepdim=True)
+    return torch.matmul(h, torch.linalg.eigh(torch.matmul(h.mT, h)).eigenvectors[:, :, -count:])
+
+
+def leading_alignment(projections: Tensor, characters: Tensor, block: Tensor) -> Tensor:
+    """Mean over `projections` of the largest correlation with a block of characters.
+
+    The correlation with a block is the multiple one, with all its functions: the eigenvectors of a cosine and a sine
+    of one frequency may have any phase, and this does not see it.
+
+    Parameters
+    ----------
+    projections : Tensor, shape (S, N, k)
+        As `leading_projections` gives them.
+    characters : Tensor, shape (S, N, m)
+        Characters of each row's label.
+    block : Tensor, shape (m,), int64
+        The frequency of each.
+
+    Returns
+    -------
+    Tensor, shape (S,), float64
+        In [0, 1]: 1 where each projection is a function of one frequency of the label; a constant one counts as 0.
+    """
+    x, y = _standardized(projections), _standardized(characters)
+    # Block by block the normal equations of regressing x on y: what they explain of x is the squared correlation.
+    gram = torch.matmul(y.mT, y) * (block.unsqueeze(0) == block.unsqueeze(1))
+    products = torch.matmul(y.mT, x)
+    explained = products * torch.matmul(torch.linalg.pinv(gram, hermitian=True), products)
+    blocks = torch.nn.functional.one_hot(block).to(explained)
+    return torch.matmul(blocks.T, explained).clamp(0, 1).sqrt().amax(1).mean(1)
+
+
 def _standardized(x: Tensor) -> Tensor:
     x = x.double()
     x = x - x.mean(1, keepdim=True)
@@ -433,6 +473,9 @@ PERMUTATIONS = 19
 
 KEY_FREQUENCIES = 5
 """As many as Nanda et al. find in their network, out of (p - 1) / 2."""
+
+LEADING = 2 * KEY_FREQUENCIES
+"""Leading eigenvectors whose alignment is taken: a cosine and a sine for each key frequency. Ours."""
 
 KEY_REPRESENTATIONS = 2
 """The same for S5, out of six; Chughtai et al. 2023 find that networks learn few of them."""
@@ -612,6 +655,15 @@ def _fourier(moment: _Moment) -> Columns:
             columns["alignment"] = alignment(h, characters)
             columns["alignment_null"] = null.amax(0)
             columns["alignment_null_mean"] = null.mean(0)
+            leading = leading_projections(h, LEADING)
+            columns["leading_alignment"] = leading_alignment(leading, characters, moment.block)
+            rows = torch.arange(len(h), device=h.device).unsqueeze(1)
+            columns["leading_alignment_null"] = torch.stack(
+                [
+                    leading_alignment(leading[rows, order], characters, moment.block)
+                    for order in orders.unbind(1)
+                ]
+            ).amax(0)
         h, labels = part.of(torch.stack([pairs.held_out for pairs in part.pairs]))
         means, counts = part.means(h, labels)
         shares = label_spectrum(means, moment.basis, moment.block)

@@ -190,6 +190,7 @@ def test_claims_judge_weak_correlation_pairs_and_predictors(tmp_path):
         Verdict.OTHER_SETTING,
         Verdict.REPRODUCED,
         Verdict.IN_PART,
+        Verdict.NOT_RUN,  # no alignment was recorded
         Verdict.IN_PART,  # four runs
     ]
     strong = e4_predictors.analyse(dataclasses.replace(runs(tmp_path / "strong", falling), judged=True))
@@ -198,10 +199,54 @@ def test_claims_judge_weak_correlation_pairs_and_predictors(tmp_path):
     assert verdicts[2] == Verdict.NOT_REPRODUCED  # R2 is 1 here
 
 
+def test_alignment_that_rises_as_the_entropy_falls_has_rho_minus_one_and_its_portrait_ends_at_t_grok(
+    tmp_path,
+):
+    measured = runs(tmp_path, falling)
+    aligned = dataclasses.replace(
+        measured,
+        stored=tuple(
+            # After grokking, which plays no part, it falls again.
+            dataclasses.replace(
+                run,
+                rows=tuple(
+                    {
+                        **row,
+                        "leading_alignment": (0.9 - row["entropy"]) ** 3 if row["step"] <= t_grok else 0.1,
+                    }
+                    for row in run.rows
+                ),
+            )
+            for run, t_grok in zip(measured.stored, measured.t_grok, strict=True)
+        ),
+    )
+    result = e4_predictors.analyse(dataclasses.replace(aligned, judged=True))
+    found = result.alignment
+    assert (found.rho.value, found.rho.n) == (pytest.approx(-1), 4)
+    assert [e.value for e in found.last] == pytest.approx([0.6, 0.027])
+    start = np.mean([law(seed)[1](0) for seed in range(4)])
+    assert found.first[0].value == pytest.approx(start)
+    names = [getattr(block, "name", "") for block in e4_predictors.section(result).blocks]
+    assert "e4-portrait" in names
+    claim = e4_predictors.claims(result)["e4.alignment"]
+    assert claim.verdict == Verdict.IN_PART  # −0.82 is within a quarter of −1
+    assert claim.ours.endswith("at the start to (0.60, 0.03) at T_grok")
+
+
+def test_runs_that_recorded_no_alignment_say_which_command_does(tmp_path):
+    result = e4_predictors.analyse(runs(tmp_path, falling))
+    claim = e4_predictors.claims(result)["e4.alignment"]
+    assert claim.verdict == Verdict.NOT_RUN
+    assert "`fastent run e1 --preset paper`" in claim.ours
+    assert not any(
+        getattr(block, "name", "") == "e4-portrait" for block in e4_predictors.section(result).blocks
+    )
+
+
 def test_two_runs_are_too_few_for_predictors_and_that_is_said(tmp_path):
     result = e4_predictors.analyse(dataclasses.replace(runs(tmp_path, falling, seeds=range(2)), judged=True))
     assert result.table == ()
-    assert [found.verdict for found in e4_predictors.claims(result).values()][2:] == [Verdict.NOT_RUN] * 4
+    assert [found.verdict for found in e4_predictors.claims(result).values()][2:] == [Verdict.NOT_RUN] * 5
     assert any("Fewer than three" in getattr(b, "text", "") for b in e4_predictors.section(result).blocks)
 
 

@@ -121,6 +121,12 @@ def test_fourier_columns_are_those_of_the_representations_whose_label_is_in_the_
         r = np.corrcoef(h.T, group.basis[labels].T)[: h.shape[1], h.shape[1] :]
         assert found["alignment"][s] == pytest.approx(abs(r).max(), abs=1e-5)
         assert found["alignment_null_mean"][s] <= found["alignment_null"][s] < 1
+        vectors = np.linalg.eigh(np.cov(h.T.astype(np.float64)))[1][:, -10:]
+        along = torch.from_numpy(h - h.mean(0)).double() @ torch.from_numpy(vectors)
+        characters, block = torch.from_numpy(group.basis[labels]), torch.from_numpy(group.block)
+        expected = float(measures.leading_alignment(along[None], characters[None], block))
+        assert found["leading_alignment"][s] == pytest.approx(expected, abs=1e-4)
+        assert 0 < found["leading_alignment_null"][s] < 1
         h, labels = inside(test)
         means = np.stack([h[labels == c].mean(0) if c in labels else h.mean(0) for c in range(29)])
         energy = np.bincount(group.block, ((group.basis.T @ means) ** 2).sum(1))

@@ -44,6 +44,49 @@ def test_alignment_is_the_largest_pearson_correlation(labels):
     assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
+def test_leading_alignment_of_waves_is_one_whatever_their_phase_and_the_basis():
+    # Every label five times, so that frequencies are orthogonal on the rows; amplitudes tell them apart.
+    basis, block = harmonics()
+    labels = torch.arange(P).repeat(5)
+    sizes = torch.tensor([5.0, 4, 3, 2, 1]).repeat(2)
+    turned = torch.linalg.qr(torch.from_numpy(np.random.default_rng(4).standard_normal((16, 10)))).Q.T
+    h = torch.stack([waves(labels, [3, 17, 20, 30, 44], phase) * sizes @ turned + 2 for phase in (0.0, 0.3)])
+    characters = basis[labels].expand(2, -1, -1)
+    leading = measures.leading_projections(h, 10)
+    assert leading.square().sum(1)[0].tolist() == pytest.approx(
+        [485 / 2 * a**2 for a in (1, 1, 2, 2, 3, 3, 4, 4, 5, 5)], rel=1e-9
+    )
+    assert measures.leading_alignment(leading, characters, block).tolist() == pytest.approx([1.0] * 2)
+    # One more eigenvector than there are waves has nothing along it: ten of eleven are aligned.
+    flat = torch.nn.functional.pad(leading, (1, 0))
+    assert measures.leading_alignment(flat, characters, block).tolist() == pytest.approx([10 / 11] * 2)
+
+
+def test_leading_alignment_is_the_largest_multiple_correlation_with_a_frequency_averaged(labels):
+    basis, block = harmonics()
+    x = np.random.default_rng(5).standard_normal((512, 3))
+    characters = basis[labels].numpy()
+    expected = []
+    for column in x.T - x.mean(0)[:, None]:
+        found = []
+        for frequency in range(48):
+            pair = characters[:, (block == frequency).numpy()]
+            pair = pair - pair.mean(0)
+            fitted = pair @ np.linalg.lstsq(pair, column, rcond=None)[0]
+            found.append(np.linalg.norm(fitted) / np.linalg.norm(column))
+        expected.append(max(found))
+    found = measures.leading_alignment(torch.from_numpy(x)[None], basis[labels][None], block)
+    assert float(found) == pytest.approx(np.mean(expected), rel=1e-9)
+
+
+def test_leading_alignment_of_noise_is_that_of_chance(labels):
+    # The largest of 48 squared correlations, each exponential with mean 2 / 512: 2 (log 48 + 0.577) / 512.
+    basis, block = harmonics()
+    h = torch.from_numpy(np.random.default_rng(6).standard_normal((1, 512, 128)))
+    found = measures.leading_alignment(measures.leading_projections(h, 10), basis[labels][None], block)
+    assert float(found) == pytest.approx(math.sqrt(2 * (math.log(48) + 0.577) / 512), rel=0.1)
+
+
 def test_alignment_null_of_random_representations_is_about_a_fifth(labels):
     # 128 * 96 correlations of standard deviation 1 / sqrt(512): the largest is near 4.1 of them.
     rng = np.random.default_rng(2)
