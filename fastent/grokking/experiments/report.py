@@ -66,7 +66,7 @@ from fastent.grokking.experiments.document import (
 )
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.grokking.experiments.leads import left_out_threshold
-from fastent.grokking.train.config import SOURCES, TrainConfig
+from fastent.grokking.train.config import SOURCES, TASK_SETTINGS, TrainConfig
 from fastent.grokking.train.storage import write_atomically
 
 __all__ = ["EXPERIMENTS", "check_documents", "fill_documents", "write_report"]
@@ -321,9 +321,12 @@ def _setting(found: Sequence[tuple[Way, Sequence[StoredRun]]]) -> Text:
 
 def _way(way: Way) -> str:
     name, changes = way
-    differing = [
-        f"`{key}` {value} (there {PRESETS_JSON[name].get(key, NONE)})" for key, value in changes.items()
-    ]
+    differing = []
+    for key, value in changes.items():
+        own = isinstance(value, dict)
+        for field, here in value.items() if own else ((key, value),):
+            there = TASK_SETTINGS[key][field] if own else PRESETS_JSON[name].get(field, NONE)
+            differing.append(f"`{field}`{f' of {key}' if own else ''} {here} (there {there})")
     return f"the preset `{name}` " + (f"but for {', '.join(differing)}" if differing else "as it is")
 
 
@@ -633,36 +636,49 @@ def run_folder(stored: Sequence[StoredRun], runs: Path) -> Path:
 
 
 Way = tuple[str, dict[str, Any]]
-"""A setting: a preset and the values that differ from it, given to whatever an experiment asks for."""
+"""A setting: a preset and the values that differ from it, given to whatever an experiment asks for.
+
+Under the name of a task stand those that differ from what the task needs by itself (`TASK_SETTINGS`), as a dictionary.
+"""
 
 
-def settings(
-    stored: Sequence[StoredRun], known: Sequence[StoredRun] = ()
-) -> list[tuple[Way, list[StoredRun]]]:
-    """Find the settings behind `stored`, as few as there can be, each with its runs, most runs first.
+def settings(stored: Sequence[StoredRun]) -> list[tuple[Way, list[StoredRun]]]:
+    """Find the settings behind runs, as few as there can be, each with its runs, most runs first.
 
-    Whatever the experiments vary is part of no setting, nor are measures, which change nothing of the training. What
-    explains one experiment's runs may not be read off them (some multiply a setting that was given): `known` are
-    further runs that it is read off. A run of a kind that no experiment asks for varies nothing but its task.
+    Whatever the experiments vary is part of no setting, nor are measures, which change nothing of the training. A run
+    of a kind that no experiment asks for varies nothing but its task.
     """
     kinds: dict[str, list[StoredRun]] = defaultdict(list)
-    for run in (*stored, *known):
+    for run in stored:
         kinds[json.dumps((run.experiment, run.condition, run.config), sort_keys=True)].append(run)
-    ways = {
-        json.dumps(way, sort_keys=True): way
+    read = [
+        way
         for run, *_ in kinds.values()
         for way in (*((name, _changes(run, name)) for name in PRESETS_JSON), run.preset)
+    ]
+    # What is a task's own is read off its runs, and what is shared off those of others.
+    own = [
+        {},
+        *({key: value} for _, changes in read for key, value in changes.items() if isinstance(value, dict)),
+    ]
+    ways = {
+        json.dumps(way, sort_keys=True): way
+        for name, changes in read
+        for each in own
+        for way in [(name, {**changes, **each})]
     }
-    asked = {id(run) for run in stored}
-    found = []
-    left = [made for runs in kinds.values() if (made := [run for run in runs if id(run) in asked])]
+    found, left = [], list(kinds.values())
     while left:
         behind = [
             (way, made)
             for way in ways.values()
             if (made := [runs for runs in left if _made_by(runs[0], *way)])
         ] or [(left[0][0].preset, left[:1])]
-        way, made = min(behind, key=lambda each: (-sum(map(len, each[1])), len(each[0][1])))
+        # A preset as it is says more than another one with changes, and `paper` with changes more than its variants.
+        way, made = min(
+            behind,
+            key=lambda each: (-sum(map(len, each[1])), each[0][1] != {}, "-" in each[0][0], len(each[0][1])),
+        )
         found.append((way, [run for runs in made for run in runs]))
         left = [runs for runs in left if runs not in made]
     return found
@@ -674,11 +690,18 @@ def of_one_setting(stored: Sequence[StoredRun]) -> bool:
 
 
 def commands(stored: Sequence[StoredRun], runs: Path) -> list[str]:
-    """Write the commands that make `stored`: as few as there are presets and changed settings behind the runs."""
+    """Write the commands that make `stored`, one for each experiment and setting behind the runs."""
+    found = settings(stored)
     return [
-        command(experiment, name, _options(changes), seeds={run.seed for run in made}, runs=runs)
+        command(experiment, name, _options(changes), seeds={run.seed for run in asked}, runs=runs)
+        + "".join(
+            f"  # {task} had {', '.join(f'{key} {value}' for key, value in own.items())}"
+            for task, own in changes.items()
+            if isinstance(own, dict) and any(run.config["task"] == task for run in asked)
+        )
         for experiment in dict.fromkeys(run.experiment for run in stored)
-        for (name, changes), made in settings([r for r in stored if r.experiment == experiment], stored)
+        for (name, changes), made in found
+        if (asked := [run for run in made if run.experiment == experiment])
     ]
 
 
@@ -711,6 +734,9 @@ def _changes(run: StoredRun, preset: str) -> dict[str, Any]:
     if asked is None:
         return {}
     changes = {key: run.config[key] for key, value in asked.items() if run.config.get(key, value) != value}
+    task = run.config["task"]
+    if own := {key: changes.pop(key) for key in TASK_SETTINGS.get(task, {}) if key in changes}:
+        changes[task] = own
     for key in list(changes):
         # One setting may follow from another: a run to the end goes on for as long as the limit of steps.
         fewer = {name: value for name, value in changes.items() if name != key}
@@ -728,8 +754,10 @@ def _explains(run: StoredRun, preset: str, changes: dict[str, Any]) -> bool:
 
 def _asked(run: StoredRun, preset: str, changes: dict[str, Any]) -> dict[str, Any] | None:
     """Return the settings that the run's experiment gives to a run of its kind; None if it asks for none."""
-    kinds = _settings(run.experiment, preset, json.dumps(changes, sort_keys=True))
-    return kinds.get((run.condition, run.config["task"]))
+    shared = {key: value for key, value in changes.items() if not isinstance(value, dict)}
+    kinds, task = _settings(run.experiment, preset, json.dumps(shared, sort_keys=True)), run.config["task"]
+    asked = kinds.get((run.condition, task))
+    return None if asked is None else {**asked, **changes.get(task, {})}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -747,6 +775,8 @@ def _settings(experiment: str, preset: str, changes: str) -> dict[tuple[str, str
 def _options(changes: dict[str, Any]) -> list[str]:
     words = []
     for key, value in changes.items():
+        if isinstance(value, dict):
+            continue  # no option gives a task of an experiment another value than its own
         words.append(f"--{'no-' if value is False else ''}{key.replace('_', '-')}")
         if not isinstance(value, bool):
             words += map(str, value if isinstance(value, list) else [value])

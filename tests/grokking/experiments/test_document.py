@@ -147,10 +147,11 @@ def test_a_group_of_the_page_is_folded_and_its_line_is_in_words_and_a_verdict():
     assert '<span class="verdict part">in part</span></summary>' in page
 
 
-def test_wide_tables_and_code_can_be_scrolled_by_keyboard_and_words_become_cards():
+def test_tables_figures_and_code_can_be_scrolled_by_keyboard_and_words_become_cards():
     words = Section("s", "S", (Table("c", ("a", "b"), (("1", "2"),)), Code("long")))
     page = as_html("Title", "", [SECTION, words])
-    assert page.count('<div class="scroll" tabindex="0">') == 2
+    assert page.count('<div class="scroll" tabindex="0"><table') == 2
+    assert page.count('<div class="scroll" tabindex="0"><picture>') == 1
     assert page.count('<pre tabindex="0">') == 2
     # A table with numbers stays one; of one of words each cell knows its column's name.
     assert '<table class="words">' in page

@@ -491,6 +491,45 @@ def test_runs_of_a_kind_that_no_experiment_asks_for_are_compared_by_their_settin
     assert not report.of_one_setting(read_runs(tmp_path))
 
 
+def test_runs_of_a_preset_that_has_changed_since_are_of_one_setting_that_the_head_can_name(
+    tmp_path, monkeypatch
+):
+    for experiment in ("e1", "e6"):
+        for job in JOBS[experiment](preset("paper"), (0, 1)):
+            write(tmp_path, job)
+    newer = dataclasses.asdict(preset("paper", train_fraction=0.2, final_norm=True, evaluate_every=100))
+    monkeypatch.setitem(report.PRESETS_JSON, "paper", json.loads(json.dumps(newer)))
+    monkeypatch.setattr(report, "_settings", report._settings.__wrapped__)
+    stored = read_runs(tmp_path)
+    ((way, made),) = report.settings(stored)
+    assert way == ("paper", {"train_fraction": 0.3, "final_norm": False, "evaluate_every": 200})
+    assert len(made) == len(stored)
+    assert report._way(way) == (
+        "the preset `paper` but for `train_fraction` 0.3 (there 0.2), `final_norm` False (there True), "
+        "`evaluate_every` 200 (there 100)"
+    )
+
+
+def test_what_a_task_had_for_itself_is_named_and_two_of_it_are_two_settings(tmp_path):
+    for experiment in ("e1", "e6"):
+        for job in JOBS[experiment](preset("paper", weight_decay=0.5), (0, 1)):
+            if job.config.task == "s5":
+                job = dataclasses.replace(job, config=dataclasses.replace(job.config, train_fraction=0.1))
+            write(tmp_path, job)
+    stored = read_runs(tmp_path)
+    ((way, _),) = report.settings(stored)
+    assert way == ("paper", {"weight_decay": 0.5, "s5": {"train_fraction": 0.1}})
+    assert "`weight_decay` 0.5 (there 1.0), `train_fraction` of s5 0.1 (there 0.5)" in report._way(way)
+    first, sixth = report.commands(stored, tmp_path)
+    assert "#" not in first
+    assert sixth == (
+        f"fastent run e6 --preset paper --weight-decay 0.5 --seeds 0-1 --out {tmp_path}  # s5 had train_fraction 0.1"
+    )
+    path = tmp_path / "e6-baseline-s5-seed1" / "config.json"
+    path.write_text(path.read_text().replace('"train_fraction": 0.1', '"train_fraction": 0.2'))
+    assert not report.of_one_setting(read_runs(tmp_path))
+
+
 def test_a_setting_younger_than_the_runs_does_not_set_them_apart(tmp_path):
     (job,) = JOBS["e1"](preset("paper"), (0, 1))
     write(tmp_path, job)
