@@ -93,12 +93,7 @@ class EntropyRecord:
         return cls(
             step=step,
             layer=layer,
-            normalized=float(result.normalized),
-            entropy=float(result.entropy),
-            effective_rank=float(result.effective_rank),
-            participation_ratio=float(result.participation_ratio),
-            total_variance=float(result.total_variance),
-            ceiling=result.ceiling,
+            **{name: float(getattr(result, name)) for name in _FLOATS},
             status=result.status,
             flags=result.flags,
             message=result.message,

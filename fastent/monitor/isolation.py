@@ -474,7 +474,6 @@ def undisturbed(model: nn.Module) -> Iterator[Interrupts]:
     with ExitStack() as stack:
         interrupts = stack.enter_context(interrupts_held())
         stack.enter_context(_alone(modules))
-        stack.enter_context(_counted())
         if "torch._dynamo" in sys.modules:  # else nothing can be compiled, and the import takes a second
             stack.enter_context(_EAGER)
         # Resharded first: what is put back are attributes of the sharded model.
@@ -509,15 +508,6 @@ class _Passes(threading.local):
 _passes = _Passes()
 
 
-@contextmanager
-def _counted() -> Iterator[None]:
-    _passes.depth += 1
-    try:
-        yield
-    finally:
-        _passes.depth -= 1
-
-
 def in_a_pass() -> bool:
     """Whether the calling thread runs a model undisturbed, so that what hooks see is no training."""
     return _passes.depth > 0
@@ -536,9 +526,11 @@ def _alone(modules: list[nn.Module]) -> Iterator[None]:
         _owners_changed.wait_for(lambda: all(_owners.get(key, me) == me for key in ids))
         ids -= _owners.keys()  # those of a pass around this one stay its own
         _owners.update(dict.fromkeys(ids, me))
+    _passes.depth += 1
     try:
         yield
     finally:
+        _passes.depth -= 1
         with _owners_changed:
             for key in ids:
                 del _owners[key]
