@@ -274,7 +274,7 @@ def forecast(quick: bool) -> list[Row]:
         "predict_grok_time": lambda: fastent.predict_grok_time(0.75, law, step=6000),
         "sampling_error, 512 x 128": lambda: fastent.sampling_error(h),
     }
-    seconds = interleaved(calls, rounds=9 if quick else 25, budget=10.0 if quick else 30.0)
+    seconds = interleaved(calls, rounds=9 if quick else 25, budget=3.0 if quick else 30.0)
     return [
         {
             "op": "forecast",

@@ -186,11 +186,10 @@ def device_times(
     rounds: int = 20,
     cold: bool = False,
     graph: bool = False,
-    target: float = 1e-3,
 ) -> np.ndarray:
     """Seconds of `call` on the device, shape (rounds,).
 
-    On CUDA by events, around as many calls as last about `target` seconds, queued behind a pause so that the host is
+    On CUDA by events, around as many calls as last about a millisecond, queued behind a pause so that the host is
     ahead; with `graph` they are captured once and replayed, so that short kernels are not timed by their launches;
     with `cold` one call a round, after the second-level cache was overwritten. On the CPU by the clock.
     """
@@ -202,7 +201,7 @@ def device_times(
     start = time.perf_counter()
     call()
     torch.cuda.synchronize()
-    repeats = 1 if cold else max(1, min(200, int(target / max(time.perf_counter() - start, 1e-7))))
+    repeats = 1 if cold else max(1, min(200, int(1e-3 / max(time.perf_counter() - start, 1e-7))))
 
     def several() -> None:
         for _ in range(repeats):

@@ -140,18 +140,16 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def bootstrap(
-    n: int, statistic: Callable[[np.ndarray], np.ndarray], *, resamples: int = 2000
-) -> tuple[float, float]:
-    """95 % interval of a statistic of n observations, which gets their places (resamples, n) and gives (resamples,)."""
-    drawn = np.random.default_rng(0).integers(n, size=(resamples, n))
+def bootstrap(n: int, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
+    """95 % interval of a statistic of n observations, which gets their places (2000, n) and gives (2000,)."""
+    drawn = np.random.default_rng(0).integers(n, size=(2000, n))
     low, high = np.quantile(statistic(drawn), [0.025, 0.975])
     return float(low), float(high)
 
 
-def median_interval(values: np.ndarray, *, resamples: int = 2000) -> tuple[float, float, float]:
+def median_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Median and its 95 % bootstrap interval."""
-    spans = bootstrap(len(values), lambda drawn: np.median(values[drawn], axis=1), resamples=resamples)
+    spans = bootstrap(len(values), lambda drawn: np.median(values[drawn], axis=1))
     return float(np.median(values)), *spans
 
 

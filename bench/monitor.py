@@ -209,9 +209,9 @@ def vision(wrap: Wrap, seed: int) -> TrainingLoop:
 class Language(nn.Module):
     """Causal language model: two pre-norm blocks of width 128, 64 tokens, a vocabulary of 256."""
 
-    def __init__(self, vocabulary: int = 256, width: int = 128, length: int = 64, heads: int = 4) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.heads = heads
+        vocabulary, width, length, self.heads = 256, 128, 64, 4
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(
@@ -446,7 +446,7 @@ def _monitor_rows(name: str, mode: str, runs: list[TimedRun]) -> list[Row]:
     return rows
 
 
-def overhead(blocks: np.ndarray, plain: np.ndarray, stride: int, resamples: int = 2000) -> tuple[float, ...]:
+def overhead(blocks: np.ndarray, plain: np.ndarray, stride: int) -> tuple[float, ...]:
     """Time of a run over that of the plain one, less 1, and its 95 % bootstrap interval.
 
     Turns are put together to whole periods of the stride, so that each holds the same number of probes, and the
@@ -459,10 +459,10 @@ def overhead(blocks: np.ndarray, plain: np.ndarray, stride: int, resamples: int 
     theirs = plain[:used].reshape(-1, length).sum(1)
     if len(ours) < 5:
         ours, theirs = blocks[:used], plain[:used]
-        spans = bootstrap(used, lambda drawn: ours[drawn].sum(1) / theirs[drawn].sum(1), resamples=resamples)
+        spans = bootstrap(used, lambda drawn: ours[drawn].sum(1) / theirs[drawn].sum(1))
         found = (float(ours.sum() / theirs.sum()), *spans)
     else:
-        found = median_interval(ours / theirs, resamples=resamples)
+        found = median_interval(ours / theirs)
     return tuple(round(value - 1, 5) for value in found)
 
 
