@@ -1,7 +1,7 @@
 """Conditions of training: the paper's interventions by name, each one small object applied at three places.
 
-Mixed representations (E2), a held parameter norm (E3), and both. The baseline is no condition at all and costs nothing.
-A condition's name says what it does, its parts joined by "+":
+Mixed representations (E2), a held parameter norm (E3), a held scale of the logits, and several of these. The baseline
+is no condition at all and costs nothing. A condition's name says what it does, its parts joined by "+":
 
 - ``losses-<alpha>``: the head is trained on the representations and on their mixture, the two losses averaged
   (the formula of Appendix C). ``logits-<alpha>``: the two logits averaged (the text of Appendix C). The head is
@@ -11,18 +11,33 @@ A condition's name says what it does, its parts joined by "+":
   at 0 is left free. ``norm-as-<condition>``: the common norm follows that of the same seed's complete run under
   another condition, log-linear between its evaluations and constant after its end. ``norm-mem``: it follows the
   baseline's until that has memorised, and is held there.
+- ``norm-as-baseline`` alone is the sham: what the holding does by itself, as nothing else is changed. It has
+  three variants, which every ``norm-as-<condition>`` has: ``norm-as-baseline-moments``, AdamW's moments scaled
+  along; ``norm-as-baseline-each``, each tensor by its own factor to its own norm; ``norm-as-baseline-every-step``,
+  the norm of every step instead of the line between evaluations. The record has no such norms, so these two train
+  what they follow once more beside them (twice the cost).
+- ``logits-as-<condition>``: in training the logits are divided by one number a step, a temperature, so that their
+  scale is that of the same seed's complete run under another condition. With a held norm it says whether the norm
+  acts through the scale (as arXiv 2606.18465 finds), without one whether the scale acts by itself. The scale is the
+  root mean square of the logits, each row less its mean over the classes: recorded on the training probe (measure
+  "logit_scale"), set on each batch. The gradients take the temperature for a constant.
 
-Scaling changes the parameters only: AdamW's two moments stay as they are. They are means of gradients that were
-taken at the same norm, or nearly, as the wanted norm moves little within their memory (10 and 50 steps).
-Evaluation and entropy see the representations as they are, never mixed.
+Scaling changes the parameters only: AdamW's two moments stay as they are, but under ``-moments``. They are means of
+gradients that were taken at the same norm, or nearly, as the wanted norm moves little within their memory (10 and 50
+steps). Under ``-moments``, parameters times c have their first moment divided by c and their second by c^2: what the
+chain rule makes of the gradient when the unit of the parameters changes, and what the gradient of a loss that ignores
+their scale does. The direction and the size of the next step stay what they were.
+
+Evaluation and entropy see the network as it is, its representations never mixed, its logits never divided.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +47,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastent.grokking.train.config import TrainConfig
-from fastent.grokking.train.models import initial_parameters
+from fastent.grokking.train.models import head_gradients, initial_parameters, logit_scale
 from fastent.grokking.train.runs import Job, read_settings
+from fastent.grokking.train.stack import Stack
+from fastent.grokking.train.stacked import Parameters, tensor_norms
 from fastent.grokking.train.storage import RunError, read_rows
 from fastent.grokking.train.tasks import make_task
 from fastent.mixing import mix_representations
@@ -59,18 +76,22 @@ class Condition:
         return grad
 
     def numbers(self, seeds: Sequence[int], step: int) -> list[NDArray[np.float64]]:
-        """Return what `after_step` needs of this host after step number `step` (from 1) of `seeds`.
+        """Return what the two methods below need of this host in step number `step` (from 1) of `seeds`.
 
-        The shapes are the same at every step: on a GPU these numbers are there before the step is launched.
+        The shapes are the same at every step: on a GPU these numbers are there before the step is launched. The
+        methods get them as tensors beside the parameters, one iterator for both: each takes as many as are its own.
+        They read no tensor on the host, or the step could not be captured as a CUDA graph.
         """
         return []
 
-    def after_step(self, parameters: dict[str, Tensor], numbers: Iterator[Tensor]) -> None:
-        """Change the parameters, (S, ...) each, in place after a step.
+    def head_gradients(
+        self, p: Parameters, hidden: Tensor, labels: Tensor, numbers: Iterator[Tensor]
+    ) -> tuple[Tensor, Tensor, Parameters]:
+        """Return what `fastent.grokking.train.models.head_gradients` returns, of the loss that is trained on."""
+        return head_gradients(p, hidden, labels)
 
-        `numbers` gives what the method of that name returned, as tensors beside the parameters: take as many.
-        Tensors are not to be read on the host here, or the step could not be captured as a CUDA graph.
-        """
+    def after_step(self, state: Mapping[str, Parameters], numbers: Iterator[Tensor]) -> None:
+        """Change a step's "parameter" tensors, (S, ...) each, or their "first" and "second" moments, in place."""
 
 
 NONE = ("baseline", "to-the-end")
@@ -79,14 +100,20 @@ NONE = ("baseline", "to-the-end")
 SETTINGS = "with-"
 """The same goes for every condition that begins so: it names settings, such as "with-mlp-sum"."""
 
-_AS, _MEM = "norm-as-", "norm-mem"
+_PART = re.compile(
+    r"(?P<average>losses|logits)-(?P<alpha>\d*\.?\d+)|norm-start(?P<each>-each)?|(?P<mem>norm-mem)"
+    r"|norm-as-(?P<norm>.+?)(-(?P<how>each|moments|every-step))?|logits-as-(?P<logits>.+)"
+)
+
+NORM, SCALE = "parameter_norm", "logit_scale"
+"""Columns that a run can follow."""
 
 Average = Literal["losses", "logits"]
 Norms = Callable[[int, int], Sequence[float]]
 """Norms to hold, by seed and step: a single one for all parameters together, or one for each tensor."""
 
 
-def make_condition(job: Job, out: Path) -> Condition | None:
+def make_condition(job: Job, out: Path, device: str | torch.device = "cpu") -> Condition | None:
     """Return what the condition of `job` does to its training; None if nothing.
 
     Parameters
@@ -94,54 +121,76 @@ def make_condition(job: Job, out: Path) -> Condition | None:
     job : Job
         Its `condition` is a name as above.
     out : Path
-        Folder of the run folders, where the run is whose norm is followed.
+        Folder of the run folders, where the runs are that are followed.
+    device : str or torch.device
+        Where to train once more what is followed at every step or tensor by tensor.
 
     Raises
     ------
     RunError
-        If no condition is called that, or the run to follow is missing, incomplete or of other settings.
+        If no condition is called that, or a run to follow is missing, incomplete, of other settings or without the
+        column.
     """
     if job.condition in NONE or job.condition.startswith(SETTINGS):
         return None
-    parts = [_part(text, job, out) for text in job.condition.split("+")]
+    parts = [_part(text, job, out, device) for text in job.condition.split("+")]
     return parts[0] if len(parts) == 1 else InTurn(parts)
 
 
-def followed(condition: str) -> str | None:
-    """Name the condition whose runs must be complete before those of `condition` can start, if any.
+def followed(condition: str) -> dict[str, str]:
+    """Name, by column, the condition whose complete runs those of `condition` follow in it.
 
     Examples
     --------
-    >>> followed("losses-0.1+norm-as-baseline")
-    'baseline'
+    >>> followed("losses-0.1+norm-as-baseline"), followed("logits-as-norm-mem")
+    ({'parameter_norm': 'baseline'}, {'logit_scale': 'norm-mem'})
     """
-    for part in reversed(condition.split("+")):
-        if part == _MEM:
-            return "baseline"
-        if part.startswith(_AS):
-            return part.removeprefix(_AS)
-    return None
+    found = {}
+    for part in condition.split("+"):
+        if match := _PART.fullmatch(part):
+            if match["mem"]:
+                found[NORM] = "baseline"
+            elif match["norm"]:
+                found[NORM] = match["norm"]
+            elif match["logits"]:
+                found[SCALE] = match["logits"]
+    return found
 
 
-def source_job(job: Job) -> Job | None:
-    """Return the runs whose norms those of `job` follow: E1's baseline, or E2's runs under a mixing."""
-    condition = followed(job.condition)
-    if condition is None:
-        return None
-    return Job("e1" if condition == "baseline" else "e2", condition, job.config, job.seeds)
+def sources(job: Job) -> list[Job]:
+    """Return the runs that must be complete before those of `job` can start."""
+    return [_source(job, name) for name in dict.fromkeys(followed(job.condition).values())]
 
 
-def _part(text: str, job: Job, out: Path) -> Condition:
-    if found := re.fullmatch(r"(losses|logits)-(\d*\.?\d+)", text):
-        return Mixing(float(found[2]), "losses" if found[1] == "losses" else "logits")
-    if text in ("norm-start", "norm-start-each"):
-        return HeldNorm(_starting_norms(job.config, each=text.endswith("each")))
-    if text == _MEM or text.startswith(_AS):
-        return HeldNorm(_followed_norms(job, out, until_memorised=text == _MEM))
-    raise RunError(
-        f"no condition is called {job.condition!r}; there are {', '.join(NONE)}, losses-0.1, logits-0.1, "
-        "norm-start, norm-start-each, norm-mem, norm-as-baseline, and several of these joined by +"
-    )
+def _source(job: Job, condition: str) -> Job:
+    """Return the runs of `condition` with the settings of `job`: E1's baseline, E2's mixing, E3's else."""
+    mixing = (match := _PART.fullmatch(condition)) is not None and match["average"]
+    experiment = "e1" if condition == "baseline" else "e2" if mixing else "e3"
+    return dataclasses.replace(job, experiment=experiment, condition=condition)
+
+
+def _part(text: str, job: Job, out: Path, device: str | torch.device) -> Condition:
+    found = _PART.fullmatch(text)
+    if found is None:
+        raise RunError(
+            f"no condition is called {job.condition!r}; there are {', '.join(NONE)}, losses-0.1, logits-0.1, "
+            "norm-start, norm-start-each, norm-mem, norm-as-baseline (and with -each, -moments, -every-step), "
+            "logits-as-baseline, and several of these joined by +"
+        )
+    if found["alpha"]:
+        return Mixing(float(found["alpha"]), "losses" if found["average"] == "losses" else "logits")
+    if found["logits"]:
+        return HeldLogits(_between(_logs(_source(job, found["logits"]), out, SCALE)))
+    if found["mem"]:
+        return HeldNorm(_between(_logs(_source(job, "baseline"), out, NORM, until_memorised=True)))
+    if not found["norm"]:
+        return HeldNorm(_starting_norms(job.config, each=bool(found["each"])))
+    source = _source(job, found["norm"])
+    logs = _logs(source, out, NORM)
+    if found["how"] in ("each", "every-step"):
+        twins = {seed: _Twin(source, seed, out, device) for seed in job.seeds}
+        return HeldNorm(_at_every_step(logs, twins) if found["how"] == "every-step" else _each(logs, twins))
+    return HeldNorm(_between(logs), moments=found["how"] == "moments")
 
 
 class Mixing(Condition):
@@ -185,33 +234,70 @@ class HeldNorm(Condition):
     ----------
     norms : function of seed and step
         One norm for all parameters of a seed together, or one for each tensor in their order. 0 leaves free.
+    moments : bool
+        Whether AdamW's moments are scaled along, the first by the inverse factor and the second by its square.
     """
 
-    def __init__(self, norms: Norms) -> None:
-        self._norms = norms
+    def __init__(self, norms: Norms, *, moments: bool = False) -> None:
+        self._norms, self._moments = norms, moments
 
     def numbers(self, seeds: Sequence[int], step: int) -> list[NDArray[np.float64]]:
         """Return the norms to hold, (1, S) or (tensors, S)."""
         return [np.array([self._norms(seed, step) for seed in seeds], dtype=np.float64).T]
 
-    def after_step(self, parameters: dict[str, Tensor], numbers: Iterator[Tensor]) -> None:
-        """Scale the parameters, (S, ...) each, in place."""
-        tensors, wanted = list(parameters.values()), next(numbers)
-        now = torch.stack(
-            [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in tensors]
-        )
+    def after_step(self, state: Mapping[str, Parameters], numbers: Iterator[Tensor]) -> None:
+        """Scale the parameters, (S, ...) each, in place, and their moments if asked."""
+        parameters, wanted = state["parameter"], next(numbers)
+        now = tensor_norms(parameters)
         if len(wanted) == 1:
             now = torch.linalg.vector_norm(now, dim=0, keepdim=True)
-        factors = torch.where((wanted > 0) & (now > 0), wanted / now, 1.0)
-        for tensor, factor in zip(tensors, factors.expand(len(tensors), -1), strict=True):
-            tensor.mul_(factor.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)))
+        factors = torch.where((wanted > 0) & (now > 0), wanted / now, 1.0).expand(len(parameters), -1)
+        powers = {"parameter": 1, "first": -1, "second": -2} if self._moments else {"parameter": 1}
+        for kind, power in powers.items():
+            for tensor, factor in zip(state[kind].values(), factors.pow(power), strict=True):
+                tensor.mul_(_per_seed(factor, tensor))
+
+
+class HeldLogits(Condition):
+    """Division of the logits in training by one number a step, so that they have a given scale over the batch.
+
+    Parameters
+    ----------
+    scales : function of seed and step
+        `fastent.grokking.train.models.logit_scale` to have after so many steps: step number k trains on the scale
+        after k - 1.
+    """
+
+    def __init__(self, scales: Norms) -> None:
+        self._scales = scales
+
+    def numbers(self, seeds: Sequence[int], step: int) -> list[NDArray[np.float64]]:
+        """Return the scales to have, (S,)."""
+        return [np.array([self._scales(seed, step - 1)[0] for seed in seeds], dtype=np.float64)]
+
+    def head_gradients(
+        self, p: Parameters, hidden: Tensor, labels: Tensor, numbers: Iterator[Tensor]
+    ) -> tuple[Tensor, Tensor, Parameters]:
+        """Loss and gradients for the divided logits: those of a head that is divided, divided once more in the head."""
+        now, wanted = logit_scale(p, hidden), next(numbers)
+        factor = torch.where(now > 0, wanted / now, 1.0)
+        divided = {name: p[name] * _per_seed(factor, p[name]) for name in ("head.weight", "head.bias")}
+        losses, grad, head = head_gradients(divided, hidden, labels)
+        return losses, grad, {name: g.mul_(_per_seed(factor, g)) for name, g in head.items()}
+
+
+def _per_seed(factor: Tensor, tensor: Tensor) -> Tensor:
+    """Factors (S,) in the shape and dtype that multiply a tensor (S, ...)."""
+    return factor.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
 
 
 class InTurn(Condition):
     """Several conditions, each applied to what the one before it made."""
 
     def __init__(self, parts: Sequence[Condition]) -> None:
-        self._parts = parts
+        # In the order in which a step takes their numbers: norms come last.
+        self._parts = sorted(parts, key=lambda part: isinstance(part, HeldNorm))
+        self._head = next((part for part in parts if isinstance(part, HeldLogits)), Condition())
 
     def before_head(self, hidden: Tensor) -> Tensor:
         """Pass through each."""
@@ -229,10 +315,16 @@ class InTurn(Condition):
         """Return those of each."""
         return [array for part in self._parts for array in part.numbers(seeds, step)]
 
-    def after_step(self, parameters: dict[str, Tensor], numbers: Iterator[Tensor]) -> None:
+    def head_gradients(
+        self, p: Parameters, hidden: Tensor, labels: Tensor, numbers: Iterator[Tensor]
+    ) -> tuple[Tensor, Tensor, Parameters]:
+        """Those of the one that changes the logits, if any does."""
+        return self._head.head_gradients(p, hidden, labels, numbers)
+
+    def after_step(self, state: Mapping[str, Parameters], numbers: Iterator[Tensor]) -> None:
         """Apply each."""
         for part in self._parts:
-            part.after_step(parameters, numbers)
+            part.after_step(state, numbers)
 
 
 def _starting_norms(config: TrainConfig, *, each: bool) -> Norms:
@@ -246,32 +338,95 @@ def _starting_norms(config: TrainConfig, *, each: bool) -> Norms:
     return lambda seed, step: at_start(seed)
 
 
-def _followed_norms(job: Job, out: Path, *, until_memorised: bool) -> Norms:
-    source = source_job(job)
-    assert source is not None
-    logs = {seed: _norm_log(source, seed, out, until_memorised=until_memorised) for seed in job.seeds}
+Column = NDArray[np.float64]
+Logs = Mapping[int, tuple[Column, Column]]
+"""By seed, steps of a recorded run and the logarithms of a column there."""
+
+
+def _between(logs: Logs) -> Norms:
     return lambda seed, step: (math.exp(np.interp(step, *logs[seed])),)
 
 
-Column = NDArray[np.float64]
+class _Twin:
+    """A seed's run under the condition that is followed, trained once more: the norm of each tensor at every step.
+
+    It starts at step 0 whenever the run that follows it starts or resumes, and so adds no state to it.
+    """
+
+    def __init__(self, source: Job, seed: int, out: Path, device: str | torch.device) -> None:
+        condition = make_condition(dataclasses.replace(source, seeds=(seed,)), out, device)
+        self._make = functools.partial(Stack, source.config, (seed,), device, condition)
+        self._stack: Stack | None = None
+        self._norms: list[Column] = []
+
+    def norms(self, step: int) -> Column:
+        """Return the norms after `step` steps, (tensors,)."""
+        if self._stack is None:
+            self._stack = self._make()
+            self._norms = [self._now()]
+        while len(self._norms) <= step:
+            self._stack.train_step()
+            self._norms.append(self._now())
+        return self._norms[step]
+
+    def _now(self) -> Column:
+        assert self._stack is not None
+        norms: Column = self._stack.norms()[:, 0].cpu().numpy()
+        return norms
 
 
-def _norm_log(source: Job, seed: int, out: Path, *, until_memorised: bool) -> tuple[Column, Column]:
-    """Return the steps and the logarithms of the norm in the log of a complete run, up to its T_mem if asked."""
-    path = out / source.run_name(seed)
+def _at_every_step(logs: Logs, twins: Mapping[int, _Twin]) -> Norms:
+    """Norms of the steps themselves, in float32: at full precision the run would be the one it follows, bit for bit."""
+
+    def norms(seed: int, step: int) -> Sequence[float]:
+        last = int(logs[seed][0][-1])
+        return (float(np.float32(math.hypot(*twins[seed].norms(min(step, last))))),)
+
+    return norms
+
+
+def _each(logs: Logs, twins: Mapping[int, _Twin]) -> Norms:
+    """Norms of each tensor, log-linear between the steps of the log; free where a tensor is 0 at either."""
+
+    def norms(seed: int, step: int) -> Sequence[float]:
+        steps = logs[seed][0]
+        after = int(np.searchsorted(steps, min(step, steps[-1])))
+        first, last = int(steps[max(after - 1, 0)]), int(steps[after])
+        low, high = twins[seed].norms(first), twins[seed].norms(last)
+        share = (min(step, last) - first) / max(last - first, 1)
+        return [
+            float(a ** (1 - share) * b**share) if a and b else 0.0 for a, b in zip(low, high, strict=True)
+        ]
+
+    return norms
+
+
+_WORDS = {NORM: "norm", SCALE: "logit scale"}
+
+
+def _logs(source: Job, out: Path, column: str, *, until_memorised: bool = False) -> Logs:
+    """Read what complete runs recorded of a column, up to their T_mem if asked."""
+    return {seed: _log(source, seed, out, column, until_memorised=until_memorised) for seed in source.seeds}
+
+
+def _log(source: Job, seed: int, out: Path, column: str, *, until_memorised: bool) -> tuple[Column, Column]:
+    path, what = out / source.run_name(seed), _WORDS[column]
     remedy = f"`fastent run {source.experiment}` with the same settings, seeds and --out makes it"
     if not (path / "DONE").exists():
-        raise RunError(f"{path}, whose norm is to be followed, is missing or not complete: {remedy}")
+        raise RunError(f"{path}, whose {what} is to be followed, is missing or not complete: {remedy}")
     recorded = read_settings(path)
-    if recorded | {"measures": []} != source.settings() | {"measures": []}:  # they do not change the norm
-        raise RunError(f"{path}, whose norm is to be followed, was trained with other settings: {remedy}")
+    if recorded | {"measures": []} != source.settings() | {"measures": []}:  # they do not change the training
+        raise RunError(f"{path}, whose {what} is to be followed, was trained with other settings: {remedy}")
     rows, _ = read_rows(path / "metrics.jsonl", 0)
     if until_memorised:
         reached = [k for k, row in enumerate(rows) if (row["train_accuracy"] or 0) >= source.config.memorised]
         if not reached:
             raise RunError(f"{path} never memorised, so there is no norm to hold from then on")
         rows = rows[: reached[0] + 1]
-    norms = [row["parameter_norm"] for row in rows]
-    if not norms or any(norm is None or norm <= 0 for norm in norms):
-        raise RunError(f"{path / 'metrics.jsonl'} holds no norm, or none that can be followed")
-    return np.array([row["step"] for row in rows], dtype=np.float64), np.log(norms)
+    values = [row.get(column) for row in rows]
+    if not values or any(value is None or value <= 0 for value in values):
+        raise RunError(
+            f"{path / 'metrics.jsonl'} holds no {what}, or none that can be followed"
+            + (': train it anew with the measure "logit_scale"' if column == SCALE else "")
+        )
+    return np.array([row["step"] for row in rows], dtype=np.float64), np.log(values)

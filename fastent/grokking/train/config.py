@@ -17,7 +17,7 @@ from typing import Any, Literal
 TaskName = Literal["add", "sub", "mul", "mul_nonzero", "s5"]
 ModelName = Literal["transformer", "mlp"]
 Sampling = Literal["epochs", "replacement"]
-MeasureName = Literal["test_probe", "probe_sizes", "fourier", "progress"]
+MeasureName = Literal["test_probe", "probe_sizes", "fourier", "progress", "logit_scale"]
 
 MOST_STEPS = 2**24
 """Steps that AdamW's count, a float32, tells apart."""

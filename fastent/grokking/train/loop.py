@@ -158,7 +158,7 @@ def train(
                 told.done(job, run.seed)
         points = {run.seed: run.newest() for run in runs if run.done is None}
         _warn_of_lost_runs(runs, points)
-        condition = make_condition(job, out) if points else None
+        condition = make_condition(job, out, device) if points else None
         for part in _parts(runs, points, shared=Stack.shares_launches(device)):
             _Training(job, part, points, device, told, condition).run(checkpoint_every, stop)
         for run in runs:

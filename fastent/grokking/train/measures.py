@@ -13,6 +13,8 @@
 - "progress": `restricted_loss` and `excluded_loss` (nats) by the key frequencies of that moment, `key_blocks`
   (their names, ascending), and `embedding_gini`, of the norms of the embedding's components per function of a
   block, the constant left out; not where an operand is several tokens.
+- "logit_scale": a column of that name, the root mean square of the logits on the training probe, each row less
+  its mean over the classes.
 
 The frequencies are of labels under addition, and of discrete logarithms for products, where results of 0 are
 left out of "fourier" and "progress". Measures change nothing and are functions of the parameters and the seed,
@@ -718,4 +720,5 @@ _MEASURES: dict[MeasureName, Callable[[_Moment], Columns]] = {
     "probe_sizes": _probe_sizes,
     "fourier": _fourier,
     "progress": _progress,
+    "logit_scale": lambda moment: {"logit_scale": moment.stack.logit_scale().tolist()},
 }

@@ -129,6 +129,12 @@ def pair_losses(p: Parameters, hidden: Tensor, labels: Tensor) -> tuple[Tensor, 
     return -own, own > rival
 
 
+def logit_scale(p: Parameters, hidden: Tensor) -> Tensor:
+    """Root mean square of the logits, each row less its mean over the classes: (S, N, d) to (S,), float64."""
+    logits = linear(hidden, p["head.weight"], p["head.bias"])
+    return (logits - logits.mean(2, keepdim=True)).double().square().mean((1, 2)).sqrt()
+
+
 def head_gradients(p: Parameters, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Parameters]:
     """Mean cross-entropy (S,), its gradient in the head's input (S, N, d), and the head's gradients."""
     n = hidden.shape[1]

@@ -14,24 +14,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastent.grokking.train.conditions import Condition
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.models import (
     PlainMLP,
     PlainTransformer,
     head_gradients,
     initial_parameters,
+    logit_scale,
     make_model,
     pair_losses,
     plain_model,
 )
-from fastent.grokking.train.stacked import Parameters
+from fastent.grokking.train.stacked import Parameters, tensor_norms
 from fastent.grokking.train.tasks import (
     Task,
     batch_index,
@@ -41,6 +41,9 @@ from fastent.grokking.train.tasks import (
     split,
     to_device,
 )
+
+if TYPE_CHECKING:
+    from fastent.grokking.train.conditions import Condition
 
 WINDOW = 256
 """Steps whose inputs are prepared together: 32 MiB of batches for 32 seeds and 512 pairs."""
@@ -252,6 +255,19 @@ class Stack:
         """Return a parameter of all seeds, (S, ...); not to be written to."""
         return torch.cat([group.parameters[name] for group in self._groups])
 
+    @torch.no_grad()
+    def logit_scale(self) -> Tensor:
+        """Return the scale of the logits on the training probe, (S,), float64."""
+        model, found = self._model, []
+        for group in self._groups:
+            p, columns = group.parameters, self._model.columns[:, group.probes["probe"]]
+            found.append(logit_scale(p, model.forward(p, model.table(p), columns)[0]))
+        return torch.cat(found)
+
+    def norms(self) -> Tensor:
+        """Return the Euclidean norm of each parameter's tensor, (tensors, S), float64."""
+        return torch.cat([tensor_norms(group.parameters) for group in self._groups], 1)
+
     def state_dict(self, seed: int) -> Parameters:
         """Return a seed's whole training state as flat named tensors (copies), steps included."""
         group, s = self._find(seed)
@@ -326,7 +342,8 @@ class Stack:
 
     def _advance(self, group: _Group, inputs: Sequence[Tensor]) -> Tensor:
         """Make a step on members of the training sets, (S, N), with the condition's numbers; no host reads here."""
-        batch, *numbers = inputs
+        batch, *given = inputs
+        numbers = iter(given)
         model, p, config = self._model, group.parameters, self.config
         pairs = group.train.gather(1, batch)
         columns = model.columns.index_select(1, pairs.view(-1)).view(-1, *pairs.shape)
@@ -336,11 +353,12 @@ class Stack:
             losses, grad, head = head_gradients(p, hidden, labels)
         else:
             mixed = condition.before_head(hidden)
-            losses, grad, head = head_gradients(p, mixed, labels.repeat(1, mixed.shape[1] // labels.shape[1]))
+            repeated = labels.repeat(1, mixed.shape[1] // labels.shape[1])
+            losses, grad, head = condition.head_gradients(p, mixed, repeated, numbers)
             grad = condition.before_head_gradient(grad)
         group.update(model.backward(p, kept, grad) | head, config)
         if condition is not None:
-            condition.after_step(p, iter(numbers))
+            condition.after_step(group.state, numbers)
         return losses
 
     def _evaluate(self, group: _Group) -> Parameters:
@@ -351,13 +369,12 @@ class Stack:
             columns = model.columns[:, None, first : first + self._rows].expand(-1, len(group.seeds), -1)
             parts.append(pair_losses(p, model.forward(p, table, columns)[0], columns[-1]))
         losses, right = (torch.cat(part, 1).double() for part in zip(*parts, strict=True))
-        norms = [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in p.values()]
         return {
             "train_loss": losses.gather(1, group.train).mean(1),
             "train_accuracy": right.gather(1, group.train).mean(1),
             "test_loss": losses.gather(1, group.test).mean(1),
             "test_accuracy": right.gather(1, group.test).mean(1),
-            "parameter_norm": torch.linalg.vector_norm(torch.stack(norms), dim=0),
+            "parameter_norm": torch.linalg.vector_norm(tensor_norms(p), dim=0),
         }
 
     def _find(self, seed: int) -> tuple[_Group, int]:

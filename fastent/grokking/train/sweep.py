@@ -35,7 +35,7 @@ from typing import IO, Any
 import torch
 
 import fastent
-from fastent.grokking.train.conditions import source_job
+from fastent.grokking.train.conditions import sources
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.loop import Observer, Observers, train
 from fastent.grokking.train.measures import Measures
@@ -365,11 +365,10 @@ class _WorkerPool:
         return [self.outcomes[job] for job in self.jobs]
 
     def _next(self) -> tuple[Job, int] | None:
-        """Find the first job in waiting whose condition follows no run that is not over."""
+        """Find the first job in waiting that follows no run that is not over."""
         unfinished = [job for job, _ in self.waiting] + [worker.job for worker in self.working]
         for turn in self.waiting:
-            source = source_job(turn[0])
-            if source is None or not any(_overlap(source, job) for job in unfinished):
+            if not any(_overlap(source, job) for source in sources(turn[0]) for job in unfinished):
                 return turn
         return None
 

@@ -7,10 +7,17 @@ import pytest
 import torch
 
 from fastent.grokking.experiments.jobs import JOBS
-from fastent.grokking.train.conditions import HeldNorm, InTurn, Mixing, followed, make_condition, source_job
+from fastent.grokking.train.conditions import (
+    HeldNorm,
+    InTurn,
+    Mixing,
+    followed,
+    make_condition,
+    sources,
+)
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.loop import train
-from fastent.grokking.train.models import initial_parameters, plain_model
+from fastent.grokking.train.models import initial_parameters, logit_scale, plain_model
 from fastent.grokking.train.runs import Job
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import RunError
@@ -139,7 +146,8 @@ def test_scaling_leaves_the_moments_and_the_direction_of_the_step():
 
 @pytest.fixture
 def followed_runs(tmp_path):
-    train(Job("e1", "baseline", CONFIG, (0, 1)), tmp_path)
+    recorded = dataclasses.replace(CONFIG, measures=("logit_scale",))
+    train(Job("e1", "baseline", recorded, (0, 1)), tmp_path)
     return tmp_path
 
 
@@ -162,6 +170,118 @@ def test_norm_follows_the_same_seeds_run_at_its_evaluations_and_log_linear_betwe
         assert held.evaluate()["parameter_norm"].tolist() == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_sham_replayed_from_every_step_is_the_baseline_to_rounding(followed_runs):
+    free = Stack(CONFIG, (0, 1), dtype=torch.float64)
+    held, line = (
+        stack(f"norm-as-baseline{how}", followed_runs, dtype=torch.float64) for how in ("-every-step", "")
+    )
+    for _ in range(20):
+        expected, replayed, between = free.train_step(), held.train_step(), line.train_step()
+    torch.testing.assert_close(replayed, expected, rtol=1e-6, atol=0)
+    assert (between / expected - 1).abs().max() > 2e-5
+    # Not the very same run: the norm is that of the float32 twin, and constant after the end of the record.
+    assert not torch.equal(replayed, expected)
+    last = held.evaluate()["parameter_norm"]
+    held.train_step()
+    torch.testing.assert_close(held.evaluate()["parameter_norm"], last, rtol=1e-12, atol=0)
+
+
+def test_a_twin_follows_the_condition_that_is_followed(followed_runs):
+    train(Job("e2", "losses-0.4", CONFIG, (0, 1)), followed_runs)
+    mixed, replayed = (
+        stack(f"losses-0.4{norm}", followed_runs) for norm in ("", "+norm-as-losses-0.4-every-step")
+    )
+    for _ in range(12):
+        expected, got = mixed.train_step(), replayed.train_step()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
+
+
+def test_each_tensor_follows_its_own_norm_log_linear_between_evaluations(followed_runs):
+    free = Stack(CONFIG, (1,))
+    norms = [free.norms()[:, 0]]
+    for _ in range(20):
+        free.train_step()
+        norms.append(free.norms()[:, 0])
+    held = stack("norm-as-baseline-each", followed_runs, dtype=torch.float64)
+    for step in range(1, 24):
+        held.train_step()
+        first = 5 * ((min(step, 20) - 1) // 5)
+        low, high, share = norms[first], norms[first + 5], (min(step, 20) - first) / 5
+        held_ones = low > 0  # biases that start at 0 are left free until the first evaluation
+        assert held_ones.sum() == (12 if step <= 5 else 16)
+        wanted = low ** (1 - share) * high**share
+        torch.testing.assert_close(held.norms()[held_ones, 1], wanted[held_ones], rtol=1e-12, atol=0)
+
+
+def test_moments_scaled_along_are_those_of_the_gradient_in_the_new_unit(followed_runs):
+    # Of a loss that ignores the scale of the parameters the gradient at c p is 1/c of that at p.
+    plain, along = (
+        stack(f"norm-as-baseline{how}", followed_runs, dtype=torch.float64) for how in ("", "-moments")
+    )
+    plain.train_step()
+    along.train_step()
+    a, b = plain.state_dict(0), along.state_dict(0)
+    free = Stack(CONFIG, (0, 1), dtype=torch.float64)
+    free.train_step()
+    c = (a["parameter.head.weight"] / free.state_dict(0)["parameter.head.weight"]).mean().item()
+    assert abs(c - 1) > 1e-4
+    for name in (name.removeprefix("first.") for name in a if name.startswith("first.")):
+        assert torch.equal(a[f"parameter.{name}"], b[f"parameter.{name}"])
+        for kind, power in (("first", 1), ("second", 2)):
+            torch.testing.assert_close(
+                b[f"{kind}.{name}"] * c**power, a[f"{kind}.{name}"], rtol=1e-10, atol=1e-300
+            )
+
+
+@pytest.mark.parametrize("mixing", ["", "losses-0.4+"])
+def test_logits_are_trained_on_at_the_scale_that_the_followed_run_recorded(followed_runs, mixing):
+    held = stack(f"{mixing}logits-as-baseline", followed_runs, dtype=torch.float64)
+    log = {row["step"]: row["logit_scale"] for row in rows(followed_runs, "e1-baseline-add-seed1")}
+    for step in range(8):
+        module = held.module(1)
+        task = held.task
+        pairs = split(task, CONFIG.train_fraction, 1)[0]
+        pairs = pairs[torch.from_numpy(batch_index(1, step, len(pairs), CONFIG.batch_size))]
+        hidden, labels = module.represent(task.inputs[pairs]), task.labels[pairs]
+        if mixing:
+            hidden = torch.cat([hidden, 0.6 * hidden + 0.4 * hidden.roll(-1, 0)])
+            labels = labels.repeat(2)
+        logits = module.head(hidden)
+        low, share = 5 * (step // 5), step % 5 / 5
+        wanted = log[low] ** (1 - share) * log[low + 5] ** share
+        scale = logits.var(1, correction=0).mean().sqrt().item()
+        loss = torch.nn.functional.cross_entropy(logits * (wanted / scale), labels)
+        first = gradients(module, loss)
+        before = held.state_dict(1)
+        assert held.train_step()[1].item() == pytest.approx(loss.item(), rel=1e-12)
+        after = held.state_dict(1)
+        for name, gradient in first.items():
+            taken = after[f"first.{name}"] - CONFIG.betas[0] * before[f"first.{name}"]
+            torch.testing.assert_close(taken / (1 - CONFIG.betas[0]), gradient, rtol=1e-8, atol=1e-12)
+    assert abs(wanted / scale - 1) > 0.01
+
+
+def test_norm_and_scale_of_the_logits_are_held_together_in_either_order(followed_runs):
+    one, other = (
+        stack(name, followed_runs)
+        for name in ("norm-as-baseline+logits-as-baseline", "logits-as-baseline+norm-as-baseline")
+    )
+    for _ in range(6):
+        assert torch.equal(one.train_step(), other.train_step())
+    assert make_condition(job("logits-as-baseline"), followed_runs).after_step({}, iter(())) is None
+
+
+def test_evaluation_sees_logits_undivided(followed_runs):
+    held = stack("logits-as-baseline", followed_runs)
+    held.train_step()
+    p = {name: held.parameter(name) for name in ("head.weight", "head.bias")}
+    torch.testing.assert_close(held.logit_scale(), logit_scale(p, held.representations()))
+    plain = Stack(CONFIG, (0, 1))
+    for seed in (0, 1):
+        plain.load_state_dict(seed, held.state_dict(seed))
+    assert torch.equal(plain.evaluate()["train_loss"], held.evaluate()["train_loss"])
+
+
 def test_norm_held_from_memorising_on_follows_the_baseline_until_then(followed_runs):
     path = followed_runs / "e1-baseline-add-seed1" / "metrics.jsonl"
     logged = rows(followed_runs, "e1-baseline-add-seed1")
@@ -180,7 +300,7 @@ def test_norm_held_from_memorising_on_follows_the_baseline_until_then(followed_r
         norms.append(held.evaluate()["parameter_norm"].item())
     assert norms[4] == pytest.approx(logged[1]["parameter_norm"], rel=1e-12)
     assert norms[9:] == pytest.approx([logged[2]["parameter_norm"]] * 11, rel=1e-12)
-    assert source_job(job("losses-0.1+norm-mem")) == Job("e1", "baseline", CONFIG, (0, 1))
+    assert sources(job("losses-0.1+norm-mem")) == [Job("e1", "baseline", CONFIG, (0, 1))]
 
 
 def test_a_run_to_follow_must_be_there_complete_and_of_the_same_settings(followed_runs):
@@ -199,13 +319,27 @@ def test_a_run_to_follow_must_be_there_complete_and_of_the_same_settings(followe
         make_condition(
             job("norm-as-baseline", config=dataclasses.replace(CONFIG, weight_decay=0.5)), followed_runs
         )
+    path = followed_runs / "e1-baseline-add-seed0" / "metrics.jsonl"
+    path.write_text(path.read_text().replace("logit_scale", "other"))
+    with pytest.raises(RunError, match=r"holds no logit scale.* measure \"logit_scale\""):
+        make_condition(job("logits-as-baseline"), followed_runs)
     (followed_runs / "e1-baseline-add-seed1" / "DONE").unlink()
     with pytest.raises(RunError, match=r"baseline-add-seed1.* missing or not complete"):
         make_condition(job("norm-as-baseline"), followed_runs)
 
 
 @pytest.mark.parametrize(
-    "condition", ["losses-0.1", "logits-0.2+norm-start", "norm-start-each", "losses-0.1+norm-as-baseline"]
+    "condition",
+    [
+        "losses-0.1",
+        "logits-0.2+norm-start",
+        "norm-start-each",
+        "losses-0.1+norm-as-baseline",
+        "norm-as-baseline-moments",
+        "norm-as-baseline-each",
+        "norm-as-baseline-every-step",
+        "logits-as-baseline+norm-as-baseline",
+    ],
 )
 def test_a_run_under_a_condition_resumes_bit_for_bit(followed_runs, condition):
     whole = stack(condition, followed_runs)
@@ -225,7 +359,12 @@ def test_a_run_under_a_condition_resumes_bit_for_bit(followed_runs, condition):
 
 
 def test_seeds_in_one_launch_are_trained_as_seeds_in_turn(followed_runs):
-    for condition in ("losses-0.1+norm-as-baseline", "logits-0.2+norm-start-each"):
+    for condition in (
+        "losses-0.1+norm-as-baseline",
+        "logits-0.2+norm-start-each",
+        "norm-as-baseline-each+logits-as-baseline",
+        "norm-as-baseline-moments",
+    ):
         together = stack(condition, followed_runs, dtype=torch.float64, together=True)
         in_turn = stack(condition, followed_runs, dtype=torch.float64, together=False)
         for _ in range(10):
@@ -233,7 +372,8 @@ def test_seeds_in_one_launch_are_trained_as_seeds_in_turn(followed_runs):
 
 
 @pytest.mark.parametrize(
-    "name", ["mixing", "losses", "losses-0.1+", "norm-as-", "norm-start-all", "losses-2", "logits--1"]
+    "name",
+    ["mixing", "losses", "losses-0.1+", "norm-as-", "norm-start-all", "losses-2", "logits--1", "logits-as-"],
 )
 def test_an_unknown_condition_is_refused_and_the_known_are_named(name, tmp_path):
     with pytest.raises(RunError):
@@ -250,8 +390,12 @@ def test_conditions_by_name(tmp_path):
     assert mixed.alpha == 0.15
     assert isinstance(make_condition(job("norm-start"), tmp_path), HeldNorm)
     assert isinstance(make_condition(job("losses-0.1+norm-start"), tmp_path), InTurn)
-    assert followed("norm-start") is None
-    assert source_job(job("norm-as-losses-0.1")) == Job("e2", "losses-0.1", CONFIG, (0, 1))
+    assert followed("norm-start") == {}
+    assert sources(job("norm-as-losses-0.1")) == [Job("e2", "losses-0.1", CONFIG, (0, 1))]
+    assert sources(job("norm-as-baseline-each+logits-as-norm-as-baseline")) == [
+        Job("e1", "baseline", CONFIG, (0, 1)),
+        Job("e3", "norm-as-baseline", CONFIG, (0, 1)),
+    ]
 
 
 def test_every_condition_that_an_experiment_asks_for_is_known_and_follows_only_what_it_asks_for(tmp_path):
@@ -260,10 +404,9 @@ def test_every_condition_that_an_experiment_asks_for_is_known_and_follows_only_w
         names = {each.run_name(seed) for each in jobs for seed in each.seeds}
         assert len(names) == sum(len(each.seeds) for each in jobs)
         for each in jobs:
-            source = source_job(each)
-            if source is None:
+            if not sources(each):
                 make_condition(each, tmp_path)
-            else:
+            for source in sources(each):
                 assert {source.run_name(seed) for seed in each.seeds} <= names
 
 

@@ -66,6 +66,17 @@ def test_entropies_are_those_of_probes_of_test_pairs_of_nested_sizes_and_of_all_
     assert set(probes["entropy_64"].tolist()) < set(probes["entropy_128"].tolist())
 
 
+def test_scale_of_the_logits_is_their_standard_deviation_over_classes_on_the_training_probe():
+    stack, found = columns(dataclasses.replace(SMALL, measures=("logit_scale",)))
+    for s, seed in enumerate(stack.seeds):
+        trained, _ = split(stack.task, SMALL.train_fraction, seed)
+        pairs = stack.task.inputs[probe_index(trained, 100, seed, "probe")]
+        logits = stack.module(seed)(pairs).double()
+        assert found["logit_scale"][s] == pytest.approx(
+            logits.var(1, correction=0).mean().sqrt().item(), rel=1e-5
+        )
+
+
 def test_a_probe_smaller_than_the_width_is_said_to_be_rank_limited():
     config = dataclasses.replace(SMALL, width=64, measures=("probe_sizes",))
     assert columns(config)[1]["entropy_64_status"] == ["rank_limited"] * 2

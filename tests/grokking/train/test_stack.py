@@ -220,8 +220,8 @@ class Doubled(Condition):
         self.calls.append((tuple(seeds), step))
         return [np.full(1, 0.5)]
 
-    def after_step(self, parameters, numbers):
-        parameters["head.weight"].mul_(next(numbers))
+    def after_step(self, state, numbers):
+        state["parameter"]["head.weight"].mul_(next(numbers))
 
 
 @pytest.mark.parametrize("together", [False, True])
