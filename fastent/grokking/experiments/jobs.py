@@ -2,7 +2,8 @@
 
 An experiment varies what it is about (a task, a condition) and takes everything else from the settings it is
 given, a preset with the command line's changes. What E6, E7 and the choices vary stands under the names of their
-conditions.
+conditions. Each lists its jobs from the most telling to the least, as far as runs that follow others let it: a machine
+that is stopped half-way has made the better half.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ ALPHA = 0.1
 DOSES = (0.05, 0.1, 0.2, 0.4)
 """Weights of the dose-response."""
 
-FEWER, TO_THE_END = 5, 3
-"""Seeds, the first ones, of the runs that only support others, and of those that are long or many."""
+TEN, FEWER, TO_THE_END = 10, 5, 3
+"""Seeds, the first ones, of E3's runs beside its control, of those that only support others, and of long or many."""
 
 SPECTRA: tuple[MeasureName, ...] = ("fourier", "progress")
 """What E6 and E7 record beside H, and E1, whose runs they are set beside."""
 
 PROBES: tuple[MeasureName, ...] = ("test_probe", "probe_sizes")
 """What E1 records besides for E8."""
+
+LOGITS: tuple[MeasureName, ...] = ("logit_scale",)
+"""What E2 and E3 record, and E1 for them."""
 
 LONGER = 1.6
 """Steps of an MLP that does not grok, over the preset's limit: the paper's 80,000 over its 50,000."""
@@ -38,7 +42,7 @@ Jobs = Callable[[TrainConfig, Sequence[int]], list[Job]]
 
 def e1(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     """E1, does the collapse of the entropy precede grokking: the settings as they are."""
-    return [_job("e1", "baseline", config, seeds, (*PROBES, *SPECTRA))]
+    return [_job("e1", "baseline", config, seeds, (*PROBES, *SPECTRA, *LOGITS))]
 
 
 def e2(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
@@ -46,32 +50,38 @@ def e2(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
 
     The third reading, training on the mixed representations alone, is to average the logits with twice the alpha.
     """
-    chosen = [_job("e2", f"{average}-{ALPHA:g}", config, seeds) for average in ("losses", "logits")]
-    doses = [_job("e2", f"losses-{alpha:g}", config, seeds[:FEWER]) for alpha in DOSES if alpha != ALPHA]
-    alone = _job("e2", f"logits-{2 * ALPHA:g}", config, seeds[:FEWER])
-    return [*e1(config, seeds), *chosen, alone, *doses]
+    losses, logits = (_job("e2", f"{each}-{ALPHA:g}", config, seeds, LOGITS) for each in ("losses", "logits"))
+    fewer = [f"losses-{alpha:g}" for alpha in DOSES if alpha != ALPHA] + [f"logits-{2 * ALPHA:g}"]
+    others = [_job("e2", name, config, seeds[:FEWER], LOGITS) for name in fewer]
+    return [*e1(config, seeds), losses, *others[:-1], logits, others[-1]]
 
 
 def e3(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
-    """E3, is it the norm: controls with the norm held, with and without mixing, and the runs they follow.
+    """E3, is it the norm: the control, its sham, and what else holds the norm or the scale of the logits.
 
-    The first is our reading of the paper's control. With E1 and E2 the norms that follow other runs make a two
-    by two design: mixed or not, with the baseline's norm or that of the mixed runs. The others hold the norm
-    where the baseline has memorised, and at its start.
+    The control is our reading of the paper's, mixing with the baseline's norm; the sham holds that norm without mixing.
+    With E1 and E2 the norms that follow other runs make a two by two design: mixed or not, with the baseline's norm or
+    that of the mixed runs. Then temperatures, with a held norm and without; the sham's variants; and the norm held
+    where the baseline has memorised, and at its start. All seeds that are asked for go to the baseline and the control,
+    at most ten to the rest: ``--seeds 0-29`` gives the control the paper's thirty.
     """
-    mixed, fewer = f"losses-{ALPHA:g}", seeds[:FEWER]
-    return [
-        *e1(config, seeds),
-        _job("e3", f"{mixed}+norm-as-baseline", config, seeds),
-        _job("e2", mixed, config, seeds),
-        _job("e3", f"norm-as-{mixed}", config, seeds),
-        _job("e3", "norm-mem", config, fewer),
-        _job("e3", f"{mixed}+norm-mem", config, fewer),
-        _job("e3", "norm-start", config, fewer),
-        _job("e3", f"{mixed}+norm-start", config, fewer),
-        _job("e3", "norm-start-each", config, fewer),
-        _job("e3", f"{mixed}+norm-start-each", config, fewer),
+    mixed, sham = f"losses-{ALPHA:g}", "norm-as-baseline"
+    pairs = [(name, f"{mixed}+{name}") for name in ("norm-mem", "norm-start", "norm-start-each")]
+    ((held, mixed_held), *others) = pairs
+    of_fewer = [
+        *(f"logits-as-baseline+{sham}", held, f"logits-as-baseline+{held}", f"logits-as-{held}"),
+        *("logits-as-baseline", f"logits-as-{sham}"),
+        *(f"{sham}-{how}" for how in ("every-step", "each", "moments")),
+        *(mixed_held, *(name for pair in others for name in pair)),
     ]
+    conditions = {
+        sham: TEN,
+        f"{mixed}+{sham}": len(seeds),
+        f"norm-as-{mixed}": TEN,
+        **dict.fromkeys(of_fewer, FEWER),
+    }
+    jobs = [_job("e3", name, config, seeds[:count], LOGITS) for name, count in conditions.items()]
+    return [*e1(config, seeds), *jobs[:2], _job("e2", mixed, config, seeds[:TEN], LOGITS), *jobs[2:]]
 
 
 def e5(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:

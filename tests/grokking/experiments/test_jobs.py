@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastent.grokking.experiments.jobs import FEWER, JOBS, MLPS, controls
-from fastent.grokking.train.conditions import make_condition
+from fastent.grokking.train.conditions import make_condition, sources
 from fastent.grokking.train.config import TrainConfig, preset
 from fastent.grokking.train.loop import train
 from fastent.grokking.train.measures import discrete_logarithm
@@ -75,14 +75,15 @@ def test_jobs_have_folders_of_their_own_known_conditions_and_the_measures_they_a
     assert jobs[0] == JOBS["e1"](preset("paper"), range(10))[0]
     for job in jobs:
         assert make_condition(job, tmp_path) is None
-        probes = ("test_probe", "probe_sizes") if job.experiment == "e1" else ()
-        assert job.config.measures == (*probes, "fourier", "progress")
+        first = job.experiment == "e1"
+        probes, logits = (("test_probe", "probe_sizes"), ("logit_scale",)) if first else ((), ())
+        assert job.config.measures == (*probes, "fourier", "progress", *logits)
 
 
 def test_measures_asked_for_are_kept_and_those_of_the_experiment_added():
     (job,) = JOBS["e8"](preset("paper", measures=("progress",)), (0,))
-    assert job.config.measures == ("progress", "test_probe", "probe_sizes", "fourier")
-    assert JOBS["e2"](preset("paper"), (0,))[1].config.measures == ()
+    assert job.config.measures == ("progress", "test_probe", "probe_sizes", "fourier", "logit_scale")
+    assert JOBS["e2"](preset("paper"), (0,))[1].config.measures == ("logit_scale",)
 
 
 def test_mlps_have_eighty_thousand_steps_and_differ_from_each_other():
@@ -99,6 +100,28 @@ def test_seeds_of_e6_are_the_papers():
     }
     assert asked["baseline", "s5"] == 10
     assert asked["baseline", "mul"] == asked["baseline", "sub"] == 5
+
+
+def test_thirty_seeds_are_the_baselines_and_the_controls_and_ten_the_shams():
+    count = {job.condition: len(job.seeds) for job in JOBS["e3"](preset("paper"), range(30))}
+    assert {name for name, n in count.items() if n == 30} == {"baseline", "losses-0.1+norm-as-baseline"}
+    assert {name for name, n in count.items() if n == 10} == {
+        "norm-as-baseline",
+        "losses-0.1",
+        "norm-as-losses-0.1",
+    }
+    assert set(count.values()) == {30, 10, FEWER}
+    # The first that a machine makes after what it follows.
+    assert list(count)[:3] == ["baseline", "norm-as-baseline", "losses-0.1+norm-as-baseline"]
+
+
+@pytest.mark.parametrize("name", ["e2", "e3"])
+def test_runs_come_after_those_that_they_follow(name):
+    made = set()
+    for job in JOBS[name](preset("paper"), range(12)):
+        for source in sources(job):
+            assert {source.run_name(seed) for seed in job.seeds} <= made
+        made |= {job.run_name(seed) for seed in job.seeds}
 
 
 def test_a_norm_can_be_followed_whatever_is_measured_beside(tmp_path):
