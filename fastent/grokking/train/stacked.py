@@ -118,6 +118,8 @@ def _norm_gradient(
     weight, bias = name + "weight", name + "bias"
     grad, g[weight], g[bias] = layer_norm_gradient(grad, saved, p[weight], p[bias])
     return grad
+
+
 def tensor_norms(p: Parameters) -> Tensor:
     """Euclidean norm of each tensor, (tensors, S), float64."""
     norms = [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in p.values()]
