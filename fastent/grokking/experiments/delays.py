@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,8 +89,8 @@ class Delay:
 
     @property
     def mixes(self) -> bool:
-        """Whether it mixes, and does not only hold the norm."""
-        return self.condition.startswith(("losses-", "logits-"))
+        """Whether it mixes, and does not only hold the norm or the scale of the logits."""
+        return re.match(r"(losses|logits)-\d", self.condition) is not None
 
     @functools.cached_property
     def equal_step(self) -> Estimate:
@@ -190,13 +190,12 @@ def words(condition: str) -> str:
 
 
 def _words(part: str, form: str = "{}, {}") -> str:
-    if found := re.fullmatch(r"(losses|logits)-(.+)", part):
+    if found := re.fullmatch(r"(losses|logits)-(\d.*)", part):
         return form.format("mixing", f"α = {found[2]}, {found[1]} averaged")
-    if part.startswith("norm-as-"):
-        other = part.removeprefix("norm-as-")
-        return (
-            "norm as in the baseline" if other == "baseline" else f"norm as under {_words(other, '{} ({})')}"
-        )
+    if found := re.fullmatch(r"(norm|logits)-as-(.+?)(-each|-moments|-every-step)?", part):
+        what = "norm" if found[1] == "norm" else "logits at the scale"
+        other = "as in the baseline" if found[2] == "baseline" else f"as under {_words(found[2], '{} ({})')}"
+        return f"{what} {other}{_HOW[found[3]]}"
     fixed = {
         "baseline": "baseline",
         "norm-mem": "norm held where the baseline has memorised",
@@ -205,6 +204,14 @@ def _words(part: str, form: str = "{}, {}") -> str:
         "to-the-end": "baseline, trained to the limit of steps",
     }
     return fixed.get(part, part)
+
+
+_HOW = {
+    None: "",
+    "-each": ", tensor by tensor",
+    "-moments": ", moments scaled along",
+    "-every-step": ", of every step",
+}
 
 
 LOSSES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 1e-4, 1e-5)
@@ -224,16 +231,18 @@ def equal_step(baseline: Runs, runs: Runs) -> Estimate:
     From T_mem of the baseline run to its T_grok (its end, if it has none), at the steps that both runs evaluated;
     one difference a seed. Unknown if no seed is shared or has such steps.
     """
-    control, treated = pairs(baseline, runs)
+    return over(over_plateau(*pairs(baseline, runs), lambda each: each.entropy).values())
+
+
+def over_plateau(control: Runs, treated: Runs, of: Callable[[Runs], Array]) -> dict[int, float]:
+    """Differences, treated minus control, of values (n, m) `of` runs with the same seeds, as `equal_step` has it."""
     ends = np.where(control.grokked, control.t_grok, control.end)
-    rows = zip(
-        control.lines(control.entropy), treated.lines(treated.entropy), control.t_mem, ends, strict=True
-    )
+    rows = zip(control.lines(of(control)), treated.lines(of(treated)), control.t_mem, ends, strict=True)
     differences = []
     for (x, h), (y, g), start, end in rows:
         step, a, b = np.intersect1d(x, y, return_indices=True)
         differences.append(mean_known((g[b] - h[a])[(step >= start) & (step <= end)]))
-    return over(differences)
+    return dict(zip(control.seeds, differences, strict=True))
 
 
 @dataclass(frozen=True)
@@ -315,7 +324,7 @@ def collapse(baseline: Runs, runs: Runs) -> Collapse:
 def delays_table(caption: str, baseline: Runs, delays: Sequence[Delay]) -> Table:
     """Each condition's T_grok, delay, tests and effect: the paper's Table 1 with what it lacks."""
     mean = restricted_mean(baseline.times, min(delay.limit for delay in delays))
-    row = (words("baseline"), of(share(baseline.grokked)), span(mean, steps), *[NONE] * 8)
+    row = (words(baseline.condition), of(share(baseline.grokked)), span(mean, steps), *[NONE] * 8)
     columns = (
         *("condition", "grokked", "T_grok, mean", "later by, mean", "P(later)", "d"),
         *("p Mann-Whitney", "with Holm", "p log-rank", "the same, by seed", "p signed-rank"),

@@ -60,28 +60,30 @@ def e3(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     """E3, is it the norm: the control, its sham, and what else holds the norm or the scale of the logits.
 
     The control is our reading of the paper's, mixing with the baseline's norm; the sham holds that norm without mixing.
-    With E1 and E2 the norms that follow other runs make a two by two design: mixed or not, with the baseline's norm or
-    that of the mixed runs. Then temperatures, with a held norm and without; the sham's variants; and the norm held
+    With the norm of E2's mixed runs held too these make a two by two design: mixed or not, with the baseline's norm or
+    with that of the mixed runs. Then temperatures, with a held norm and without; the sham's variants; and the norm held
     where the baseline has memorised, and at its start. All seeds that are asked for go to the baseline and the control,
-    at most ten to the rest: ``--seeds 0-29`` gives the control the paper's thirty.
+    at most ten to the sham and the mixing: ``--seeds 0-29`` gives the control the paper's thirty.
     """
-    mixed, sham = f"losses-{ALPHA:g}", "norm-as-baseline"
-    pairs = [(name, f"{mixed}+{name}") for name in ("norm-mem", "norm-start", "norm-start-each")]
-    ((held, mixed_held), *others) = pairs
-    of_fewer = [
+    mixed, sham, held = f"losses-{ALPHA:g}", "norm-as-baseline", "norm-mem"
+    fewer = [
         *(f"logits-as-baseline+{sham}", held, f"logits-as-baseline+{held}", f"logits-as-{held}"),
-        *("logits-as-baseline", f"logits-as-{sham}"),
+        *(f"norm-as-{mixed}", f"{mixed}+norm-as-{mixed}", "logits-as-baseline", f"logits-as-{sham}"),
         *(f"{sham}-{how}" for how in ("every-step", "each", "moments")),
-        *(mixed_held, *(name for pair in others for name in pair)),
+        *(f"{mixed}+{held}", "norm-start", f"{mixed}+norm-start"),
+        *("norm-start-each", f"{mixed}+norm-start-each"),
     ]
-    conditions = {
-        sham: TEN,
-        f"{mixed}+{sham}": len(seeds),
-        f"norm-as-{mixed}": TEN,
-        **dict.fromkeys(of_fewer, FEWER),
-    }
-    jobs = [_job("e3", name, config, seeds[:count], LOGITS) for name, count in conditions.items()]
-    return [*e1(config, seeds), *jobs[:2], _job("e2", mixed, config, seeds[:TEN], LOGITS), *jobs[2:]]
+
+    def job(experiment: str, condition: str, seeds: Sequence[int]) -> Job:
+        return _job(experiment, condition, config, seeds, LOGITS)
+
+    return [
+        *e1(config, seeds),
+        job("e3", sham, seeds[:TEN]),
+        job("e3", f"{mixed}+{sham}", seeds),
+        job("e2", mixed, seeds[:TEN]),
+        *(job("e3", condition, seeds[:FEWER]) for condition in fewer),
+    ]
 
 
 def e5(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:

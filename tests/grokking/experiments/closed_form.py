@@ -25,6 +25,7 @@ def write_run(
     test_accuracy: Callable[[int], float] | None = None,
     t_mem: int = 300,
     timing: list[dict[str, object]] | None = None,
+    columns: dict[str, Callable[[int], float]] | None = None,
     **changes: object,
 ) -> Path:
     """Write a complete run that ends at `last_step`, its limit of steps if it did not grok."""
@@ -55,6 +56,7 @@ def write_run(
             "entropy_status": "ok",
             "effective_rank": 30.0,
             "participation_ratio": 20.0,
+            **{name: value(step) for name, value in (columns or {}).items()},
         }
         for step in range(0, last_step + 1, EVERY)
     ]

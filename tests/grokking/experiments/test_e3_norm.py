@@ -25,21 +25,27 @@ def rising(step):
     return 50 + step / 1000
 
 
-def cells(out, *, mixing, norm, interaction=0, seeds=range(5)):
-    """All four cells, with effects in steps, and the norm held at its start."""
+SHAM, CONTROL = "norm-as-baseline", "losses-0.1+norm-as-baseline"
+
+
+def cells(out, *, mixing, norm, interaction=0, holding=0, seeds=range(5)):
+    """Baseline and mixing, free; the four cells with a norm held, effects in steps; and a norm held at its start."""
     for seed in seeds:
         base = 1000 + 100 * seed
+        held = base + holding
         write_run(out, "e1", "baseline", seed, t_grok=base, norm=falling)
-        write_run(out, "e2", "losses-0.1", seed, t_grok=base + mixing + norm + interaction, norm=rising)
+        write_run(out, "e2", "losses-0.1", seed, t_grok=base + mixing, norm=rising)
+        write_run(out, "e3", SHAM, seed, t_grok=held, norm=falling)
+        write_run(out, "e3", CONTROL, seed, t_grok=held + mixing, norm=lambda s: falling(s) * (1 + 1e-7))
+        write_run(out, "e3", "norm-as-losses-0.1", seed, t_grok=held + norm, norm=rising)
         write_run(
             out,
             "e3",
-            "losses-0.1+norm-as-baseline",
+            "losses-0.1+norm-as-losses-0.1",
             seed,
-            t_grok=base + mixing,
-            norm=lambda s: falling(s) * (1 + 1e-7),
+            t_grok=held + mixing + norm + interaction,
+            norm=rising,
         )
-        write_run(out, "e3", "norm-as-losses-0.1", seed, t_grok=base + norm, norm=rising)
         write_run(out, "e3", "norm-start", seed, t_grok=base, norm=lambda s: 50.0 if s == 0 else 49.5)
     return read_runs(out)
 
@@ -53,7 +59,7 @@ def verdicts(runs):
 
 def test_factorial_effects_are_those_planted(tmp_path):
     effects = e3_norm.analyse(
-        Runs(tuple(cells(tmp_path, mixing=500, norm=300, interaction=200)), judged=False)
+        Runs(tuple(cells(tmp_path, mixing=500, norm=300, interaction=200, holding=900)), judged=False)
     ).factorial
     assert effects.n == 5
     assert effects.mixing.value == pytest.approx(600)  # 500 with the baseline's norm, 700 with the other
@@ -75,18 +81,95 @@ def test_norm_held_from_memorising_on_is_compared_with_the_baselines_norm_then(t
     assert found["norm-mem"] == pytest.approx(0, abs=1e-12)
 
 
-def test_the_driver_is_the_entropy_only_if_the_norm_alone_does_nothing(tmp_path):
-    assert verdicts(cells(tmp_path / "a", mixing=500, norm=0))[DRIVER] == Verdict.REPRODUCED
-    runs = cells(tmp_path / "b", mixing=500, norm=200)
-    assert verdicts(runs)[DRIVER] == Verdict.UNDECIDED  # without the sham
+def test_the_driver_is_the_entropy_where_mixing_delays_against_the_sham(tmp_path):
+    # Whatever the holding does by itself: against the free baseline the control is later by 1,400 in the first two.
+    found = {
+        "yes": cells(tmp_path / "a", mixing=500, norm=0, holding=900),
+        "no": cells(tmp_path / "b", mixing=0, norm=0, holding=1400),
+        "in part": cells(tmp_path / "c", mixing=500, norm=200),
+        "small": cells(tmp_path / "d", mixing=-300, norm=200),
+    }
+    assert {name: verdicts(runs)[DRIVER] for name, runs in found.items()} == {
+        "yes": Verdict.REPRODUCED,
+        "no": Verdict.NOT_REPRODUCED,
+        "in part": Verdict.IN_PART,
+        "small": Verdict.NOT_REPRODUCED,
+    }
+
+
+def test_without_the_sham_the_driver_is_undecided_and_says_what_it_needs(tmp_path):
+    runs = [run for run in cells(tmp_path, mixing=500, norm=900) if run.condition != SHAM]
+    assert verdicts(runs)[DRIVER] == Verdict.UNDECIDED
+    result = e3_norm.analyse(Runs(tuple(runs), judged=False))
+    assert "needs the sham" in e3_norm.claims(result)[DRIVER].ours
+    assert "is not among these runs" in e3_norm.headline(result)
+    assert any("`fastent run e3` makes it" in getattr(b, "text", "") for b in e3_norm.section(result).blocks)
+    assert verdicts([run for run in runs if run.condition != CONTROL])[DRIVER] == Verdict.NOT_RUN
+
+
+def test_a_wide_interval_against_the_sham_decides_nothing(tmp_path):
+    runs = [run for run in cells(tmp_path, mixing=0, norm=0) if run.condition != CONTROL]
+    for seed, late in enumerate((-400, -200, 0, 500, 900)):
+        write_run(tmp_path / "wide", "e3", CONTROL, seed, t_grok=1000 + 100 * seed + late)
+    runs += read_runs(tmp_path / "wide")
+    assert verdicts(runs)[DRIVER] == Verdict.UNDECIDED
+    one = cells(tmp_path / "one", mixing=500, norm=0, seeds=range(1))
+    assert verdicts(one)[DRIVER] == Verdict.UNDECIDED
+
+
+def test_more_seeds_of_the_control_than_of_the_sham_are_compared_over_the_shared(tmp_path):
+    cells(tmp_path, mixing=500, norm=0, holding=300)
+    for seed in range(5, 9):
+        write_run(tmp_path, "e1", "baseline", seed, t_grok=3000)
+        write_run(tmp_path, "e3", CONTROL, seed, t_grok=3900)
+    result = e3_norm.analyse(Runs(tuple(read_runs(tmp_path)), judged=False))
+    assert result.conditions[CONTROL].later.n == 9
+    later = result.against_sham[CONTROL].later
+    assert (later.value, later.n) == (pytest.approx(500), 5)
+
+
+def test_what_t_grok_follows_is_measured_against_the_baseline_of_the_same_seed(tmp_path):
+    def scale(times):
+        return {"logit_scale": lambda step: times * 5.0}
+
     for seed in range(5):
-        write_run(tmp_path / "b", "e3", "norm-as-baseline", seed, t_grok=1000 + 100 * seed, norm=falling)
-    assert verdicts(read_runs(tmp_path / "b"))[DRIVER] == Verdict.NOT_REPRODUCED
-    assert verdicts(cells(tmp_path / "c", mixing=0, norm=0))[DRIVER] == Verdict.IN_PART
-    without = [
-        run for run in read_runs(tmp_path / "a") if "norm-" not in run.condition or "+" in run.condition
-    ]
-    assert verdicts(without)[DRIVER] == Verdict.NOT_RUN
+        base = 1000 + 100 * seed
+        write_run(tmp_path, "e1", "baseline", seed, t_grok=base, columns=scale(1))
+        for condition, times, norm, logits in (
+            ("norm-mem", 2, 3, 2),
+            ("logits-as-baseline+norm-mem", 1, 3, 7),
+            ("logits-as-norm-mem", 2, 1, 9),
+        ):
+            write_run(
+                tmp_path,
+                "e3",
+                condition,
+                seed,
+                t_grok=times * base,
+                norm=lambda step, norm=norm: 50.0 * norm,
+                entropy=lambda step: 0.85,
+                columns=scale(logits),
+            )
+    result = e3_norm.analyse(Runs(tuple(read_runs(tmp_path)), judged=False))
+    table = next(
+        b for b in e3_norm.section(result).blocks if isinstance(b, Table) and "T_grok follows" in b.caption
+    )
+    rows = {row[0]: row[1:] for row in table.rows}
+    # The scale that is trained on is the followed run's, whatever the logits before the division.
+    assert rows["norm held where the baseline has memorised"][:3] == (
+        "2.00 [2.00, 2.00]",
+        "3.00 [3.00, 3.00]",
+        "2.00 [2.00, 2.00]",
+    )
+    held, free = (row for name, row in rows.items() if name.startswith("logits at the scale"))
+    assert (held[0][:4], held[1][:4], held[2][:4]) == ("1.00", "3.00", "1.00")
+    assert (free[0][:4], free[1][:4], free[2][:4]) == ("2.00", "1.00", "2.00")
+    assert held[3].startswith("−0.050")
+    said = next(
+        b.text for b in e3_norm.section(result).blocks if "variance of ln(T_grok" in getattr(b, "text", "")
+    )
+    assert "scale of the logits 1.00 (n = 15)" in said
+    assert math.isnan(result.deviations["logits-as-norm-mem"])
 
 
 def test_where_no_run_groks_there_is_nothing_to_judge(tmp_path):
@@ -103,7 +186,11 @@ def test_where_no_run_groks_there_is_nothing_to_judge(tmp_path):
 
 
 def test_an_incomplete_design_has_no_factorial_and_says_so(tmp_path):
-    runs = [run for run in cells(tmp_path, mixing=500, norm=0) if run.experiment != "e2"]
+    runs = [
+        run
+        for run in cells(tmp_path, mixing=500, norm=0)
+        if run.experiment != "e2" and run.condition != "losses-0.1+norm-as-losses-0.1"
+    ]
     result = e3_norm.analyse(Runs(tuple(runs), judged=False))
     assert result.factorial is None
     # What it follows is not among the runs.
