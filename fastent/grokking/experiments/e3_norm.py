@@ -219,7 +219,7 @@ NO_SHAM = "the sham, the baseline's own norm re-imposed on it without mixing, is
 def _said_of_driver(result: Norm) -> str:
     sham, control = result.conditions.get(SHAM), result.against_sham.get(CONTROL)
     if sham is None or control is None:
-        return f"needs the sham: {NO_SHAM}" if CONTROL in result.conditions else NONE
+        return NO_SHAM if CONTROL in result.conditions else NONE
     said = (
         f"mixing against the sham, at one norm: later by {worded(control.later)}; the sham against the baseline: "
         f"later by {worded(sham.later)}"
