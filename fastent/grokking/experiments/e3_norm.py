@@ -296,9 +296,9 @@ def section(result: Norm) -> Section:
         drawn(
             "e3-trajectories",
             functools.partial(trajectories, shown),
-            "The baseline, mixing, the sham, mixing with the baseline's norm, and the norm of mixing without it, as far "
-            "as they were run. Thin lines: runs; thick lines: their mean, in which a run that has ended counts with its "
-            "last values.",
+            "The baseline, mixing, the sham, mixing with the baseline's norm, and the norm of mixing without it, as "
+            "far as they were run. Thin lines: runs; thick lines: their mean, in which a run that has ended counts "
+            "with its last values.",
             "Test accuracy, entropy and norm against the step, by condition.",
         ),
         Table(
