@@ -14,10 +14,10 @@ import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastent.activations import Positions, RealTokens, Rows, Tokens
@@ -188,7 +188,9 @@ def _leave_out_gram(x: Tensor, parts: list[Tensor], backend: Backend) -> Iterato
         yield whole._replace(matrix=matrix, n=len(cut))
 
 
-def _jackknife(whole: float, without: NDArray[np.float64], sizes: NDArray[np.int64]) -> tuple[float, float]:
+def _jackknife(
+    whole: float, without: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any]
+) -> tuple[float, float]:
     """Bias and variance of `whole` from the values without each part, whose sizes may differ by one."""
     ratio = sizes.sum() / sizes
     corrected = len(sizes) * whole - float(((1.0 - 1.0 / ratio) * without).sum())

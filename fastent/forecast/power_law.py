@@ -14,12 +14,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from fastent.forecast.history import LEVEL, Array, History, Interval, mean_interval
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 Sign = Literal["non-negative", "free", "zero"]
 

@@ -14,24 +14,8 @@ from enum import StrEnum
 from torch import Tensor
 
 from fastent.entropy import SpectralEntropy
-from fastent.forecast.history import History, Interval, Threshold, calibrate_threshold, recent_change
-from fastent.forecast.power_law import PowerLaw, profile_gamma
-from fastent.forecast.validation import HeldOut, LeaveOneOut, Score, leave_one_run_out
-
-__all__ = [
-    "Forecast",
-    "HeldOut",
-    "History",
-    "LeaveOneOut",
-    "PowerLaw",
-    "Reason",
-    "Score",
-    "Threshold",
-    "calibrate_threshold",
-    "leave_one_run_out",
-    "predict_grok_time",
-    "profile_gamma",
-]
+from fastent.forecast.history import History, Interval, recent_change
+from fastent.forecast.power_law import PowerLaw
 
 # Ours. A rise within the last WINDOW evaluations by more than RISE, of which half may be noise.
 WINDOW = 5
