@@ -163,6 +163,18 @@ def solve(
     )
 
 
+def residual_life(times: Array, at: Array, statistic: Callable[[Array], np.floating] = np.median) -> Array:
+    """`statistic` of the `times` after each of `at`, less that: the steps a clock says remain; 0 where none is left.
+
+    `times` has an entry at least.
+    """
+    ordered = np.sort(times)
+    passed = np.searchsorted(ordered, at, side="right")
+    # Where none is left the last time stands for it: the difference is cut at 0.
+    expected = np.array([statistic(ordered[min(k, times.size - 1) :]) for k in range(times.size + 1)])
+    return np.maximum(expected[passed] - at, 0)
+
+
 def fit_line(
     u: Array, y: Array, weights: Array | None = None, *, c2: Sign = "non-negative"
 ) -> tuple[Array, Array, Array]:
@@ -226,6 +238,11 @@ class PowerLaw:
         Evaluations and runs in the fit.
     level : float
         Confidence of `intervals` and of forecasts.
+    t_grok : tuple of floats
+        Of each run in the fit: what a clock goes by, `by_clock`.
+    advantage : (low, high), optional
+        How much smaller the law's mean absolute error is than that clock's, on runs left out, as a share of T_grok:
+        Student's interval over runs at `level`, evaluations above H*. See `beats_clock`.
 
     Raises
     ------
@@ -270,6 +287,8 @@ class PowerLaw:
     n_points: int = 0
     n_runs: int = 0
     level: float = LEVEL
+    t_grok: tuple[float, ...] = ()
+    advantage: Interval | None = None
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (self.c1, self.gamma, self.c2, self.h_star))):
@@ -337,7 +356,25 @@ class PowerLaw:
             n_points=best.n_points,
             n_runs=n,
             level=level,
+            t_grok=tuple(float(t) for t in triples.t_grok),
+            advantage=_advantage(triples, folds, level),
         )
+
+    def by_clock(self, now: float) -> float | None:
+        """Step at which a clock says that a run groks: the median T_grok of the law's runs that had not by `now`.
+
+        None where all had, or the law was made by hand.
+        """
+        later = [t for t in self.t_grok if t > now]
+        return float(np.median(later)) if later else None
+
+    @property
+    def beats_clock(self) -> bool | None:
+        """Whether the law forecast the runs of its fit, left out in turn, better than that clock: `advantage` above 0.
+
+        None where that is not known.
+        """
+        return None if self.advantage is None else self.advantage[0] > 0
 
     def remaining(self, h: ArrayLike) -> Array:
         """Return the steps until grokking at normalised entropies `h`; NaN below `h_star`."""
@@ -366,11 +403,12 @@ class PowerLaw:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Law from what `as_dict` gave, also by way of JSON, which turns tuples into lists."""
         intervals = {k: None if v is None else tuple(v) for k, v in values["intervals"].items()}
-        residual = values["residual"]
+        pairs = {name: values.get(name) for name in ("residual", "advantage")}
         changes = {
             "intervals": intervals,
             "gap_range": tuple(values["gap_range"]),
-            "residual": None if residual is None else tuple(residual),
+            "t_grok": tuple(values.get("t_grok", ())),
+            **{name: None if pair is None else tuple(pair) for name, pair in pairs.items()},
         }
         return cls(**{**values, **changes})
 
@@ -436,6 +474,19 @@ def _correlation(a: Array, b: Array) -> float | None:
     if not (np.isfinite(a).all() and np.isfinite(b).all()) or a.std() == 0 or b.std() == 0:
         return None
     return float(np.corrcoef(a, b)[0, 1])
+
+
+def _advantage(triples: Triples, folds: Sequence[Solution], level: float) -> Interval | None:
+    """Compare the law with the clock on left-out runs; `PowerLaw.advantage`."""
+    gains = []
+    for i, fold in enumerate(folds):
+        own = (triples.run == i) & (triples.entropy > fold.h_star)
+        if not own.any():
+            continue
+        clock = residual_life(np.delete(triples.t_grok, i), triples.step[own])
+        truth, law = triples.remaining[own], fold.remaining(triples.entropy[own])
+        gains.append(float((np.abs(clock - truth) - np.abs(law - truth)).mean() / triples.t_grok[i]))
+    return mean_interval(gains, level)
 
 
 def _residual(triples: Triples, folds: Sequence[Solution]) -> tuple[float, float]:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from planted_runs import H_STAR, planted_runs
 from scipy import stats
 
-from fastent.forecast.history import History
-from fastent.forecast.power_law import PowerLaw, profile_gamma
+from fastent.forecast.history import History, mean_interval
+from fastent.forecast.power_law import PowerLaw, profile_gamma, residual_life
+from fastent.forecast.validation import leave_one_run_out
 from fastent.reference.forecast import remaining_power
 
 NOISY = {"scale": 0.15, "offset": 0.01, "noise": 0.002}
@@ -153,6 +154,51 @@ def test_a_law_comes_back_from_json():
     runs = planted_runs(5, rng=np.random.default_rng(8), **NOISY)
     for law in (PowerLaw.fit(runs), PowerLaw(1.0, 2.0, 0.0, 0.5)):
         assert PowerLaw.from_dict(json.loads(json.dumps(law.as_dict(), allow_nan=False))) == law
+
+
+def test_residual_life_is_that_of_the_times_still_to_come_and_0_when_none_is():
+    times, at = np.array([500.0, 100.0, 300.0]), np.array([500.0, 0, 100, 299, 700])
+    assert residual_life(times, at, np.mean).tolist() == [0, 300, 300, 101, 0]
+    assert residual_life(times, at, np.median).tolist() == [0, 300, 300, 101, 0]
+    skewed = np.array([100.0, 200.0, 900.0])
+    assert residual_life(skewed, np.array([0.0, 150.0]), np.median).tolist() == [200, 400]
+
+
+def test_clock_of_a_law_is_the_median_of_its_runs_that_have_not_grokked_yet():
+    law = PowerLaw(1.0, 2.0, 0.0, 0.5, t_grok=(1600.0, 800.0, 1000.0))
+    assert [law.by_clock(now) for now in (0, 799, 800, 1200, 1600)] == [1000, 1000, 1300, 1600, None]
+    assert PowerLaw(1.0, 2.0, 0.0, 0.5).by_clock(0) is None
+
+
+def test_advantage_is_the_interval_of_what_the_law_is_nearer_than_the_clock_on_runs_left_out():
+    runs = planted_runs(5, rng=np.random.default_rng(9), **NOISY)
+    law = PowerLaw.fit(runs, level=0.9)
+    assert law.t_grok == tuple(run.t_grok for run in runs)
+    gains = []
+    for fold in leave_one_run_out(runs).runs:
+        others = np.delete(law.t_grok, fold.run)
+        clock = [np.median(others[others > now]) - now if (others > now).any() else 0 for now in fold.step]
+        off = np.abs(clock - fold.remaining) - np.abs(fold.by_law - fold.remaining)
+        gains.append(off.mean() / fold.t_grok)
+    assert law.advantage == pytest.approx(mean_interval(gains, 0.9))
+
+
+def test_law_beats_the_clock_where_the_entropy_tells_and_not_where_all_runs_grok_together():
+    assert PowerLaw.fit(planted_runs(6)).beats_clock is True
+    rng = np.random.default_rng(10)
+    blind = []
+    for t_grok in rng.integers(95, 105, 6) * 100:
+        step = np.arange(0, t_grok + 1, 100)
+        blind.append(History(step, np.append(rng.uniform(0.7, 0.9, step.size - 1), 0.6), t_grok))
+    assert PowerLaw.fit(blind).beats_clock is False
+    assert PowerLaw(1.0, 2.0, 0.0, 0.5).beats_clock is None
+
+
+def test_a_law_saved_before_it_knew_a_clock_is_read_as_one_that_does_not():
+    values = PowerLaw.fit(planted_runs(4)).as_dict()
+    del values["t_grok"], values["advantage"]
+    law = PowerLaw.from_dict(values)
+    assert (law.t_grok, law.advantage, law.beats_clock) == ((), None, None)
 
 
 def test_fewer_than_three_runs_that_grokked_are_refused():

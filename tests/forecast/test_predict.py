@@ -1,6 +1,7 @@
 """Row 29 of the faults: always a Forecast, with a reason where it has no step, and an interval that holds its point."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,21 @@ def test_there_is_always_a_forecast_with_a_step_or_a_reason(entropy, law):
     if forecast.interval is not None:
         low, high = forecast.interval
         assert forecast.now <= low <= forecast.step <= high
+
+
+@pytest.mark.parametrize(("advantage", "beats"), [((0.01, 0.1), True), ((-0.01, 0.1), False), (None, None)])
+def test_a_forecast_says_what_the_clock_says_with_a_step_or_without_and_whether_the_law_beats_it(
+    advantage, beats
+):
+    law = replace(LAW, t_grok=(800.0, 1000.0, 1600.0), advantage=advantage)
+    for h, reason in ((0.7, None), (0.6, Reason.BELOW_THRESHOLD)):
+        early, late, after = (predict_grok_time(h, law, step=step) for step in (600, 1200, 2000))
+        assert (early.by_clock, late.by_clock, after.by_clock) == (1000, 1600, None)
+        assert {each.reason for each in (early, late, after)} == {reason}
+        assert early.beats_clock is beats
+    # The law's own step is as it was.
+    assert predict_grok_time(0.7, law, step=600).step == predict_grok_time(0.7, LAW, step=600).step
+    assert predict_grok_time(0.7, LAW, step=600).by_clock is None
 
 
 @settings(deadline=None)

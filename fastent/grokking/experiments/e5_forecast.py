@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from fastent.forecast.diagnosis import Phase, Tolerances, diagnosis_of
 from fastent.forecast.history import History
-from fastent.forecast.power_law import GAMMA_BOUNDS, PowerLaw, Triples, profile_gamma, solve
+from fastent.forecast.power_law import GAMMA_BOUNDS, PowerLaw, Triples, profile_gamma, residual_life, solve
 from fastent.forecast.predict import predict_grok_time
 from fastent.forecast.validation import LeaveOneOut, leave_one_run_out
 from fastent.grokking.experiments.claims import (
@@ -279,19 +279,7 @@ def _clock(plateau: Plateau, used: Mask) -> Array:
     return plateau.runs.t_grok[used].mean() - plateau.step
 
 
-Statistic = Callable[[Array], np.floating]
-
-
-def residual_life(times: Array, at: Array, statistic: Statistic) -> Array:
-    """`statistic` of the `times` after each of `at`, less that; 0 where none is left."""
-    ordered = np.sort(times)
-    passed = np.searchsorted(ordered, at, side="right")
-    # Where none is left the last time stands for it: the difference is cut at 0.
-    expected = np.array([statistic(ordered[min(k, times.size - 1) :]) for k in range(times.size + 1)])
-    return np.maximum(expected[passed] - at, 0)
-
-
-def _still_running(statistic: Statistic) -> Forecaster:
+def _still_running(statistic: Callable[[Array], np.floating]) -> Forecaster:
     return lambda plateau, used: residual_life(plateau.runs.t_grok[used], plateau.step, statistic)
 
 

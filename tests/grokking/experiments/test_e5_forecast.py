@@ -1,6 +1,7 @@
 """E5 on runs that follow a known law, and stopping, cost and Table 5 on closed-form runs."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from planted_columns import listed
 
 from fastent.forecast.diagnosis import Phase
 from fastent.forecast.power_law import PowerLaw
+from fastent.forecast.predict import predict_grok_time
 from fastent.grokking.experiments import e5_forecast, figures
 from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Figure, Table, Verdict
@@ -140,14 +142,6 @@ def with_column(runs, name, column):
         for run, t_grok in zip(runs.stored, runs.t_grok, strict=True)
     ]
     return dataclasses.replace(runs, stored=tuple(stored))
-
-
-def test_residual_life_is_that_of_the_times_still_to_come_and_0_when_none_is():
-    times, at = np.array([500.0, 100.0, 300.0]), np.array([500.0, 0, 100, 299, 700])
-    assert e5_forecast.residual_life(times, at, np.mean).tolist() == [0, 300, 300, 101, 0]
-    assert e5_forecast.residual_life(times, at, np.median).tolist() == [0, 300, 300, 101, 0]
-    skewed = np.array([100.0, 200.0, 900.0])
-    assert e5_forecast.residual_life(skewed, np.array([0.0, 150.0]), np.median).tolist() == [200, 400]
 
 
 def test_clocks_are_those_of_the_other_runs_and_the_law_that_holds_has_no_error(tmp_path):
@@ -377,3 +371,19 @@ def test_section_holds_the_long_runs_and_the_confusion_matrix(tmp_path, stored):
     assert any("trained on to the limit" in caption for caption in captions)
     assert len(result.long) == 1
     assert result.guide.n == 4  # the run to the end repeats one of E1's
+
+
+@pytest.mark.nightly
+def test_what_predict_grok_time_says_of_the_recorded_runs_is_what_they_say():
+    runs = Runs(tuple(read_runs(Path("bench/results/paper"))))
+    said = " ".join(predict_grok_time.__doc__.split())
+    add = e5_forecast.contest(runs.select("e1"))
+    for name in (RUNNING, LAW, CLOCK):
+        assert f"{e5_forecast.percent_of(add.standing(name).mean.value)}" in said
+    for task, winner in (("s5", RUNNING), ("sub", LAW)):
+        other = e5_forecast.contest(runs.select("e6", "baseline", task))
+        first, second = (e5_forecast.percent_of(other.standing(name).mean.value) for name in (RUNNING, LAW))
+        assert f"{first} against the law's {second}" in said or f"{second} against {first}" in said
+        assert other.best.rival.name == winner
+    assert add.best.rival.name == RUNNING
+    assert len(add.standings) == 7
