@@ -276,7 +276,7 @@ class Rival:
 
 
 def _clock(plateau: Plateau, used: Mask) -> Array:
-    return plateau.runs.t_grok[used].mean() - plateau.step
+    return float(plateau.runs.t_grok[used].mean()) - plateau.step
 
 
 def _still_running(statistic: Callable[[Array], np.floating]) -> Forecaster:
@@ -294,10 +294,11 @@ def _first_passage(*, once: bool) -> Forecaster:
     def forecast(plateau: Plateau, used: Mask) -> Array:
         runs = plateau.runs
         log_v = plateau.column("log V", lambda: 2 * np.log(runs.norm))
-        excess = log_v - runs.at(log_v, runs.t_grok)[used].mean()
+        excess = log_v - float(runs.at(log_v, runs.t_grok)[used].mean())
         if not once:
             x, kept = excess[plateau.where], used[plateau.run]
-            return x * _slope(x[kept], plateau.remaining[kept])
+            left: Array = x * _slope(x[kept], plateau.remaining[kept])
+            return left
         x, delay = runs.at(excess, runs.t_mem), runs.t_grok - runs.t_mem
         times = runs.t_mem + x * _slope(x[used], delay[used])
         return times[plateau.run] - plateau.step
@@ -389,7 +390,8 @@ def _gap_and_clock(gamma: float, shrink: float) -> Forecaster:
         terms = (terms - mean) / np.where(spread > 0, spread, 1.0)
         x, y = terms[:, kept], plateau.remaining[kept]
         weights = np.linalg.lstsq(x @ x.T / y.size + shrink * np.eye(2), x @ (y - y.mean()) / y.size)[0]
-        return weights @ terms + y.mean()
+        left: Array = weights @ terms + y.mean()
+        return left
 
     return forecast
 
@@ -1141,17 +1143,17 @@ def error_against_steps_left(contest: Contest) -> Figure:
     left, place, count = np.unique(plateau.remaining, return_inverse=True, return_counts=True)
     shown = 2 * count >= len(plateau.runs)
     looks = dict(zip((rival.name for rival in RIVALS), _LOOKS, strict=True))
+    highest = 0.0
     for each in contest.standings:
         colour, dash = looks[each.rival.name]
-        error = np.bincount(place, np.abs(each.forecast - plateau.remaining)) / count
-        axes.plot(
-            left[shown], error[shown], color=colour, linestyle=dash, linewidth=1.6, label=each.rival.name
-        )
+        error = (np.bincount(place, np.abs(each.forecast - plateau.remaining)) / count)[shown]
+        axes.plot(left[shown], error, color=colour, linestyle=dash, linewidth=1.6, label=each.rival.name)
+        highest = max(highest, float(error.max()))
     axes.plot(
         left[shown], left[shown], color=LIGHT.train, linestyle=DOTTED, linewidth=1.2, label='"it groks now"'
     )
-    axes.set(xlabel="steps left until T_grok", ylabel="mean absolute error over runs (steps)", ylim=(0, None))
-    axes.set_ylim(0, 1.15 * max(float(line.get_ydata().max()) for line in axes.lines[:-1]))
+    axes.set(xlabel="steps left until T_grok", ylabel="mean absolute error over runs (steps)")
+    axes.set_ylim(0, 1.15 * highest)
     axes.invert_xaxis()
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(thousands)
