@@ -87,6 +87,13 @@ class Items:
 
 
 @dataclass(frozen=True)
+class Links:
+    """Where to read on; what leads elsewhere than into a document is left out of it."""
+
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True)
 class Code:
     """Commands or configuration, verbatim."""
 
@@ -153,7 +160,7 @@ class Group:
     blocks: tuple[Block, ...]
 
 
-Block = Text | Items | Code | Table | Figure | Group
+Block = Text | Items | Links | Code | Table | Figure | Group
 
 
 @dataclass(frozen=True)
@@ -252,7 +259,7 @@ class _Markdown:
     anchors: Collection[str]
 
     def blocks(self, blocks: Sequence[Block]) -> str:
-        return "\n\n".join(map(self.block, blocks))
+        return "\n\n".join(filter(None, map(self.block, blocks)))
 
     def block(self, block: Block) -> str:
         match block:
@@ -260,6 +267,9 @@ class _Markdown:
                 return self.words(text) if kind == "plain" else f"> {self.words(text)}"
             case Items(items):
                 return "\n".join(f"{place}. {self.words(item)}" for place, item in enumerate(items, 1))
+            case Links(links):
+                found = ", ".join(self.words(link) for link in links if link.anchor in self.anchors)
+                return found and f"See {found}."
             case Code(text):
                 fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
                 return f"{fence}\n{text}\n{fence}"

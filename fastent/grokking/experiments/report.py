@@ -10,7 +10,6 @@ different settings judge nothing. The same folder gives the same bytes: no date 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import re
@@ -51,6 +50,7 @@ from fastent.grokking.experiments.document import (
     Group,
     Items,
     Link,
+    Links,
     Piece,
     Section,
     Table,
@@ -152,17 +152,19 @@ def make_sections(runs: Path, out: Path = Path("report")) -> list[Section]:
     }
     ask = _asker(stored, found, run_folder(stored, runs))
     claims = judged(parts, ask)
-    analyses = [
-        _with_provenance(parts[experiment.id].section, experiment, stored, runs)
-        for experiment in EXPERIMENTS
-        if experiment.id in parts
-    ]
-    first = [figure for figure in figures_of(analyses[:1]) if figure.name == FIRST_FIGURE]
+    analyses = [parts[each.id].section for each in EXPERIMENTS if each.id in parts]
+    first = [figure for figure in figures_of(analyses) if figure.name == FIRST_FIGURE]
+    runs_of = {
+        each.id: provenance(complete_runs(each, stored), runs) for each in EXPERIMENTS if each.id in parts
+    }
     return [
         summary_section(claims, found, stored, first),
         claims_section(claims, parts),
+        *(
+            replace(section, blocks=(*(_placed(block) for block in section.blocks), runs_of[section.anchor]))
+            for section in analyses
+        ),
         figures_section(analyses),
-        *(_without(section, first) for section in analyses),
         _meanings(),
         arithmetic_section(),
         corrections_section(),
@@ -175,21 +177,12 @@ FIRST_FIGURE = "e1-dynamics"
 """What the paper's Figure 1 shows: it stands at the head of the report, not in its section."""
 
 
-def _without(section: Section, figures: Sequence[Figure]) -> Section:
-    blocks = tuple(
-        Text(("Over training: figure ", Link(f"`{block.name}`", block.name), ", at the head of this page."))
-        if block in figures
-        else block
-        for block in section.blocks
+def _placed(block: Block) -> Block:
+    if not isinstance(block, Figure) or block.name != FIRST_FIGURE:
+        return block
+    return Text(
+        ("Over training: figure ", Link(f"`{block.name}`", block.name), ", at the head of this page.")
     )
-    return replace(section, blocks=blocks)
-
-
-def _with_provenance(
-    section: Section, experiment: Experiment[Any], stored: Sequence[StoredRun], runs: Path
-) -> Section:
-    text = provenance(complete_runs(experiment, stored), runs)
-    return dataclasses.replace(section, blocks=(*section.blocks, text))
 
 
 MEANINGS = (
@@ -242,11 +235,6 @@ class Judged:
     verdict: Verdict
     rule: str
 
-    @property
-    def experiment(self) -> str:
-        """Which experiment speaks to it."""
-        return self.id.partition(".")[0]
-
 
 def judged(parts: Mapping[str, Part], ask: Callable[[str], str]) -> list[Judged]:
     """List the claims by experiment; one that no run speaks to with the command that `ask` gives for an experiment."""
@@ -275,25 +263,15 @@ def summary_section(
     blocks: list[Block] = [_setting(found)]
     if not any(run.done is not None for run in stored):
         blocks.append(Text("No experiment has a complete run yet: there is nothing to judge.", "note"))
-    return Section(
-        "summary",
-        "Summary: what to believe",
-        (
-            *blocks,
-            Items(conclusions(claims)),
-            Text(
-                (
-                    f"Of {len(claims)} claims of the paper: ",
-                    *tally(claims),
-                    ". ",
-                    Link("Each of them", "claims"),
-                    ".",
-                )
-            ),
-            contributions_table(claims),
-            *figures,
-        ),
+    count = (
+        f"Of {len(claims)} claims of the paper: ",
+        *tally(claims),
+        ". ",
+        Link("Each of them", "claims"),
+        ".",
     )
+    blocks += [Items(conclusions(claims)), Text(count), contributions_table(claims), *figures]
+    return Section("summary", "Summary: what to believe", tuple(blocks))
 
 
 def _setting(found: Sequence[tuple[Way, Sequence[StoredRun]]]) -> Text:
@@ -309,14 +287,9 @@ def _setting(found: Sequence[tuple[Way, Sequence[StoredRun]]]) -> Text:
             f"{'; '.join(said)}. Put the runs of each setting into a folder of its own, and report on that.",
             "note",
         )
-    told = (
-        ""
-        if (name, changes) == ("paper", {})
-        else " No number that belongs to the paper's setting is judged by it."
-    )
-    return Text(
-        (f"True of one setting: {said[0]}.{told} ", Link("Every value and its source", "origin"), "."), "note"
-    )
+    own = (name, changes) == ("paper", {})
+    told = "" if own else " No number that belongs to the paper's setting is judged by it."
+    return Text(f"True of one setting: {said[0]}.{told}", "note")
 
 
 def _way(way: Way) -> str:
@@ -385,26 +358,24 @@ def claims_section(claims: Sequence[Judged], parts: Mapping[str, Part]) -> Secti
     """Lay out the claims, a group for each experiment with what its runs show, its section and its figures."""
     groups = []
     for experiment in EXPERIMENTS:
-        rows, part = [row for row in claims if row.experiment == experiment.id], parts.get(experiment.id)
+        part = parts.get(experiment.id)
+        rows = [row for row in claims if CLAIMS[row.id].experiment == experiment.id]
         if part is None and not rows:
             continue
         blocks: list[Block] = []
         if part is not None:
-            drawn = [Link(figure.name, figure.name) for figure in figures_of([part.section])]
-            links: list[Piece] = [Link("section", part.section.anchor)]
-            for figure in drawn:
-                links += [", ", figure]
-            blocks.append(Text((f"{part.headline} See ", *links, ".")))
+            drawn = (Link(figure.name, figure.name) for figure in figures_of([part.section]))
+            blocks += [
+                Text(part.headline),
+                Links((Link(f"section {part.section.short}", part.section.anchor), *drawn)),
+            ]
         if rows:
             columns = ("Paper", "It says", "These runs", "Verdict", "Judged by")
             lines = tuple((r.where, r.says, r.ours, r.verdict, r.rule) for r in rows)
             blocks.append(Table("The paper's claims, and what these runs say of them.", columns, lines))
         title = f"{experiment.id.upper()}: {experiment.question}" if part is None else part.section.title
-        groups.append(
-            Group(
-                f"claims-{experiment.id}", (f"{title}  ·  " if rows else title, *tally(rows)), tuple(blocks)
-            )
-        )
+        summary = (f"{title}  ·  " if rows else title, *tally(rows))
+        groups.append(Group(f"claims-{experiment.id}", summary, tuple(blocks)))
     return Section(
         "claims",
         "Claims: one by one",
@@ -464,8 +435,8 @@ def coverage(parts: Mapping[str, Part], stored: Sequence[StoredRun], ask: Callab
         reads = ", ".join(name.upper() for name in experiment.reads if name != experiment.id)
         if experiment.id not in parts:
             state = "no complete run" if mine else "not run"
-            if complete and not of_one_setting(complete_runs(experiment, stored)):
-                state = "not reported: its runs, or those it is compared with, differ in their settings"
+            if complete:
+                state = "not reported: what it is compared with is missing, or differs in its settings"
         elif complete < len(mine):
             state = "reported from its complete runs"
         else:
@@ -490,15 +461,6 @@ class Part:
     headline: str
     findings: Findings
     section: Section
-
-    def unjudged(self) -> Part:
-        """Return it as it is said beside runs of another setting: no claim is judged."""
-        note = Text("The runs of this report differ in their settings: no claim is judged by them.", "note")
-        return replace(
-            self,
-            findings={name: found._replace(verdict=Verdict.MIXED) for name, found in self.findings.items()},
-            section=replace(self.section, blocks=(note, *self.section.blocks)),
-        )
 
 
 EXPERIMENTS: tuple[Experiment[Any], ...] = (
@@ -531,8 +493,9 @@ def make_part(
     if result is None or (experiment.of_verdicts and not judged):
         return None
     findings = marked(experiment.claims(result), runs)
-    part = Part(experiment.headline(result), findings, experiment.section(result))
-    return part if judged else part.unjudged()
+    if not judged:
+        findings = {name: found._replace(verdict=Verdict.MIXED) for name, found in findings.items()}
+    return Part(experiment.headline(result), findings, experiment.section(result))
 
 
 OURS = "ours: its description is lost"
@@ -809,21 +772,21 @@ def _runs_table(stored: Sequence[StoredRun]) -> Table:
 
 def _settings_table(stored: Sequence[StoredRun]) -> Table:
     rows = []
-    for key in sorted({key for run in stored for key in run.config}):
-        values = dict.fromkeys(str(run.config.get(key, "–")) for run in stored)
-        here, there = "; ".join(values), str(PAPER.get(key, "–"))
-        rows.append((f"`{key}`", here, "the same" if here == there else there, SOURCES.get(key, "–")))
+    for key, here in _values([run.config for run in stored]):
+        there = str(PAPER.get(key, NONE))
+        rows.append((f"`{key}`", here, "the same" if here == there else there, SOURCES.get(key, NONE)))
     columns = ("setting", "these runs", "preset `paper`", "where the preset's value comes from")
     return Table("Every setting of the runs, and the source of the paper's.", columns, tuple(rows))
 
 
+def _values(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """List the values that records hold under each key, by the key."""
+    keys = sorted({key for record in records for key in record})
+    return [(key, "; ".join(dict.fromkeys(str(record.get(key, NONE)) for record in records))) for key in keys]
+
+
 def _environment_table(stored: Sequence[StoredRun]) -> Table:
-    rows = []
-    for key in sorted({key for run in stored for key in run.environment}):
-        values = dict.fromkeys(str(run.environment.get(key, "–")) for run in stored)
-        rows.append((key, "; ".join(values)))
-    if not rows:
-        rows.append(("not recorded", "–"))
+    rows = _values([run.environment for run in stored]) or [("not recorded", NONE)]
     return Table("Machine and software at the runs' first start.", ("what", "value"), tuple(rows))
 
 

@@ -18,6 +18,7 @@ from fastent.grokking.experiments.document import (
     Group,
     Items,
     Link,
+    Links,
     Section,
     Table,
     Text,
@@ -81,6 +82,8 @@ SECTION = Section(
             (Text(("see ", Link("the picture", "picture"))),),
         ),
         Text(Link("elsewhere", "nowhere")),
+        Links((Link("the first", "first"), Link("not here", "nowhere"))),
+        Links((Link("not here", "nowhere"),)),
     ),
 )
 
@@ -136,6 +139,7 @@ def test_markdown_links_lead_where_there_is_something_and_are_plain_words_elsewh
     assert places == ["first", "picture", "folded"]
     assert "[the picture](#picture)" in text
     assert "\nelsewhere\n" in text
+    assert text.endswith("\n\nSee [the first](#first).\n")
     assert "<details>\n<summary>all of it &lt;script&gt;" in text
     assert "in part</summary>\n\nsee [the picture]" in text
     assert text.count("<details>") == text.count("</details>") == 1
