@@ -600,21 +600,22 @@ def plan(
         Seconds of the probe's forward pass, which the estimate cannot know: without it the plan says that it is left
         out.
     """
-    from fastent.plan import check_plan, describe, make_plan, measure_rates
+    from fastent.plan import Monitoring, describe, make_plan, measure_rates
 
-    sizes = {"layers": layers, "d": d, "probe": probe, "stride": stride}
-    rest: dict[str, Any] = {
-        "ranks": ranks,
-        "step_time": step_time,
-        "itemsize": itemsize,
-        "link": link * 1e9,
-        "budget": budget / 100,
-        "probe_time": probe_time,
-    }
     with _wrong_usage():
-        check_plan(**sizes, **rest)
-    found = make_plan(measure_rates(), **sizes, **rest)
-    print("\n".join(describe(found, **sizes, budget=budget / 100)))
+        asked = Monitoring(
+            layers=layers,
+            d=d,
+            probe=probe,
+            ranks=ranks,
+            stride=stride,
+            step_time=step_time,
+            itemsize=itemsize,
+            link=link * 1e9,
+            budget=budget / 100,
+            probe_time=probe_time,
+        )
+    print("\n".join(describe(make_plan(measure_rates(), asked))))
     return 0
 
 

@@ -248,6 +248,69 @@ def _seconds(call: Callable[[], object], budget: float) -> float:
 RESULT_BYTES = 6 * 8  # what a rank sends of each layer
 
 
+MOST = 10**12
+"""Bound of every count: beyond it no estimate means anything."""
+
+SMALLEST, LARGEST = 1e-9, 1e12
+"""Bounds of every time, rate and share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitoring:
+    """What is to be monitored, and what it may cost; its numbers are checked before anything is measured.
+
+    Attributes
+    ----------
+    layers, d, probe, ranks, stride : int
+        Watched layers, their features, rows of the probe, processes, steps between probes.
+    step_time : float
+        Seconds of a training step.
+    itemsize : int
+        Bytes of an entry of the activations.
+    link : float
+        Bytes per second that a rank sends.
+    budget : float
+        Share of the training time that a monitor may take.
+    probe_time : float, optional
+        Seconds of the probe's forward pass; without it share and stride are those of the evaluation alone.
+
+    Raises
+    ------
+    ValueError
+        If a count is below 1 (2 for rows and features) or over `MOST`, or a time, rate or share no number of its
+        range.
+    """
+
+    layers: int
+    d: int
+    probe: int
+    ranks: int
+    stride: int
+    step_time: float
+    itemsize: int = 2
+    link: float = 25e9
+    budget: float = 0.01
+    probe_time: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in {"layers": 1, "d": 2, "probe": 2, "ranks": 1, "stride": 1}.items():
+            count = getattr(self, name)
+            if not least <= count <= MOST:
+                raise ValueError(f"{name} must be from {least} to {MOST:,}; got {count}")
+        if not 1 <= self.itemsize <= 16:
+            raise ValueError(f"itemsize must be from 1 to 16 bytes; got {self.itemsize}")
+        for name, value, unit in (
+            ("step_time", self.step_time, "seconds"),
+            ("link", self.link / 1e9, "GB per second"),
+        ):
+            if not SMALLEST <= value <= LARGEST:
+                raise ValueError(f"{name} must be from {SMALLEST:g} to {LARGEST:g} {unit}; got {value:g}")
+        if not SMALLEST <= self.budget <= 1:
+            raise ValueError(f"budget must be over 0 and at most 100 percent; got {100 * self.budget:g}")
+        if self.probe_time is not None and not 0 <= self.probe_time <= LARGEST:
+            raise ValueError(f"probe_time must be from 0 to {LARGEST:g} seconds; got {self.probe_time:g}")
+
+
 @dataclass(frozen=True)
 class Way:
     """One way to evaluate all layers.
@@ -285,6 +348,8 @@ class Plan:
 
     Attributes
     ----------
+    asked : Monitoring
+        What was asked for.
     ways : tuple of Way
         Those that the number of ranks allows.
     best : Way
@@ -295,117 +360,20 @@ class Plan:
         The smallest one at which that share is within the budget.
     other_side : float
         Seconds that the larger of the two matrices would take instead for one layer.
-    probe_time : float or None
-        Seconds of the probe's forward pass that are in `share` and `stride`; None where nobody said.
     """
 
+    asked: Monitoring
     ways: tuple[Way, ...]
     best: Way
     share: float
     stride: int
     other_side: float
-    probe_time: float | None
 
 
-MOST = 10**12
-"""Bound of every count: beyond it no estimate means anything."""
-
-SMALLEST, LARGEST = 1e-9, 1e12
-"""Bounds of every time, rate and share."""
-
-
-def check_plan(
-    *,
-    layers: int,
-    d: int,
-    probe: int,
-    ranks: int,
-    stride: int,
-    step_time: float,
-    itemsize: int = 2,
-    link: float = 25e9,
-    budget: float = 0.01,
-    probe_time: float | None = None,
-) -> None:
-    """Check the numbers of a plan, before anything is measured.
-
-    Raises
-    ------
-    ValueError
-        If a count is below 1 (2 for rows and features) or over `MOST`, or a time, rate or share no number of its
-        range.
-    """
-    counts = {
-        "layers": (layers, 1),
-        "d": (d, 2),
-        "probe": (probe, 2),
-        "ranks": (ranks, 1),
-        "stride": (stride, 1),
-    }
-    for name, (count, least) in counts.items():
-        if not least <= count <= MOST:
-            raise ValueError(f"{name} must be from {least} to {MOST:,}; got {count}")
-    if not 1 <= itemsize <= 16:
-        raise ValueError(f"itemsize must be from 1 to 16 bytes; got {itemsize}")
-    for name, value, unit in (("step_time", step_time, "seconds"), ("link", link / 1e9, "GB per second")):
-        if not SMALLEST <= value <= LARGEST:
-            raise ValueError(f"{name} must be from {SMALLEST:g} to {LARGEST:g} {unit}; got {value:g}")
-    if not SMALLEST <= budget <= 1:
-        raise ValueError(f"budget must be over 0 and at most 100 percent; got {100 * budget:g}")
-    if probe_time is not None and not 0 <= probe_time <= LARGEST:
-        raise ValueError(f"probe_time must be from 0 to {LARGEST:g} seconds; got {probe_time:g}")
-
-
-def make_plan(
-    rates: Rates,
-    *,
-    layers: int,
-    d: int,
-    probe: int,
-    ranks: int,
-    stride: int,
-    step_time: float,
-    itemsize: int = 2,
-    link: float = 25e9,
-    budget: float = 0.01,
-    probe_time: float | None = None,
-) -> Plan:
-    """Estimate every way and choose.
-
-    Parameters
-    ----------
-    rates : Rates
-        Of the processor that evaluates.
-    layers, d, probe, ranks, stride : int
-        Watched layers, their features, rows of the probe, processes, steps between probes.
-    step_time : float
-        Seconds of a training step.
-    itemsize : int
-        Bytes of an entry of the activations.
-    link : float
-        Bytes per second that a rank sends.
-    budget : float
-        Share of the training time that a monitor may take.
-    probe_time : float, optional
-        Seconds of the probe's forward pass; without it share and stride are those of the evaluation alone.
-
-    Raises
-    ------
-    ValueError
-        As `check_plan`.
-    """
-    check_plan(
-        layers=layers,
-        d=d,
-        probe=probe,
-        ranks=ranks,
-        stride=stride,
-        step_time=step_time,
-        itemsize=itemsize,
-        link=link,
-        budget=budget,
-        probe_time=probe_time,
-    )
+def make_plan(rates: Rates, asked: Monitoring) -> Plan:
+    """Estimate every way at the rates of the processor that evaluates, and choose."""
+    layers, d, probe, ranks, link = asked.layers, asked.d, asked.probe, asked.ranks, asked.link
+    itemsize, step_time = asked.itemsize, asked.step_time
     whole = work(probe, d, itemsize=itemsize)
     one = estimate(whole, rates)
     activations = probe * d * itemsize
@@ -442,20 +410,22 @@ def make_plan(
             )
         )
     best = min(ways, key=lambda way: way.seconds)
-    cost = best.seconds + (probe_time or 0.0)
+    cost = best.seconds + (asked.probe_time or 0.0)
     other = work(probe, d, itemsize=itemsize, side="covariance" if whole.side == "gram" else "gram")
     return Plan(
+        asked=asked,
         ways=tuple(ways),
         best=best,
-        share=cost / (stride * step_time),
-        stride=max(1, math.ceil(cost / (budget * step_time))),
+        share=cost / (asked.stride * step_time),
+        stride=max(1, math.ceil(cost / (asked.budget * step_time))),
         other_side=estimate(other, rates).seconds,
-        probe_time=probe_time,
     )
 
 
-def describe(plan: Plan, *, layers: int, probe: int, d: int, stride: int, budget: float = 0.01) -> list[str]:
+def describe(plan: Plan) -> list[str]:
     """Lines for the screen."""
+    asked = plan.asked
+    d, probe = asked.d, asked.probe
     lines = [f"{'way':<18} {'per probe':>10} {'computing':>10} {'sending':>10} {'sent':>10} {'memory':>10}"]
     for way in plan.ways:
         mark = "  <- fastest" if way is plan.best else ""
@@ -464,7 +434,7 @@ def describe(plan: Plan, *, layers: int, probe: int, d: int, stride: int, budget
             f"{_time(way.sending):>10} {_size(way.sent):>10} {_size(way.memory):>10}{mark}"
         )
     best, one = plan.best, plan.best.cost
-    alone = ", the forward pass left out" if plan.probe_time is None else ""
+    alone = ", the forward pass left out" if asked.probe_time is None else ""
     lines += [
         "",
         f"one layer      {best.work.m:,} x {best.work.m:,} {best.work.side}: {best.work.flops / 1e9:.3g} + "
@@ -476,11 +446,11 @@ def describe(plan: Plan, *, layers: int, probe: int, d: int, stride: int, budget
         "forward pass   "
         + (
             "not in these numbers: nobody said how long the probe's takes; measure it and give --probe-time"
-            if plan.probe_time is None
-            else f"{_time(plan.probe_time)} for the probe, as given; in share and stride"
+            if asked.probe_time is None
+            else f"{_time(asked.probe_time)} for the probe, as given; in share and stride"
         ),
-        f"share          {plan.share:.2%} of the training time at stride {stride:,}{alone}",
-        f"choose         {best.name}; stride {plan.stride:,} or more keeps it within {100 * budget:g} %{alone}",
+        f"share          {plan.share:.2%} of the training time at stride {asked.stride:,}{alone}",
+        f"choose         {best.name}; stride {plan.stride:,} or more keeps it within {100 * asked.budget:g} %{alone}",
     ]
     if probe <= d:
         ceiling = math.log(probe - 1) / math.log(d)

@@ -8,7 +8,7 @@ import pytest
 
 from fastent.cli import main
 from fastent.linalg import SLAB
-from fastent.plan import Rates, all_reduce_bytes, describe, estimate, floor, make_plan, work
+from fastent.plan import Monitoring, Rates, all_reduce_bytes, describe, estimate, floor, make_plan, work
 
 # 1 GB/s, 1 GFLOP/s at any size, a solve that takes (m / 1000)^3 seconds.
 RATES = Rates(
@@ -62,7 +62,7 @@ def test_a_ring_sends_twice_the_state_less_a_share():
 
 
 def test_the_plan_of_a_large_model_shares_the_layers_out_and_solves_the_gram_matrix():
-    plan = make_plan(RATES, **PLAN)
+    plan = make_plan(RATES, Monitoring(**PLAN))
     one, layers, rows = plan.ways
     single = estimate(work(512, 8192, itemsize=2), RATES).seconds
     assert plan.best is layers
@@ -77,13 +77,13 @@ def test_the_plan_of_a_large_model_shares_the_layers_out_and_solves_the_gram_mat
 
 def test_the_stride_of_the_plan_is_the_smallest_within_the_budget():
     for budget in (0.01, 0.001):
-        stride = make_plan(RATES, **PLAN, budget=budget).stride
-        assert make_plan(RATES, **(PLAN | {"stride": stride}), budget=budget).share <= budget
-        assert make_plan(RATES, **(PLAN | {"stride": stride - 1}), budget=budget).share > budget
+        stride = make_plan(RATES, Monitoring(**PLAN, budget=budget)).stride
+        assert make_plan(RATES, Monitoring(**(PLAN | {"stride": stride}), budget=budget)).share <= budget
+        assert make_plan(RATES, Monitoring(**(PLAN | {"stride": stride - 1}), budget=budget)).share > budget
 
 
 def test_on_one_rank_nothing_is_sent_and_the_forward_pass_counts():
-    plan = make_plan(RATES, **(PLAN | {"ranks": 1}), probe_time=3.0)
+    plan = make_plan(RATES, Monitoring(**(PLAN | {"ranks": 1}), probe_time=3.0))
     (way,) = plan.ways
     assert way.sent == 0
     assert plan.share == pytest.approx((way.seconds + 3.0) / 100)
@@ -93,7 +93,7 @@ def test_an_extrapolation_is_called_one():
     small = {"layers": 2, "probe": 512, "d": 256, "stride": 100}
     for d, said in ((256, False), (2048, True)):
         sizes = small | {"d": d, "probe": 4096}
-        text = "\n".join(describe(make_plan(RATES, **sizes, ranks=1, step_time=1.0), **sizes))
+        text = "\n".join(describe(make_plan(RATES, Monitoring(**sizes, ranks=1, step_time=1.0))))
         assert ("extrapolated" in text) is said
 
 
@@ -116,15 +116,15 @@ BEYOND = {
 )
 def test_a_plan_refuses_what_is_beyond_a_bound_with_the_rule(name, value):
     with pytest.raises(ValueError, match=rf"{name} must be .*; got "):
-        make_plan(RATES, **(PLAN | {name: value}))
+        Monitoring(**(PLAN | {name: value}))
 
 
 def test_the_largest_sizes_that_are_answered_take_no_memory():
     tracemalloc.start()
     try:
         sizes = {"layers": 10**12, "d": 10**12, "probe": 10**12, "stride": 10**12}
-        plan = make_plan(RATES, **sizes, ranks=10**12, step_time=1e-9, link=1.0, budget=1e-9, probe_time=1e12)
-        assert describe(plan, **sizes)
+        rest = {"ranks": 10**12, "step_time": 1e-9, "link": 1.0, "budget": 1e-9, "probe_time": 1e12}
+        assert describe(make_plan(RATES, Monitoring(**sizes, **rest)))
         assert tracemalloc.get_traced_memory()[1] < 1e6
     finally:
         tracemalloc.stop()
