@@ -57,8 +57,8 @@ from bench.harness import Row, columns, environment, nvidia_smi, quantiles, rati
 from bench.providers import direct_covariance, direct_entropy, torch_cov
 from fastent.covariance import centered_matrix, triton_obstacle
 from fastent.grokking.train.stack import capture_cuda_graph
+from fastent.kernels.covariance import ResidentCovariance
 from fastent.kernels.launch import partition
-from fastent.kernels.resident import ResidentCovariance
 from fastent.monitor.deferred import DeferredEntropy
 
 NO_GPU = "no CUDA device: this measures one"

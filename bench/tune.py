@@ -29,8 +29,8 @@ from bench.gpu import Session, activations, device_times
 from bench.harness import Row, quantiles, write_rows
 from fastent.kernels import launch
 from fastent.kernels.compile import DTYPES, LAYOUTS, Resources, _launches_of, measure
+from fastent.kernels.covariance import ResidentCovariance
 from fastent.kernels.launch import TABLE, Entry, Side, Tile
-from fastent.kernels.resident import ResidentCovariance
 
 REGISTERS, WARPS, SHARED = 65536, 64, 233472  # of a multiprocessor
 # m and length of each range of the table, to time.

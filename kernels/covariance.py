@@ -54,7 +54,7 @@ from .launch import (
     workspace,
 )
 
-__all__ = ["LAUNCHES", "covariance", "gram", "shifted_covariance"]
+__all__ = ["LAUNCHES", "ResidentCovariance", "covariance", "gram", "shifted_covariance"]
 
 
 @triton.jit
@@ -556,3 +556,68 @@ def gram(h: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """
     lower, centre = _run("gram", h, scale)
     return lower, centre[..., 2, :]
+
+
+class ResidentCovariance:
+    """Centred covariance (or Gram matrix), mean and participation ratio of matrices of one shape, in memory taken once.
+
+    What a training loop runs: an evaluation allocates nothing, touches no tensor on the host, asks the device for
+    nothing, and so can be captured in a CUDA graph after one call outside (which compiles). It is 1 launch on the
+    covariance side, 2 on the Gram side and wherever else the means come first, participation ratio included.
+
+    Parameters
+    ----------
+    n, d : int
+        Samples and features.
+    batch : int
+        Matrices of one evaluation.
+    device : torch.device
+        Where they are: CUDA of compute capability 8.0 or later, or the CPU under Triton's interpreter.
+    side : {"covariance", "gram"}, optional
+        The smaller one by default.
+    scale : float, optional
+        Factor of the sums of products; 1 / n by default.
+
+    Notes
+    -----
+    The scratch memory is one: an evaluation must not start, on whatever stream, before the last one of the same
+    object has ended. Evaluations on one stream keep to that by themselves.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        d: int,
+        *,
+        batch: int = 1,
+        device: torch.device,
+        side: Side | None = None,
+        scale: float | None = None,
+    ) -> None:
+        self.n, self.d, self.batch, self.device = n, d, batch, device
+        self.side: Side = side or ("gram" if n < d else "covariance")
+        self.scale = 1.0 / n if scale is None else scale
+        self.workspace = workspace(self.side, batch, n, d, device, spread=True)
+
+    def output(self) -> Output:
+        """Take memory for one result; a ring holds several."""
+        return output(self.side, self.batch, self.n, self.d, self.device, spread=True)
+
+    def launches(self, h: Tensor, out: Output) -> list[Launch]:
+        """Return what `__call__` runs, in order."""
+        return LAUNCHES[self.side](h, out, self.workspace, self.scale)
+
+    def __call__(self, h: Tensor, out: Output) -> None:
+        """Queue the evaluation of `h` into `out` on the current stream and return.
+
+        Parameters
+        ----------
+        h : Tensor, shape (batch, n, d), or (n, d) for a batch of one
+            float16, bfloat16, float32 or float64, any strides, on the device given here.
+        out : Output
+            From `output`; `lower`, `centre` and `spread` are overwritten.
+        """
+        # Triton launches on the current device.
+        with torch.cuda.device_of(h):
+            for launch in self.launches(h, out):
+                launch.run()

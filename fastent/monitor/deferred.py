@@ -58,7 +58,7 @@ from fastent.process import at_exit, warn_user
 from fastent.sampling import SamplingError
 
 if TYPE_CHECKING:
-    from fastent.kernels.resident import ResidentCovariance
+    from fastent.kernels.covariance import ResidentCovariance
 
 # Evaluators kept; with more than that, shapes no longer come back.
 _MOST_EVALUATORS = 64
@@ -114,7 +114,7 @@ class KernelFormer:
 
     def form(self, x: Tensor, memory: Any, stream: Hashable) -> Formed:
         """Launch the kernels on checked activations (n, d) in the current stream, which is called `stream`."""
-        from fastent.kernels.resident import ResidentCovariance
+        from fastent.kernels.covariance import ResidentCovariance
 
         n, d = x.shape
         key = (n, d, stream)  # the scratch memory serves one evaluation at a time, so one stream

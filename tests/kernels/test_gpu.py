@@ -16,8 +16,8 @@ from torch import Tensor
 
 import fastent
 from fastent.covariance import centered_matrix, triton_obstacle
+from fastent.kernels.covariance import ResidentCovariance
 from fastent.kernels.launch import Output
-from fastent.kernels.resident import ResidentCovariance
 
 pytestmark = pytest.mark.gpu
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastent.kernels.covariance import ResidentCovariance
 from fastent.kernels.launch import TABLE, Entry, Side, Tile, partition
-from fastent.kernels.resident import ResidentCovariance
 from fastent.reference.covariance import centered
 
 EPS = float(np.finfo(np.float64).eps)

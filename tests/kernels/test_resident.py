@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
-from fastent.kernels.covariance import covariance, gram
+from fastent.kernels.covariance import ResidentCovariance, covariance, gram
 from fastent.kernels.launch import Launch, Side, partition
-from fastent.kernels.resident import ResidentCovariance
 
 
 class Allocations(TorchDispatchMode):
