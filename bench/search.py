@@ -589,6 +589,7 @@ def _line(row: Row) -> str:
 DOCUMENT = ROOT / "docs" / "search.md"
 ROWS = ROOT / "bench" / "results" / "search.jsonl"
 SHOWN = 12
+_COLUMNS = [f"`{name}`" for name in TARGETS]
 _NEXT = "`python -m bench.search --workers 2 --out bench/results/search.jsonl` goes on."
 
 
@@ -622,7 +623,7 @@ def outcome(search: Search) -> str:
     if joint:
         return f"**Point {joint[0]} gives the paper's numbers jointly**, of {asked}: {words(search.points[joint[0]])}."
     nearest = "; ".join(
-        f"point {point} ({words(search.points[point])}) misses {', '.join(verdicts[point].missed)}"
+        f"point {point} ({words(search.points[point])}) misses {_names(verdicts[point].missed)}"
         for point in order[:2]
     )
     return f"**No setting of {asked} gives the paper's numbers jointly.** The nearest two: {nearest}."
@@ -735,8 +736,12 @@ def _ranking(search: Search) -> str:
         for point in order[:SHOWN]
     ]
     return f"The {len(lines)} of these nearest to the paper (seed {SEED}):\n\n" + markdown_table(
-        ("point", "distance", *(f"`{name}`" for name in TARGETS), "settings"), lines
+        ("point", "distance", *_COLUMNS, "settings"), lines
     )
+
+
+def _names(targets: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in targets)  # `H*` twice in a line would be emphasis
 
 
 def _values(values: Mapping[str, float]) -> list[str]:
@@ -751,11 +756,11 @@ def _verdicts(search: Search, verdicts: Mapping[int, Verdict]) -> str:
             f"{verdicts[point].grokked} of {len(NEW_SEEDS)}",
             f"{verdicts[point].distance:.1f}",
             *_values(verdicts[point].values),
-            ", ".join(verdicts[point].missed) or "nothing",
+            _names(verdicts[point].missed) or "nothing",
         )
         for point in order
     ]
-    header = ("point", "grokked", "distance", *(f"`{name}`" for name in TARGETS), "missed")
+    header = ("point", "grokked", "distance", *_COLUMNS, "missed")
     return f"Stage 2, medians of seeds {NEW_SEEDS[0]} to {NEW_SEEDS[-1]}:\n\n" + markdown_table(header, lines)
 
 

@@ -335,7 +335,7 @@ def test_the_outcome_is_open_then_the_nearest_joint_point_or_the_nearest_two_and
         "**No setting of 96 settings gives the paper's numbers jointly.** The nearest two: point "
     )
     assert [int(n) for n in re.findall(r"point (\d+) \(", none)] == [best[2], best[0]]
-    assert none.count("misses H*, fall") == 2
+    assert none.count("misses `H*`, `fall`") == 2
 
 
 def test_the_tables_follow_from_the_committed_rows() -> None:
