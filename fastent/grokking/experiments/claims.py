@@ -1,7 +1,12 @@
 """Claims of the paper beside our figures: the verdicts, how numbers are worded, and what the paper itself gets wrong.
 
-The rule for a verdict stands in the claim itself (`why`), so that a reader can disagree with it. A number of the paper
-that belongs to the paper's setting is never judged by runs of another: the verdict is then "other setting".
+The rule for a verdict stands beside the claim, so that a reader can disagree with it. A number of the paper that
+belongs to the paper's setting is never judged by runs of another: the verdict is then "other setting".
+
+No verdict rewards few runs. A number is reproduced if its difference from the paper's, with the interval that both
+give, lies within a margin that has a reason, not reproduced if it lies outside, and undecided if it reaches across;
+"more than 0" likewise, with what is too little to matter in the place of the margin. One run that fails refutes "in
+every run", and so few runs that half of all seeds might fail leave it undecided where none does.
 
 Two parts need no run. The paper's printed numbers, those that survive in the text of arXiv 2604.13123 v1 (many did
 not): whether they follow from each other. And what of it is not so, by numbers computed when the report is written:
@@ -23,12 +28,13 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from fastent.entropy import spectral_entropy
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.statistics import Estimate
+from fastent.grokking.experiments.statistics import Estimate, less
 from fastent.mixing import mix_representations
 
 NONE = "–"
@@ -38,8 +44,9 @@ NONE = "–"
 class Claim:
     """One claim of the paper: where it says what, and by which rule runs are judged by it.
 
-    `id` begins with its experiment's. `says` may leave a {place} for a finding's own words. `number` is the paper's,
-    which must lie within our interval, or within the share `tolerance` of our value for "in part". `named` holds where
+    `id` begins with its experiment's. `says` may leave a {place} for a finding's own words, `rule` one for the margin.
+    `number` is the paper's and `interval` its interval, where it has one. `margin`, in the unit of the number, is the
+    largest difference that changes no conclusion; a quarter of the number if it is not given. `named` holds where
     and what a summary says of it where no run speaks to it; None if it need not be named then. `target` names the
     presets that were chosen with it in view (`bench/calibration.py`): runs of those are no evidence for it. `said`
     holds the wordings for the sentences at the head of a report.
@@ -50,7 +57,8 @@ class Claim:
     says: str
     rule: str
     number: float = math.nan
-    tolerance: float = 0.25
+    interval: tuple[float, float] = (math.nan, math.nan)
+    margin: float = math.nan
     named: tuple[str, str] | None = None
     target: tuple[str, ...] = ()
     said: Mapping[str, str] = field(default_factory=dict)
@@ -60,9 +68,32 @@ class Claim:
         """Which experiment speaks to it."""
         return self.id.partition(".")[0]
 
+    @property
+    def paper(self) -> Estimate:
+        """Its number, as an estimate."""
+        return Estimate(self.number, *self.interval)
+
     def judge(self, ours: Estimate, *, comparable: bool) -> Verdict:
-        """Verdict on its number: reproduced if inside our interval, in part if within the tolerance, else not."""
-        return judge_value(self.number, ours, comparable=comparable, tolerance=self.tolerance)
+        """Verdict on its number, by the margin; "other setting" if the runs are not `comparable` with the paper's."""
+        if not comparable and ours.known:
+            return Verdict.OTHER_SETTING
+        return judge_within(less(ours, self.paper), self.margin)
+
+    def finding(
+        self,
+        ours: Estimate,
+        *,
+        comparable: bool,
+        unit: str = "steps",
+        digits: int = 3,
+        write: Callable[[float], str] | None = None,
+    ) -> Finding:
+        """Set our number beside the paper's: `ours` as `worded` has it, the difference of the two, and the verdict."""
+        said, verdict = worded(ours, unit, digits, write), self.judge(ours, comparable=comparable)
+        if verdict not in (Verdict.NOT_RUN, Verdict.OTHER_SETTING):
+            number = _format(unit, digits, write)
+            said += f"; less the paper's {span(less(ours, self.paper), number)}"
+        return Finding(said, verdict)
 
 
 class Finding(NamedTuple):
@@ -84,7 +115,11 @@ def _read_claims() -> dict[str, Claim]:
     for experiment, claims in rows.items():
         for name, row in claims.items():
             named, target = tuple(row.pop("named", ())) or None, tuple(row.pop("target", ()))
-            found[f"{experiment}.{name}"] = Claim(f"{experiment}.{name}", named=named, target=target, **row)
+            row.setdefault("margin", abs(row.get("number", math.nan)) / 4)
+            row["rule"] = row["rule"].replace("{margin}", f"{row['margin']:,g}")
+            interval = tuple(row.pop("interval", (math.nan, math.nan)))
+            key = f"{experiment}.{name}"
+            found[key] = Claim(key, named=named, target=target, interval=interval, **row)
     return found
 
 
@@ -152,20 +187,50 @@ def judge(known: bool, reproduced: bool, in_part: bool) -> Verdict:
 
 
 def judge_share(share: Estimate) -> Verdict:
-    """Verdict on "in every run": reproduced at all, not reproduced below one half, in part between."""
-    return judge(share.known, share.value == 1, share.value >= 0.5)
+    """Verdict on "in every run": reproduced if all do, and so many that surely (95 %) more than half of seeds would.
+
+    Undecided if all do, but fewer; in part if not all do, and all the same surely more than half would; else a run that
+    does not has refuted it.
+    """
+    if not share.known:
+        return Verdict.NOT_RUN
+    holding = round(share.value * share.n)
+    most = holding > 0 and stats.beta.ppf(1 - share.level, holding, share.n - holding + 1) > 0.5
+    if holding == share.n:
+        return Verdict.REPRODUCED if most else Verdict.UNDECIDED
+    return Verdict.IN_PART if most else Verdict.NOT_REPRODUCED
 
 
-def judge_positive(estimate: Estimate) -> Verdict:
-    """Verdict on "it is more than 0": reproduced if the whole interval is, in part if the value is, else not."""
-    return judge(estimate.known, estimate.low > 0, estimate.value > 0)
+def judge_positive(estimate: Estimate, margin: float = 0.0) -> Verdict:
+    """Verdict on "it is more than 0": reproduced if its interval is, not reproduced if that stays below the `margin`.
+
+    In part if both hold, a surely positive number that is too small to matter, and undecided if neither does.
+    """
+    if not estimate.known:
+        return Verdict.NOT_RUN
+    more, little = estimate.low > 0, estimate.high <= margin
+    if more:
+        return Verdict.IN_PART if little else Verdict.REPRODUCED
+    return Verdict.NOT_REPRODUCED if little else Verdict.UNDECIDED
 
 
-def judge_value(paper: float, ours: Estimate, *, comparable: bool, tolerance: float = 0.25) -> Verdict:
-    """Verdict on a number of the paper: as `Claim.judge`."""
-    near = abs(ours.value - paper) <= tolerance * abs(paper)
-    verdict = judge(ours.known, ours.low <= paper <= ours.high, near)
-    return verdict if comparable or not ours.known else Verdict.OTHER_SETTING
+def judge_within(difference: Estimate, margin: float) -> Verdict:
+    """Verdict on "they are the same": reproduced if the interval lies within the margin, not if outside."""
+    if not difference.known:
+        return Verdict.NOT_RUN
+    if -margin <= difference.low and difference.high <= margin:
+        return Verdict.REPRODUCED
+    outside = difference.low > margin or difference.high < -margin
+    return Verdict.NOT_REPRODUCED if outside else Verdict.UNDECIDED
+
+
+def least(*verdicts: Verdict) -> Verdict:
+    """Take the least favourable; one that judges nothing comes before all but "not reproduced"."""
+    order = (Verdict.NOT_REPRODUCED, Verdict.UNDECIDED, Verdict.IN_PART, Verdict.REPRODUCED)
+    silent = [verdict for verdict in verdicts if verdict not in order]
+    if silent and Verdict.NOT_REPRODUCED not in verdicts:
+        return silent[0]
+    return min((verdict for verdict in verdicts if verdict in order), key=order.index)
 
 
 def steps(value: float) -> str:
@@ -193,13 +258,17 @@ def worded(
     """
     if not estimate.known:
         return NONE
-    formats = {"steps": steps, "%": percent}
-    number = write or formats.get(unit, functools.partial(decimal, digits=digits))
+    number = _format(unit, digits, write)
     after = f" {unit}" if unit not in ("", "%") else ""
     if not estimate.bounded:
         return f"{number(estimate.value)}{after} ({estimate.method})"
     interval = f"{number(estimate.low)} to {number(estimate.high)}"
     return f"{number(estimate.value)}{after} ({100 * estimate.level:.0f} % CI {interval}; n = {estimate.n})"
+
+
+def _format(unit: str, digits: int, write: Callable[[float], str] | None) -> Callable[[float], str]:
+    formats: dict[str, Callable[[float], str]] = {"steps": steps, "%": percent}
+    return write or formats.get(unit, functools.partial(decimal, digits=digits))
 
 
 def span(estimate: Estimate, write: Callable[[float], str]) -> str:

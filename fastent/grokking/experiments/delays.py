@@ -145,12 +145,16 @@ def _delay(baseline: Runs, runs: Runs) -> Delay:
     )
 
 
-def judge_later(delay: Delay | None) -> Verdict:
-    """Verdict on "it delays grokking": reproduced if the interval of the delay lies above 0, in part if its value."""
+def judge_later(delay: Delay | None, claim: Claim) -> Verdict:
+    """Verdict on "it delays grokking", by the margin of the claim, a share of the baseline's mean T_grok."""
     if delay is None:
         return Verdict.NOT_RUN
     # Where no run groks at all there is nothing to be delayed.
-    return judge_positive(delay.later) if delay.events else Verdict.NO_CASE
+    if not delay.events:
+        return Verdict.NO_CASE
+    return judge_positive(
+        delay.later, claim.margin * restricted_mean(delay.baseline.times, delay.limit).value
+    )
 
 
 def tested(delay: Delay | None) -> str:
@@ -162,13 +166,15 @@ def tested(delay: Delay | None) -> str:
 
 
 def judge_test(delay: Delay | None, claim: Claim, *, comparable: bool) -> Verdict:
-    """Verdict on a significant effect of a size: in part if only the adjusted p-value or only the size agrees."""
+    """Verdict on a significant effect of the claim's size: not reproduced if d is surely smaller than that."""
     if delay is None:
         return Verdict.NOT_RUN
     if not comparable:
         return Verdict.OTHER_SETTING
-    agrees = claim.judge(delay.effect_size, comparable=True) == Verdict.REPRODUCED
-    return (Verdict.NOT_REPRODUCED, Verdict.IN_PART, Verdict.REPRODUCED)[(delay.adjusted < 0.05) + agrees]
+    d = delay.effect_size
+    if d.high < claim.number:
+        return Verdict.NOT_REPRODUCED
+    return Verdict.REPRODUCED if delay.adjusted < 0.05 and d.low > 0 else Verdict.UNDECIDED
 
 
 def p_value(value: float) -> str:

@@ -36,6 +36,7 @@ from fastent.grokking.experiments.claims import (
     counted,
     decimal,
     judge_share,
+    judge_within,
     of,
     percent,
     steps,
@@ -67,6 +68,7 @@ from fastent.grokking.experiments.statistics import (
     over,
     restricted_mean,
     share,
+    spread,
     where_known,
 )
 from fastent.grokking.train.milestones import TAU
@@ -140,8 +142,7 @@ def claims(result: Baseline) -> Findings:
     start, at_mem, highest = at_moments(runs)
     norm_start, norm_at_mem = runs.at(runs.norm, runs.start), runs.at(runs.norm, runs.t_mem)
     half = runs.dated_by(0.5)
-    known = runs.h_star[~np.isnan(runs.h_star)]
-    spread = float(np.ptp(known)) if known.size else np.nan
+    varies, stable = spread(runs.h_star), CLAIMS["e1.h_star_stable"].margin
     delay = share(runs.t_grok >= 2 * runs.t_mem)
     calm = share(where_known(np.abs(at_mem - start), lambda change: change < TAU))
     monotone = share(where_known(highest - start, lambda rise: rise < 0.01))
@@ -153,16 +154,9 @@ def claims(result: Baseline) -> Findings:
         "e1.memorises_early": Finding(
             f"{counted(delay)}; memorised at {worded(result.t_mem)}", judge_share(delay)
         ),
-        "e1.t_grok": Finding(
-            worded(result.t_grok), CLAIMS["e1.t_grok"].judge(result.t_grok, comparable=comparable)
-        ),
-        "e1.h_star": Finding(
-            worded(result.h_star, ""), CLAIMS["e1.h_star"].judge(result.h_star, comparable=comparable)
-        ),
-        "e1.h_star_stable": Finding(
-            f"largest minus smallest {decimal(spread)} (n = {len(known)})",
-            judge_share(share(where_known(np.array([spread]), lambda gap: gap < TAU))),
-        ),
+        "e1.t_grok": CLAIMS["e1.t_grok"].finding(result.t_grok, comparable=comparable),
+        "e1.h_star": CLAIMS["e1.h_star"].finding(result.h_star, comparable=comparable, unit=""),
+        "e1.h_star_stable": Finding(f"standard deviation {worded(varies, '')}", judge_within(varies, stable)),
         "e1.precedes": _led(result.pooled),
         "e1.precedes_left_out": _led(result.left_out),
         "e1.collapse": _led(result.paper_fall),

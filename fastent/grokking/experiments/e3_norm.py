@@ -203,8 +203,8 @@ def claims(result: Norm) -> Findings:
     delay = result.conditions.get(CONTROL)
     later, mean, grokked = (delay.later, delay.mean, delay.grokked) if delay else (UNKNOWN,) * 3
     return {
-        "e3.delays": Finding(worded(later), judge_later(delay)),
-        "e3.t_grok": Finding(worded(mean), CLAIMS["e3.t_grok"].judge(mean, comparable=result.comparable)),
+        "e3.delays": Finding(worded(later), judge_later(delay, CLAIMS["e3.delays"])),
+        "e3.t_grok": CLAIMS["e3.t_grok"].finding(mean, comparable=result.comparable),
         "e3.grok_share": Finding(
             counted(grokked), CLAIMS["e3.grok_share"].judge(grokked, comparable=result.comparable)
         ),

@@ -54,6 +54,7 @@ from fastent.grokking.experiments.claims import (
     judge,
     judge_positive,
     judge_share,
+    least,
     of,
     percent,
     span,
@@ -70,6 +71,7 @@ from fastent.grokking.experiments.statistics import (
     Array,
     Estimate,
     Mask,
+    less,
     mean_known,
     over,
     share,
@@ -835,18 +837,16 @@ def claims(result: Forecasts) -> Findings:
     last = UNKNOWN if valid is None else over(valid.last, least=0)
     below = UNKNOWN if valid is None else valid.below
     return {
-        "e5.r2": Finding(worded(r_squared, ""), CLAIMS["e5.r2"].judge(r_squared, comparable=comparable)),
-        "e5.gamma": Finding(worded(gamma, "", 2), CLAIMS["e5.gamma"].judge(gamma, comparable=comparable)),
-        "e5.left_out": Finding(in_percent(error), CLAIMS["e5.left_out"].judge(error, comparable=comparable)),
+        "e5.r2": CLAIMS["e5.r2"].finding(r_squared, comparable=comparable, unit=""),
+        "e5.gamma": CLAIMS["e5.gamma"].finding(gamma, comparable=comparable, unit="", digits=2),
+        "e5.left_out": CLAIMS["e5.left_out"].finding(error, comparable=comparable, unit="", write=percent_of),
         "e5.left_out_last": Finding(
             _at_the_last(valid), CLAIMS["e5.left_out_last"].judge(last, comparable=comparable)
         ),
         "e5.beats_clock": Finding(against if valid else NONE, judge_positive(advantage)),
         "e5.rivals": _against_rivals(result.contest),
-        "e5.warning": Finding(worded(warning), CLAIMS["e5.warning"].judge(warning, comparable=comparable)),
-        "e5.warning_close": Finding(
-            worded(below), CLAIMS["e5.warning_close"].judge(below, comparable=comparable)
-        ),
+        "e5.warning": CLAIMS["e5.warning"].finding(warning, comparable=comparable),
+        "e5.warning_close": CLAIMS["e5.warning_close"].finding(below, comparable=comparable),
         "e5.imminent_at_crossing": Finding(
             f"{counted(result.saved.within)} that cross the H* of the other seeds",
             judge_share(result.saved.within),
@@ -867,13 +867,10 @@ def claims(result: Forecasts) -> Findings:
         "e5.imminent": Finding(_imminent(table), _judge_guide(table)),
         "e5.stagnates": Finding(_given_up(table), _judge_given_up(table)),
         "e5.after_falls": Finding(counted(after.falls), judge_share(after.falls)),
-        "e5.after_slope": Finding(
-            worded(after.slope, "a step", write=_per_step),
-            CLAIMS["e5.after_slope"].judge(after.slope, comparable=comparable),
+        "e5.after_slope": CLAIMS["e5.after_slope"].finding(
+            after.slope, comparable=comparable, unit="a step", write=_per_step
         ),
-        "e5.after_fall": Finding(
-            worded(after.fall, ""), CLAIMS["e5.after_fall"].judge(after.fall, comparable=comparable)
-        ),
+        "e5.after_fall": CLAIMS["e5.after_fall"].finding(after.fall, comparable=comparable, unit=""),
     }
 
 
@@ -897,8 +894,7 @@ def _against_rivals(contest: Contest | None) -> Finding:
     law = contest.standing(LAW)
     gains = [over(each.error - law.error) for each in contest.standings if each.rival.needs != WITH_H]
     said = "; ".join(f"{each.rival.name}: {percent_of(each.mean.value)}" for each in contest.standings)
-    least = all(gain.value > 0 for gain in gains)
-    return Finding(said, judge(True, least and all(gain.low > 0 for gain in gains), least))
+    return Finding(said, least(*map(judge_positive, gains)))
 
 
 def percent_of(value: float) -> str:
@@ -936,8 +932,7 @@ def _imminent(table: Guide | None) -> str:
 def _judge_guide(table: Guide | None) -> Verdict:
     if table is None:
         return Verdict.NOT_RUN
-    both = min(table.imminent.value, table.warned.value)
-    return judge(table.warned.known, both >= 0.9, both >= 0.5)
+    return least(*(judge_positive(less(each, Estimate(0.9))) for each in (table.imminent, table.warned)))
 
 
 def _given_up(table: Guide | None) -> str:
@@ -950,7 +945,10 @@ def _judge_given_up(table: Guide | None) -> Verdict:
     if table is None:
         return Verdict.NOT_RUN
     share = table.given_up
-    return judge(share.known, share.value <= 0.1, share.value <= 0.5) if share.known else Verdict.NO_CASE
+    if not share.known:
+        return Verdict.NO_CASE
+    rightly = Estimate(1 - share.value, 1 - share.high, 1 - share.low, share.n)
+    return judge_positive(less(rightly, Estimate(0.9)))
 
 
 def headline(result: Forecasts) -> str:

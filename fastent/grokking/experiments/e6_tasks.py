@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy import stats
 
 from fastent.grokking.experiments import leads
 from fastent.grokking.experiments.claims import (
@@ -26,10 +27,10 @@ from fastent.grokking.experiments.claims import (
     Findings,
     counted,
     decimal,
-    judge,
     judge_positive,
     judge_share,
-    judge_value,
+    judge_within,
+    least,
     of,
     percent,
     span,
@@ -37,6 +38,7 @@ from fastent.grokking.experiments.claims import (
     worded,
 )
 from fastent.grokking.experiments.data import Runs
+from fastent.grokking.experiments.delays import p_value
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.figures import (
     CROSS,
@@ -55,6 +57,7 @@ from fastent.grokking.experiments.leads import Leads
 from fastent.grokking.experiments.statistics import (
     UNKNOWN,
     Estimate,
+    less,
     log_rank,
     over,
     restricted_mean,
@@ -68,9 +71,6 @@ TITLE = "E6: do other tasks and groups show the same?"
 
 PAPER = {"add": (14_040, 0.605), "mul": (21_560, 0.589), "sub": (21_560, 0.589), "s5": (4_380, 0.655)}
 """Its Table 3: T_grok and H*."""
-
-SPREAD = 0.02
-"""H* over the modular tasks: its text lost by how little it varies; its table by 0.016."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def claims(result: Tasks) -> Findings:
             "; ".join(f"{NAMES[task.name]} {counted(task.left_out.preceding)}" for task in others) or NONE,
             judge_share(ahead),
         ),
-        "e6.modular": Finding(_modular(result), _judge_modular(result)),
-        "e6.rows_alike": Finding(_rows_alike(result), _judge_rows(result)),
+        "e6.modular": _modular(result),
+        "e6.rows_alike": _rows_alike(result),
         "e6.not_commuting": Finding(
             f"{percent(not_commuting(TrainConfig(task='s5')))} (exactly 1 − 7/120, by the seven classes)",
             Verdict.REPRODUCED,
@@ -146,7 +146,8 @@ def claims(result: Tasks) -> Findings:
     if s5 is not None and add is not None:
         gap = difference(add, s5)
         found["e6.s5_threshold"] = Finding(
-            f"H* of S5 less H* of addition {worded(gap.h_star, '')}", judge_positive(gap.h_star)
+            f"H* of S5 less H* of addition {worded(gap.h_star, '')}",
+            judge_positive(gap.h_star, CLAIMS["e6.s5_threshold"].margin),
         )
     if result.controls:
         found["e6.relabelled"] = Finding(
@@ -156,25 +157,23 @@ def claims(result: Tasks) -> Findings:
 
 
 def _row(name: str, task: TaskRuns) -> Finding:
-    t_grok, h_star = PAPER[name]
-    return Finding(
-        f"{counted(task.grokked)}; T_grok {worded(task.t_grok)}; H* {worded(task.h_star, '')}",
-        _worst(
-            judge_share(task.grokked),
-            judge_value(t_grok, task.t_grok, comparable=task.runs.comparable),
-            judge_value(h_star, task.h_star, comparable=task.runs.comparable),
-        ),
+    judged = [
+        less(ours, Estimate(paper))
+        for ours, paper in zip((task.t_grok, task.h_star), PAPER[name], strict=True)
+    ]
+    verdict = (
+        least(judge_share(task.grokked), *map(judge_within, judged, _margins(PAPER[name][0])))
+        if task.runs.comparable
+        else Verdict.OTHER_SETTING
     )
-
-
-def _worst(*verdicts: Verdict) -> Verdict:
-    """Take the least favourable; one that judges nothing comes before all but "not reproduced"."""
-    order = (Verdict.NOT_REPRODUCED, Verdict.IN_PART, Verdict.REPRODUCED)
-    judged = [verdict for verdict in verdicts if verdict in order]
-    silent = [verdict for verdict in verdicts if verdict not in order]
-    if silent and Verdict.NOT_REPRODUCED not in judged:
-        return silent[0]
-    return min(judged, key=order.index)
+    said = [
+        f"{name} {worded(ours, unit)}; less the paper's {span(gap, write)}" if gap.known else f"{name} {NONE}"
+        for name, ours, unit, gap, write in (
+            ("T_grok", task.t_grok, "steps", judged[0], steps),
+            ("H*", task.h_star, "", judged[1], decimal),
+        )
+    ]
+    return Finding("; ".join((counted(task.grokked), *said)), verdict)
 
 
 def _pooled(tasks: Sequence[TaskRuns]) -> Estimate:
@@ -187,43 +186,54 @@ def _means(result: Tasks) -> dict[str, Estimate]:
     return {name: h for name, h in found.items() if h.known}
 
 
-def _modular(result: Tasks) -> str:
-    means = _means(result)
-    if len(means) < 2:
-        return NONE
-    values = [h.value for h in means.values()]
-    said = ", ".join(f"{NAMES[name]} {decimal(h.value)}" for name, h in means.items())
-    return f"{said}: within {decimal(max(values) - min(values))}"
+def _modular(result: Tasks) -> Finding:
+    tasks = [task for name in ("add", "mul", "sub") if (task := result.tasks.get(name)) and task.h_star.known]
+    found = [task.runs.h_star[~np.isnan(task.runs.h_star)] for task in tasks]
+    said = ", ".join(f"{task.title} {decimal(task.h_star.value)}" for task in tasks)
+    if len(tasks) < 3 or min(map(len, found)) < 2 or all(np.ptp(h) == 0 for h in found):
+        return Finding(said or NONE, Verdict.NOT_RUN)
+    p = float(stats.f_oneway(*found).pvalue)
+    ends = stats.tukey_hsd(*found).confidence_interval()
+    furthest = max(-float(ends.low.min()), float(ends.high.max()))
+    said += f"; they differ with p = {p_value(p)}, by up to {decimal(furthest)}"
+    if (s5 := result.tasks.get("s5")) and s5.h_star.known:
+        known = s5.runs.h_star[~np.isnan(s5.runs.h_star)]
+        said += f"; with S5 p = {p_value(float(stats.f_oneway(*found, known).pvalue))}"
+    alike = furthest <= CLAIMS["e6.modular"].margin
+    verdict = Verdict.NOT_REPRODUCED if p < 0.05 else Verdict.UNDECIDED
+    return Finding(said, Verdict.REPRODUCED if alike else verdict)
 
 
-def _judge_modular(result: Tasks) -> Verdict:
-    values = [h.value for h in _means(result).values()]
-    spread = max(values, default=0.0) - min(values, default=0.0)
-    return judge(len(values) == 3, spread < SPREAD, spread < 2 * SPREAD)
-
-
-def _rows_alike(result: Tasks) -> str:
-    rows = [result.tasks[name] for name in ("mul", "sub") if name in result.tasks]
-    return "; ".join(f"{row.title} {worded(row.t_grok)}, H* {worded(row.h_star, '')}" for row in rows)
-
-
-def _judge_rows(result: Tasks) -> Verdict:
+def _rows_alike(result: Tasks) -> Finding:
     mul, sub = result.tasks.get("mul"), result.tasks.get("sub")
     if not (mul and sub):
-        return Verdict.NOT_RUN
-    pairs = ((mul.t_grok, sub.t_grok, 0), (mul.h_star, sub.h_star, 3))
-    return judge(
-        all(a.known and b.known for a, b, _ in pairs),
-        all(round(a.value, digits) == round(b.value, digits) for a, b, digits in pairs),
-        all(a.low <= b.high and b.low <= a.high for a, b, _ in pairs),
-    )
+        return Finding(NONE, Verdict.NOT_RUN)
+    gap = difference(mul, sub)
+    return Finding(_worded_difference(gap), _judge_alike(gap))
+
+
+def _margins(t_grok: float) -> tuple[float, float]:
+    """Differences of T_grok, in steps, and of H* that change no conclusion, as in E1's claims."""
+    times, h_star = CLAIMS["e1.t_grok"], CLAIMS["e1.h_star"]
+    return t_grok * times.margin / times.number, h_star.margin
+
+
+def _judge_alike(each: Difference) -> Verdict:
+    return least(*map(judge_within, (each.t_grok, each.h_star), _margins(each.first.t_grok.value)))
+
+
+def _judge_same(each: Difference) -> Verdict:
+    """Judge tasks that are one: apart from what lies within the margins, 0 outside of an interval says they are not."""
+    gaps = (each.t_grok, each.h_star)
+    if any(gap.low > 0 or gap.high < 0 for gap in gaps):
+        return Verdict.NOT_AS_EXPECTED
+    found = _judge_alike(each)
+    return Verdict.AS_EXPECTED if found is Verdict.REPRODUCED else found
 
 
 def _judge_controls(controls: Sequence[Difference]) -> Verdict:
-    answers = [each.agrees for each in controls]
-    if False in answers:
-        return Verdict.NOT_AS_EXPECTED
-    return Verdict.NOT_RUN if None in answers else Verdict.AS_EXPECTED
+    order = (Verdict.NOT_AS_EXPECTED, Verdict.NOT_RUN, Verdict.UNDECIDED, Verdict.AS_EXPECTED)
+    return min(map(_judge_same, controls), key=order.index)
 
 
 def _worded_difference(each: Difference) -> str:
@@ -240,10 +250,11 @@ def headline(result: Tasks) -> str:
             said += f" at {steps(task.t_grok.value)} steps with H* {decimal(task.h_star.value)}"
         parts.append(said)
     text = f"E6: runs that grok: {'; '.join(parts)}."
-    judged = [answer for each in result.controls if (answer := each.agrees) is not None]
-    if judged:
-        alike = sum(judged)
-        text += f" {alike} of {len(judged)} pairs of tasks that are one under other names agree within their intervals."
+    if result.controls:
+        alike = [_judge_same(each) for each in result.controls].count(Verdict.AS_EXPECTED)
+        text += (
+            f" {alike} of {len(result.controls)} pairs of tasks that are one under other names surely agree."
+        )
     return text
 
 
@@ -286,12 +297,6 @@ class Difference:
     second: TaskRuns
     t_grok: Estimate
     h_star: Estimate
-
-    @property
-    def agrees(self) -> bool | None:
-        """Whether 0 lies in the interval of each of its differences; None if one has no interval."""
-        parts = (self.t_grok, self.h_star)
-        return all(e.low <= 0 <= e.high for e in parts) if all(e.bounded for e in parts) else None
 
 
 def task_of(name: str, runs: Runs) -> TaskRuns:
@@ -489,7 +494,7 @@ def _pairs_table(pairs: Sequence[Difference], contrast: Difference | None) -> Ta
             "no" if pair is contrast else "yes",
             worded(pair.t_grok),
             worded(pair.h_star, "", 4),
-            {True: "yes", False: "no", None: NONE}[pair.agrees],
+            _judge_same(pair).label if pair is not contrast else NONE,
         )
         for pair in pairs
     ]
@@ -497,7 +502,7 @@ def _pairs_table(pairs: Sequence[Difference], contrast: Difference | None) -> Ta
         "Pairs of tasks: differences of mean T_grok and of mean H*, with Welch's intervals (T_grok restricted to the "
         "limit of steps where a run does not grok)."
     )
-    columns = ("pair", "one task under other names", "T_grok", "H*", "0 in both intervals")
+    columns = ("pair", "one task under other names", "T_grok", "H*", "alike")
     return Table(caption, columns, tuple(rows))
 
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from fastent.grokking.experiments import leads
 from fastent.grokking.experiments.claims import (
+    CLAIMS,
     NONE,
     Experiment,
     Finding,
@@ -29,8 +30,9 @@ from fastent.grokking.experiments.claims import (
     by_run,
     counted,
     decimal,
-    judge,
+    judge_positive,
     judge_share,
+    judge_within,
     steps,
     worded,
 )
@@ -52,6 +54,7 @@ from fastent.grokking.experiments.statistics import (
     Array,
     Estimate,
     Mask,
+    less,
     mean_known,
     over,
     pearson,
@@ -62,7 +65,7 @@ from fastent.grokking.train.tasks import make_task
 
 TITLE = "E8: does the choice of the probe matter?"
 
-CLOSE = 0.01
+CLOSE = CLAIMS["e8.enough"].margin
 """Difference of H that no conclusion here turns on: a fifth of the fall that is called a collapse."""
 
 
@@ -220,19 +223,20 @@ def claims(result: Probes) -> Findings:
     """Each claim of the paper that the probes speak to, beside what they say."""
     r, d = result.correlation, result.difference
     agree = _agreement(result)
-    used, everything = result.probe("entropy_512"), result.probe("entropy_all")
-    gap = over(everything.h_star - used.h_star) if used and everything else UNKNOWN
+    used = result.probe("entropy_512")
+    lacking = used.deficit if used else UNKNOWN
     return {
         "e8.close": Finding(
             f"train {worded(result.train, '')}, test {worded(result.test, '')}; test minus train {worded(d, '', 4)}",
-            _judge_close(d),
+            judge_within(d, CLOSE),
         ),
         "e8.correlated": Finding(
             f"Pearson r {worded(r, '')}; along a run {worded(result.along, '')}", _judge_correlation(r)
         ),
         "e8.artefact": Finding(counted(agree), judge_share(agree)),
         "e8.enough": Finding(
-            f"H of all pairs minus H of 512 at T_grok {worded(gap, '', 4)}", _judge_close(gap)
+            f"H of all training pairs minus H of 512 at T_grok {worded(lacking, '', 4)}",
+            judge_within(lacking, CLOSE),
         ),
     }
 
@@ -246,13 +250,8 @@ def _agreement(result: Probes) -> Estimate:
     return share(same[result.runs.grokked])
 
 
-def _judge_close(difference: Estimate) -> Verdict:
-    within = max(abs(difference.low), abs(difference.high)) <= CLOSE
-    return judge(difference.known, within, abs(difference.value) <= 2 * CLOSE)
-
-
 def _judge_correlation(r: Estimate) -> Verdict:
-    return judge(r.known, r.low > 0.5, r.value > 0.5)
+    return judge_positive(less(r, Estimate(0.5)))
 
 
 def headline(result: Probes) -> str:

@@ -198,6 +198,44 @@ def welch(x: ArrayLike, y: ArrayLike) -> Estimate:
     return Estimate(gap, gap - half, gap + half, a.size + b.size, "difference of means, Welch interval")
 
 
+def less(ours: Estimate, other: Estimate) -> Estimate:
+    """`ours` minus `other`, with the interval that both give; of a number without an interval only the value counts.
+
+    References
+    ----------
+    Zou and Donner, "Construction of confidence limits about effect measures: a general approach", Statistics in
+    Medicine 27 (2008).
+
+    Examples
+    --------
+    >>> e = less(Estimate(10.0, 7.0, 14.0, 5), Estimate(2.0, -1.0, 6.0))
+    >>> e.value, e.low, e.high
+    (8.0, 3.0, 13.0)
+    """
+    gap = ours.value - other.value
+    if not ours.bounded:
+        return Estimate(gap, n=ours.n, method=ours.method)
+    low, high = (other.low, other.high) if other.bounded else (other.value, other.value)
+    return Estimate(
+        gap,
+        gap - math.hypot(ours.value - ours.low, high - other.value),
+        gap + math.hypot(ours.high - ours.value, other.value - low),
+        ours.n,
+        "difference of independent numbers, by the intervals of both",
+    )
+
+
+def spread(values: Iterable[float]) -> Estimate:
+    """Return the standard deviation of the values that are known, its chi-square interval exact for normal values."""
+    x = np.array([value for value in values if np.isfinite(value)], dtype=np.float64)
+    if x.size < FEWEST:
+        return Estimate(n=x.size, method=f"n = {x.size}")
+    deviation, freedom = float(x.std(ddof=1)), x.size - 1
+    tails = stats.chi2.ppf([(1 + LEVEL) / 2, (1 - LEVEL) / 2], freedom)
+    low, high = (deviation * math.sqrt(freedom / tail) for tail in tails)
+    return Estimate(deviation, low, high, x.size, "standard deviation, chi-square interval")
+
+
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down adjustment of one family of p-values, by name, in the order given.
 

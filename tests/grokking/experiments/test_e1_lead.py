@@ -43,15 +43,16 @@ def test_analysis_has_the_closed_form_times_thresholds_and_leads(result):
 
 def test_claims_judge_the_closed_form_runs(result):
     got = verdicts(result)
-    assert got["e1.memorises_early"] == Verdict.REPRODUCED
+    # Three of three are too few to say "in every run".
+    assert got["e1.memorises_early"] == Verdict.UNDECIDED
     assert got["e1.t_grok"] == Verdict.OTHER_SETTING
     assert got["e1.h_star"] == Verdict.OTHER_SETTING
-    assert got["e1.h_star_stable"] == Verdict.REPRODUCED
+    assert got["e1.h_star_stable"] == Verdict.UNDECIDED  # 0.01, up to 0.06 by its interval
     assert got["e1.precedes"] == Verdict.NOT_REPRODUCED
     assert got["e1.precedes_left_out"] == Verdict.NOT_REPRODUCED
-    assert got["e1.collapse"] == got["e1.collapse_ours"] == Verdict.REPRODUCED
-    assert got["e1.collapse_at_half"] == got["e1.collapse_ours_at_half"] == Verdict.REPRODUCED
-    assert got["e1.phase_1_stable"] == Verdict.REPRODUCED
+    assert got["e1.collapse"] == got["e1.collapse_ours"] == Verdict.UNDECIDED
+    assert got["e1.collapse_at_half"] == got["e1.collapse_ours_at_half"] == Verdict.UNDECIDED
+    assert got["e1.phase_1_stable"] == Verdict.UNDECIDED
     assert got["e1.norm_grows"] == Verdict.NOT_REPRODUCED
 
 
@@ -59,7 +60,7 @@ def test_numbers_of_the_paper_are_judged_only_in_its_setting(three_runs):
     runs = read_runs(three_runs)
     got = verdicts(e1_lead.analyse(Runs(tuple(runs), judged=True)))
     assert got["e1.t_grok"] == Verdict.NOT_REPRODUCED
-    assert got["e1.h_star"] == Verdict.IN_PART  # 0.64, within 25 %
+    assert got["e1.h_star"] == Verdict.UNDECIDED  # 0.64, from 0.62 to 0.66: within and beyond 0.02 of 0.609
 
 
 def test_without_a_run_of_e1_there_is_no_analysis(tmp_path, writer):
@@ -73,7 +74,7 @@ def test_a_run_that_does_not_grok_is_kept_to_its_end_in_the_mean_time(tmp_path, 
     result = e1_lead.analyse(Runs(tuple(read_runs(tmp_path)), judged=False))
     assert result.t_grok.value == pytest.approx((1500 + 2500) / 2)
     assert "restricted to step 2500" in result.t_grok.method
-    assert verdicts(result)["e1.memorises_early"] == Verdict.IN_PART
+    assert verdicts(result)["e1.memorises_early"] == Verdict.NOT_REPRODUCED
 
 
 def test_runs_that_never_grok_leave_nothing_to_lead(tmp_path, writer, undrawn):
@@ -119,7 +120,7 @@ def test_headline_and_sweep_say_what_the_runs_show(result, undrawn):
 def test_a_collapse_amid_the_rise_precedes_the_criterion_but_not_half_the_accuracy(measure):
     # H falls by 0.1 at step 600, when the test accuracy is 0.6 already; it reaches the criterion at 1,000.
     entropy, test = [0.9, 0.9, 0.9, 0.8, 0.7, 0.6], [0, 0, 0.5, 0.6, 0.9, 1.0]
-    runs = [measure(entropy, test, seed=s, every=200) for s in range(3)]
+    runs = [measure(entropy, test, seed=s, every=200) for s in range(5)]
     got = verdicts(e1_lead.analyse(Runs(tuple(runs), judged=False)))
     assert got["e1.collapse_ours"] == Verdict.REPRODUCED
     assert got["e1.collapse_ours_at_half"] == Verdict.NOT_REPRODUCED

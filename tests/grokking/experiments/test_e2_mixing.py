@@ -116,7 +116,7 @@ def test_claims_judge_the_closed_form_runs(result, runs):
     assert verdicts["e2.delays"] == Verdict.REPRODUCED
     assert verdicts["e2.delays_logits"] == Verdict.REPRODUCED
     assert verdicts["e2.t_grok"] == Verdict.OTHER_SETTING
-    assert verdicts["e2.all_grok"] == Verdict.IN_PART
+    assert verdicts["e2.all_grok"] == Verdict.NOT_REPRODUCED  # one of six does not
     # H is 0.02 higher at equal step, and lower at grokking, which comes later.
     assert verdicts["e2.kept_up"] == Verdict.IN_PART
     assert e2_mixing.judge_kept_up(result.conditions["logits-0.1"]) == Verdict.REPRODUCED
@@ -127,7 +127,7 @@ def test_claims_judge_the_closed_form_runs(result, runs):
         for name, found in e2_mixing.claims(e2_mixing.analyse(Runs(tuple(runs), judged=True))).items()
     }
     assert again["e2.t_grok"] == Verdict.NOT_REPRODUCED
-    assert again["e2.test"] == Verdict.IN_PART  # significant, but d is undefined
+    assert again["e2.test"] == Verdict.UNDECIDED  # significant, but d is undefined
 
 
 def test_without_runs_of_either_side_there_is_no_part(runs):
@@ -162,5 +162,5 @@ def test_one_run_against_one_has_a_delay_and_no_certainty(tmp_path):
     assert not later.mean.bounded
     assert (same.survival.p_value, same.later.value) == (1.0, 0.0)
     verdicts = [found.verdict for found in e2_mixing.claims(result).values()]
-    assert verdicts[:2] == [Verdict.IN_PART, Verdict.NOT_REPRODUCED]
+    assert verdicts[:2] == [Verdict.UNDECIDED, Verdict.UNDECIDED]
     e2_mixing.section(result)

@@ -79,13 +79,13 @@ def test_claims_judge_the_rows_by_number_and_share(runs):
     assert claims["e6.not_commuting"].ours.startswith("94 %")
 
 
-def test_equal_rows_are_called_so_and_overlapping_ones_in_part():
+def test_rows_are_alike_within_the_margins_and_undecided_across_them():
     alike = [*some(MUL, 21_600, 0.589), *some(SUB, 21_600, 0.589)]
     assert (
         e6_tasks.claims(e6_tasks.analyse(Runs(tuple(alike))))["e6.rows_alike"].verdict == Verdict.REPRODUCED
     )
-    near = [*some(MUL, 21_600, 0.589), *some(SUB, 21_800, 0.5895)]
-    assert e6_tasks.claims(e6_tasks.analyse(Runs(tuple(near))))["e6.rows_alike"].verdict == Verdict.IN_PART
+    few = [*some(MUL, 21_600, 0.589)[:1], *some(SUB, 21_600, 0.589)[:1]]
+    assert e6_tasks.claims(e6_tasks.analyse(Runs(tuple(few))))["e6.rows_alike"].verdict == Verdict.UNDECIDED
 
 
 def test_a_run_that_does_not_grok_is_kept_to_the_limit_of_steps():
@@ -101,16 +101,12 @@ def test_numbers_of_the_paper_are_judged_only_in_its_setting():
     assert claims["e6.mul"].verdict == Verdict.OTHER_SETTING
 
 
-def test_windows_that_see_the_collapse_in_half_of_the_runs_of_s5_reproduce_the_five_of_ten():
+def test_ten_runs_do_not_tell_the_papers_five_of_ten_from_others():
     dips = [2_000] * 5 + [None] * 5
     s5 = [run(S5, s, 4_400, 0.655, dip=dip) for s, dip in enumerate(dips)]
     claim = e6_tasks.claims(e6_tasks.analyse(Runs(tuple(s5))))["e6.s5_window"]
     assert claim.ours.startswith("5 of 10")
-    assert claim.verdict == Verdict.REPRODUCED
-    none = [run(S5, s, 4_400, 0.655) for s in range(10)]
-    assert (
-        e6_tasks.claims(e6_tasks.analyse(Runs(tuple(none))))["e6.s5_window"].verdict == Verdict.NOT_REPRODUCED
-    )
+    assert claim.verdict == Verdict.UNDECIDED
 
 
 def test_controls_that_agree_and_that_do_not_are_told_apart(runs, controls):
@@ -120,12 +116,11 @@ def test_controls_that_agree_and_that_do_not_are_told_apart(runs, controls):
         ("addition, own tokens", "subtraction, own tokens"),
     ]
     assert [d.t_grok.value for d in result.controls] == [-200, 6_000]
-    assert [d.agrees for d in result.controls] == [True, False]
     assert e6_tasks.claims(result)["e6.relabelled"].verdict == Verdict.NOT_AS_EXPECTED
     alike = e6_tasks.analyse(Runs((*runs, *controls[:10])))
     assert e6_tasks.claims(alike)["e6.relabelled"].verdict == Verdict.AS_EXPECTED
     assert alike.contrast.t_grok.value == 2_000
-    assert "1 of 2 pairs of tasks that are one under other names agree" in e6_tasks.headline(result)
+    assert "1 of 2 pairs of tasks that are one under other names surely agree" in e6_tasks.headline(result)
 
 
 def test_where_no_run_groks_nothing_is_compared(undrawn):

@@ -84,7 +84,7 @@ def test_each_run_has_the_outcome_that_was_planted(transformers):
 
 def test_the_papers_mlp_reproduces_its_claims(transformers):
     result = e7_mlp.analyse(
-        Runs((*transformers, *(mlp(job, seed) for job in (CONCAT, SUM) for seed in range(3))))
+        Runs((*transformers, *(mlp(job, seed) for job in (CONCAT, SUM) for seed in range(5))))
     )
     claims = e7_mlp.claims(result)
     assert claims["e7.mlp"].verdict == Verdict.REPRODUCED
@@ -92,7 +92,7 @@ def test_the_papers_mlp_reproduces_its_claims(transformers):
     assert claims["e7.memorised_by"].verdict == Verdict.REPRODUCED
     assert claims["e7.alignment"].verdict == Verdict.REPRODUCED
     assert claims["e7.alignment"].ours.startswith("at the end 0.20 to 0.20")
-    assert claims["e7.alignment_grows"].verdict == Verdict.REPRODUCED
+    assert claims["e7.alignment_grows"].verdict == Verdict.UNDECIDED  # in all of three Transformers
     assert "concatenated, 512-128, summed, 512-128" in e7_mlp.headline(result)
 
 
@@ -112,7 +112,7 @@ def test_one_setting_in_which_some_runs_collapse_without_generalising_is_suffici
     result = e7_mlp.analyse(Runs((*transformers, mlp(CONCAT, 0), mlp(CONCAT, 1, test=GROKS))))
     claims = e7_mlp.claims(result)
     assert claims["e7.insufficient"].verdict == Verdict.IN_PART
-    assert claims["e7.mlp"].verdict == Verdict.IN_PART
+    assert claims["e7.mlp"].verdict == Verdict.NOT_REPRODUCED  # one that does not refutes "an MLP does"
 
 
 def test_crossing_h_star_for_a_while_without_generalising_is_sufficiency_denied_in_part(transformers):

@@ -151,7 +151,7 @@ def test_what_was_not_run_is_shown_as_not_run_with_the_command_that_runs_it(writ
 def test_summary_names_the_papers_contributions_and_its_arithmetic(written):
     cells = parse(written[1]).cells
     found = {number: cells[cells.index(number) + 2] for number in ("(i)", "(ii)", "(iii)", "(iv)", "(v)")}
-    assert (found["(ii)"], found["(iii)"]) == ("in part", "not run")
+    assert (found["(ii)"], found["(iii)"]) == ("undecided", "not run")
     assert "19,420 − 14,360 = 5,060" in cells
     assert "contradicts" in cells
 
@@ -258,7 +258,7 @@ def test_a_report_over_two_settings_judges_nothing_not_even_an_experiment_that_i
     delayed = "mixing delays grokking by 5,020 steps (Table 1's means differ by 5,060)"
     early = "the model memorises early and generalises thousands of steps later, in every run"
     before = verdicts(tmp_path)
-    assert before[delayed] == before[early] == "reproduced"
+    assert (before[delayed], before[early]) == ("reproduced", "undecided")
     for path in tmp_path.glob("e2-*/config.json"):
         record = json.loads(path.read_text())
         record["config"]["learning_rate"] *= 3

@@ -17,11 +17,13 @@ from scipy import stats
 
 from fastent.grokking.experiments.statistics import (
     UNKNOWN,
+    Estimate,
     Times,
     cohens_d,
     coverage,
     coverage_tables,
     holm,
+    less,
     log_rank,
     mann_whitney,
     mean_delay,
@@ -31,6 +33,7 @@ from fastent.grokking.experiments.statistics import (
     restricted_mean,
     signed_rank,
     sizes,
+    spread,
     stratified_log_rank,
     welch,
 )
@@ -66,6 +69,23 @@ def test_fewer_than_three_values_get_no_interval_and_the_result_says_so(x):
 def test_equal_values_have_an_interval_without_width_and_say_so():
     e = over([2.0, 2.0, 2.0])
     assert (e.low, e.high, e.method) == (2.0, 2.0, "no spread: all values equal")
+
+
+def test_spread_has_the_chi_square_interval():
+    x = np.random.default_rng(0).normal(0, 2, 9)
+    e = spread([*x, np.nan])
+    assert e.value == pytest.approx(x.std(ddof=1))
+    for end, tail in ((e.low, 0.025), (e.high, 0.975)):
+        assert stats.chi2.sf(8 * (e.value / end) ** 2, 8) == pytest.approx(tail)
+    assert not spread([1.0, 2.0]).known
+
+
+def test_a_difference_of_two_numbers_has_the_interval_of_both_and_none_without_ours():
+    x, y = np.random.default_rng(0).normal(0, 1, (2, 400))
+    e, both = less(over(x), over(y)), welch(y, x)
+    assert (e.value, e.low, e.high) == pytest.approx((both.value, both.low, both.high), abs=2e-3)
+    assert less(Estimate(5.0, 4.0, 7.0), Estimate(1.0)).low == 3.0
+    assert not less(Estimate(5.0), Estimate(1.0, 0.0, 2.0)).bounded
 
 
 def test_all_of_n_has_the_closed_form_clopper_pearson_bound():
