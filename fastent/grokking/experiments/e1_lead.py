@@ -609,11 +609,12 @@ def analyse_choices(runs: Runs) -> tuple[Setting, ...] | None:
 
 
 def agreed(settings: Sequence[Setting]) -> dict[str, bool]:
-    """Whether each claim has one verdict under all settings; those that some setting cannot judge are left out."""
+    """Whether each claim has one verdict under all settings that decide it, for those that at least two decide."""
     verdicts = {
-        key: [s.findings[key].verdict for s in settings if key in s.findings] for key in settings[0].findings
+        key: [v for s in settings if key in s.findings and (v := s.findings[key].verdict).kind != "none"]
+        for key in settings[0].findings
     }
-    return {key: len(set(found)) == 1 for key, found in verdicts.items() if Verdict.NOT_RUN not in found}
+    return {key: len(set(found)) == 1 for key, found in verdicts.items() if len(found) > 1}
 
 
 def choices_headline(settings: Sequence[Setting]) -> str:
@@ -621,8 +622,8 @@ def choices_headline(settings: Sequence[Setting]) -> str:
     same = agreed(settings)
     known = [s.result.h_star.value for s in settings if s.result.h_star.known]
     said = (
-        f"Choices: under {len(settings)} settings that the paper's text allows, {sum(same.values())} of {len(same)} "
-        "claims of E1 have one and the same verdict."
+        f"Choices: of {len(same)} claims of E1 that two or more of {len(settings)} settings decide, all of which the "
+        f"paper's text allows, {sum(same.values())} have one and the same verdict."
     )
     if known:
         said += f" The mean H* of a setting lies between {decimal(min(known))} and {decimal(max(known))}."

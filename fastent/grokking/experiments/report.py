@@ -382,8 +382,8 @@ def claims_section(claims: Sequence[Judged], parts: Mapping[str, Part]) -> Secti
         (
             Text(
                 "How a run goes is judged for the setting of these runs alone; a number of the paper only in its own "
-                'setting, else it reads "other setting". What an interval reaches across reads "undecided"; so does "in '
-                'every run" of so few that half of all seeds might not. What the setting was chosen by reads '
+                'setting, else it reads "other setting". What an interval reaches across reads "undecided"; so does '
+                '"in every run" of so few that half of all seeds might not. What the setting was chosen by reads '
                 '"calibrated".'
             ),
             *groups,

@@ -54,7 +54,7 @@ def test_a_setting_that_differs_in_nothing_changes_no_verdict():
     settings = e1_lead.analyse_choices(Runs((*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS))))
     assert all(e1_lead.agreed(settings).values())
     assert (
-        f"{len(e1_lead.agreed(settings))} of {len(e1_lead.agreed(settings))} claims"
+        f"of {len(e1_lead.agreed(settings))} claims of E1 that two or more of 2 settings decide"
         in e1_lead.choices_headline(settings)
     )
 

@@ -270,7 +270,7 @@ def test_a_report_over_two_settings_judges_nothing_not_even_an_experiment_that_i
     # A setting that only runs which are not complete have is not one of the report.
     for path in tmp_path.glob("e2-*/DONE"):
         path.unlink()
-    assert verdicts(tmp_path)[early] == "reproduced"
+    assert verdicts(tmp_path)[early] == "undecided"
 
 
 def test_the_head_names_the_setting_by_its_preset_and_the_values_that_differ(tmp_path):
