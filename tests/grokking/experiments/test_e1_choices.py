@@ -20,7 +20,7 @@ UNIT, MEAN, EQUALS = OTHERS[:3]
 
 
 def runs_of(job, entropy, test):
-    return [planted(job, seed, test=test, entropy=[h + 0.01 * seed for h in entropy]) for seed in range(3)]
+    return [planted(job, seed, test=test, entropy=[h + 0.01 * seed for h in entropy]) for seed in range(5)]
 
 
 @pytest.fixture
@@ -48,6 +48,9 @@ def test_a_claim_depends_on_the_choice_where_its_verdict_does(settings):
     found = e1_lead.agreed(settings)
     assert not found["e1.collapse_ours"]  # with the entropy that stays there is no fall
     assert found["e1.memorises_early"]
+    # Too few runs to decide is no disagreement.
+    few = Runs((*runs_of(E1, FALLS, GROKS), *runs_of(UNIT, FALLS, GROKS)[:2]))
+    assert "e1.memorises_early" not in e1_lead.agreed(e1_lead.analyse_choices(few))
 
 
 def test_a_setting_that_differs_in_nothing_changes_no_verdict():
@@ -62,7 +65,7 @@ def test_a_setting_that_differs_in_nothing_changes_no_verdict():
 def test_a_setting_that_never_groks_has_no_h_star_and_is_left_out_of_what_it_cannot_judge():
     settings = e1_lead.analyse_choices(Runs((*runs_of(E1, FALLS, GROKS), *runs_of(EQUALS, FALLS, STUCK))))
     figures, verdicts = tables(e1_lead.choices_section(settings)).values()
-    assert figures.rows[1][1:5] == ("0 of 3", figures.rows[0][2], "–", "–")
+    assert figures.rows[1][1:5] == ("0 of 5", figures.rows[0][2], "–", "–")
     unjudged = [row for row in verdicts.rows if row[-1] == "–"]
     assert any("H* is stable" in row[1] for row in unjudged)
 
