@@ -309,40 +309,31 @@ def constant_rows(centered: CenteredMatrix) -> SpectralEntropy:
 def unsolved(centered: CenteredMatrix, status: Status, trace: float, message: str) -> SpectralEntropy:
     """Make the result where there is no spectrum: NaN for non-finite input, else 0."""
     n, d = centered.n, centered.d
-    bad = status is Status.NONFINITE
-    h = math.nan if bad else 0.0
     flags = (Status.RANK_LIMITED, status) if n <= d else (status,)
-    return SpectralEntropy(
-        normalized=h / math.log(d),
-        entropy=h,
-        effective_rank=math.exp(h),
-        participation_ratio=math.nan if bad else 1.0,
-        eigenvalues=torch.full((d,), math.nan if bad else 0.0, dtype=torch.float64, device="cpu"),
-        total_variance=trace,
-        status=status,
-        flags=flags,
-        message=message,
-        ceiling=_ceiling(n, d),
-        n=n,
-        d=d,
-        solver="none",
-    )
+    h = math.nan if status is Status.NONFINITE else 0.0
+    return _without_spectrum(n, d, h, flags, message, trace=trace, ceiling=_ceiling(n, d))
 
 
 def unmeasured(status: Status, n: int, d: int, message: str) -> SpectralEntropy:
     """Make the result of a layer that gave fewer rows than a covariance needs: NaN, and no ceiling."""
-    nan = math.nan
+    return _without_spectrum(n, d, math.nan, (status,), message, trace=math.nan, ceiling=math.nan)
+
+
+def _without_spectrum(
+    n: int, d: int, h: float, flags: tuple[Status, ...], message: str, *, trace: float, ceiling: float
+) -> SpectralEntropy:
+    """Make the result of entropy `h`, 0 or NaN, whatever d is."""
     return SpectralEntropy(
-        normalized=nan,
-        entropy=nan,
-        effective_rank=nan,
-        participation_ratio=nan,
-        eigenvalues=torch.full((d,), nan, dtype=torch.float64, device="cpu"),
-        total_variance=nan,
-        status=status,
-        flags=(status,),
+        normalized=h,
+        entropy=h,
+        effective_rank=math.exp(h),
+        participation_ratio=math.exp(h),
+        eigenvalues=torch.full((d,), h, dtype=torch.float64, device="cpu"),
+        total_variance=trace,
+        status=flags[-1],
+        flags=flags,
         message=message,
-        ceiling=nan,
+        ceiling=ceiling,
         n=n,
         d=d,
         solver="none",
@@ -371,16 +362,19 @@ def spectral_entropy(
         "paper" clamps eigenvalues at an absolute 1e-12 and adds 1e-12 inside the logarithm, as printed in the
         paper's Appendix B. For comparison only: constant rows score 1, and H depends on the scale.
     tokens : {"flatten", "first", "last", "mean", "skip_first"}, optional
-        What to make of a (n, tokens, d) input: each token a row, one token of each sample, their mean, or each token
-        but the first of its sample.
+        What to make of a (n, tokens, d) input: every token a row; the first token (a class token); the last; the mean
+        over tokens (in float64); every token but the first (the attention sink of language models).
     positions : {"flatten", "mean"}, optional
-        What to make of a map with channels, such as (n, c, height, width): each position a row, or their mean.
+        What to make of a map with channels, such as (n, c, height, width) or (n, c, length): every position a row of c
+        features, or the mean over positions (in float64).
     channel_axis : int, optional
-        The axis of `h` that holds the features of a map; goes with `positions`.
-    mask : Tensor, shape (n, tokens), optional
-        True or 1 for a real token, False or 0 for padding, wherever it is; goes with `tokens`. Padding counts for
-        nothing, whatever it holds: "first" and "last" are real tokens, "mean" is over real ones. A
-        `fastent.activations.RealTokens` is checked once for many calls.
+        The axis of `h`, counted among all of them, that holds the features of a map: 1 in torch's own convolutions.
+        Goes with `positions`.
+    mask : Tensor, shape (n, tokens), or `fastent.activations.RealTokens` (checked once for many calls), optional
+        True or 1 for a real token, False or 0 for padding, where activations may be anything, NaN too; goes with
+        `tokens`, not with ``batch_dims=1``. "flatten" keeps real tokens and "skip_first" leaves out the first real one
+        of each sample, so that a sample without one gives no row; "first" and "last" are the first and last real token,
+        wherever the padding is; "mean" is over real tokens.
     batch_dims : {0, 1}
         1 when the first axis counts independent matrices (layers, seeds).
     backend : {"auto", "torch", "triton"}
@@ -396,8 +390,8 @@ def spectral_entropy(
     TypeError
         If `h` or `mask` is not a dense real tensor with data.
     ValueError
-        If the shape is wrong or leaves a choice open, n < 2, d < 2, an argument is unknown, or `mask` has another shape
-        or device, other values, or no real token where one is asked for.
+        If the shape is wrong or leaves a choice open, n < 2, d < 2, an argument is unknown, an integer is beyond 2^53,
+        or `mask` has another shape or device, other values, or no real token where one is asked for.
 
     Warns
     -----
