@@ -106,12 +106,12 @@ def predict_grok_time(
 
     Notes
     -----
-    The clock is the better guide unless `beats_clock` says otherwise. In the ten recorded runs of modular addition
-    (bench/results/paper), each forecast from the others between memorisation and grokking, the clock of `by_clock` won
-    against six other forecasts, the norm's and the training loss's among them: its mean error is 14.4 % of T_grok, the
-    law's 16.3 %, that of the other runs' mean T_grok 19.4 %. It won for S5 too, with 16.9 % against the law's 25.3 %;
-    for subtraction the law did, with 13.6 % against 17.5 %. And a run that never groks is forecast all the same
-    (docs/results.md, E5).
+    Go by the law where `beats_clock` says so, and by the clock else: it needs no entropy. In the ten recorded runs of
+    modular addition (bench/results/paper), each forecast from the others between memorisation and grokking, the clock
+    of `by_clock` has the least mean error of seven forecasts, 14.4 % of T_grok; the law's is 16.3 %, that of the other
+    runs' mean T_grok 19.4 %, and ten runs cannot tell these three apart. For S5 the clock is nearer too, with 16.9 %
+    against the law's 25.3 %; for subtraction the law, with 13.6 % against 17.5 %. A run that never groks is forecast
+    all the same (docs/results.md, E5).
 
     References
     ----------

@@ -1220,9 +1220,9 @@ def _contest_blocks(result: Forecasts) -> list[Block]:
 def _recommended(contest: Contest) -> str:
     ahead = [each.rival.name for each in contest.standings if each.advantage.low > 0]
     said = (
-        f"Of these the interval of the lead over the clock is above 0 for: {', '.join(ahead) or 'none'}. So "
-        "`fastent.predict_grok_time` gives the step by the clock among those still running beside the law's, and says "
-        "where the law was not better than that."
+        f'The least error has "{contest.best.rival.name}"; the interval of the lead over the clock is above 0 for '
+        f"{', '.join(ahead) or 'none'}. `fastent.predict_grok_time` gives the step by the clock among those still "
+        "running beside the law's, and says whether the law was clearly better than that on the runs of its fit."
     )
     if contest.declined.known:
         said += (

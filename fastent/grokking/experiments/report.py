@@ -530,6 +530,9 @@ COUNTERPARTS = (
     Counterpart("Figure 8", "lead of each run by each rule", "e1-leads", OURS),
     Counterpart("Figure 9", "Transformer and MLPs: accuracy, H, Fourier alignment", "e7-models", AFTER),
     Counterpart("Figure 10", "probes from the training and the test set", "e8-probes", AFTER),
+    Counterpart(
+        "v2, phase portrait", "H and Fourier alignment of the leading eigenvectors", "e4-portrait", OURS
+    ),
     Counterpart("Table 1", "T_grok under each condition", "e2", AFTER),
     Counterpart("Table 1", "the norm-matched control", "e3", AFTER),
     Counterpart("Table 2", "R² of each predictor", "e4", AFTER),

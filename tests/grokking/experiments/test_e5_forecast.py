@@ -1,6 +1,7 @@
 """E5 on runs that follow a known law, and stopping, cost and Table 5 on closed-form runs."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastent.grokking.experiments import e5_forecast, figures
 from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Figure, Table, Verdict
 from fastent.grokking.experiments.e5_forecast import CLOCK, LAW, RUNNING, Outcome
+from fastent.grokking.experiments.statistics import over
 
 RISE = 100
 
@@ -386,4 +388,9 @@ def test_what_predict_grok_time_says_of_the_recorded_runs_is_what_they_say():
         assert f"{first} against the law's {second}" in said or f"{second} against {first}" in said
         assert other.best.rival.name == winner
     assert add.best.rival.name == RUNNING
+    # "cannot tell these three apart"
+    errors = [add.standing(name).error for name in (RUNNING, LAW, CLOCK)]
+    for one, other in itertools.combinations(errors, 2):
+        difference = over(other - one)
+        assert difference.low < 0 < difference.high
     assert len(add.standings) == 7
