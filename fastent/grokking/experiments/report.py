@@ -531,7 +531,7 @@ COUNTERPARTS = (
     Counterpart("Figure 9", "Transformer and MLPs: accuracy, H, Fourier alignment", "e7-models", AFTER),
     Counterpart("Figure 10", "probes from the training and the test set", "e8-probes", AFTER),
     Counterpart(
-        "v2, phase portrait", "H and Fourier alignment of the leading eigenvectors", "e4-portrait", OURS
+        "v2, phase portrait", "H and Fourier alignment of the leading eigenvectors", "e4-portrait", AFTER
     ),
     Counterpart("Table 1", "T_grok under each condition", "e2", AFTER),
     Counterpart("Table 1", "the norm-matched control", "e3", AFTER),
