@@ -183,7 +183,7 @@ def report(
         Write nothing: compare the parts of the report in these documents (README.md and docs/ if none is
         named) with the runs, print what differs and fail if anything does.
     fill : paths, optional
-        Write the parts of the report into these documents, the same ones if none is named.
+        Write the parts of the report, and their figures, into these documents, the same ones if none is named.
     """
     from fastent.grokking.experiments.document import documents
     from fastent.grokking.experiments.report import check_documents, fill_documents, write_report

@@ -176,8 +176,8 @@ class Runs:
     def __len__(self) -> int:
         return len(self.stored)
 
-    def __getitem__(self, keep: Mask | Sequence[int]) -> Runs:
-        """Those of a mask, or at indices."""
+    def __getitem__(self, keep: Mask | Sequence[int] | slice) -> Runs:
+        """Those of a mask, at indices or of a slice."""
         return replace(self, stored=tuple(self.stored[i] for i in np.arange(len(self))[keep]))
 
     def select(self, experiment: str, condition: str | None = None, task: str | None = None) -> Runs:

@@ -241,15 +241,16 @@ def share_grokked(runs: Runs) -> tuple[Array, Array, Array]:
 
 
 TENTHS = np.linspace(0, 1, 11)
+THIN: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.4}
 
 
 def _entropy_at_accuracy(axes: Axes, runs: Runs, **look: Any) -> None:
     rows, middle = entropy_at_accuracy(runs), (TENTHS[1:] + TENTHS[:-1]) / 2
     mean = np.array([mean_known(column) for column in rows.T])
-    thin = {"linewidth": 0.7, "alpha": 0.4}
-    for row, width in (*((row, thin) for row in rows), (mean, {"linewidth": 2.2, "marker": "o", "ms": 4})):
+    for row in (*rows, mean):
         known = ~np.isnan(row)
-        axes.plot(middle[known], row[known], **width, **look)
+        drawn_as: dict[str, Any] = {"linewidth": 2.2, "marker": "o", "ms": 4} if row is mean else THIN
+        axes.plot(middle[known], row[known], **drawn_as, **look)
     axes.set_xlim(0, 1)
     axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
 

@@ -449,7 +449,8 @@ def _restricted(times: Times, limit: float) -> Array:
         raise ValueError(f"limit must be positive; got {limit}")
     if times.cut < limit:
         raise ValueError(f"limit must not exceed the step where a run was cut, {times.cut:g}; got {limit:g}")
-    return np.minimum(times.values, limit)
+    cut: Array = np.minimum(times.values, limit)
+    return cut
 
 
 def log_rank(control: Times, treated: Times, limit: float) -> Comparison:
@@ -488,7 +489,8 @@ def _expected_less_observed(first: Times, second: Times) -> Array:
     )
     events, died = np.unique(values[seen], return_counts=True)
     hazard = died / (values[None, :] >= events[:, None]).sum(axis=1)
-    return ((values[:, None] >= events) * hazard).sum(axis=1) - seen
+    later: Array = ((values[:, None] >= events) * hazard).sum(axis=1) - seen
+    return later
 
 
 def _censored(times: Times) -> stats.CensoredData:
@@ -705,8 +707,10 @@ def sizes(trials: int = TRIALS) -> list[tuple[str, int, float]]:
             found.append(
                 (exact.p_value, float(stats.norm.cdf(exact.statistic)), rank.p_value, float(normal.pvalue))
             )
-        names = ("log-rank, exact (used here)", "log-rank, normal")
-        names += ("Mann-Whitney, exact (used here)", "Mann-Whitney, normal")
+        names = (
+            *("log-rank, exact (used here)", "log-rank, normal"),
+            *("Mann-Whitney, exact (used here)", "Mann-Whitney, normal"),
+        )
         rows += [
             (name, n, float(share))
             for name, share in zip(names, (np.array(found) <= 0.05).mean(0), strict=True)

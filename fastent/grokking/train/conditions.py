@@ -423,8 +423,8 @@ def _log(source: Job, seed: int, out: Path, column: str, *, until_memorised: boo
         if not reached:
             raise RunError(f"{path} never memorised, so there is no norm to hold from then on")
         rows = rows[: reached[0] + 1]
-    values = [row.get(column) for row in rows]
-    if not values or any(value is None or value <= 0 for value in values):
+    values = [row.get(column) or 0.0 for row in rows]
+    if not values or min(values) <= 0:
         raise RunError(
             f"{path / 'metrics.jsonl'} holds no {what}, or none that can be followed"
             + (': train it anew with the measure "logit_scale"' if column == SCALE else "")
