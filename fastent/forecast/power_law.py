@@ -6,6 +6,11 @@ closed form (non-negative least squares in two unknowns), so only gamma is searc
 
 Evaluations of one run share its ``T_grok`` and are far from independent, so whatever measures uncertainty here
 leaves out whole runs. A law describes the runs that grok: it does not say whether a run will.
+
+Whether the entropy forecasts better than a clock is asked by leaving out each run that grokked: H* and the law are
+fitted to the others and forecast its remaining time at each of its evaluations above H*, and so does the clock, the
+mean ``T_grok`` of the others minus t, cut at 0 because no forecast lies in the past. In every run ``T_grok - t`` falls
+by one a step, so the clock explains much of it: a claim for the entropy has to beat the clock, not the mean.
 """
 
 from __future__ import annotations
@@ -326,6 +331,7 @@ class PowerLaw:
         others = ~np.eye(n, dtype=bool)
         best = solve(triples, everyone)
         folds = [solve(triples, used) for used in others]
+        held_out = _held_out(triples, folds)
         # At its bound of 0 the constrained c2 does not vary and would look certain.
         free = solve(triples, everyone, c2="free").c2
         free_folds = [solve(triples, used, c2="free").c2 for used in others]
@@ -352,12 +358,12 @@ class PowerLaw:
             intervals=intervals,
             correlations=_correlations(folds, free_folds),
             gap_range=best.gap_range,
-            residual=_residual(triples, folds),
+            residual=_residual(held_out),
             n_points=best.n_points,
             n_runs=n,
             level=level,
             t_grok=tuple(float(t) for t in triples.t_grok),
-            advantage=_advantage(triples, folds, level),
+            advantage=_advantage(held_out, level),
         )
 
     def by_clock(self, now: float) -> float | None:
@@ -476,27 +482,159 @@ def _correlation(a: Array, b: Array) -> float | None:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def _advantage(triples: Triples, folds: Sequence[Solution], level: float) -> Interval | None:
+def _advantage(held_out: Sequence[HeldOut], level: float) -> Interval | None:
     """Compare the law with the clock on left-out runs; `PowerLaw.advantage`."""
-    gains = []
-    for i, fold in enumerate(folds):
-        own = (triples.run == i) & (triples.entropy > fold.h_star)
-        if not own.any():
-            continue
-        clock = residual_life(np.delete(triples.t_grok, i), triples.step[own])
-        truth, law = triples.remaining[own], fold.remaining(triples.entropy[own])
-        gains.append(float((np.abs(clock - truth) - np.abs(law - truth)).mean() / triples.t_grok[i]))
+    gains = [
+        float(
+            (np.abs(run.by_running_clock - run.remaining) - np.abs(run.by_law - run.remaining)).mean()
+            / run.t_grok
+        )
+        for run in held_out
+        if run.step.size
+    ]
     return mean_interval(gains, level)
 
 
-def _residual(triples: Triples, folds: Sequence[Solution]) -> tuple[float, float]:
+def _residual(held_out: Sequence[HeldOut]) -> tuple[float, float]:
     """Fit the squared residuals of left-out runs; `PowerLaw.residual`."""
-    squares, predicted, weights = [], [], []
-    for i, fold in enumerate(folds):
-        own = (triples.run == i) & (triples.entropy > fold.h_star)
-        steps = fold.remaining(triples.entropy[own])
-        squares.append((triples.remaining[own] - steps) ** 2)
-        predicted.append(steps**2)
-        weights.append(np.full(len(steps), 1 / max(len(steps), 1)))
-    share, steps, _ = fit_line(*map(np.concatenate, (predicted, squares, weights)))
+    squares = np.concatenate([(run.remaining - run.by_law) ** 2 for run in held_out])
+    predicted = np.concatenate([run.by_law**2 for run in held_out])
+    weights = np.concatenate([np.full(run.step.size, 1 / max(run.step.size, 1)) for run in held_out])
+    share, steps, _ = fit_line(predicted, squares, weights)
     return math.sqrt(float(steps)), math.sqrt(float(share))
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """One run, forecast from the others. Arrays have shape (m,), an entry per evaluation above H*; m may be 0.
+
+    Attributes
+    ----------
+    run : int
+        Its place among the histories given.
+    law : PowerLaw
+        Fitted to the other runs, without intervals; `law.h_star` is theirs.
+    t_grok : float
+        Its own.
+    step : array
+        Evaluation steps t.
+    remaining : array
+        ``t_grok - t``, the truth.
+    by_law, by_clock, by_running_clock : arrays
+        Forecasts of it, in steps, not negative: the law's; the mean ``T_grok`` of the other runs minus t; and what
+        `residual_life` says of the others that have not grokked by t.
+    """
+
+    run: int
+    law: PowerLaw
+    t_grok: float
+    step: Array
+    remaining: Array
+    by_law: Array
+    by_clock: Array
+    by_running_clock: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How well one of the two forecasts the runs left out.
+
+    Attributes
+    ----------
+    r_squared : float
+        1 - squared error / squared deviation from the mean remaining time, over all evaluations; negative
+        when the mean does better.
+    mae : array of shape (n_runs,)
+        Mean absolute error of each run, in steps; NaN for a run without evaluations above H*.
+    mape : array of shape (n_runs,)
+        The same over the run's ``T_grok``, as a fraction (the paper's percentage error).
+    """
+
+    r_squared: float
+    mae: Array
+    mape: Array
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """The runs in turn left out, in order; `score` sums them up."""
+
+    runs: tuple[HeldOut, ...]
+
+    def score(self, by: Literal["law", "clock"]) -> Score:
+        """Score the law or the clock, at the same evaluations.
+
+        Raises
+        ------
+        ValueError
+            If `by` is unknown.
+        """
+        if by not in ("law", "clock"):
+            raise ValueError(f"by must be 'law' or 'clock'; got {by!r}")
+        errors = [(run.by_law if by == "law" else run.by_clock) - run.remaining for run in self.runs]
+        truth = np.concatenate([run.remaining for run in self.runs])
+        mae = np.array([np.abs(error).mean() if error.size else np.nan for error in errors])
+        deviation = ((truth - truth.mean()) ** 2).sum()
+        return Score(
+            r_squared=float(1 - (np.concatenate(errors) ** 2).sum() / deviation),
+            mae=mae,
+            mape=mae / np.array([run.t_grok for run in self.runs]),
+        )
+
+
+def leave_one_run_out(histories: Sequence[History]) -> LeaveOneOut:
+    """Forecast each run that grokked from a law, and from a clock, fitted to the others.
+
+    Parameters
+    ----------
+    histories : sequence of History
+        One per seed, at least three that grokked with a usable entropy there; the others take no part.
+
+    Raises
+    ------
+    ValueError
+        As `PowerLaw.fit`.
+
+    References
+    ----------
+    arXiv 2604.13123, Section 8, "Leave-one-out prediction", which has no clock.
+    """
+    triples = Triples.of(histories)
+    n = len(triples.origin)
+    if n < 3:
+        raise ValueError(
+            f"leaving one run out needs at least 3 that grokked with a usable entropy there; got {n} of "
+            f"{len(histories)} runs"
+        )
+    folds = [solve(triples, others) for others in ~np.eye(n, dtype=bool)]
+    return LeaveOneOut(_held_out(triples, folds))
+
+
+def _held_out(triples: Triples, folds: Sequence[Solution]) -> tuple[HeldOut, ...]:
+    """Each run with its forecasts by the fold that left it out."""
+    found = []
+    for i, fit in enumerate(folds):
+        own = (triples.run == i) & (triples.entropy > fit.h_star)
+        law = PowerLaw(
+            fit.c1,
+            fit.gamma,
+            fit.c2,
+            fit.h_star,
+            fit.r_squared,
+            gap_range=fit.gap_range,
+            n_points=fit.n_points,
+        )
+        others, step = np.delete(triples.t_grok, i), triples.step[own]
+        found.append(
+            HeldOut(
+                run=triples.origin[i],
+                law=law,
+                t_grok=float(triples.t_grok[i]),
+                step=step,
+                remaining=triples.remaining[own],
+                by_law=fit.remaining(triples.entropy[own]),
+                by_clock=np.maximum(others.mean() - step, 0),
+                by_running_clock=residual_life(others, step),
+            )
+        )
+    return tuple(found)

@@ -13,8 +13,7 @@ from planted_runs import H_STAR, planted_runs
 from scipy import stats
 
 from fastent.forecast.history import History, mean_interval
-from fastent.forecast.power_law import PowerLaw, profile_gamma, residual_life
-from fastent.forecast.validation import leave_one_run_out
+from fastent.forecast.power_law import PowerLaw, leave_one_run_out, profile_gamma, residual_life
 from fastent.reference.forecast import remaining_power
 
 NOISY = {"scale": 0.15, "offset": 0.01, "noise": 0.002}

@@ -3,7 +3,7 @@
 Analysis of E1's runs, and of a few trained to the limit of steps (paper, section 8, Figure 4b; section 10; Appendix D).
 The law is fitted the paper's way, to all evaluations of all runs that grokked, and judged by R2; and by leaving out
 whole runs, H* and the law fitted to the others, against the clock at the same evaluations
-(`fastent.forecast.validation`). What the runs determine of its parameters is asked of the profile of gamma and of the
+(`fastent.forecast.power_law`). What the runs determine of its parameters is asked of the profile of gamma and of the
 law without C2.
 
 The law's rivals are judged by `contest`: each run that grokked is forecast from the others, at every evaluation from
@@ -39,9 +39,17 @@ from numpy.typing import NDArray
 
 from fastent.forecast.diagnosis import Phase, Tolerances, diagnosis_of
 from fastent.forecast.history import History
-from fastent.forecast.power_law import GAMMA_BOUNDS, PowerLaw, Triples, profile_gamma, residual_life, solve
+from fastent.forecast.power_law import (
+    GAMMA_BOUNDS,
+    LeaveOneOut,
+    PowerLaw,
+    Triples,
+    leave_one_run_out,
+    profile_gamma,
+    residual_life,
+    solve,
+)
 from fastent.forecast.predict import predict_grok_time
-from fastent.forecast.validation import LeaveOneOut, leave_one_run_out
 from fastent.grokking.experiments.claims import (
     CLAIMS,
     NONE,

@@ -5,8 +5,7 @@ import pytest
 from planted_runs import H_STAR, planted_runs
 
 from fastent.forecast.history import History
-from fastent.forecast.power_law import PowerLaw
-from fastent.forecast.validation import HeldOut, LeaveOneOut, leave_one_run_out
+from fastent.forecast.power_law import HeldOut, LeaveOneOut, PowerLaw, leave_one_run_out
 
 NOISY = {"scale": 0.15, "offset": 0.01, "noise": 0.002}
 
@@ -56,9 +55,12 @@ def test_scores_are_those_of_the_definitions():
             np.array([200.0, 100.0]),
             np.array([190.0, 130.0]),
             np.zeros(2),
+            np.zeros(2),
         ),
-        HeldOut(1, law, 300.0, np.array([0.0]), np.array([300.0]), np.array([300.0]), np.zeros(1)),
-        HeldOut(2, law, 400.0, empty, empty, empty, empty),
+        HeldOut(
+            1, law, 300.0, np.array([0.0]), np.array([300.0]), np.array([300.0]), np.zeros(1), np.zeros(1)
+        ),
+        HeldOut(2, law, 400.0, empty, empty, empty, empty, empty),
     )
     score = LeaveOneOut(runs).score("law")
     assert score.r_squared == pytest.approx(1 - (100 + 900) / 20_000, rel=1e-12)
