@@ -602,60 +602,43 @@ CPU = {
         "Time of an evaluation on the thread that trains; below 1 the worker gains.",
     ),
 }
-GPU = {
-    "correctness": Chapter("correctness", correctness_table),
-    "kernel": Chapter(
-        "kernel",
-        columns(
-            "batch n d dtype side cache launches us_p20 us_p50 us_p80 tflops share_of_floor",
-            cache="L2",
-            tflops="TFLOP/s",
-        ),
-        draw=_kernel,
+_GPU_TABLES: dict[str, Table] = {
+    "correctness": correctness_table,
+    "kernel": columns(
+        "batch n d dtype side cache launches us_p20 us_p50 us_p80 tflops share_of_floor",
+        cache="L2",
+        tflops="TFLOP/s",
     ),
-    "covariance": Chapter(
-        "covariance", columns("n d provider us_p20 us_p50 us_p80 host_us over_fastent"), draw=_over_fastent
+    "covariance": columns("n d provider us_p20 us_p50 us_p80 host_us over_fastent"),
+    "entropy": columns("n d provider us_p20 us_p50 us_p80 host_us over_fastent"),
+    "eigensolve": columns("d provider batch us_p50 us_per_matrix"),
+    "probe forward": columns("n d us_p20 us_p50 us_p80"),
+    "probe in the stream": columns("batch n d us_p20 us_p50 us_p80"),
+    "probe on the thread": columns("provider us_p20 us_p50 us_p80"),
+    "slowdown": columns(
+        "step step_us provider stride slowdown slowdown_low slowdown_high dropped",
+        provider="probe",
+        stride="every",
+        slowdown_low="low",
+        slowdown_high="high",
     ),
-    "entropy": Chapter(
-        "entropy", columns("n d provider us_p20 us_p50 us_p80 host_us over_fastent"), draw=_over_fastent
-    ),
-    "eigensolve": Chapter("eigensolve", columns("d provider batch us_p50 us_per_matrix")),
-    "probe forward": Chapter("probe forward", columns("n d us_p20 us_p50 us_p80")),
-    "probe in the stream": Chapter("probe in the stream", columns("batch n d us_p20 us_p50 us_p80")),
-    "probe on the thread": Chapter("probe on the thread", columns("provider us_p20 us_p50 us_p80")),
-    "slowdown": Chapter(
-        "slowdown",
-        columns(
-            "step step_us provider stride slowdown slowdown_low slowdown_high dropped",
-            provider="probe",
-            stride="every",
-            slowdown_low="low",
-            slowdown_high="high",
-        ),
-        draw=_slowdowns,
-    ),
-    "host synchronisations": Chapter(
-        "host synchronisations", columns("provider n d calls", calls="calls that wait")
-    ),
-    "blocked stream": Chapter(
-        "blocked stream",
-        columns("provider pause_us us_p50", pause_us="stream busy us", us_p50="back after us"),
-    ),
-    "peak memory": Chapter(
-        "peak memory",
-        columns(
-            "n d provider input_bytes extra_bytes held_bytes",
-            extra_bytes="above it",
-            held_bytes="held before",
-        ),
+    "host synchronisations": columns("provider n d calls", calls="calls that wait"),
+    "blocked stream": columns("provider pause_us us_p50", pause_us="stream busy us", us_p50="back after us"),
+    "peak memory": columns(
+        "n d provider input_bytes extra_bytes held_bytes", extra_bytes="above it", held_bytes="held before"
     ),
 }
+_GPU_FIGURES: dict[str, Draw] = {
+    "kernel": _kernel,
+    "covariance": _over_fastent,
+    "entropy": _over_fastent,
+    "slowdown": _slowdowns,
+}
+GPU = {op: Chapter(op, table, draw=_GPU_FIGURES.get(op)) for op, table in _GPU_TABLES.items()}
 
 
 README = ROOT / "README.md"
 ROWS = ROOT / "bench" / "results" / "cpu"
-# What numpy.cov, the direct product and torch.cov compute is the same, exactly centred in float64.
-_EXACT_COVARIANCES = ("torch, direct", "torch.cov", "numpy.cov")
 
 
 def fill(text: str, folder: Path) -> str:
@@ -667,12 +650,13 @@ def fill(text: str, folder: Path) -> str:
 
 def _readme_entropy(rows: list[Row]) -> str:
     """Fastent's time over the direct way's and over the fastest exact peer's, float32 input, a row for each shape."""
-    return _against(rows, "torch, direct", [row["provider"] for row in rows if row.get("exact")])
+    return _against(rows, {row["provider"] for row in rows if row.get("exact")})
 
 
 def _readme_covariance(rows: list[Row]) -> str:
     """Fastent's time for the covariance matrix alone over the same two."""
-    return _against(rows, "torch, direct", _EXACT_COVARIANCES)
+    # What these three compute is the same, exactly centred in float64.
+    return _against(rows, {"torch, direct", "torch.cov", "numpy.cov"})
 
 
 def _readme_monitor(rows: list[Row]) -> str:
@@ -687,7 +671,7 @@ def _readme_in_training(rows: list[Row]) -> str:
     return in_training_table([row for row in rows if row["provider"] in exact and row["loop"] == loop])
 
 
-def _against(rows: list[Row], direct: str, exact: list[str] | tuple[str, ...]) -> str:
+def _against(rows: list[Row], exact: set[str]) -> str:
     rows = [row for row in rows if row["dtype"] == "float32"]
     threads = sorted({row["threads"] for row in rows})
     lines = []
@@ -698,7 +682,7 @@ def _against(rows: list[Row], direct: str, exact: list[str] | tuple[str, ...]) -
                 row["provider"]: row for row in rows if (row["n"], row["d"], row["threads"]) == (n, d, count)
             }
             fastest = min((row for name, row in here.items() if name in exact), key=lambda row: row["us_p50"])
-            cells += [interval(here[direct]), f"{interval(fastest)} {fastest['provider']}"]
+            cells += [interval(here["torch, direct"]), f"{interval(fastest)} {fastest['provider']}"]
         lines.append(cells)
     header = ["rows x columns"]
     for count in threads:
