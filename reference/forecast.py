@@ -9,6 +9,9 @@
   Repaired, the floor is ``h_inf < h_star`` and H crosses H*: ``(1/k) log((H - h_inf) / (H* - h_inf))``.
 - Power law ``remaining = c1 (H - H*)^gamma + c2``. Differentiated along a run (remaining falls by 1 a step)
   it is ``dH/dt = -gap^(1 - gamma) / (c1 gamma)``, ``gap = H - H*``.
+- First passage of the squared norm V under weight decay (arXiv 2605.18845): ``dV/dt = -rate V``, with
+  ``rate = 2 kappa eta lambda`` and kappa the optimiser's correction, down to ``V*``: ``log(V / V*) / rate``. From
+  memorisation on it is the delay; where V is below V* there is none.
 
 For gamma > 1 that speed diverges at H*: the fall accelerates, where a relaxation slows down. In exponents:
 ``d log remaining / d log gap`` is gamma for the power law with c2 = 0, and at most 1 for the repaired
@@ -26,9 +29,11 @@ __all__ = [
     "entropy_relaxing",
     "entropy_repaired",
     "exponent_repaired",
+    "norm_contracting",
     "rate_power",
     "rate_relaxing",
     "remaining_paper",
+    "remaining_passage",
     "remaining_power",
     "remaining_repaired",
 ]
@@ -103,6 +108,17 @@ def entropy_power(remaining: ArrayLike, *, h_star: float, c1: float, gamma: floa
     """
     left = (_float64(remaining) - c2) / c1
     return h_star + np.where(left >= 0, left, np.nan) ** (1 / gamma)
+
+
+def remaining_passage(v: ArrayLike, *, v_star: float, rate: float) -> Array:
+    """First passage of the squared norm from `v` to `v_star`: ``log(v / v_star) / rate`` steps; NaN below it."""
+    ratio = _float64(v) / v_star
+    return np.log(np.where(ratio >= 1, ratio, np.nan)) / rate
+
+
+def norm_contracting(remaining: ArrayLike, *, v_star: float, rate: float) -> Array:
+    """Inverse of `remaining_passage`: ``v_star exp(rate remaining)``."""
+    return v_star * np.exp(rate * _float64(remaining))
 
 
 def _float64(x: ArrayLike) -> Array:

@@ -12,9 +12,11 @@ from fastent.reference.forecast import (
     entropy_relaxing,
     entropy_repaired,
     exponent_repaired,
+    norm_contracting,
     rate_power,
     rate_relaxing,
     remaining_paper,
+    remaining_passage,
     remaining_power,
     remaining_repaired,
 )
@@ -56,6 +58,17 @@ def test_repaired_proposition_6_solves_its_ode_and_crosses_the_threshold(k, h_in
     assert np.abs(h - entropy_repaired(total - t, h_star=H_STAR, h_inf=h_inf, k=k)).max() < 1e-8
     assert np.abs(remaining_repaired(h, h_star=H_STAR, h_inf=h_inf, k=k) - (total - t)).max() < 1e-8 * total
     assert h[-1] < H_STAR
+
+
+def test_squared_norm_contracts_to_its_threshold_in_the_time_of_first_passage_and_from_below_never():
+    rate, v_star = 2 * 0.9 * 1e-3, 400.0
+    total = float(remaining_passage(2500.0, v_star=v_star, rate=rate))
+    t = np.linspace(0, total, 41)
+    v = integrate(lambda v: -rate * v, 2500.0, t)
+    assert v[-1] == pytest.approx(v_star, rel=1e-9)
+    assert np.abs(norm_contracting(total - t, v_star=v_star, rate=rate) / v - 1).max() < 1e-9
+    assert np.abs(remaining_passage(v[:-1], v_star=v_star, rate=rate) - (total - t)[:-1]).max() < 1e-6
+    assert np.isnan(remaining_passage(399.0, v_star=v_star, rate=rate))
 
 
 @pytest.mark.parametrize("gamma", [0.6, 1.0, 1.65, 3.0])

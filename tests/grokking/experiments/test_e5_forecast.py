@@ -17,6 +17,7 @@ from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Figure, Table, Verdict
 from fastent.grokking.experiments.e5_forecast import CLOCK, LAW, RUNNING, Outcome
 from fastent.grokking.experiments.statistics import over
+from fastent.reference.forecast import norm_contracting
 
 RISE = 100
 
@@ -169,8 +170,10 @@ def test_clocks_are_those_of_the_other_runs_and_the_law_that_holds_has_no_error(
 
 
 def test_first_passage_of_a_norm_that_decays_to_its_threshold_is_exact_from_t_mem_and_from_now(tmp_path):
-    # |theta| = 30 exp(2e-4 (T_grok - t)): V crosses 900 at T_grok at one rate in every run.
-    runs = planted(tmp_path, norm=lambda t_grok, step: 30 * np.exp(2e-4 * (t_grok - step)))
+    def norm(t_grok, step):
+        return np.sqrt(norm_contracting(t_grok - step, v_star=900.0, rate=4e-4))
+
+    runs = planted(tmp_path, norm=norm)
     contest = e5_forecast.contest(runs)
     standing = contest.standing("norm, first passage")
     assert standing.error == pytest.approx(np.zeros(5), abs=1e-9)
