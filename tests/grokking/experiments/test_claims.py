@@ -160,6 +160,18 @@ def test_the_checks_find_what_is_known_of_the_printed_numbers():
     assert not found["largest advance warning 16"].holds
     assert found["addition"].holds
     assert found["94 % of the pairs of S5 do not commute"].holds
+    for prints, gives in (
+        ("86 % of the budget saved", "12,370 / 14,360 = 86 %"),
+        ("1", "1,436 × 200 / 10 = 28,720; 1,436 × 100 / 10 = 14,360"),
+        ("r(norm", "does not hold the number"),
+        (
+            "the gap of H outperforms the other predictors by at least a factor 6.8 in R²",
+            "0.507 / 0.38 = 1.3",
+        ),
+    ):
+        assert not found[prints].holds
+        assert gives in found[prints].gives
+    assert found["multiplication and subtraction"].holds is None
     stop = found["stopping within 1"]
     assert not stop.holds
     assert "a stop at 7,000, before the mean T_grok" in stop.gives

@@ -19,7 +19,7 @@ from closed_form import write_run as write_columns
 from fastent import cli
 from fastent.grokking.experiments import report
 from fastent.grokking.experiments.claims import CLAIMS
-from fastent.grokking.experiments.data import read_runs
+from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import (
     Figure,
     Group,
@@ -453,6 +453,37 @@ def test_every_command_asks_for_the_runs_it_stands_for(tmp_path, monkeypatch, na
         assert words[:2] == ["fastent", "run"]
         assert cli.main(words[1:]) == 0
     assert asked == made
+
+
+@pytest.mark.parametrize("times", [(1500, 1500, 1700), (1500, 2400, 2400), (500, 900, 5000)])
+def test_no_interval_of_a_length_is_negative_and_none_is_beyond_what_a_number_can_be(tmp_path, writer, times):
+    # Without one seed two T_grok are equal, and what is fitted is perfect or undefined.
+    for seed, t_grok in enumerate(times):
+        writer(tmp_path, seed, t_grok=t_grok, last_step=t_grok + 1000)
+    runs = Runs(tuple(read_runs(tmp_path)))
+    results = {e.id: e.analyse(runs) for e in EXPERIMENTS[:8]}
+    found = {
+        k: f.ours for e in EXPERIMENTS[:8] if (r := results[e.id]) is not None for k, f in e.claims(r).items()
+    }
+    assert len(found) > 30
+
+    def ends(name):
+        written = re.findall(r"CI (\S+?)(?: %)? to (\S+?)(?: %)?;", found[name])
+        return [float(end.replace("−", "-").replace(",", "")) for pair in written for end in pair]
+
+    for name in (
+        "e1.memorises_early",
+        "e1.t_grok",
+        "e1.h_star",
+        "e5.left_out",
+        "e5.warning",
+        "e5.warning_close",
+    ):
+        assert all(end >= 0 for end in ends(name)), found[name]
+    for name in ("e4.gap_r2", "e5.r2", "e1.h_star", "e4.correlation"):
+        assert all(-1 <= end <= 1 for end in ends(name)), found[name]
+    assert max(abs(end) for name in found for end in ends(name)) < 30_000
+    assert "every run of no" not in SOURCES
 
 
 def test_seeds_are_written_as_the_command_line_reads_them():
