@@ -387,7 +387,7 @@ def checks() -> list[Check]:
             "v2, Appendix A",
             f"{steps(POINTS)} evaluations before grokking over 10 seeds, {GRID} steps apart, T_grok {steps(BASELINE)}",
             f"{steps(POINTS)} × {GRID} / 10 = {steps(POINTS * GRID / 10)}; {steps(POINTS)} × {FINE} / 10 = "
-            f"{steps(POINTS * FINE / 10)}: they were {FINE} steps apart, and a window of five spans half of what it says",
+            f"{steps(POINTS * FINE / 10)}: they were {FINE} steps apart, and five of them span half",
             POINTS * GRID / 10 == BASELINE,
         ),
         Check(
@@ -419,8 +419,8 @@ def checks() -> list[Check]:
         Check(
             "§8, §10",
             "86 % of the budget saved",
-            f"{steps(WARNING)} / {steps(BASELINE)} = {percent(WARNING / BASELINE)}: its mean warning as a share of its mean "
-            f"T_grok, not of a budget of {steps(BUDGET)}",
+            f"{steps(WARNING)} / {steps(BASELINE)} = {percent(WARNING / BASELINE)}: its mean warning as a share of its "
+            f"mean T_grok, not of a budget of {steps(BUDGET)}",
             False,
         ),
         Check(
@@ -431,7 +431,8 @@ def checks() -> list[Check]:
         ),
         Check(
             "v2, §7, Table 2",
-            "the gap of H outperforms the other predictors by at least a factor 6.8 in R²: 0.507, none of them above 0.38",
+            "the gap of H outperforms the other predictors by at least a factor 6.8 in R²: 0.507, none of them above "
+            "0.38",
             f"0.507 / 0.38 = {decimal(0.507 / 0.38, 1)}",
             0.507 / 0.38 >= 6.8,
         ),

@@ -250,6 +250,37 @@ def mixing_expectations(
     )
 
 
+def derangements(n: int) -> NDArray[np.intp]:
+    """All permutations of `n` rows without a fixed point, (count, n)."""
+    every = np.array(list(itertools.permutations(range(n))))
+    return np.asarray(every[(every != np.arange(n)).all(axis=1)])
+
+
+def mixing_on_average(allowed: Callable[[int], NDArray[np.intp]] = derangements) -> CheckResult:
+    """Check that over all derangements the mean change of H is of second order in alpha, of either sign."""
+    rng = np.random.default_rng(7)
+    data = [np.array([[5.0, -6.0], [-4.0, 0.0], [4.0, -6.0], [-4.0, 1.0]])]
+    data += [rng.standard_normal((6, 3)) * np.exp(rng.uniform(-2, 0, 3)) for _ in range(6)]
+    limits, steady, worst = [], True, 0.0
+    for x in data:
+        y, permutations = x - x.mean(axis=0), allowed(len(x))
+        before = entropy_of(covariance(x))
+        changes = []
+        for alpha in (0.01, 0.001):
+            mixed = (1 - alpha) * y + alpha * y[permutations]
+            spectra = np.linalg.eigvalsh(mixed.mT @ mixed / len(y))
+            changes.append(np.array([entropy_of_eigenvalues(lam) for lam in spectra]) - before)
+        coarse, fine = changes[0].mean() / 0.01**2, changes[1].mean() / 0.001**2
+        steady &= bool(abs(coarse - fine) < 0.1 * abs(fine))
+        limits.append(float(fine))
+        worst = min(worst, float(changes[1].min()) / 0.001)
+    return CheckResult(
+        steady and min(limits) < 0 < max(limits) and worst < -0.1,
+        f"mean over all derangements: (H_mix - H) / a^2 tends to {min(limits):+.2f} to {max(limits):+.2f}, of "
+        f"{len(data)} data sets; for one of them (H_mix - H) / a to {worst:.2f}",
+    )
+
+
 def relaxation_and_power_law(
     remaining: Callable[..., Array] = forecast.remaining_repaired,
 ) -> CheckResult:

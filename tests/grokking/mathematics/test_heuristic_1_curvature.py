@@ -56,6 +56,32 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_whole_hessian(model):
     assert rough.value == pytest.approx(found.value, rel=1e-2)
 
 
+def test_a_head_in_another_scale_moves_the_curvature_and_not_what_sgd_does_to_the_representation():
+    generator = torch.Generator().manual_seed(0)
+    x, body, head = (
+        torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((20, 4), (4, 3), (3, 5))
+    )
+    labels = torch.randint(5, (20,), generator=generator)
+
+    def measured(scale):
+        """Gradient of the body, and the largest eigenvalue of the Hessian of body and phi = head / scale."""
+
+        def loss(parameters):
+            first, phi = parameters[:12].view(4, 3), parameters[12:].view(3, 5)
+            return nn.functional.cross_entropy(torch.relu(x @ first) @ (scale * phi), labels)
+
+        flat = torch.cat([body.flatten(), (head / scale).flatten()]).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(flat), flat)
+        hessian = torch.autograd.functional.hessian(loss, flat.detach())
+        return gradient[:12], float(torch.linalg.eigvalsh(hessian)[-1])
+
+    (one, low), (ten, middle), (hundred, high) = map(measured, (1.0, 10.0, 100.0))
+    torch.testing.assert_close(ten, one)
+    torch.testing.assert_close(hundred, one)
+    assert middle > 10 * low
+    assert high / middle == pytest.approx(100, rel=0.05)  # the head's block, scale squared
+
+
 def test_correlation_and_its_interval_see_a_link_and_its_absence():
     def run(sharp):
         step = np.arange(0, 4001, 50)

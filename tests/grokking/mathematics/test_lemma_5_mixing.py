@@ -39,6 +39,11 @@ def test_best_bound_holds_for_all_permutations_and_swapped_pairs_attain_it():
     assert evidence.holds, evidence.text
 
 
+def test_over_all_derangements_the_mean_change_is_of_second_order_and_of_either_sign():
+    evidence = checks.mixing_on_average()
+    assert evidence.holds, evidence.text
+
+
 def test_printed_lemma_fails_at_first_order_on_the_counterexample():
     evidence = checks.printed_mixing_bound()
     assert evidence.holds, evidence.text

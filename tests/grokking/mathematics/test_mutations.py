@@ -86,6 +86,11 @@ MUTATIONS = [
         factor_without_the_derangement_term,
     ),
     ("lemma 5, expectation: N for N - 1", checks.mixing_expectations, factor_with_n_for_n_minus_1),
+    (
+        "lemma 5, on average: one permutation for all",
+        checks.mixing_on_average,
+        lambda n: mixing.cyclic_shift(n)[None],
+    ),
     ("proposition 6: logarithm upside down", checks.relaxation_and_power_law, relaxation_upside_down),
     ("bias: sign", checks.bias_of_samples, lambda lam, n: -sampling_bias(lam, n)),
     ("bias: half", checks.bias_of_samples, lambda lam, n: sampling_bias(lam, 2 * n)),
