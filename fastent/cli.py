@@ -125,15 +125,21 @@ def _planned(
 
     if experiment not in (*JOBS, "all"):
         raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
-    base, asked = preset_called(preset), []
+    base = preset_called(preset)
+    asked: list[Job] = []
+    runs: set[str] = set()
     for name in JOBS:
         for job in JOBS[name](config, seeds) if experiment in (name, "all") else []:
-            fraction = own_fraction(config, job.config.task, base)
-            asked.append(
-                dataclasses.replace(job, config=dataclasses.replace(job.config, train_fraction=fraction))
-            )
-    # Experiments share runs: each is trained once.
-    asked = list(dict.fromkeys(asked))
+            if job.config.task != config.task:
+                fraction = own_fraction(config, job.config.task, base)
+                job = dataclasses.replace(
+                    job, config=dataclasses.replace(job.config, train_fraction=fraction)
+                )
+            # Experiments share runs: each is trained once.
+            new = tuple(seed for seed in job.seeds if job.run_name(seed) not in runs)
+            runs.update(map(job.run_name, new))
+            if new:
+                asked.append(dataclasses.replace(job, seeds=new))
     check_jobs(asked, out, workers=workers, device=device, force=force)
     return [stack for job in asked for stack in plan_stacks(job, out, workers)]
 
@@ -478,6 +484,8 @@ def list_() -> int:
             f"  {experiment.id}  {experiment.question}"
             + ("" if experiment.id in JOBS else "  (not in this version)")
         )
+    for name in JOBS.keys() - {experiment.id for experiment in EXPERIMENTS}:
+        print(f"  {name}  {(JOBS[name].__doc__ or '').partition(chr(10))[0]}")
     print("presets")
     for name, config in PRESETS.items():
         changes = {

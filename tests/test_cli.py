@@ -61,6 +61,14 @@ def test_run_all_asks_for_every_job_of_every_experiment_once(monkeypatch, tmp_pa
     monkeypatch.setattr(sweep, "run_jobs", lambda jobs, *arguments, **options: seen.extend(jobs) or [])
     assert main(["run", "all", "--seeds", "0-1", "--out", str(tmp_path)]) == 0
     assert seen == list(dict.fromkeys(job for jobs in JOBS.values() for job in jobs(preset("quick"), (0, 1))))
+    seen.clear()
+    assert main(["run", "all", "--seeds", "0-11", "--out", str(tmp_path)]) == 0
+    trained = [job.run_name(seed) for job in seen for seed in job.seeds]
+    # E3 asks for ten of the mixed runs that E2 has twelve of.
+    assert len(set(trained)) == len(trained)
+    assert {f"e2-losses-0.1-add-seed{seed}" for seed in range(12)} <= set(trained)
+    shares = {job.config.train_fraction for job in seen if job.config.modulus == 41}
+    assert shares == {0.2, 0.3, 0.4, 0.5, 0.6}
 
 
 @pytest.mark.parametrize(("device", "workers"), [("cpu", 3), ("cuda", 1)])
@@ -154,7 +162,7 @@ def test_s5_trains_at_its_own_fraction_however_it_is_chosen_unless_a_fraction_is
         ("s5", "baseline"): 0.7
     }
     by_task = fractions("e6", "--preset", "paper")
-    assert by_task.pop(("s5", "baseline")) == 0.5
+    assert by_task.pop(("s5", "baseline")) == by_task.pop(("s5", "with-images")) == 0.5
     assert set(by_task.values()) == {0.3}
     assert set(fractions("e6", "--preset", "paper", "--train-fraction", "0.6").values()) == {0.6}
     by_task = fractions("e6", "--preset", "paper", "--task", "s5")
@@ -301,7 +309,7 @@ def test_list_names_experiments_and_presets(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^  e1  Does the entropy collapse precede grokking\?$", printed, re.MULTILINE)
-    assert len(re.findall(r"^  (?:e\d|choices)  .*[.?]$", printed, re.MULTILINE)) == len(JOBS)
+    assert len(re.findall(r"^  (?:e\d|choices|sham)  .*[.?]$", printed, re.MULTILINE)) == len(JOBS)
     assert re.search(r"^  paper  the paper's setting$", printed, re.MULTILINE)
     assert re.search(r"^  quick  .*evaluate_every = 50", printed, re.MULTILINE)
 

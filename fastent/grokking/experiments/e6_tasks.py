@@ -78,12 +78,13 @@ class Tasks:
     """Analysis of the complete runs of E6 beside E1's addition.
 
     `tasks` holds addition and the paper's other tasks by name; `controls` the differences of tasks that are one under
-    other names, `contrast` that of subtraction and addition with shared tokens, which are not.
+    other names, `contrasts` those of subtraction and addition with shared tokens, and of S5 with permutations as five
+    tokens and as one, which are not.
     """
 
     tasks: dict[str, TaskRuns]
     controls: tuple[Difference, ...]
-    contrast: Difference | None
+    contrasts: tuple[Difference, ...]
 
 
 def analyse(runs: Runs) -> Tasks | None:
@@ -93,6 +94,10 @@ def analyse(runs: Runs) -> Tasks | None:
     tasks = {"add": runs.select("e1", "baseline", "add")}
     tasks |= {name: runs.select("e6", "baseline", name) for name in ("mul", "sub", "s5")}
     found = {name: task_of(name, each) for name, each in tasks.items() if len(each)}
+    images = runs.select("e6", "with-images", "s5")
+    apart = [(found["add"], found["sub"])] if {"add", "sub"} <= set(found) else []
+    if "s5" in found and len(images):
+        apart.append((found["s5"], task_of("s5_images", images)))
     own = functools.partial(runs.select, "e6", "with-own-tokens")
     less = runs.select("e6", task="add")
     pairs = (
@@ -109,7 +114,7 @@ def analyse(runs: Runs) -> Tasks | None:
             for pair in pairs
             if all(len(each) for each in pair.values())
         ),
-        contrast=difference(found["add"], found["sub"]) if {"add", "sub"} <= set(found) else None,
+        contrasts=tuple(difference(*pair) for pair in apart),
     )
 
 
@@ -263,6 +268,7 @@ NAMES = {
     "mul": "multiplication",
     "sub": "subtraction",
     "s5": "S5",
+    "s5_images": "S5, ten tokens",
     "mul_nonzero": "multiplication without 0",
 }
 
@@ -408,6 +414,7 @@ def isotypic(task: TaskRuns) -> Figure:
 def section(result: Tasks) -> Section:
     """E6's part of the report."""
     controls = [task for each in result.controls for task in (each.first, each.second)]
+    controls += [each.second for each in result.contrasts if each.second.name == "s5_images"]
     blocks: list[Block] = [
         Text(
             "The paper's Table 3 beside ours. Its rows for multiplication and subtraction are identical in all "
@@ -423,18 +430,18 @@ def section(result: Tasks) -> Section:
         ),
         *compared("e6", {task.title: task.runs for task in (*result.tasks.values(), *controls)}),
     ]
-    pairs = [*result.controls, *([] if result.contrast is None else [result.contrast])]
-    if pairs:
+    if pairs := [*result.controls, *result.contrasts]:
         blocks += [
             Text(
                 "Multiplication modulo a prime p without 0 is addition modulo p - 1 under other names, by discrete "
                 "logarithms; subtraction is addition with the second operand's tokens renamed, if it has a table "
                 "of its own. Nothing in training knows names, so the two of a pair differ as two sets of seeds "
-                "do. With shared tokens subtraction is no such copy: sums are symmetric and differences are not."
+                "do. With shared tokens subtraction is no such copy: sums are symmetric and differences are not. Nor "
+                "is S5 with five tokens a permutation, its images, a copy of S5 with one."
             ),
-            _pairs_table(pairs, result.contrast),
+            _pairs_table(pairs, result.contrasts),
         ]
-    cyclic = [task for task in (*result.tasks.values(), *controls) if task.name != "s5"]
+    cyclic = [task for task in (*result.tasks.values(), *controls) if not task.name.startswith("s5")]
     if any(estimate.known for task in cyclic for estimate in shares_at(task, "top_share")):
         blocks.append(_frequencies_table(cyclic))
     s5 = result.tasks.get("s5")
@@ -464,7 +471,7 @@ def _tasks_table(tasks: Sequence[TaskRuns]) -> Table:
         rows.append(
             (
                 task.title,
-                "S5, not abelian" if task.name == "s5" else "cyclic",
+                "S5, not abelian" if task.name.startswith("s5") else "cyclic",
                 counted(task.grokked),
                 NONE if printed is None else steps(printed[0]),
                 worded(task.t_grok),
@@ -487,11 +494,11 @@ def _tasks_table(tasks: Sequence[TaskRuns]) -> Table:
     return Table(caption, columns, tuple(rows))
 
 
-def _pairs_table(pairs: Sequence[Difference], contrast: Difference | None) -> Table:
+def _pairs_table(pairs: Sequence[Difference], contrasts: Sequence[Difference]) -> Table:
     rows = [
         (
             f"{pair.second.title} less {pair.first.title}",
-            "no" if pair is contrast else "yes",
+            "no" if pair in contrasts else "yes",
             worded(pair.t_grok),
             worded(pair.h_star, "", 4),
             _judge_same(pair).label if pair is not contrast else NONE,

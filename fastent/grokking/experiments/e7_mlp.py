@@ -5,6 +5,9 @@ one MLP, which it does not describe, that H collapses well below H* while test a
 and explains it by a Fourier alignment near 0. The claim is about a model, so it is asked of each of ours: does H fall
 below the Transformer's H*, and does the model nonetheless not generalise? The alignment is a maximum over some ten
 thousand correlations and never near 0, so it is set beside its null (`fastent.grokking.train.measures`).
+
+The paper's MLP is of p = 41, with few pairs to learn from. So there an MLP and the Transformer are trained on the same
+pairs, at several shares of them: what the two have in common is no matter of the architecture.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from fastent.grokking.experiments.claims import (
     decimal,
     judge,
     judge_share,
+    of,
     percent,
     span,
     steps,
@@ -48,7 +52,7 @@ from fastent.grokking.experiments.figures import (
     mark,
     thousands,
 )
-from fastent.grokking.experiments.jobs import MLPS
+from fastent.grokking.experiments.jobs import FEW, FEW_PAIRS, MLPS
 from fastent.grokking.experiments.statistics import Estimate, Mask, mean_known, over, share
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.milestones import Array
@@ -58,22 +62,39 @@ TITLE = "E7: is the collapse sufficient?"
 
 MEMORISED_BY = 500
 
+PAPERS_FRACTION = 0.2
+"""Share of the pairs in the paper's later text."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sufficiency:
     """Analysis of the complete runs of E7 beside E1's.
 
-    `h_star` is the Transformers' mean H at T_grok; `mlps` are in the order of `MLPS`, those with no run left out.
+    `h_star` is the Transformers' mean H at T_grok; `mlps` are in the order of `MLPS`, those with no run left out; `few`
+    are models of both kinds on the few pairs of p = 41, by share, and `few_h_star` what `h_star` is for them.
     """
 
     transformer: ModelRuns
     h_star: Estimate
     mlps: tuple[ModelRuns, ...]
+    few: tuple[ModelRuns, ...]
+    few_h_star: Estimate
 
     @property
     def models(self) -> tuple[ModelRuns, ...]:
-        """All, the Transformer first."""
+        """All but those of few pairs, the Transformer first."""
         return (self.transformer, *self.mlps)
+
+    @property
+    def all_mlps(self) -> tuple[ModelRuns, ...]:
+        """Those of few pairs too."""
+        return (*self.mlps, *(model for model in self.few if model.kind == "mlp"))
+
+    @property
+    def papers(self) -> tuple[ModelRuns, ...]:
+        """What is nearest to the paper's MLP: p = 41 and its share of the pairs, or the plainest at E1's settings."""
+        own = [model for model in self.few if (model.kind, model.fraction) == ("mlp", PAPERS_FRACTION)]
+        return tuple(own) or self.plainest
 
     @property
     def plainest(self) -> tuple[ModelRuns, ...]:
@@ -90,44 +111,78 @@ def analyse(runs: Runs) -> Sufficiency | None:
     if not len(runs.select("e7")):
         return None
 
-    def model(label: str, runs: Runs) -> ModelRuns:
+    def model(label: str, runs: Runs, h_star: Estimate = h_star) -> ModelRuns:
         return ModelRuns(label, runs, runs.first_below(h_star.value), outcomes_of(runs, h_star.value))
+
+    few = {each.label: runs.select("e7", each.condition) for each in FEW_PAIRS}
+    transformers = [each.h_star for label, each in few.items() if label.startswith("Transformer")]
+    few_h_star = over(np.concatenate(transformers), least=0, most=1)
+    on_few = [model(label, each, few_h_star) for label, each in few.items() if len(each)]
 
     return Sufficiency(
         transformer=model("Transformer", base),
         h_star=h_star,
         mlps=tuple(model(label, each) for label, each in mlps.items() if len(each)),
+        few=tuple(sorted(on_few, key=lambda model: model.fraction)),
+        few_h_star=few_h_star,
     )
 
 
 def claims(result: Sufficiency) -> Findings:
     """Each claim of the paper that E7's runs speak to, beside what they say."""
-    plain = share(o == COLLAPSES for model in result.plainest for o in model.outcomes)
-    memorised = np.concatenate([model.runs.t_mem for model in result.models])
+    papers = share(o == COLLAPSES for model in result.papers for o in model.outcomes)
+    memorised = np.concatenate([model.runs.t_mem for model in (*result.models, *result.few)])
     early = share(memorised[~np.isnan(memorised)] <= MEMORISED_BY)
     aligned = share(
         value <= null
-        for model in result.mlps
+        for model in result.all_mlps
         for value, null in zip(model.at_end("alignment"), model.at_end("alignment_null"), strict=True)
         if not np.isnan(value + null)
     )
     transformers = result.transformer.runs
     growth = result.transformer.at_end("alignment") - transformers.at("alignment", transformers.t_grok)
     grows = share(growth[~np.isnan(growth)] > 0)
-    grokked = share(answer for model in result.mlps for answer in _fell_first(model))
-    held = [model.label for model in result.mlps if model.holds.value == 1]
+    grokked = share(answer for model in result.all_mlps for answer in _fell_first(model))
+    held = [model.label for model in result.all_mlps if model.holds.value == 1]
     return {
         "e7.mlp": Finding(
-            _said_of(result.plainest), Verdict.NOT_RUN if not result.h_star.known else judge_share(plain)
+            _said_of(result.papers), judge_share(papers) if _judged(result.papers) else Verdict.NOT_RUN
         ),
         "e7.insufficient": Finding(_said_of_some(result, held), _judge_some(result)),
+        "e7.same_pairs": _same_pairs(result),
         "e7.necessary": Finding(counted(grokked), judge_share(grokked)),
         "e7.memorised_by": Finding(counted(early), judge_share(early)),
         "e7.alignment": Finding(
-            f"at the end {_range(result.mlps)}; at most its null in {counted(aligned)}", judge_share(aligned)
+            f"at the end {_range(result.all_mlps)}; at most its null in {counted(aligned)}",
+            judge_share(aligned),
         ),
         "e7.alignment_grows": Finding(counted(grows), judge_share(grows)),
     }
+
+
+def _judged(models: Sequence[ModelRuns]) -> bool:
+    """Whether there is an H* to judge them by."""
+    return not any(outcome == OUTCOMES[-1] for model in models for outcome in model.outcomes)
+
+
+def _same_pairs(result: Sufficiency) -> Finding:
+    """At which shares of the pairs of p = 41 each kind of model groks."""
+    by_fraction: dict[float, dict[str, ModelRuns]] = {}
+    for model in result.few:
+        by_fraction.setdefault(model.fraction, {})[model.kind] = model
+    both = {fraction: kinds for fraction, kinds in by_fraction.items() if len(kinds) == 2}
+    if not both:
+        return Finding(NONE, Verdict.NOT_RUN)
+    groks = {
+        fraction: {kind: share(model.runs.grokked) for kind, model in kinds.items()}
+        for fraction, kinds in both.items()
+    }
+    apart = [found["transformer"].value == 1 for found in groks.values() if found["mlp"].value == 0]
+    said = "; ".join(
+        f"{percent(fraction)} of the pairs: MLP {of(found['mlp'])}, Transformer {of(found['transformer'])}"
+        for fraction, found in groks.items()
+    )
+    return Finding(f"groks at {said}", judge(True, all(apart), any(apart)) if apart else Verdict.NO_CASE)
 
 
 def _fell_first(model: ModelRuns) -> Mask:
@@ -144,18 +199,21 @@ def _said_of(models: Sequence[ModelRuns]) -> str:
 
 
 def _judge_some(result: Sufficiency) -> Verdict:
-    most = max(model.holds.value for model in result.mlps)
-    return judge(result.h_star.known, most == 1, most > 0 or bool(_crossing(result)))
+    judged = [model for model in result.all_mlps if _judged([model])]
+    most = max((model.holds.value for model in judged), default=0)
+    return judge(bool(judged), most == 1, most > 0 or bool(_crossing(result)))
 
 
 def _crossing(result: Sufficiency) -> list[str]:
     """Name the MLPs of which every run has H below H* at some time and does not generalise."""
-    return [model.label for model in result.mlps if set(model.outcomes) <= {COLLAPSES, DIPS}]
+    return [model.label for model in result.all_mlps if set(model.outcomes) <= {COLLAPSES, DIPS}]
 
 
 def _said_of_some(result: Sufficiency, held: Sequence[str]) -> str:
     said = (
-        f"in every run of {', '.join(held)}" if held else f"in no setting of {len(result.mlps)} in every run"
+        f"in every run of {', '.join(held)}"
+        if held
+        else f"in no setting of {len(result.all_mlps)} in every run"
     )
     crossing = [label for label in _crossing(result) if label not in held]
     if crossing:
@@ -171,12 +229,15 @@ def _range(models: Sequence[ModelRuns]) -> str:
 
 def headline(result: Sufficiency) -> str:
     """Say in a few sentences what the runs show."""
-    runs = sum(len(model.outcomes) for model in result.mlps)
-    grokked = sum(model.outcomes.count("groks") for model in result.mlps)
-    said = f"E7: {grokked} of {runs} MLP runs grok, of {len(result.mlps)} settings."
+    mlps = result.all_mlps
+    runs = sum(len(model.outcomes) for model in mlps)
+    grokked = sum(model.outcomes.count("groks") for model in mlps)
+    said = f"E7: {grokked} of {runs} MLP runs grok, of {len(mlps)} settings."
+    if (pairs := _same_pairs(result)).verdict is not Verdict.NOT_RUN:
+        said += f" At p = {FEW}, {pairs.ours}."
     if not result.h_star.known:
         return said + " No Transformer groks, so there is no H* to say whether their entropy collapses."
-    held = [model.label for model in result.mlps if model.holds.value == 1]
+    held = [model.label for model in mlps if model.holds.value == 1]
     if held:
         said += (
             f" What the paper says of its MLP, H below {decimal(result.h_star.value)} and test accuracy at most "
@@ -224,6 +285,16 @@ class ModelRuns:
     def holds(self) -> Estimate:
         """Share of its runs that do what the paper says of its MLP."""
         return share(outcome == COLLAPSES for outcome in self.outcomes)
+
+    @property
+    def kind(self) -> str:
+        """Which model, as the settings name it."""
+        return str(self.runs.stored[0].config["model"])
+
+    @property
+    def fraction(self) -> float:
+        """Share of the pairs that it is trained on."""
+        return float(self.runs.stored[0].config["train_fraction"])
 
     def at_end(self, name: str) -> Array:
         """Values of a column at the end of each run."""
@@ -358,23 +429,23 @@ def spectra(result: Sufficiency) -> Figure:
     return _with_legend(figure, grid)
 
 
-def settings(result: Sufficiency) -> Figure:
-    """Test accuracy and H of every run, one panel a setting, on one scale."""
-    columns = min(3, len(result.mlps))
-    rows = -(-len(result.mlps) // columns)
+def settings(models: Sequence[ModelRuns], h_star: Estimate, columns: int = 3) -> Figure:
+    """Test accuracy and H of every run, one panel a model, on one scale."""
+    columns = min(columns, len(models))
+    rows = -(-len(models) // columns)
     figure = Figure(figsize=(WIDTH, 0.9 + 2.3 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     panels = grid.ravel()
-    for axes, model in zip(panels, result.mlps, strict=False):
+    for axes, model in zip(panels, models, strict=False):
         for step, test, entropy in model.runs.lines(model.runs.test_accuracy, model.runs.entropy):
             axes.plot(step, test, color=LIGHT.test, linewidth=1.1)
             axes.plot(step, entropy, color=LIGHT.entropy, linewidth=1.1, linestyle=DASHED)
-        if result.h_star.known:
-            axes.axhline(result.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
+        if h_star.known:
+            axes.axhline(h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
         axes.set(title=model.label, ylim=(-0.03, 1.05), xlabel="training step")
         axes.xaxis.set_major_formatter(thousands)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-    for axes in panels[len(result.mlps) :]:
+    for axes in panels[len(models) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("accuracy; H (no unit)")
@@ -425,7 +496,8 @@ def section(result: Sufficiency) -> Section:
             '"necessary but not sufficient". Here are MLPs of several kinds, trained longer than the '
             "Transformers of E1, with the settings of E1 but for what each is named by."
         ),
-        _models_table(result),
+        *_few_blocks(result),
+        _models_table(result.models, result.h_star),
         drawn(
             "e7-models",
             functools.partial(side_by_side, result),
@@ -454,20 +526,44 @@ def section(result: Sufficiency) -> Section:
             "entropy how much of the representation is that."
         ),
         *compared("e7", {model.label: model.runs for model in result.models}),
-        drawn(
-            "e7-settings",
-            functools.partial(settings, result),
-            "Every MLP, one line a run.",
-            "Test accuracy and spectral entropy against the training step, one panel a setting.",
+        *(
+            [
+                drawn(
+                    "e7-settings",
+                    functools.partial(settings, result.mlps, result.h_star),
+                    "Every MLP, one line a run.",
+                    "Test accuracy and spectral entropy against the training step, one panel a setting.",
+                )
+            ]
+            if result.mlps
+            else []
         ),
-        _runs_table(result.models),
+        _runs_table((*result.models, *result.few)),
     ]
     return Section("e7", TITLE, tuple(blocks))
 
 
-def _models_table(result: Sufficiency) -> Table:
+def _few_blocks(result: Sufficiency) -> list[Block]:
+    if not result.few:
+        return []
+    return [
+        Text(
+            f"The paper's MLP is of p = {FEW}, whose {FEW**2:,} pairs leave few to learn from. Below, an MLP and the "
+            "Transformer on the same pairs. H of less than 512 pairs is of fewer than at E1, and reads lower."
+        ),
+        _models_table(result.few, result.few_h_star),
+        drawn(
+            "e7-few-pairs",
+            functools.partial(settings, result.few, result.few_h_star, columns=2),
+            f"The models at p = {FEW}, one line a run, a row for each share of the pairs that both are trained on.",
+            "Test accuracy and spectral entropy against the training step, MLP and Transformer side by side.",
+        ),
+    ]
+
+
+def _models_table(models: Sequence[ModelRuns], h_star: Estimate) -> Table:
     rows = []
-    for model in result.models:
+    for model in models:
         runs = model.runs
         shown = (runs.at(runs.entropy, runs.start), runs.h_star, runs.at(runs.entropy, runs.end))
         ends = (model.at_end(name) for name in ("alignment", "alignment_null", "top_share"))
@@ -483,7 +579,7 @@ def _models_table(result: Sufficiency) -> Table:
         )
     caption = (
         "Models, means over their runs with 95 % intervals where there are three. "
-        f"H*: the Transformers' mean H at T_grok, {worded(result.h_star, '')}. A run collapses if H ends "
+        f"H*: the Transformers' mean H at T_grok, {worded(h_star, '')}. A run collapses if H ends "
         f"below it (median of the last {LAST} evaluations) and dips if H was below it before; "
         f"it does not generalise if test accuracy never exceeds {percent(NEAR_ZERO)}."
     )

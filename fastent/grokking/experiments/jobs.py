@@ -86,6 +86,16 @@ def e3(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     ]
 
 
+def sham(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
+    """E3's first question alone, what holding the baseline's own norm does, in each variant, and with mixing."""
+    return [job for job in e3(config, seeds) if job.condition == "baseline" or _reimposes(job.condition)]
+
+
+def _reimposes(condition: str) -> bool:
+    mixing, _, rest = condition.rpartition("+")
+    return rest.startswith("norm-as-baseline") and not mixing.startswith("logits-as")
+
+
 def e5(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     """E5, does a power law forecast grokking, and what does stopping early save: E1's runs.
 
@@ -97,25 +107,27 @@ def e5(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
 
 def e6(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     """E6, do other tasks and groups show the same: E1's runs, the paper's other tasks, and relabelled ones."""
-    other = [
+    tasks = [
         _variant("e6", task, config, seeds if task.changes["task"] == "s5" else seeds[:FEWER])
         for task in TASKS
     ]
     relabelled = [_variant("e6", each, config, seeds[:FEWER]) for each in controls(config.modulus)]
-    return [*e1(config, seeds), *other, *relabelled]
+    return [*e1(config, seeds), *tasks, *relabelled]
 
 
 def e7(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
-    """E7, is the collapse sufficient: MLPs for longer than E1's Transformers, which they are set beside.
+    """E7, is the collapse sufficient: an MLP and the Transformer on the same few pairs, and MLPs of several kinds.
 
-    The first two are the plainest, and have more seeds than those that vary one thing.
+    All for longer than E1's Transformers, which the MLPs of several kinds are set beside. Of those the first two are
+    the plainest, and have more seeds than those that vary one thing. A run that does not grok goes on to the last step.
     """
     longer = dataclasses.replace(config, max_steps=round(LONGER * config.max_steps))
+    few = [_variant("e7", each, longer, seeds[:FEWER]) for each in FEW_PAIRS]
     mlps = [
         _variant("e7", mlp, longer, seeds[: FEWER if place < 2 else TO_THE_END])
         for place, mlp in enumerate(MLPS)
     ]
-    return [*e1(config, seeds), *mlps]
+    return [*e1(config, seeds), *few, *mlps]
 
 
 def choices(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
@@ -153,8 +165,9 @@ JOBS: dict[str, Jobs] = {
     "e7": e7,
     "e8": e1,
     "choices": choices,
+    "sham": sham,
 }
-"""By id, every experiment that can be run. E4 and E8 are analyses of E1's runs."""
+"""By id, all that can be run. E4 and E8 are analyses of E1's runs, and the sham is a part of E3."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +182,15 @@ class Variant:
     label: str
 
 
+_S5 = {"task": "s5", **TASK_SETTINGS["s5"]}
+
 TASKS = (
+    Variant("baseline", _S5, "composition in S5"),
+    Variant("with-images", {**_S5, "operand_tokens": "images"}, "composition in S5, ten tokens"),
     Variant("baseline", {"task": "mul"}, "a b mod p, 0 included"),
     Variant("baseline", {"task": "sub"}, "a - b mod p"),
-    Variant("baseline", {"task": "s5", **TASK_SETTINGS["s5"]}, "composition in S5"),
 )
-"""The paper's other tasks (section 9)."""
+"""The paper's other tasks (section 9). It does not say how many tokens a permutation has: S5 both ways."""
 
 
 def controls(modulus: int) -> tuple[Variant, ...]:
@@ -206,6 +222,20 @@ OTHER_CHOICES = tuple(
     )
 )
 """Settings one choice apart from the preset's, where the paper leaves the choice open."""
+
+FEW, FRACTIONS = 41, (0.2, 0.5, 0.3, 0.4, 0.6)
+"""The modulus of the paper's MLP, and shares of its pairs: the paper's own first, then where an MLP may grok."""
+
+FEW_PAIRS = tuple(
+    Variant(
+        f"with-{model}-{FEW}-{share:g}",
+        {"model": model, "modulus": FEW, "train_fraction": share},
+        f"{name}, p = {FEW}, {100 * share:.0f} %",
+    )
+    for share in FRACTIONS
+    for model, name in (("mlp", "MLP"), ("transformer", "Transformer"))
+)
+"""E7's comparison on the same pairs: whether a model groks may be a matter of how many there are."""
 
 MLPS = (
     Variant("with-mlp-concat", {"model": "mlp"}, "concatenated, 512-128"),

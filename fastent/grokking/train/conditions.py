@@ -47,52 +47,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastent.grokking.train.config import TrainConfig
-from fastent.grokking.train.models import head_gradients, initial_parameters, logit_scale
+from fastent.grokking.train.models import Condition, head_gradients, initial_parameters, logit_scale
 from fastent.grokking.train.runs import Job, read_settings
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.stacked import Parameters, tensor_norms
 from fastent.grokking.train.storage import RunError, read_rows
 from fastent.grokking.train.tasks import make_task
 from fastent.mixing import mix_representations
-
-
-class Condition:
-    """Training as it is; a subclass overrides what it changes.
-
-    A condition holds no state that a run accumulates: what it does is a function of the seed, the step and
-    the tensors at hand, so that a run resumes exactly.
-    """
-
-    def before_head(self, hidden: Tensor) -> Tensor:
-        """Return what the head is trained on, (S, k N, d), for the batch's representations (S, N, d).
-
-        The labels are repeated k times, and the loss is the mean over the k N rows. Evaluation and the
-        entropy see the representations themselves.
-        """
-        return hidden
-
-    def before_head_gradient(self, grad: Tensor) -> Tensor:
-        """Gradient of `before_head`: (S, k N, d) to (S, N, d)."""
-        return grad
-
-    def numbers(self, seeds: Sequence[int], step: int) -> list[NDArray[np.float64]]:
-        """Return what the two methods below need of this host in step number `step` (from 1) of `seeds`.
-
-        The shapes are the same at every step: on a GPU these numbers are there before the step is launched. The
-        methods get them as tensors beside the parameters, one iterator for both: each takes as many as are its own.
-        They read no tensor on the host, or the step could not be captured as a CUDA graph.
-        """
-        return []
-
-    def head_gradients(
-        self, p: Parameters, hidden: Tensor, labels: Tensor, numbers: Iterator[Tensor]
-    ) -> tuple[Tensor, Tensor, Parameters]:
-        """Return what `fastent.grokking.train.models.head_gradients` returns, of the loss that is trained on."""
-        return head_gradients(p, hidden, labels)
-
-    def after_step(self, state: Mapping[str, Parameters], numbers: Iterator[Tensor]) -> None:
-        """Change a step's "parameter" tensors, (S, ...) each, or their "first" and "second" moments, in place."""
-
 
 NONE = ("baseline", "to-the-end")
 """Conditions that leave the training as it is and differ in the experiment's settings, if at all."""

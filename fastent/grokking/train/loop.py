@@ -30,10 +30,11 @@ import torch
 
 from fastent.entropy import spectral_entropy
 from fastent.grokking.train.checkpoint import KEPT, Checkpoint
-from fastent.grokking.train.conditions import Condition, make_condition
+from fastent.grokking.train.conditions import make_condition
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.measures import Measures
 from fastent.grokking.train.milestones import reached
+from fastent.grokking.train.models import Condition
 from fastent.grokking.train.runs import Job, Row, Run
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import Interrupted, RunError, RunWarning, StopRequest

@@ -8,6 +8,7 @@ The stacked models (`fastent.grokking.train.stacked`) share the names of their p
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -145,6 +146,44 @@ def head_gradients(p: Parameters, hidden: Tensor, labels: Tensor) -> tuple[Tenso
     grad.scatter_add_(2, places, grad.new_full((1, 1, 1), -1 / n).expand(places.shape))
     head = {"head.weight": into_weight(grad, hidden), "head.bias": grad.sum(1)}
     return losses, into_input(grad, p["head.weight"]), head
+
+
+class Condition:
+    """Training as it is; a subclass (`fastent.grokking.train.conditions`) overrides what it changes.
+
+    A condition holds no state that a run accumulates: what it does is a function of the seed, the step and
+    the tensors at hand, so that a run resumes exactly.
+    """
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """Return what the head is trained on, (S, k N, d), for the batch's representations (S, N, d).
+
+        The labels are repeated k times, and the loss is the mean over the k N rows. Evaluation and the
+        entropy see the representations themselves.
+        """
+        return hidden
+
+    def before_head_gradient(self, grad: Tensor) -> Tensor:
+        """Gradient of `before_head`: (S, k N, d) to (S, N, d)."""
+        return grad
+
+    def numbers(self, seeds: Sequence[int], step: int) -> list[NDArray[np.float64]]:
+        """Return what the two methods below need of this host in step number `step` (from 1) of `seeds`.
+
+        The shapes are the same at every step: on a GPU these numbers are there before the step is launched. The
+        methods get them as tensors beside the parameters, one iterator for both: each takes as many as are its own.
+        They read no tensor on the host, or the step could not be captured as a CUDA graph.
+        """
+        return []
+
+    def head_gradients(
+        self, p: Parameters, hidden: Tensor, labels: Tensor, numbers: Iterator[Tensor]
+    ) -> tuple[Tensor, Tensor, Parameters]:
+        """Return what the function of that name returns, of the loss that is trained on."""
+        return head_gradients(p, hidden, labels)
+
+    def after_step(self, state: Mapping[str, Parameters], numbers: Iterator[Tensor]) -> None:
+        """Change a step's "parameter" tensors, (S, ...) each, or their "first" and "second" moments, in place."""
 
 
 def parameter_shapes(config: TrainConfig, task: Task) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.models import (
+    Condition,
     PlainMLP,
     PlainTransformer,
     head_gradients,
@@ -41,9 +42,6 @@ from fastent.grokking.train.tasks import (
     split,
     to_device,
 )
-
-if TYPE_CHECKING:
-    from fastent.grokking.train.conditions import Condition
 
 WINDOW = 256
 """Steps whose inputs are prepared together: 32 MiB of batches for 32 seeds and 512 pairs."""

@@ -9,7 +9,7 @@ from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.grokking.train.config import TrainConfig, preset
 
-ADD, MUL, SUB, S5, MUL_NONZERO, LESS, OWN_SUB, OWN_ADD = JOBS["e6"](preset("paper"), range(10))
+ADD, S5, IMAGES, MUL, SUB, MUL_NONZERO, LESS, OWN_SUB, OWN_ADD = JOBS["e6"](preset("paper"), range(10))
 ROWS = 120
 
 
@@ -119,7 +119,8 @@ def test_controls_that_agree_and_that_do_not_are_told_apart(runs, controls):
     assert e6_tasks.claims(result)["e6.relabelled"].verdict == Verdict.NOT_AS_EXPECTED
     alike = e6_tasks.analyse(Runs((*runs, *controls[:10])))
     assert e6_tasks.claims(alike)["e6.relabelled"].verdict == Verdict.AS_EXPECTED
-    assert alike.contrast.t_grok.value == 2_000
+    (tokens,) = alike.contrasts
+    assert tokens.t_grok.value == 2_000
     assert "1 of 2 pairs of tasks that are one under other names surely agree" in e6_tasks.headline(result)
 
 
@@ -175,3 +176,14 @@ def test_figures_have_a_column_for_each_task_and_a_panel_for_each_representation
     assert len(panels) == 6
     heights = sorted({float(y) for line in panels[0].lines for y in line.get_ydata()})
     assert heights == pytest.approx([16 / 119, 0.6])
+
+
+def test_s5_as_ten_tokens_stands_beside_s5_as_two_and_in_no_row_of_the_papers(runs, undrawn):
+    result = e6_tasks.analyse(Runs((*runs, *some(IMAGES, 6_500, 0.7, n=10))))
+    assert "s5_images" not in result.tasks
+    tokens = result.contrasts[-1]
+    assert (tokens.second.title, tokens.t_grok.value) == ("S5, ten tokens", 2_000)
+    section = e6_tasks.section(result)
+    pairs = tables(section)["Pairs of tasks: differences of mean T_grok and of mean H*"].rows
+    assert pairs[-1][:2] == ("S5, ten tokens less S5", "no")
+    assert e6_tasks.claims(result)["e6.s5"].verdict == Verdict.REPRODUCED

@@ -9,10 +9,11 @@ from fastent.grokking.experiments import e7_mlp, figures
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Verdict
 from fastent.grokking.experiments.e7_mlp import OUTCOMES
-from fastent.grokking.experiments.jobs import JOBS
+from fastent.grokking.experiments.jobs import FEW_PAIRS, JOBS
 from fastent.grokking.train.config import preset
 
-E1, *E7 = JOBS["e7"](preset("paper"), range(5))
+E1, *JOBS_E7 = JOBS["e7"](preset("paper"), range(5))
+FEW, E7 = {job.condition: job for job in JOBS_E7[: len(FEW_PAIRS)]}, JOBS_E7[len(FEW_PAIRS) :]
 CONCAT, SUM = E7[:2]
 FALLS = [0.9, 0.9, 0.8, 0.7, 0.6, 0.5]
 LOW = [0.9, 0.9, 0.6, 0.6, 0.5, 0.5]
@@ -169,7 +170,7 @@ def test_without_transformers_that_grok_nothing_is_said_of_a_collapse(transforme
     assert "no H* to say" in e7_mlp.headline(result)
     assert e7_mlp.section(result).anchor == "e7"
     e7_mlp.side_by_side(result)
-    e7_mlp.settings(result)
+    e7_mlp.settings(result.mlps, result.h_star)
 
 
 def test_runs_without_the_columns_are_reported_without_their_spectra(transformers, undrawn):
@@ -192,5 +193,57 @@ def test_figures_draw_every_run_in_the_column_of_its_model(transformers):
     ]
     drawn = [line.get_ydata() for line in top[1].lines if len(line.get_xdata()) == 6]
     assert sum(list(y) == STUCK for y in drawn) == 2
-    assert len([axes for axes in e7_mlp.settings(result).axes if axes.get_visible()]) == 3
+    assert len([axes for axes in e7_mlp.settings(result.mlps, result.h_star).axes if axes.get_visible()]) == 3
     assert len(e7_mlp.spectra(result).axes) == 6
+
+
+def few(model, fraction, test, *, n=5, entropy=LOW):
+    return [
+        planted(FEW[f"with-{model}-41-{fraction:g}"], seed, test=test, entropy=entropy, **FLAT)
+        for seed in range(n)
+    ]
+
+
+def test_at_p_41_both_models_are_judged_on_the_same_pairs_and_by_their_own_h_star(transformers, undrawn):
+    runs = [
+        *transformers,
+        *few("mlp", 0.2, STUCK),
+        *few("transformer", 0.2, STUCK, entropy=STAYS),
+        *few("mlp", 0.5, GROKS),
+        *few("transformer", 0.5, GROKS, entropy=[h + 0.01 for h in FALLS]),
+    ]
+    result = e7_mlp.analyse(Runs(tuple(runs)))
+    assert result.few_h_star.value == pytest.approx(0.61)
+    assert [model.label for model in result.papers] == ["MLP, p = 41, 20 %"]
+    claims = e7_mlp.claims(result)
+    assert claims["e7.mlp"].verdict == Verdict.REPRODUCED
+    assert claims["e7.insufficient"].verdict == Verdict.REPRODUCED
+    # The Transformer does not grok on those pairs either: the number of pairs, not the architecture.
+    assert claims["e7.same_pairs"] == (
+        "groks at 20 % of the pairs: MLP 0 of 5, Transformer 0 of 5; 50 % of the pairs: MLP 5 of 5, Transformer 5 of 5",
+        Verdict.NOT_REPRODUCED,
+        {},
+    )
+    assert "At p = 41, groks at 20 %" in e7_mlp.headline(result)
+    rows = tables(e7_mlp.section(result))["Models"].rows
+    assert [row[0] for row in rows] == ["Transformer"]
+    assert len(e7_mlp.settings(result.few, result.few_h_star, columns=2).axes) == 4
+
+
+@pytest.mark.parametrize(
+    ("transformer", "verdict"), [(GROKS, Verdict.REPRODUCED), (STUCK, Verdict.NOT_REPRODUCED)]
+)
+def test_the_architecture_is_what_matters_where_the_transformer_groks_on_the_mlps_pairs(
+    transformers, transformer, verdict
+):
+    runs = [*transformers, *few("mlp", 0.3, STUCK), *few("transformer", 0.3, transformer, entropy=FALLS)]
+    assert e7_mlp.claims(e7_mlp.analyse(Runs(tuple(runs))))["e7.same_pairs"].verdict == verdict
+
+
+def test_without_a_share_of_pairs_at_which_no_mlp_groks_there_is_no_case(transformers):
+    runs = [*transformers, *few("mlp", 0.6, GROKS), *few("transformer", 0.6, GROKS)]
+    assert e7_mlp.claims(e7_mlp.analyse(Runs(tuple(runs))))["e7.same_pairs"].verdict == Verdict.NO_CASE
+    assert (
+        e7_mlp.claims(e7_mlp.analyse(Runs((*transformers, mlp(CONCAT, 0)))))["e7.same_pairs"].verdict
+        == Verdict.NOT_RUN
+    )

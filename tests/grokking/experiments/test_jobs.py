@@ -1,12 +1,13 @@
 """The runs that E6, E7 and E8 ask for, and that the relabelled tasks are one problem."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from fastent.grokking.experiments.jobs import FEWER, JOBS, MLPS, controls
+from fastent.grokking.experiments.jobs import FEW_PAIRS, FEWER, JOBS, MLPS, controls
 from fastent.grokking.train.conditions import make_condition, sources
 from fastent.grokking.train.config import TrainConfig, preset
 from fastent.grokking.train.loop import train
@@ -86,8 +87,18 @@ def test_measures_asked_for_are_kept_and_those_of_the_experiment_added():
     assert JOBS["e2"](preset("paper"), (0,))[1].config.measures == ("logit_scale",)
 
 
+def test_both_models_have_eighty_thousand_steps_on_the_same_few_pairs():
+    jobs = JOBS["e7"](preset("paper"), range(10))[1 : 1 + len(FEW_PAIRS)]
+    asked = [(job.config.model, job.config.train_fraction) for job in jobs]
+    assert sorted(asked) == sorted(itertools.product(("mlp", "transformer"), (0.2, 0.3, 0.4, 0.5, 0.6)))
+    assert asked[:2] == [("mlp", 0.2), ("transformer", 0.2)]
+    assert {(job.config.modulus, job.config.max_steps, len(job.seeds)) for job in jobs} == {
+        (41, 80_000, FEWER)
+    }
+
+
 def test_mlps_have_eighty_thousand_steps_and_differ_from_each_other():
-    jobs = JOBS["e7"](preset("paper"), range(10))[1:]
+    jobs = JOBS["e7"](preset("paper"), range(10))[1 + len(FEW_PAIRS) :]
     assert [len(job.seeds) for job in jobs[:2]] == [FEWER, FEWER]
     assert {job.config.max_steps for job in jobs} == {80_000}
     assert [job.condition for job in jobs] == [mlp.condition for mlp in MLPS]
@@ -98,7 +109,7 @@ def test_seeds_of_e6_are_the_papers():
     asked = {
         (job.condition, job.config.task): len(job.seeds) for job in JOBS["e6"](preset("paper"), range(10))
     }
-    assert asked["baseline", "s5"] == 10
+    assert asked["baseline", "s5"] == asked["with-images", "s5"] == 10
     assert asked["baseline", "mul"] == asked["baseline", "sub"] == 5
 
 
@@ -111,7 +122,20 @@ def test_thirty_seeds_are_the_baselines_and_the_controls_and_ten_the_shams():
     assert list(count)[:3] == ["baseline", "norm-as-baseline", "losses-0.1+norm-as-baseline"]
 
 
-@pytest.mark.parametrize("name", ["e2", "e3"])
+def test_the_sham_alone_is_the_part_of_e3_that_holds_the_baselines_norm():
+    asked = JOBS["sham"](preset("quick"), (0, 1, 2))
+    assert [job.condition for job in asked] == [
+        "baseline",
+        "norm-as-baseline",
+        "losses-0.1+norm-as-baseline",
+        "norm-as-baseline-every-step",
+        "norm-as-baseline-each",
+        "norm-as-baseline-moments",
+    ]
+    assert set(asked) <= set(JOBS["e3"](preset("quick"), (0, 1, 2)))
+
+
+@pytest.mark.parametrize("name", ["e2", "e3", "sham"])
 def test_runs_come_after_those_that_they_follow(name):
     made = set()
     for job in JOBS[name](preset("paper"), range(12)):

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastent.grokking.train.conditions import Condition
 from fastent.grokking.train.config import TrainConfig
-from fastent.grokking.train.models import plain_model
+from fastent.grokking.train.models import Condition, plain_model
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.tasks import batch_index, make_task, split
 
