@@ -53,7 +53,7 @@ from fastent.grokking.experiments.delays import (
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
 from fastent.grokking.experiments.e2_mixing import LOSSES
 from fastent.grokking.experiments.figures import drawn
-from fastent.grokking.experiments.statistics import UNKNOWN, Estimate, over, pearson, restricted_mean
+from fastent.grokking.experiments.statistics import UNKNOWN, Estimate, over, pearson
 from fastent.grokking.train.conditions import NORM, SCALE, followed
 
 TITLE = "E3: is it the norm?"
@@ -70,9 +70,6 @@ HELD = f"norm-as-{LOSSES}"
 
 RE_MIXED = f"{LOSSES}+{HELD}"
 """The mixed runs' own norm re-imposed on them: the sham of mixing, and the fourth cell of the design."""
-
-SMALL = 0.1
-"""Share of the sham's mean T_grok below which a delay is not what the paper reports: its own is 58 %."""
 
 
 @dataclass(frozen=True)
@@ -230,19 +227,14 @@ def _said_of_driver(result: Norm) -> str:
 
 
 def _judge_driver(result: Norm) -> Verdict:
-    control = result.conditions.get(CONTROL)
+    control, mixing = result.conditions.get(CONTROL), result.against_sham.get(CONTROL)
     if control is None:
         return Verdict.NOT_RUN
-    mixing = result.against_sham.get(CONTROL)
-    if not (mixing or control).events:
-        return Verdict.NO_CASE
-    if mixing is None or not mixing.later.bounded:
-        return Verdict.UNDECIDED
-    path = result.against_sham.get(HELD)
-    if mixing.later.low > 0:
-        return Verdict.IN_PART if path and _excludes_zero(path.later) else Verdict.REPRODUCED
-    small = SMALL * restricted_mean(mixing.baseline.times, mixing.limit).value
-    return Verdict.NOT_REPRODUCED if mixing.later.high < small else Verdict.UNDECIDED
+    if mixing is None:
+        return Verdict.UNDECIDED if control.events else Verdict.NO_CASE
+    verdict, path = judge_later(mixing, CLAIMS["e3.driver"]), result.against_sham.get(HELD)
+    too = verdict == Verdict.REPRODUCED and path is not None and _excludes_zero(path.later)
+    return Verdict.IN_PART if too else verdict
 
 
 def _excludes_zero(estimate: Estimate) -> bool:

@@ -501,7 +501,7 @@ def _pairs_table(pairs: Sequence[Difference], contrasts: Sequence[Difference]) -
             "no" if pair in contrasts else "yes",
             worded(pair.t_grok),
             worded(pair.h_star, "", 4),
-            _judge_same(pair).label if pair is not contrast else NONE,
+            _judge_same(pair).label if pair not in contrasts else NONE,
         )
         for pair in pairs
     ]
