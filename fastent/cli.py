@@ -119,18 +119,18 @@ def _planned(
     force: bool,
 ) -> list[Job]:
     """Return the stacks to train, each rule checked that can be checked before the first of them starts."""
-    from fastent.grokking.experiments.jobs import JOBS
+    from fastent.grokking.experiments.jobs import FEW_PAIRS, JOBS
     from fastent.grokking.train.runs import plan_stacks
     from fastent.grokking.train.sweep import check_jobs
 
     if experiment not in (*JOBS, "all"):
         raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
-    base = preset_called(preset)
+    base, own = preset_called(preset), {variant.condition for variant in FEW_PAIRS}
     asked: list[Job] = []
     runs: set[str] = set()
     for name in JOBS:
         for job in JOBS[name](config, seeds) if experiment in (name, "all") else []:
-            if job.config.task != config.task:
+            if job.condition not in own:  # a share of the pairs is what those are about
                 fraction = own_fraction(config, job.config.task, base)
                 job = dataclasses.replace(
                     job, config=dataclasses.replace(job.config, train_fraction=fraction)

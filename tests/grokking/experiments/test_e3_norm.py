@@ -84,16 +84,18 @@ def test_norm_held_from_memorising_on_is_compared_with_the_baselines_norm_then(t
 def test_the_driver_is_the_entropy_where_mixing_delays_against_the_sham(tmp_path):
     # Whatever the holding does by itself: against the free baseline the control is later by 1,400 in the first two.
     found = {
-        "yes": cells(tmp_path / "a", mixing=500, norm=0, holding=900),
+        "yes": cells(tmp_path / "a", mixing=900, norm=0, holding=500),
         "no": cells(tmp_path / "b", mixing=0, norm=0, holding=1400),
-        "in part": cells(tmp_path / "c", mixing=500, norm=200),
-        "small": cells(tmp_path / "d", mixing=-300, norm=200),
+        "norm too": cells(tmp_path / "c", mixing=900, norm=200),
+        "small": cells(tmp_path / "d", mixing=100, norm=0),
+        "sooner": cells(tmp_path / "e", mixing=-300, norm=200),
     }
     assert {name: verdicts(runs)[DRIVER] for name, runs in found.items()} == {
         "yes": Verdict.REPRODUCED,
         "no": Verdict.NOT_REPRODUCED,
-        "in part": Verdict.IN_PART,
-        "small": Verdict.NOT_REPRODUCED,
+        "norm too": Verdict.IN_PART,
+        "small": Verdict.IN_PART,
+        "sooner": Verdict.NOT_REPRODUCED,
     }
 
 
