@@ -318,7 +318,10 @@ def conclusions(claims: Sequence[Judged]) -> tuple[Words, ...]:
     rows = {row.id: row for row in claims}
     found: list[Words] = []
     for names in CONCLUSIONS:
-        said = "; ".join(_clause(CLAIMS[name].said, rows.get(name)) for name in names)
+        # The first claim names what the sentence is of; of the others only what some run speaks to is said.
+        spoken = {name for name in names if name in rows and rows[name].verdict is not Verdict.NOT_RUN}
+        told = [name for name in names if name == names[0] or name in spoken]
+        said = "; ".join(_clause(CLAIMS[name].said, rows.get(name)) for name in told)
         experiments = dict.fromkeys(CLAIMS[name].experiment for name in names)
         links = [piece for each in experiments for piece in (" ", Link(each.upper(), f"claims-{each}"))]
         found.append((f"{said[0].upper()}{said[1:]}.", *links))

@@ -385,7 +385,7 @@ def _log(source: Job, seed: int, out: Path, column: str, *, until_memorised: boo
             raise RunError(f"{path} never memorised, so there is no norm to hold from then on")
         rows = rows[: reached[0] + 1]
     values = [row.get(column) or 0.0 for row in rows]
-    if not values or min(values) <= 0:
+    if not values or not all(value > 0 for value in values):
         raise RunError(
             f"{path / 'metrics.jsonl'} holds no {what}, or none that can be followed"
             + (': train it anew with the measure "logit_scale"' if column == SCALE else "")
