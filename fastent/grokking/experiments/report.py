@@ -287,8 +287,12 @@ def _setting(found: Sequence[tuple[Way, Sequence[StoredRun]]]) -> Text:
             f"{'; '.join(said)}. Put the runs of each setting into a folder of its own, and report on that.",
             "note",
         )
-    own = (name, changes) == ("paper", {})
-    told = "" if own else " No number that belongs to the paper's setting is judged by it."
+    ours = sum(source.startswith("ours") for source in SOURCES.values())
+    told = (
+        f" {ours} of the {len(SOURCES)} values of that preset are ours, as the paper gives none or we took another."
+        if (name, changes) == ("paper", {})
+        else " No number that belongs to the paper's setting is judged by it."
+    )
     return Text(f"True of one setting: {said[0]}.{told}", "note")
 
 

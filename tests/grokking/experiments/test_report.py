@@ -41,6 +41,7 @@ from fastent.grokking.experiments.report import (
     write_report,
 )
 from fastent.grokking.train import sweep
+from fastent.grokking.train.config import SOURCES as SOURCES_OF_VALUES
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.storage import RunError
 
@@ -286,6 +287,8 @@ def test_the_head_names_the_setting_by_its_preset_and_the_values_that_differ(tmp
     write(tmp_path / "paper", job)
     head = words(make_sections(tmp_path / "paper")[0])
     assert "True of one setting: the preset `paper` as it is (3 runs of E1, seeds 0-2)." in head
+    ours = [source for source in SOURCES_OF_VALUES.values() if source.startswith("ours")]
+    assert f" {len(ours)} of the {len(SOURCES_OF_VALUES)} values of that preset are ours" in head
     assert "No number" not in head
 
 
