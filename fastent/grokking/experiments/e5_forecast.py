@@ -19,7 +19,7 @@ probe and their entropy, of the whole stack at each evaluation, against the time
 
 Table 5, the paper's diagnostic guide, is read as `fastent.diagnose` reads it at every evaluation of a run
 before it grokked, from the run so far, with the H* of the baseline's other seeds. Each run has the same weight. Runs of
-every experiment that trains the same task take part, also those that do not grok: a guide is needed where it is not
+every experiment that trains on pairs like theirs take part, also those that do not grok: a guide is needed where it is not
 known which those are.
 """
 
@@ -158,7 +158,13 @@ def analyse(runs: Runs) -> Forecasts | None:
         law = PowerLaw.fit(histories)
         profile = tuple(float(r) for r in profile_gamma(histories, GAMMAS))
         validation = _validate(leave_one_run_out(histories), runs)
-    guided = everything[[run.experiment in GUIDED for run in everything.stored]]
+    pairs = [runs.stored[0].config[name] for name in PAIRS]
+    guided = everything[
+        [
+            run.experiment in GUIDED and [run.config[name] for name in PAIRS] == pairs
+            for run in everything.stored
+        ]
+    ]
     return Forecasts(
         runs=runs,
         histories=tuple(histories),
@@ -215,7 +221,10 @@ CLOSE = 0.2
 """Error as a share of T_grok from which on a forecast counts as a warning, by the paper's second version."""
 
 GUIDED = ("e1", "e2", "e3", "e7")
-"""Experiments that train the task of E1: their runs are diagnosed, and those that never grok are forecast."""
+"""Experiments with runs on the pairs of E1's: these are diagnosed, and those that never grok are forecast."""
+
+PAIRS = ("task", "modulus", "train_fraction")
+"""Settings that say what is learnt, and from which share of it."""
 
 ELSEWHERE = 5
 """Runs of another setting from which on the rivals are compared there too."""

@@ -308,6 +308,15 @@ def test_section_has_the_rivals_their_figure_and_other_settings(tmp_path):
     assert result.guide.n == 5  # runs of other tasks are not diagnosed with this one's H*
 
 
+def test_runs_on_other_pairs_are_neither_diagnosed_nor_false_alarms(tmp_path):
+    runs = planted(tmp_path / "e1", TIMES[:4])
+    for seed, changes in enumerate(({}, {"modulus": 41}, {"train_fraction": 0.2})):
+        write_run(tmp_path / "e7", "e7", "mlp", seed, t_grok=None, **changes)
+    result = e5_forecast.analyse(Runs((*runs.stored, *read_runs(tmp_path / "e7"))))
+    assert result.contest.never == 1
+    assert result.guide.n == 5
+
+
 def test_three_runs_are_too_few_to_leave_two_out_and_the_section_says_so(stored):
     result = e5_forecast.analyse(Runs(tuple(stored[:3]), judged=True))
     assert result.contest is None
