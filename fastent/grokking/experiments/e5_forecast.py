@@ -17,9 +17,9 @@ be saved by whatever tells that it has grokked. So the same is computed for stop
 test accuracy and no entropy. The monitor's cost is what the trainer's timing log has measured: representations of the
 probe and their entropy, of the whole stack at each evaluation, against the time between the log's entries.
 
-Table 5, the paper's diagnostic guide, is read as `fastent.diagnose` reads it at every evaluation of a run
-before it grokked, from the run so far, with the H* of the baseline's other seeds. Each run has the same weight. Runs of
-every experiment that trains on pairs like theirs take part, also those that do not grok: a guide is needed where it is not
+Table 5, the paper's diagnostic guide, is read as `fastent.diagnose` reads it at every evaluation of a run before it
+grokked, from the run so far, with the H* of the baseline's other seeds. Each run has the same weight. Runs of every
+experiment that trains on pairs like theirs take part, also those that do not grok: a guide is needed where it is not
 known which those are.
 """
 
