@@ -415,7 +415,8 @@ def contributions_table(rows: Sequence[Judged]) -> Table:
         verdict = together([row.verdict for row in resting])
         lines.append((number, says, verdict, tuple(found) or NONE))
     return Table(
-        "The paper's contributions. Reproduced if every claim it rests on is, not reproduced if none is even in part.",
+        "The paper's contributions. Reproduced if every claim it rests on is, not reproduced if none is even in part, "
+        "undecided if none is and some may be.",
         ("", "The paper's contribution", "Verdict", "It rests on"),
         tuple(lines),
     )
