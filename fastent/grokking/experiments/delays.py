@@ -199,7 +199,7 @@ def _words(part: str, form: str = "{}, {}") -> str:
     if found := re.fullmatch(r"(losses|logits)-(\d.*)", part):
         return form.format("mixing", f"α = {found[2]}, {found[1]} averaged")
     if found := re.fullmatch(r"(norm|logits)-as-(.+?)(-each|-moments|-every-step)?", part):
-        what = "norm" if found[1] == "norm" else "logits at the scale"
+        what = "norm" if found[1] == "norm" else "logits' scale"
         other = "as in the baseline" if found[2] == "baseline" else f"as under {_words(found[2], '{} ({})')}"
         return f"{what} {other}{_HOW[found[3]]}"
     fixed = {

@@ -163,7 +163,7 @@ def test_what_t_grok_follows_is_measured_against_the_baseline_of_the_same_seed(t
         "3.00 [3.00, 3.00]",
         "2.00 [2.00, 2.00]",
     )
-    held, free = (row for name, row in rows.items() if name.startswith("logits at the scale"))
+    held, free = (row for name, row in rows.items() if name.startswith("logits' scale"))
     assert (held[0][:4], held[1][:4], held[2][:4]) == ("1.00", "3.00", "1.00")
     assert (free[0][:4], free[1][:4], free[2][:4]) == ("2.00", "1.00", "2.00")
     assert held[3].startswith("−0.050")

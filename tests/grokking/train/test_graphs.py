@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastent.grokking.train import stack
-from fastent.grokking.train.conditions import HeldNorm, InTurn, Mixing
+from fastent.grokking.train.conditions import HeldLogits, HeldNorm, InTurn, Mixing
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.stacked import add_in_order
 from fastent.grokking.train.tasks import batch_index, batch_indices
@@ -58,6 +58,12 @@ def held(seed, step):
 
 CONDITIONS = {
     "baseline": None,
+    "scale and norm": InTurn(
+        [
+            HeldLogits(lambda seed, step: (1 + 0.1 * seed + 0.01 * step,)),
+            HeldNorm(lambda seed, step: (10.0 + seed,)),
+        ]
+    ),
     "mixing": Mixing(0.1, "losses"),
     "norm": HeldNorm(held),
     "both": InTurn([Mixing(0.1, "logits"), HeldNorm(held)]),
