@@ -483,7 +483,9 @@ class Standing:
 
 @dataclass(frozen=True, eq=False)
 class Contest:
-    """The rivals on the runs of one setting that grokked; in `standings` those whose columns the runs have.
+    """The rivals on the runs of one setting that grokked; in `standings` those that the runs allow.
+
+    That is, whose columns they have, and for the law, entropies above H* in every fold.
 
     `below` counts the runs whose norm is lower at T_mem than at T_grok: there the first-passage law has no answer.
     `declined`: share of the evaluations of runs that never grok at which `fastent.predict_grok_time` gives no step, and
@@ -497,9 +499,9 @@ class Contest:
     declined: Estimate
     wrongly: Estimate
 
-    def standing(self, name: str) -> Standing:
-        """Return a rival's."""
-        return next(each for each in self.standings if each.rival.name == name)
+    def standing(self, name: str) -> Standing | None:
+        """Return a rival's, None if it is not in `standings`."""
+        return next((each for each in self.standings if each.rival.name == name), None)
 
     @property
     def best(self) -> Standing:
@@ -539,10 +541,12 @@ def contest(runs: Runs, never: Runs | None = None, law: PowerLaw | None = None) 
     declined, wrongly = _declined(never, law) if law is not None else (UNKNOWN, UNKNOWN)
     standings: list[Standing] = []
     for rival in RIVALS:
-        if (
-            standing := _standing(rival, plateau, unseen, standings[0].error if standings else None)
-        ) is not None:
-            standings.append(standing)
+        with contextlib.suppress(
+            ValueError
+        ):  # no law where too few evaluations are above H*, as where H rises
+            of_clock = standings[0].error if standings else None
+            standing = _standing(rival, plateau, unseen, of_clock)
+            standings += [] if standing is None else [standing]
     return Contest(
         plateau=plateau,
         standings=tuple(standings),
@@ -595,6 +599,7 @@ def _standing(
     if unseen is not None:
         everyone = np.arange(len(unseen.runs)) < n
         said = np.maximum(rival.choices[choose(np.ones(n, dtype=bool))](unseen, everyone), 0)
+        said[np.isnan(unseen.runs.column(rival.column)[unseen.where])] = np.nan
         alarms = _alarms(unseen, said, ~everyone)
     return Standing(
         rival=rival,
@@ -906,9 +911,8 @@ def _at_the_last(valid: Validation | None) -> str:
 
 
 def _against_rivals(contest: Contest | None) -> Finding:
-    if contest is None:
+    if contest is None or (law := contest.standing(LAW)) is None:
         return Finding(NONE, Verdict.NOT_RUN)
-    law = contest.standing(LAW)
     gains = [over(each.error - law.error) for each in contest.standings if each.rival.needs != WITH_H]
     said = "; ".join(f"{each.rival.name}: {percent_of(each.mean.value)}" for each in contest.standings)
     return Finding(said, least(*map(judge_positive, gains)))
@@ -994,7 +998,7 @@ def _winner(contest: Contest | None) -> str:
         f' From T_mem on, the least error of {len(contest.standings)} forecasts has "{best.rival.name}", which needs '
         f"{best.rival.needs}: {in_percent(best.mean)}"
     )
-    if best is law:
+    if best is law or law is None:
         return f"{said}."
     gain = over(law.error - best.error)
     return f"{said}; the law {percent_of(law.mean.value)}, {worded(gain, '', write=percent_of)} more."

@@ -317,6 +317,25 @@ def test_runs_on_other_pairs_are_neither_diagnosed_nor_false_alarms(tmp_path):
     assert result.guide.n == 5
 
 
+def test_where_h_rises_until_grokking_there_is_no_law_and_the_others_stand(tmp_path):
+    runs = planted(tmp_path, entropy=lambda t_grok, step: 0.3 + step / 20_000)
+    result = e5_forecast.analyse(dataclasses.replace(runs, judged=True))
+    assert [each.rival.name for each in result.contest.standings[:2]] == [CLOCK, RUNNING]
+    assert result.contest.standing(LAW) is None
+    assert e5_forecast.claims(result)["e5.rivals"].verdict == Verdict.NOT_RUN
+    assert any(getattr(block, "name", "") == "e5-rivals" for block in e5_forecast.section(result).blocks)
+
+
+def test_a_run_that_lacks_a_rivals_column_raises_no_alarm_of_that_rival(tmp_path):
+    runs = planted(tmp_path / "e1")
+    shared = with_column(runs, "top_share", lambda t_grok, step: 0.2 if step < t_grok - 900 else 0.6)
+    write_run(tmp_path / "never", "e2", "losses-0.1", 0, t_grok=None, last_step=6000, max_steps=6000)
+    never = Runs(tuple(read_runs(tmp_path / "never")))
+    contest = e5_forecast.contest(shared, Runs((*shared.stored, *never.stored)))
+    assert contest.standing(CLOCK).alarms.value == 1
+    assert not contest.standing("label share in five frequencies").alarms.known
+
+
 def test_three_runs_are_too_few_to_leave_two_out_and_the_section_says_so(stored):
     result = e5_forecast.analyse(Runs(tuple(stored[:3]), judged=True))
     assert result.contest is None
