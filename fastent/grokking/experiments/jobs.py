@@ -107,11 +107,11 @@ def e5(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
 
 def e6(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     """E6, do other tasks and groups show the same: E1's runs, the paper's other tasks, and relabelled ones."""
+    one = dataclasses.replace(config, operand_tokens="one")  # only S5 has images, and has them as a variant
     tasks = [
-        _variant("e6", task, config, seeds if task.changes["task"] == "s5" else seeds[:FEWER])
-        for task in TASKS
+        _variant("e6", task, one, seeds if task.changes["task"] == "s5" else seeds[:FEWER]) for task in TASKS
     ]
-    relabelled = [_variant("e6", each, config, seeds[:FEWER]) for each in controls(config.modulus)]
+    relabelled = [_variant("e6", each, one, seeds[:FEWER]) for each in controls(config.modulus)]
     return [*e1(config, seeds), *tasks, *relabelled]
 
 
@@ -122,7 +122,8 @@ def e7(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     the plainest, and have more seeds than those that vary one thing. A run that does not grok goes on to the last step.
     """
     longer = dataclasses.replace(config, max_steps=round(LONGER * config.max_steps))
-    few = [_variant("e7", each, longer, seeds[:FEWER]) for each in FEW_PAIRS]
+    # S5 has no modulus.
+    few = [_variant("e7", each, longer, seeds[:FEWER]) for each in FEW_PAIRS if config.task != "s5"]
     mlps = [
         _variant("e7", mlp, longer, seeds[: FEWER if place < 2 else TO_THE_END])
         for place, mlp in enumerate(MLPS)

@@ -89,12 +89,16 @@ def make_condition(job: Job, out: Path, device: str | torch.device = "cpu") -> C
     Raises
     ------
     RunError
-        If no condition is called that, or a run to follow is missing, incomplete, of other settings or without the
-        column.
+        If no condition is called that or holds a thing twice, or a run to follow is missing, incomplete, of other
+        settings or without the column.
     """
     if job.condition in NONE or job.condition.startswith(SETTINGS):
         return None
-    parts = [_part(text, job, out, device) for text in job.condition.split("+")]
+    names = job.condition.split("+")
+    for start, what in (("norm-", "a norm"), ("logits-as-", "a scale of the logits")):
+        if sum(name.startswith(start) for name in names) > 1:
+            raise RunError(f"{job.condition!r} holds {what} twice: leave one out")
+    parts = [_part(text, job, out, device) for text in names]
     return parts[0] if len(parts) == 1 else InTurn(parts)
 
 

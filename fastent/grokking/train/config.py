@@ -9,10 +9,11 @@ above, never on the seeds of the experiments (``bench/results/calibration-*.json
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 TaskName = Literal["add", "sub", "mul", "mul_nonzero", "s5"]
 ModelName = Literal["transformer", "mlp"]
@@ -107,6 +108,13 @@ class TrainConfig:
         for name in ("betas", "hidden", "measures"):
             # JSON knows lists only; a configuration must come back equal, and hashable.
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, values in _choices().items():
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                _require(
+                    value in values,
+                    f"{name} must be {', '.join(values[:-1])} or {values[-1]}; got {value!r}",
+                )
         for name in ("width", "heads", "feedforward", "batch_size", "max_steps", "evaluate_every", "modulus"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
         _require(
@@ -160,6 +168,14 @@ class TrainConfig:
         """
         past = max(self.run_past_steps, self.run_past_share * t_grok)
         return min(self.max_steps, math.ceil(t_grok + past))
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """Values of each field that has few; of `measures`, of its members."""
+    hints = get_type_hints(TrainConfig)
+    found = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    return found | {"measures": get_args(MeasureName)}
 
 
 def _require(holds: bool, rule: str) -> None:

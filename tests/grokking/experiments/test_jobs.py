@@ -97,6 +97,19 @@ def test_both_models_have_eighty_thousand_steps_on_the_same_few_pairs():
     }
 
 
+def test_few_pairs_are_of_residues_and_s5_has_none():
+    asked = {job.condition for job in JOBS["e7"](preset("paper", task="s5"), (0,))}
+    assert asked == {"baseline", *(mlp.condition for mlp in MLPS)}
+
+
+def test_e6_has_s5_both_ways_whichever_is_given():
+    jobs = JOBS["e6"](preset("paper", task="s5", operand_tokens="images"), (0,))
+    written = {(job.experiment, job.condition, job.config.task): job.config.operand_tokens for job in jobs}
+    assert {key for key, tokens in written.items() if tokens == "images"} == {
+        ("e1", "baseline", "s5"), ("e6", "with-images", "s5"),
+    }  # fmt: skip
+
+
 def test_mlps_have_eighty_thousand_steps_and_differ_from_each_other():
     jobs = JOBS["e7"](preset("paper"), range(10))[1 + len(FEW_PAIRS) :]
     assert [len(job.seeds) for job in jobs[:2]] == [FEWER, FEWER]

@@ -382,6 +382,15 @@ def test_an_unknown_condition_is_refused_and_the_known_are_named(name, tmp_path)
         make_condition(job("losses"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["norm-start+norm-start-each", "norm-as-baseline+norm-mem", "logits-as-baseline+logits-as-norm-mem"],
+)
+def test_a_norm_or_a_scale_that_would_be_held_twice_is_refused(name, tmp_path):
+    with pytest.raises(RunError, match=f"'{name}' holds .* twice: leave one out".replace("+", r"\+")):
+        make_condition(job(name), tmp_path)
+
+
 def test_conditions_by_name(tmp_path):
     assert make_condition(job("baseline"), tmp_path) is None
     assert make_condition(job("to-the-end"), tmp_path) is None

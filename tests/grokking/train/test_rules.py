@@ -62,6 +62,21 @@ def test_the_estimate_of_memory_counts_every_parameter_and_pair_and_is_no_alarm(
     assert memory(config) > held
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"start": "kaiming"}, "start must be torch, normal or xavier; got 'kaiming'"),
+        ({"sampling": "random"}, "sampling must be epochs or replacement; got 'random'"),
+        ({"final_norm": True, "entropy_at": "head"}, "entropy_at must be readout or final_norm; got 'head'"),
+        ({"norm_place": "Pre"}, "norm_place must be post, pre or none; got 'Pre'"),
+        ({"measures": ("fourier", "logits")}, "measures must be .*, progress or logit_scale; got 'logits'"),
+    ],
+)
+def test_a_choice_that_is_not_there_is_refused_by_name_with_those_that_are(changes, said):
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(**changes)
+
+
 def test_both_sets_of_pairs_need_the_rows_of_an_entropy():
     small = dataclasses.replace(TrainConfig(), modulus=5)
     check_config(dataclasses.replace(small, train_fraction=0.08))
