@@ -139,7 +139,7 @@ CONTRIBUTIONS = (
         "causal: preventing the collapse delays grokking, and it is not the norm",
         ("e2.delays", "e2.kept_up", "e3.driver"),
     ),
-    ("(iv)", "a power law in H forecasts grokking", ("e5.r2", "e5.left_out", "e5.beats_clock")),
+    ("(iv)", "a power law in H forecasts grokking", ("e5.r2", "e5.left_out_last", "e5.beats_clock")),
     ("(v)", "S5 and other tasks show the same", ("e6.pattern", "e6.s5_window")),
     ("a sixth", "collapse is necessary, not sufficient: MLPs", ("e7.mlp", "e7.insufficient")),
 )

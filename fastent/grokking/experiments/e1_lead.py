@@ -359,7 +359,7 @@ def headline(result: Baseline) -> str:
 
     def led(rule: Leads) -> str:
         if not rule.mean.known:
-            return f"in none of {grokked} runs"
+            return f"in none of {rule.preceding.n} runs"
         return (
             f"before T_grok in {of(rule.preceding)} runs, with a mean lead of {steps(rule.mean.value)} steps"
         )

@@ -93,7 +93,7 @@ def _dose(baseline: Runs, treated: dict[str, Runs]) -> Estimate:
     alphas = [alpha_of(runs.condition) for runs in doses]
     times = zip(*(runs.only(shared).times.values for runs in doses), strict=True)
     # NaN where all times of a seed tie.
-    return over(float(stats.kendalltau(alphas, seed).statistic) for seed in times)
+    return over((float(stats.kendalltau(alphas, seed).statistic) for seed in times), least=-1, most=1)
 
 
 def claims(result: MixedRuns) -> Findings:
@@ -136,6 +136,9 @@ def judge_kept_up(mixed: Delay | None) -> Verdict:
     # Two measures of one thing: what only one of them shows is shown in part.
     if Verdict.NOT_RUN not in found and Verdict.REPRODUCED in found and len(set(found)) > 1:
         return Verdict.IN_PART
+    # "Neither" is said of both: where one may still exceed the margin, it is open.
+    if set(found) == {Verdict.NOT_REPRODUCED, Verdict.UNDECIDED}:
+        return Verdict.UNDECIDED
     return least(*found)
 
 

@@ -1115,7 +1115,7 @@ def _validation_blocks(result: Forecasts) -> list[Block]:
         Text(
             "Forecasts of runs left out: H*, C1, γ and C2 come from the other runs. In every run the "
             "remaining steps fall by one a step, so the clock, the mean T_grok of the other runs minus the "
-            "step, forecasts too. It is what the entropy has to beat."
+            "step and 0 from there on, forecasts too. It is what the entropy has to beat."
         ),
         Table(
             "Each run forecast from the others: mean absolute error in steps over its evaluations above H*.",

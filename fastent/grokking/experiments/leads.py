@@ -51,7 +51,8 @@ class Leads:
     """Leads of all runs by one rule, arrays of shape (n,) in the order of the runs, NaN where a run has none.
 
     `thresholds` are normalised entropies, `times` steps of the signal, `leads` steps from the signal to grokking.
-    `preceding` is the share of grokked runs whose lead is positive, `mean` the mean lead of those that grokked and gave
+    `preceding` is the share of grokked runs whose lead is positive, of those with a usable H and, for a crossing, a
+    threshold (of one run alone there is none from other seeds), `mean` the mean lead of those that grokked and gave
     the signal at all (negative leads included). `lasting` is the share of the runs with a collapse, grokked or not,
     whose H ends (median of the last five evaluations) more than tau below the level it fell from; crossings have none.
     """
@@ -127,7 +128,10 @@ def _crossing(rule: str, source: str, runs: Runs, thresholds: Array) -> Leads:
 
 def _leads(rule: str, source: str, runs: Runs, thresholds: Array, times: Array) -> Leads:
     leads = runs.t_grok - times
-    preceding = proportion(int((leads > 0).sum()), int(runs.grokked.sum()))
+    asked = runs.grokked & ~np.isnan(runs.entropy).all(axis=1)
+    if rule != "collapse":
+        asked &= ~np.isnan(thresholds)
+    preceding = proportion(int((leads > 0).sum()), int(asked.sum()))
     return Leads(rule, source, thresholds, times, leads, preceding, over(leads))
 
 

@@ -264,7 +264,7 @@ def summary_section(
     if not any(run.done is not None for run in stored):
         blocks.append(Text("No experiment has a complete run yet: there is nothing to judge.", "note"))
     count = (
-        f"Of {len(claims)} claims of the paper: ",
+        f"Of {len(claims)} claims, the paper's and what follows from them: ",
         *tally(claims),
         ". ",
         Link("Each of them", "claims"),
@@ -308,10 +308,10 @@ def _way(way: Way) -> str:
 
 
 CONCLUSIONS = (
-    ("e1.precedes_left_out", "e1.collapse_at_half"),
+    ("e1.precedes_left_out", "e1.collapse", "e1.collapse_at_half"),
     ("e2.delays", "e2.kept_up"),
     ("e3.driver", "e3.delays"),
-    ("e5.beats_clock", "e5.rivals", "e5.left_out"),
+    ("e5.beats_clock", "e5.rivals", "e5.left_out_last"),
     ("e6.pattern", "e7.insufficient"),
 )
 """The claims of each of the five sentences: warning, mixing, norm, forecast, other tasks and models."""

@@ -1,6 +1,7 @@
 """E2 on closed-form runs: delays, tests, and what becomes of the entropy at equal step and at equal loss."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 from closed_form import write_run
@@ -8,6 +9,7 @@ from closed_form import write_run
 from fastent.grokking.experiments import e2_mixing, figures
 from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Table, Verdict
+from fastent.grokking.experiments.statistics import Estimate
 
 SEEDS = range(6)
 
@@ -109,6 +111,33 @@ def test_collapse_counts_the_grokked_runs_below_the_baselines_mean_entropy_at_gr
 def test_dose_response_is_kendalls_tau_by_seed(result):
     # T_grok rises with alpha (0, 0.05, 0.1, 0.2) in each of the four seeds that have all of them.
     assert (result.dose.value, result.dose.n) == (pytest.approx(1.0), 4)
+
+
+def test_dose_response_is_no_correlation_beyond_one(tmp_path):
+    # Kendall's tau is 1, 1 and -1/3 in the three seeds: Student's interval alone would end at 2.5.
+    times = {"losses-0.1": (400, 400, 500), "losses-0.2": (500, 500, 200)}
+    for seed in range(3):
+        write_run(tmp_path, "e1", "baseline", seed, t_grok=300, last_step=600)
+        for condition, at in times.items():
+            write_run(tmp_path, "e2", condition, seed, t_grok=at[seed], last_step=600)
+    dose = e2_mixing.analyse(Runs(tuple(read_runs(tmp_path)))).dose
+    assert -1 <= dose.low < dose.value < dose.high == 1
+
+
+@pytest.mark.parametrize(
+    ("equal_step", "at_grokking", "verdict"),
+    [
+        ((-0.011, -0.025, 0.002), (0.014, -0.006, 0.034), Verdict.UNDECIDED),
+        ((-0.011, -0.025, 0.002), (0.004, -0.006, 0.009), Verdict.NOT_REPRODUCED),
+        ((-0.011, -0.025, 0.002), (0.024, 0.006, 0.034), Verdict.IN_PART),
+        ((0.014, -0.006, 0.034), (0.014, -0.006, 0.034), Verdict.UNDECIDED),
+    ],
+)
+def test_that_h_is_not_kept_up_needs_both_intervals_to_end_below_the_margin(equal_step, at_grokking, verdict):
+    mixed = SimpleNamespace(
+        equal_step=Estimate(*equal_step, 10), collapse=SimpleNamespace(shift=Estimate(*at_grokking, 10))
+    )
+    assert e2_mixing.judge_kept_up(mixed) == verdict
 
 
 def test_claims_judge_the_closed_form_runs(result, runs):

@@ -12,7 +12,7 @@ from fastent.forecast.power_law import PowerLaw
 from fastent.grokking.experiments import e4_predictors, figures
 from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Table, Verdict
-from fastent.grokking.experiments.statistics import CORRELATION, EXPLAINED, jackknife, over
+from fastent.grokking.experiments.statistics import CORRELATION, EXPLAINED, UNKNOWN, jackknife, over
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +177,26 @@ def test_a_norm_that_rises_towards_grokking_is_as_good_as_one_that_falls(tmp_pat
     down = runs(tmp_path / "down", lambda seed, own: lambda step: 30 + 20 * math.exp(-step / 1000))
     found = [e4_predictors.table(e4_predictors.Evaluations.of(measured))[0] for measured in (up, down)]
     assert all(row.name == e4_predictors.NORM and row.in_sample.value > 0.8 for row in found)
+
+
+def test_a_predictor_is_better_only_where_leaving_out_runs_leaves_it_better():
+    def row(name, value, *replicates):
+        return e4_predictors.Predictor(
+            name, 1.0, jackknife(value, replicates, EXPLAINED), replicates, math.nan, UNKNOWN
+        )
+
+    gap = row(e4_predictors.ENTROPY_GAP, 0.6, 0.55, 0.6, 0.65)
+    others = [name for name in e4_predictors.PREDICTORS if name != gap.name]
+    worse, wild = (0.1, 0.06, 0.1, 0.14), (0.5, 0.7, 0.5, 0.3)
+    for of_norm, of_all, best, seven in (
+        (worse, worse, Verdict.REPRODUCED, Verdict.REPRODUCED),
+        (wild, worse, Verdict.UNDECIDED, Verdict.UNDECIDED),
+        ((0.8, 0.75, 0.8, 0.85), worse, Verdict.NOT_REPRODUCED, Verdict.NOT_REPRODUCED),
+    ):
+        rows = {name: row(name, *of_all) for name in others}
+        rows |= {gap.name: gap, e4_predictors.NORM: row(e4_predictors.NORM, *of_norm)}
+        assert e4_predictors._judge_best(rows) == best
+        assert e4_predictors._judge_seven(rows) == seven
 
 
 def test_claims_judge_weak_correlation_pairs_and_predictors(tmp_path):

@@ -55,7 +55,7 @@ def test_one_run_has_no_left_out_threshold(measure):
     result = leads.left_out_threshold(Runs((measure([0.9, 0.5], [0, 1]),)))
     assert np.isnan([result.thresholds, result.times, result.leads]).all()
     assert not result.mean.known
-    assert result.preceding.value == 0.0
+    assert not result.preceding.known
 
 
 def test_collapse_leads_the_run_that_groks_late(pair):
@@ -112,6 +112,15 @@ def test_a_grokked_run_that_never_crosses_counts_as_not_preceded(measure, pair):
     result = leads.collapse(Runs((*pair.stored, high)))
     assert np.isnan(result.times[2])
     assert (result.preceding.value, result.preceding.n, result.mean.n) == (pytest.approx(2 / 3), 3, 2)
+
+
+def test_a_run_without_other_seeds_or_a_usable_entropy_is_not_asked_whether_it_is_preceded(measure, pair):
+    alone = pair[np.array([True, False])]
+    assert not leads.left_out_threshold(alone).preceding.known
+    assert leads.collapse(alone).preceding.n == leads.own_threshold(alone).preceding.n == 1
+    blind = Runs((*pair.stored, measure([np.nan] * 3, [0, 1, 1], seed=2)))
+    for rule in (leads.collapse, leads.paper_collapse, leads.left_out_threshold):
+        assert rule(blind).preceding.n == 2
 
 
 def test_sweep_of_a_known_pair(pair):

@@ -368,8 +368,10 @@ def test_the_first_screen_has_the_setting_the_sentences_the_tally_the_contributi
     sections = make_sections(written[0])
     setting, sentences, count, contributions, figure = sections[0].blocks
     assert plain(setting.text).startswith("True of one setting: the preset `quick`")
-    assert plain(sentences.items[0]).startswith("The entropy does not warn of grokking: ")
-    assert plain(count.text).startswith(f"Of {len(claim_rows(sections))} claims of the paper: ")
+    assert plain(sentences.items[0]).startswith("The threshold H* is no sure warning of grokking: ")
+    assert plain(count.text).startswith(
+        f"Of {len(claim_rows(sections))} claims, the paper's and what follows from them: "
+    )
     assert [row[0] for row in contributions.rows][:2] == ["(i)", "(ii)"]
     assert figure.name == "e1-dynamics"
     # It stands once, and its section says where.
