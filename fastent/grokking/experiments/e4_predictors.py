@@ -165,8 +165,8 @@ def _judge_seven(rows: dict[str, Predictor]) -> Verdict:
     if not rows:
         return Verdict.NOT_RUN
     _, *others = SEVEN
-    most = Estimate(CLAIMS["e4.seven"].number)
-    low = (judge_positive(less(most, rows[name].in_sample)) for name in others)
+    beyond = (less(rows[name].in_sample, Estimate(CLAIMS["e4.seven"].number)) for name in others)
+    low = (judge_positive(dataclasses.replace(each, low=-each.high, high=-each.low)) for each in beyond)
     both = {least(*_beyond(rows, others)), least(*low)}
     if len(both) == 1:
         return both.pop()

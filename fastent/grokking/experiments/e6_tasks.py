@@ -60,6 +60,7 @@ from fastent.grokking.experiments.statistics import (
     less,
     log_rank,
     over,
+    proportion,
     restricted_mean,
     share,
     welch,
@@ -182,8 +183,9 @@ def _row(name: str, task: TaskRuns) -> Finding:
 
 
 def _pooled(tasks: Sequence[TaskRuns]) -> Estimate:
-    """Share of the grokked runs of all tasks that are preceded."""
-    return share(x > 0 for task in tasks for x in task.left_out.leads[task.runs.grokked])
+    """Share of the grokked runs of all tasks that are preceded, of those that have other seeds."""
+    known = [task.left_out.preceding for task in tasks if task.left_out.preceding.known]
+    return proportion(sum(round(each.value * each.n) for each in known), sum(each.n for each in known))
 
 
 def _means(result: Tasks) -> dict[str, Estimate]:

@@ -191,7 +191,7 @@ def test_a_predictor_is_better_only_where_leaving_out_runs_leaves_it_better():
     for of_norm, of_all, best, seven in (
         (worse, worse, Verdict.REPRODUCED, Verdict.REPRODUCED),
         (wild, worse, Verdict.UNDECIDED, Verdict.UNDECIDED),
-        ((0.8, 0.75, 0.8, 0.85), worse, Verdict.NOT_REPRODUCED, Verdict.NOT_REPRODUCED),
+        ((0.8, 0.78, 0.8, 0.82), worse, Verdict.NOT_REPRODUCED, Verdict.NOT_REPRODUCED),
     ):
         rows = {name: row(name, *of_all) for name in others}
         rows |= {gap.name: gap, e4_predictors.NORM: row(e4_predictors.NORM, *of_norm)}

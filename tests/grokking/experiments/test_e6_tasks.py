@@ -101,6 +101,13 @@ def test_numbers_of_the_paper_are_judged_only_in_its_setting():
     assert claims["e6.mul"].verdict == Verdict.OTHER_SETTING
 
 
+def test_one_run_of_a_task_has_no_other_seeds_to_be_preceded_by(runs):
+    alone = [run for run in runs if run.seed == 0 and run.experiment == "e6"]
+    assert (
+        e6_tasks.claims(e6_tasks.analyse(Runs((*runs[:5], *alone))))["e6.pattern"].verdict == Verdict.NOT_RUN
+    )
+
+
 def test_ten_runs_do_not_tell_the_papers_five_of_ten_from_others():
     dips = [2_000] * 5 + [None] * 5
     s5 = [run(S5, s, 4_400, 0.655, dip=dip) for s, dip in enumerate(dips)]
