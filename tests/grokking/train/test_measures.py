@@ -89,6 +89,12 @@ def test_a_seed_has_the_columns_of_its_solo_run(task):
     assert {name: column[1] for name, column in pair[1].items()} == {n: c[0] for n, c in solo[1].items()}
 
 
+def test_a_seed_among_nine_has_the_spectra_of_its_solo_run_to_the_bit():
+    config = dataclasses.replace(SMALL, modulus=7, measures=("fourier", "progress"))
+    among, solo = columns(config, range(9), steps=1)[1], [columns(config, (s,), steps=1)[1] for s in range(9)]
+    assert among == {name: [each[name][0] for each in solo] for name in among}
+
+
 @pytest.mark.parametrize("task", ["add", "mul"])
 def test_seeds_that_share_each_launch_have_the_same_columns_to_rounding(task):
     config = dataclasses.replace(SMALL, task=task)
