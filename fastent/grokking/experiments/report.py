@@ -205,9 +205,9 @@ MEANINGS = (
     ),
     (
         "T_collapse",
-        "first evaluation, from T_mem on, at which H lies more than tau = 0.05 below its largest value of the last "
-        "800 steps, five evaluations (ours), or below its value 1,000 steps before (the paper's). It does not recover "
-        "if the median of the run's last five H is still as far below",
+        "first evaluation, from T_mem on (ours: the paper does not say from when), at which H lies more than tau = "
+        "0.05 below its largest value of the last 800 steps, five evaluations (ours), or below its value 1,000 steps "
+        "before (the paper's). It does not recover if the median of the run's last five H is still as far below",
     ),
     ("lead", "T_grok minus T_cross or T_collapse, in steps. Positive: the entropy came first"),
     (
@@ -276,7 +276,7 @@ def summary_section(
 
 def _setting(found: Sequence[tuple[Way, Sequence[StoredRun]]]) -> Text:
     said = [
-        f"{_way(way)} ({len(made)} runs of {', '.join(dict.fromkeys(run.experiment.upper() for run in made))}, "
+        f"{_way(way)} ({len(made)} runs of {', '.join(dict.fromkeys(_named(run.experiment) for run in made))}, "
         f"seeds {ranges({run.seed for run in made})})"
         for way, made in found
     ]
@@ -293,7 +293,18 @@ def _setting(found: Sequence[tuple[Way, Sequence[StoredRun]]]) -> Text:
         if (name, changes) == ("paper", {})
         else " No number that belongs to the paper's setting is judged by it."
     )
-    return Text(f"True of one setting: {said[0]}.{told}", "note")
+    return Text(f"True of one setting: {said[0]}.{told} {TERMS}", "note")
+
+
+TERMS = (
+    "H: the normalised spectral entropy; T_grok: the first evaluation with the test accuracy at the criterion; H*: H "
+    "at T_grok."
+)
+"""What a reader of the first screen has to know."""
+
+
+def _named(experiment: str) -> str:
+    return experiment.upper() if experiment[1:].isdigit() else experiment
 
 
 def _way(way: Way) -> str:

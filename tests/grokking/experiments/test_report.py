@@ -368,6 +368,7 @@ def test_the_first_screen_has_the_setting_the_sentences_the_tally_the_contributi
     sections = make_sections(written[0])
     setting, sentences, count, contributions, figure = sections[0].blocks
     assert plain(setting.text).startswith("True of one setting: the preset `quick`")
+    assert all(f"{term}: " in plain(setting.text) for term in ("H", "T_grok", "H*"))
     assert plain(sentences.items[0]).startswith("The threshold H* is no sure warning of grokking: ")
     assert plain(count.text).startswith(
         f"Of {len(claim_rows(sections))} claims, the paper's and what follows from them: "
