@@ -37,6 +37,7 @@ import dataclasses
 import functools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -51,7 +52,7 @@ from fastent.grokking.train.models import Condition, head_gradients, initial_par
 from fastent.grokking.train.runs import Job, read_settings
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.stacked import Parameters, tensor_norms
-from fastent.grokking.train.storage import RunError, read_rows
+from fastent.grokking.train.storage import RunError, RunWarning, read_rows
 from fastent.grokking.train.tasks import make_task
 from fastent.mixing import mix_representations
 
@@ -143,6 +144,8 @@ def _part(text: str, job: Job, out: Path, device: str | torch.device) -> Conditi
             "logits-as-baseline, and several of these joined by +"
         )
     if found["alpha"]:
+        if job.config.batch_size < 2:
+            raise RunError(f"mixing needs a batch_size of at least 2; got {job.config.batch_size}")
         return Mixing(float(found["alpha"]), "losses" if found["average"] == "losses" else "logits")
     if found["logits"]:
         return HeldLogits(_between(_logs(_source(job, found["logits"]), out, SCALE)))
@@ -153,7 +156,7 @@ def _part(text: str, job: Job, out: Path, device: str | torch.device) -> Conditi
     source = _source(job, found["norm"])
     logs = _logs(source, out, NORM)
     if found["how"] in ("each", "every-step"):
-        twins = {seed: _Twin(source, seed, out, device) for seed in job.seeds}
+        twins = {seed: _Twin(source, seed, out, device, logs[seed]) for seed in job.seeds}
         return HeldNorm(_at_every_step(logs, twins) if found["how"] == "every-step" else _each(logs, twins))
     return HeldNorm(_between(logs), moments=found["how"] == "moments")
 
@@ -312,13 +315,23 @@ def _between(logs: Logs) -> Norms:
     return lambda seed, step: (math.exp(np.interp(step, *logs[seed])),)
 
 
+_APART = 1e-3
+"""Difference of logarithms from which on a norm is not the recorded one."""
+
+
 class _Twin:
     """A seed's run under the condition that is followed, trained once more: the norm of each tensor at every step.
 
-    It starts at step 0 whenever the run that follows it starts or resumes, and so adds no state to it.
+    It starts at step 0 whenever the run that follows it starts or resumes, and so adds no state to it. Its last bits
+    may differ from the recorded run's, on another machine or a GPU, and after many steps all of it: this is said in a
+    `RunWarning`.
     """
 
-    def __init__(self, source: Job, seed: int, out: Path, device: str | torch.device) -> None:
+    def __init__(
+        self, source: Job, seed: int, out: Path, device: str | torch.device, log: tuple[Column, Column]
+    ) -> None:
+        self._name = source.run_name(seed)
+        self._recorded: dict[float, float] = dict(zip(*(column.tolist() for column in log), strict=True))
         condition = make_condition(dataclasses.replace(source, seeds=(seed,)), out, device)
         self._make = functools.partial(Stack, source.config, (seed,), device, condition)
         self._stack: Stack | None = None
@@ -332,7 +345,20 @@ class _Twin:
         while len(self._norms) <= step:
             self._stack.train_step()
             self._norms.append(self._now())
+            self._compare(len(self._norms) - 1)
         return self._norms[step]
+
+    def _compare(self, step: int) -> None:
+        now = math.log(math.hypot(*self._norms[step]))
+        if abs(self._recorded.get(step, now) - now) > _APART:
+            self._recorded = {}  # told once
+            warnings.warn(
+                f"{self._name}, trained once more, has another norm at step {step} than was recorded: what is followed "
+                "from here on is not the run that is compared with. On the CPU and the number of threads that made the "
+                "record it is",
+                RunWarning,
+                stacklevel=2,
+            )
 
     def _now(self) -> Column:
         assert self._stack is not None

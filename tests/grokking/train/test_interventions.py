@@ -20,7 +20,7 @@ from fastent.grokking.train.loop import train
 from fastent.grokking.train.models import initial_parameters, logit_scale, plain_model
 from fastent.grokking.train.runs import Job
 from fastent.grokking.train.stack import Stack
-from fastent.grokking.train.storage import RunError
+from fastent.grokking.train.storage import RunError, RunWarning
 from fastent.grokking.train.sweep import _WorkerPool
 from fastent.grokking.train.tasks import batch_index, make_task, split
 
@@ -184,6 +184,20 @@ def test_the_sham_replayed_from_every_step_is_the_baseline_to_rounding(followed_
     last = held.evaluate()["parameter_norm"]
     held.train_step()
     torch.testing.assert_close(held.evaluate()["parameter_norm"], last, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("how", ["each", "every-step"])
+def test_a_twin_that_leaves_the_recorded_run_is_told_of_once(followed_runs, how):
+    # As where the record is of another machine, and from step 10 on the last bits have made a difference.
+    path = followed_runs / "e1-baseline-add-seed1" / "metrics.jsonl"
+    changed = [{**row, "parameter_norm": row["parameter_norm"] * (1.01 if row["step"] >= 10 else 1)}
+               for row in rows(followed_runs, path.parent.name)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    held = make_condition(job(f"norm-as-baseline-{how}"), followed_runs)
+    held.numbers((0, 1), 5)
+    with pytest.warns(RunWarning, match="seed1, trained once more, has another norm at step 10") as told:
+        held.numbers((0, 1), 20)
+    assert len(told) == 1
 
 
 def test_a_twin_follows_the_condition_that_is_followed(followed_runs):
@@ -389,6 +403,11 @@ def test_an_unknown_condition_is_refused_and_the_known_are_named(name, tmp_path)
 def test_a_norm_or_a_scale_that_would_be_held_twice_is_refused(name, tmp_path):
     with pytest.raises(RunError, match=f"'{name}' holds .* twice: leave one out".replace("+", r"\+")):
         make_condition(job(name), tmp_path)
+
+
+def test_a_batch_of_one_pair_cannot_be_mixed(tmp_path):
+    with pytest.raises(RunError, match="batch_size of at least 2; got 1"):
+        make_condition(job("losses-0.1", config=dataclasses.replace(CONFIG, batch_size=1)), tmp_path)
 
 
 def test_conditions_by_name(tmp_path):

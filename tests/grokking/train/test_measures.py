@@ -91,7 +91,7 @@ def test_a_seed_has_the_columns_of_its_solo_run(task):
 
 def test_a_seed_among_nine_has_the_spectra_of_its_solo_run_to_the_bit():
     config = dataclasses.replace(SMALL, modulus=7, measures=("fourier", "progress"))
-    among, solo = columns(config, range(9), steps=1)[1], [columns(config, (s,), steps=1)[1] for s in range(9)]
+    among, solo = columns(config, range(9))[1], [columns(config, (s,))[1] for s in range(9)]
     assert among == {name: [each[name][0] for each in solo] for name in among}
 
 
