@@ -208,13 +208,6 @@ def test_training_loss_and_label_share_forecast_where_they_tell_and_only_where_t
     assert share.forecast[near] == pytest.approx(contest.plateau.remaining[near])
 
 
-@pytest.mark.parametrize("entropy", [lambda t_grok, step: 0.9, lambda t_grok, step: 0.3 + step / 10_000])
-def test_entropies_that_no_law_fits_give_no_contest_and_no_verdict(tmp_path, entropy):
-    result = e5_forecast.analyse(planted(tmp_path, entropy=entropy))
-    assert (result.contest, result.law) == (None, None)
-    assert e5_forecast.claims(result)["e5.rivals"].verdict == Verdict.NOT_RUN
-
-
 def test_what_is_chosen_for_a_run_does_not_see_it(tmp_path):
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(6, 60))
