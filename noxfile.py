@@ -38,6 +38,13 @@ def nightly(session: nox.Session) -> None:
 
 
 @nox.session
+def integrations(session: nox.Session) -> None:
+    """Test the integrations against the newest release of every host; one that is missing fails."""
+    install(session, "test", "integrations", extra="train,lightning,transformers,torchmetrics")
+    session.run("pytest", "tests/integrations", "-m", "", *session.posargs, env={"FASTENT_HOSTS": "all"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))

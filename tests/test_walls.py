@@ -15,6 +15,7 @@ HOUSES = {
 STUDY = ("fastent.grokking",)
 # The command line, where the library and the study meet; nothing else of the library imports it.
 COMMANDS = {"fastent.cli"}
+INTEGRATIONS = "fastent.integrations"
 CONFIGURATION = {"fastent.grokking.train.config"}
 
 
@@ -71,13 +72,26 @@ def visited(of: str, *, lazily: bool = True) -> dict[str, set[str]]:
 
 def test_the_library_imports_the_kernels_and_what_it_depends_on() -> None:
     allowed = {"fastent.kernels", "torch", "numpy", "scipy"}
-    extras = ("fastent.integrations", "fastent.testing")  # imported by name only
+    extras = (INTEGRATIONS, "fastent.testing")  # imported by name only
     for name, rooms in visited("library").items():
         if name not in COMMANDS and not name.startswith(extras):
             assert rooms <= allowed, name
             assert not imports(name, lazily=True) & COMMANDS, name
             # What `import fastent` brings needs neither Triton nor a kernel.
             assert "fastent.kernels" not in {room(target) for target in imports(name, lazily=False)}, name
+
+
+def test_an_integration_imports_its_host_and_the_library_and_nothing_imports_it() -> None:
+    hosts = {
+        f"{INTEGRATIONS}.{name}": {name}
+        for name in ("lightning", "transformers", "torchmetrics", "accelerate")
+    }
+    integrations = {name for name in MODULES if name.startswith(INTEGRATIONS + ".")}
+    rooms = visited("library")
+    for name in integrations:
+        assert rooms[name] <= {"torch"} | hosts.get(name, set()), name
+        assert not imports(name, lazily=True) & COMMANDS, name
+    assert [name for name in MODULES if imports(name, lazily=True) & integrations] == []
 
 
 def test_the_command_line_imports_the_study_when_a_command_needs_it_but_for_the_settings_it_parses() -> None:

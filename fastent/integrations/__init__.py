@@ -1,0 +1,1 @@
+"""The monitor in the tools that people train with: a module for each host, which alone imports it."""

@@ -1,0 +1,26 @@
+"""A host that is not installed skips its tests; with FASTENT_HOSTS=all in the environment that is a failure."""
+
+import os
+from collections.abc import Generator
+from typing import TypeVar
+
+import pytest
+
+Report = TypeVar("Report", pytest.CollectReport, pytest.TestReport)
+
+
+def _every_host_is_wanted(report: Report) -> Report:
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("FASTENT_HOSTS") == "all":
+        report.outcome = "failed"
+        report.longrepr = f"FASTENT_HOSTS=all, and here is skipped: {report.longrepr[2]}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _every_host_is_wanted((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _every_host_is_wanted((yield))

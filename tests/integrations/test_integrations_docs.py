@@ -1,0 +1,67 @@
+"""The scripts of docs/integrations.md, run as they stand with the hosts that are installed."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TEXT = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+START, *PARTS = re.split(r"^## ", TEXT, flags=re.MULTILINE)
+OURS = {"fastent", "torch", "numpy"}
+
+
+def scripts(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+SECTIONS = {part.partition("\n")[0]: scripts(part) for part in PARTS}
+
+
+def imported(script: str) -> set[str]:
+    """Packages that a script imports, but for ours and the standard library's."""
+    found = set()
+    for node in ast.walk(ast.parse(script)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found - OURS - sys.stdlib_module_names
+
+
+def run(section: str) -> dict[str, Any]:
+    """Run a section's scripts in turn, after the page's first; skip where a host of theirs is not installed."""
+    for host in sorted(set().union(*map(imported, SECTIONS[section]))):
+        pytest.importorskip(host)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for script in (*scripts(START), *SECTIONS[section]):
+        exec(compile(script, f"docs/integrations.md, {section}", "exec"), names)
+    return names
+
+
+def test_there_is_a_section_for_each_host() -> None:
+    assert list(SECTIONS) == [
+        "Lightning",
+        "Transformers",
+        "Accelerate",
+        "torchmetrics",
+        "Loggers",
+        "Ignite",
+        "skorch",
+        "fastai",
+        "Keras",
+        "What was tested with what",
+    ]
+
+
+@pytest.mark.parametrize("section", [section for section, found in SECTIONS.items() if found])
+def test_a_script_that_uses_fastent_has_at_most_ten_lines_and_runs(
+    section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for script in SECTIONS[section]:
+        if "fastent" in script:
+            assert len([line for line in script.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    run(section)
