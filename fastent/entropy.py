@@ -52,6 +52,7 @@ class Status(StrEnum):
     TOO_FEW_ROWS = "too_few_rows"
     NOT_RUN = "not_run"
     NONFINITE = "nonfinite"
+    FAILED = "failed"
 
     @property
     def usable(self) -> bool:

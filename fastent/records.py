@@ -37,7 +37,7 @@ class EntropyRecord:
     layer : str
         Name of the layer.
     normalized, entropy, effective_rank, participation_ratio, total_variance, ceiling : float
-        As in `fastent.SpectralEntropy`; all NaN for `too_few_rows` and `not_run`.
+        As in `fastent.SpectralEntropy`; all NaN for `too_few_rows`, `not_run` and `failed`.
     status : Status
         What to distrust; crossings, stopping and forecasts use only a `usable` one.
     flags : tuple of Status
@@ -45,7 +45,8 @@ class EntropyRecord:
     message : str
         The flags in sentences; empty when all is well.
     n, d : int
-        Samples (rows; 0 of a layer that did not run) and features.
+        Samples (rows; 0 of a layer that did not run, and of an evaluation that failed) and features (0 where no
+        evaluation has told yet).
     bias, standard_error : float or None
         Sampling errors of `normalized` as in `fastent.SamplingError`; None where they were not asked for.
     mask : str or None
@@ -263,7 +264,7 @@ class Course:
 
 @dataclass
 class _Layer:
-    d: int
+    d: int  # 0 while every evaluation failed
     newest: int
     course: Course
     crossed_at: int | None = None
@@ -299,9 +300,9 @@ class Recording:
         return list(self._ordered)
 
     @property
-    def layers(self) -> set[str]:
-        """Layers that have been recorded."""
-        return set(self._layers)
+    def layers(self) -> Iterable[str]:
+        """Layers that have been recorded, in the order of their first records."""
+        return self._layers.keys()
 
     @property
     def crossings(self) -> dict[str, int]:
@@ -322,7 +323,7 @@ class Recording:
         width, newest = known
         if newest == step:
             raise ValueError(f"layer {layer!r} already has a record at step {step}")
-        if d is not None and d != width:
+        if d and width and d != width:
             raise ValueError(
                 f"layer {layer!r} had d = {width} and now has d = {d}: entropies of different widths do "
                 "not compare; record it under another name"
@@ -334,13 +335,13 @@ class Recording:
         return None if known is None else known[1]
 
     def width(self, layer: str) -> int | None:
-        """Return the features of `layer`, if it has been recorded or will be."""
+        """Return the features of `layer`, if it has been recorded or will be; 0 where every evaluation failed."""
         known = self._known(layer)
         return None if known is None else known[0]
 
     def expect(self, step: int, layer: str, d: int) -> None:
         """Let `check` count a record that is on its way."""
-        self._expected[layer] = d, step
+        self._expected[layer] = d or self.width(layer) or 0, step
 
     def add(self, record: EntropyRecord) -> None:
         """Keep a record that `check` let through."""
@@ -348,7 +349,7 @@ class Recording:
         if layer is None:
             layer = _Layer(record.d, record.step, Course(self.threshold), records=deque(maxlen=self._size))
             self._layers[record.layer] = layer
-        layer.newest = record.step
+        layer.d, layer.newest = layer.d or record.d, record.step
         layer.course.add(*_evaluation(record))
         self._note_crossing(layer, record)
         layer.records.append((self._count, record))

@@ -180,10 +180,10 @@ def test_a_batch_gives_tensors_and_its_items_are_those_alone():
 def test_statuses_are_strings_in_the_order_of_severity():
     assert [str(status) for status in Status] == [
         "ok", "rank_limited", "unresolved_offset", "out_of_range", "zero_variance", "too_few_rows", "not_run",
-        "nonfinite",
+        "nonfinite", "failed",
     ]  # fmt: skip
     assert [status for status in Status if status.usable] == [Status.OK, Status.RANK_LIMITED]
-    assert max(Status, key=lambda status: status.severity) is Status.NONFINITE
+    assert max(Status, key=lambda status: status.severity) is Status.FAILED
 
 
 def test_unknown_convention_is_an_error():

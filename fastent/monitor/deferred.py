@@ -52,6 +52,7 @@ from fastent.entropy import (
     entropy_of_matrix,
     entropy_of_rows,
     held_resolution,
+    unmeasured,
 )
 from fastent.linalg import EPS, Side, fallbacks, use_one_thread
 from fastent.process import at_exit, warn_user
@@ -462,6 +463,41 @@ class Evaluated(NamedTuple):
     mask: str | None = None
 
 
+class FailedEvaluation(RuntimeError):
+    """An evaluation that failed in the worker.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+        With its `error`.
+
+    Attributes
+    ----------
+    step : int
+        Of the evaluation.
+    results : dict
+        What to record in place of its results, by layer: the status `failed`.
+    """
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        error = evaluation.error
+        assert error is not None
+        super().__init__(f"the deferred evaluation of step {evaluation.step} failed: {described(error)}")
+        self.step = evaluation.step
+        self.results = {layer: Evaluated(failed(d, error)) for layer, d in evaluation.widths.items()}
+
+
+def failed(d: int, error: BaseException) -> SpectralEntropy:
+    """Make the result of a layer of `d` features, 0 if that is not known, whose evaluation ended in `error`."""
+    return unmeasured(Status.FAILED, 0, d, f"the evaluation failed: {described(error)}")
+
+
+def described(error: BaseException) -> str:
+    """Give the type and text of an error, with its notes."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    return "; ".join((f"{type(error).__name__}: {error}", *notes))
+
+
 class Evaluation:
     """What is asked for at one step, and later its results or its error; made by `DeferredEntropy.open`."""
 
@@ -846,7 +882,7 @@ class DeferredEntropy:
 
         Raises
         ------
-        RuntimeError
+        FailedEvaluation
             When the next one is an evaluation that failed in the worker, with its step; later ones are still to come.
         """
         if self._ordered:
@@ -854,10 +890,7 @@ class DeferredEntropy:
         while self._ordered and self._ordered[0].done:
             evaluation = self._ordered.popleft()
             if evaluation.error is not None:
-                raise RuntimeError(
-                    f"the deferred evaluation of step {evaluation.step} failed: "
-                    f"{type(evaluation.error).__name__}: {evaluation.error}"
-                ) from evaluation.error
+                raise FailedEvaluation(evaluation) from evaluation.error
             yield evaluation.step, evaluation.results
 
     def flush(self, timeout: float | None = None) -> bool:

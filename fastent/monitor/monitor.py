@@ -13,10 +13,11 @@ runs.
 
 from __future__ import annotations
 
+import math
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Protocol, get_args
@@ -32,8 +33,8 @@ from fastent.forecast.history import History
 from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import Forecast, predict_grok_time
 from fastent.moments import device_of_group
-from fastent.monitor.deferred import DeferredEntropy, Evaluated, OnFull, in_line
-from fastent.monitor.probe import Axes, Evaluator, Inputs, Layers, SamplesAxis, Watched
+from fastent.monitor.deferred import DeferredEntropy, Evaluated, FailedEvaluation, OnFull, in_line
+from fastent.monitor.probe import Axes, Evaluator, Inputs, Layers, OnError, SamplesAxis, Watched
 from fastent.process import Interrupts, at_exit, interrupts_held, uncompiled, warn_user
 from fastent.records import Course, EntropyRecord, Recording, checked_count
 
@@ -101,6 +102,8 @@ class Arrivals:
         Gets every record. If it raises, that is warned of once.
     on_nonfinite : {"record", "raise"}
         Whether `collect` raises FloatingPointError once such a record has been kept.
+    on_error : {"raise", "record"}
+        Whether `collect` raises the error of an evaluation that failed in the worker.
     """
 
     def __init__(
@@ -109,19 +112,20 @@ class Arrivals:
         recording: Recording,
         on_record: Callable[[EntropyRecord], object] | None,
         on_nonfinite: OnNonfinite,
+        on_error: OnError,
     ) -> None:
         self._evaluations, self._recording = evaluations, recording
-        self._on_record, self._on_nonfinite = on_record, on_nonfinite
+        self._on_record, self._on_nonfinite, self._on_error = on_record, on_nonfinite, on_error
         self._waiting: deque[EntropyRecord] = deque(maxlen=MOST_WAITING)
         self._ceiling_known: set[str] = set()
         self._to_raise: EntropyRecord | None = None
-        self._logger_failed = False
+        self._logger_failed = self._warned_of_failure = False
 
     def collect(self) -> None:
-        """Record what is there. Raises for an evaluation that failed, and for NaN or Inf if asked to."""
+        """Record what is there. Raises for an evaluation that failed, and for NaN or Inf, if asked to."""
         if self._evaluations.pending:
             with interrupts_held() as interrupts:  # nothing is taken out and not recorded
-                for step, results in self._evaluations.arrived():
+                for step, results in self._arrived():
                     self._record(step, results, interrupts)
         record, self._to_raise = self._to_raise, None
         if record is not None:
@@ -155,6 +159,17 @@ class Arrivals:
         self._waiting.clear()
         self._to_raise = None
 
+    def _arrived(self) -> Iterator[tuple[int, Mapping[str, Evaluated]]]:
+        while True:
+            try:
+                yield from self._evaluations.arrived()
+            except FailedEvaluation as error:
+                if self._on_error == "raise":
+                    raise
+                yield error.step, error.results
+            else:
+                return
+
     def _record(self, step: int, results: Mapping[str, Evaluated], interrupts: Interrupts) -> None:
         records = [EntropyRecord.of(step, layer, *evaluated) for layer, evaluated in results.items()]
         for record in records:
@@ -167,9 +182,19 @@ class Arrivals:
                 self._log(record)
             for record in records:
                 self._warn_of_ceiling(record)
+                self._warn_of_failure(record)
+
+    def _warn_of_failure(self, record: EntropyRecord) -> None:
+        if record.status is Status.FAILED and not self._warned_of_failure:
+            self._warned_of_failure = True
+            warn_user(
+                f"step {record.step} is recorded as failed, and training goes on: {record.message}. Further ones are "
+                "recorded without a warning",
+                RuntimeWarning,
+            )
 
     def _warn_of_ceiling(self, record: EntropyRecord) -> None:
-        if record.layer in self._ceiling_known or record.status in (Status.TOO_FEW_ROWS, Status.NOT_RUN):
+        if record.layer in self._ceiling_known or math.isnan(record.ceiling):  # nothing was measured
             return
         self._ceiling_known.add(record.layer)
         threshold = self._recording.threshold
@@ -256,6 +281,10 @@ class SpectralEntropyMonitor:
         diagnosis and forecast do not depend on it.
     on_nonfinite : {"record", "raise"}
         Whether NaN or Inf in activations is recorded and training goes on, or raises once recorded.
+    on_error : {"raise", "record"}
+        Whether an evaluation that fails, in the model's pass, in forming a covariance or in the worker, raises, or is
+        recorded for all its layers with the status `failed` and the error as message: training goes on, after one
+        warning. Bad arguments raise in either case, and so does the check at construction.
     on_record : callable, optional
         Gets every record, for a logger. If it raises, the monitor warns once and goes on.
     mode : {"deferred", "sync"}
@@ -338,6 +367,7 @@ class SpectralEntropyMonitor:
         standard_error: bool = False,
         history_size: int = 10_000,
         on_nonfinite: OnNonfinite = "record",
+        on_error: OnError = "raise",
         on_record: Callable[[EntropyRecord], object] | None = None,
         mode: Mode = "deferred",
         on_full: OnFull = "drop",
@@ -353,6 +383,7 @@ class SpectralEntropyMonitor:
         if isinstance(stopping, StopAfterCrossing) and threshold is None:
             raise ValueError("StopAfterCrossing needs a threshold to cross")
         _check_choice("on_nonfinite", on_nonfinite, get_args(OnNonfinite))
+        _check_choice("on_error", on_error, get_args(OnError))
         _check_choice("mode", mode, get_args(Mode))
         self._recording = Recording(operator.index(history_size), threshold)
         self._law, self._stopping = law, stopping
@@ -362,8 +393,10 @@ class SpectralEntropyMonitor:
         self._watched = Watched.of(model, probe, layers, rows_from_tokens=rows_from_tokens)
         axes = Axes(tokens, positions, channel_axis, samples_axis, mask, self._watched)
         self._evaluations = DeferredEntropy(on_full=on_full, device_of=in_line if mode == "sync" else None)
-        self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite)
-        self._evaluator = Evaluator(self._evaluations, self._recording, self._watched, axes, standard_error)
+        self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite, on_error)
+        self._evaluator = Evaluator(
+            self._evaluations, self._recording, self._watched, axes, standard_error, on_error
+        )
         self._last_called: int | None = None  # by `step`, not by `observe`
         self._unfinished: int | None = None  # the step whose evaluation failed: it may be repeated
         self._closed = False
@@ -409,7 +442,6 @@ class SpectralEntropyMonitor:
         if self._is_due(step):
             with interrupts_held():  # a step is evaluated and recorded, or it is not
                 self._last_called, self._unfinished = step, step
-                self._watched.probe.check()
                 self._evaluator.run(step)
                 self._unfinished = None
                 self._arrivals.collect()
@@ -464,6 +496,25 @@ class SpectralEntropyMonitor:
         return self._recording.records
 
     @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that are recorded: of the model in the order asked for, then those only observed.
+
+        Those that a pattern matched or a function returns are known once they have run.
+        """
+        watched = self._watched.names if self._watched is not None else ()
+        return tuple(dict.fromkeys((*watched, *self._recording.layers)))
+
+    @property
+    def needs_every_rank(self) -> bool:
+        """Whether every rank must make the monitor and call `step`: the model is sharded; rank 0 alone records then."""
+        return self._watched is not None and self._watched.needs_every_rank
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called: no more steps are taken, and what was recorded can be read."""
+        return self._closed
+
+    @property
     def last_step(self) -> int | None:
         """The newest step that the monitor was told of."""
         return self._last_step
@@ -476,7 +527,7 @@ class SpectralEntropyMonitor:
     @property
     def crossed(self) -> bool:
         """Whether every watched layer has been below the threshold at some step; False without one."""
-        watched = self._recording.layers.union(self._named_layers())
+        watched = set(self.layers)
         return bool(watched) and watched <= self.crossings.keys()
 
     @uncompiled
@@ -677,9 +728,6 @@ class SpectralEntropyMonitor:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
         at_exit(self)
-
-    def _named_layers(self) -> Iterable[str]:
-        return self._watched.names if self._watched else ()
 
     def _is_due(self, step: int) -> bool:
         if self._last_called is None:

@@ -42,13 +42,14 @@ from fastent.activations import Positions, RealTokens, Rows, Tokens, TooFewRows
 from fastent.entropy import SpectralEntropy, Status, checked, spectral_entropy, unmeasured
 from fastent.linalg import check_pool
 from fastent.moments import Moments
-from fastent.monitor.deferred import DeferredEntropy, Evaluation
+from fastent.monitor.deferred import DeferredEntropy, Evaluation, described, failed
 from fastent.monitor.isolation import apart, fsdp1_modules, fsdp_modules, in_a_pass, undisturbed
 from fastent.process import interrupts_held, warn_user
 from fastent.records import Recording
 from fastent.sampling import sampling_error
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+OnError = Literal["raise", "record"]
 LayerFunction = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
 Layers = str | Iterable[str] | LayerFunction
 
@@ -892,8 +893,8 @@ class Evaluator:
         The model and its probe.
     axes : Axes
         How the activations are read.
-    standard_error : bool
-        As `fastent.SpectralEntropyMonitor` takes it.
+    standard_error, on_error
+        As `fastent.SpectralEntropyMonitor` takes them.
     """
 
     def __init__(
@@ -903,13 +904,15 @@ class Evaluator:
         watched: Watched | None,
         axes: Axes,
         standard_error: bool,
+        on_error: OnError,
     ) -> None:
         self._evaluations, self._recording, self._watched = evaluations, recording, watched
-        self._axes, self._standard_error = axes, standard_error
+        self._axes, self._standard_error, self._on_error = axes, standard_error, on_error
         self._devices: dict[str, torch.device] = {}
         self._merged = _Merged()
         self._seen_in_backward: dict[str, bool] = {}  # by layer, for its newest observed step
-        self._warned_of_repeats = False
+        self._failed: dict[str, int] = {}  # by layer, the newest step
+        self._warned_of_repeats = self._warned_of_failure = False
         self._probing = False
 
     @property
@@ -930,6 +933,11 @@ class Evaluator:
         watched = self._watched
         assert watched is not None
         every_rank = watched.needs_every_rank
+        with self._failing(step, () if every_rank and _rank() else watched.names):
+            watched.probe.check()
+            self._run(step, watched, every_rank)
+
+    def _run(self, step: int, watched: Watched, every_rank: bool) -> None:
         evaluation = None
         if not (every_rank and _rank()):
             # The jackknife needs the activations: it is done in line.
@@ -972,6 +980,10 @@ class Evaluator:
                 return
         else:
             self._seen_in_backward[layer] = _in_backward()
+        with self._failing(step, [layer]):
+            self._take(step, layer, h, merge)
+
+    def _take(self, step: int, layer: str, h: Tensor | SpectralEntropy, merge: bool) -> None:
         if merge and not isinstance(h, SpectralEntropy):
             self._merge(step, layer, h)
             return
@@ -992,7 +1004,8 @@ class Evaluator:
             return
         with interrupts_held():
             self._merged = _Merged()
-            self._evaluate(merged)
+            with self._failing(merged.step, merged.moments):
+                self._evaluate(merged)
 
     def _evaluate(self, merged: _Merged) -> None:
         evaluation = self._evaluations.open(merged.step, needs_room=False)
@@ -1003,6 +1016,32 @@ class Evaluator:
                     entropy = _too_few(moments.n, merged.widths[layer]) if few else moments.spectral_entropy()
                     evaluation.put(layer, entropy)
                 self._expect(merged.step, evaluation)
+
+    @contextmanager
+    def _failing(self, step: int, layers: Iterable[str]) -> Iterator[None]:
+        """Record what goes wrong inside for `layers`, if it is not to be raised."""
+        try:
+            yield
+        except Exception as error:  # whatever a model raises on its probe must not end training
+            if self._on_error == "raise":
+                raise
+            ran = self._watched.ran if self._watched is not None else {}
+            evaluation = self._evaluations.open(step, needs_room=False)
+            assert evaluation is not None
+            with evaluation:
+                for layer in layers:
+                    self._merged.moments.pop(layer, None)
+                    self._failed[layer] = step
+                    if self._recording.newest(layer) != step:
+                        width = self._recording.width(layer) or ran.get(layer, 0)
+                        evaluation.put(layer, failed(width, error))
+                self._expect(step, evaluation)
+            if not evaluation.widths and not self._warned_of_failure:  # nor will a record warn
+                self._warned_of_failure = True
+                warn_user(
+                    f"the evaluation of step {step} failed, and leaves no record: {described(error)}",
+                    RuntimeWarning,
+                )
 
     def forget(self) -> None:
         """Let layers come from other devices than before, and drop what was merged."""
@@ -1055,7 +1094,7 @@ class Evaluator:
         self._devices[layer] = h.device
 
     def _ignore(self, step: int, layer: str) -> None:
-        if not self._warned_of_repeats:
+        if not self._warned_of_repeats and self._failed.get(layer) != step:
             self._warned_of_repeats = True
             warn_user(
                 f"layer {layer!r} was observed again at step {step}, and that is ignored: pass merge=True to take "

@@ -251,6 +251,89 @@ def test_the_check_leaves_training_bit_identical_and_records_nothing() -> None:
     assert all(map(torch.equal, train(True), train(False)))
 
 
+# An evaluation that fails
+
+
+class Failing(nn.Sequential):
+    """A model whose forward pass raises while `failing` is set."""
+
+    failing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.failing:
+            raise RuntimeError("out of memory")
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_pass_that_fails_is_recorded_for_every_layer_on_request_and_training_goes_on(checked: bool) -> None:
+    torch.manual_seed(0)
+    model = Failing(nn.Linear(6, 8), nn.Linear(8, 4))
+    monitor = Monitor(model, inputs(), ["1", "0"], every=1, on_error="record", threshold=0.9, check=checked)
+    model.failing = True
+    with pytest.warns(RuntimeWarning, match="step 0 is recorded as failed") as caught:
+        records = monitor.step(0)
+    assert len(caught) == 1
+    assert monitor.step(0) == []  # it is done, and not tried again
+    records += monitor.step(1)  # without a warning
+    known = {"1": 4, "0": 8} if checked else {"1": 0, "0": 0}
+    assert [(r.step, r.layer, r.status, r.n, r.d) for r in records] == [
+        (step, layer, Status.FAILED, 0, d) for step in (0, 1) for layer, d in known.items()
+    ]
+    assert records[0].message == (
+        "the evaluation failed: RuntimeError: out of memory; in the pass of the monitor's probe at step 0"
+    )
+    assert math.isnan(records[0].normalized)
+    assert monitor.crossings == {}
+    model.failing = False
+    assert [(r.layer, r.status, r.d) for r in monitor.step(2)] == [("1", Status.OK, 4), ("0", Status.OK, 8)]
+    again = Monitor(model, inputs(), ["1", "0"], every=1, threshold=0.9)
+    again.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert [r.status for r in again.history] == [r.status for r in monitor.history]
+    with pytest.raises(ValueError, match="had d = 8 and now has d = 5"):  # the first success told the width
+        again.observe(4, inputs(d=5), layer="0")
+
+
+def test_a_probe_that_changed_and_unusable_activations_are_recorded_on_request() -> None:
+    x = inputs()
+    monitor = Monitor(nn.Sequential(nn.Linear(6, 8)), x, "0", every=1, on_error="record")
+    monitor.step(0)
+    x.add_(1)
+    with pytest.warns(RuntimeWarning, match="step 1 is recorded as failed"):
+        records = monitor.step(1)
+    for h in (inputs(), inputs()[0], inputs()):  # without a warning, and the third is no half of its own
+        monitor.observe(1, h, layer="half", merge=True)
+    records += monitor.flush()
+    assert [(r.layer, r.status) for r in records] == [("0", Status.FAILED), ("half", Status.FAILED)]
+    assert "ValueError: the probe changed" in records[0].message
+    assert "layer 'half'" in records[1].message
+    monitor.observe(2, inputs(), layer="half", merge=True)
+    assert [(r.layer, r.status) for r in monitor.flush()] == [("half", Status.OK)]
+    with pytest.raises(ValueError, match="steps do not go back"):
+        monitor.step(1)
+    with pytest.raises(ValueError, match="merge=True adds up activations"):
+        monitor.observe(3, spectral_entropy(x), layer="a", merge=True)
+
+
+def test_bad_arguments_raise_at_construction_also_where_failures_are_recorded() -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        Monitor(nn.Linear(6, 8), inputs(d=5), "", on_error="record")
+    with pytest.raises(ValueError, match="on_error must be one of 'raise', 'record'; got 'warn'"):
+        Monitor(on_error="warn")  # type: ignore[arg-type]
+
+
+def test_a_function_that_fails_before_it_ever_ran_leaves_one_warning_in_place_of_a_record() -> None:
+    def layers(model: nn.Module, probe: Tensor) -> Tensor:
+        raise RuntimeError("no batch yet")
+
+    monitor = Monitor(nn.Linear(6, 8), inputs(), layers, every=1, on_error="record", check=False)
+    with pytest.warns(
+        RuntimeWarning, match="step 0 failed, and leaves no record: RuntimeError: no batch yet"
+    ):
+        assert monitor.step(0) == []
+    assert monitor.step(1) == []
+
+
 # Observing in hooks
 
 

@@ -259,6 +259,18 @@ def test_crossed_is_the_threshold_alone_and_stays() -> None:
     assert not monitor.should_stop()  # no policy was given
 
 
+def test_layers_are_those_of_the_model_in_the_order_asked_for_then_those_observed(model: nn.Module) -> None:
+    monitor = Monitor(model, inputs(), ["2", "0"])
+    assert (monitor.layers, monitor.needs_every_rank) == (("2", "0"), False)
+    for layer in ("z", "a"):
+        monitor.observe(0, inputs(), layer=layer)
+    monitor.step(0)
+    assert monitor.layers == ("2", "0", "z", "a")
+    assert Monitor(model, inputs(), "*", check=False).layers == ()  # a pattern's are known once they ran
+    assert Monitor(model, inputs(), "*").layers == ("0", "1", "2")
+    assert (Monitor().layers, Monitor().needs_every_rank) == ((), False)
+
+
 def test_without_a_threshold_nothing_crosses() -> None:
     monitor = Monitor()
     monitor.observe(0, spread(0.01), layer="a")
@@ -597,6 +609,8 @@ def test_a_closed_monitor_takes_no_steps_and_keeps_its_history(model: nn.Module)
     with Monitor(model, inputs(), "2") as monitor:
         monitor.step(0)
         monitor.flush()
+        assert not monitor.closed
+    assert monitor.closed
     monitor.close()
     for call in (lambda: monitor.step(200), lambda: monitor.observe(200, inputs(), layer="a")):
         with pytest.raises(RuntimeError, match="the monitor is closed"):

@@ -254,6 +254,24 @@ def test_a_failure_in_the_worker_names_its_step_at_the_next_call_and_the_others_
     monitor.close()
 
 
+def test_a_failure_in_the_worker_is_recorded_in_its_place_on_request(streams: FakeStreams) -> None:
+    monitor = Monitor(on_error="record")
+    for step in range(3):
+        monitor.observe(step, inputs(step), layer="a")
+    streams.events[1].error = RuntimeError("CUDA error: unspecified launch failure")
+    streams.tick()
+    with pytest.warns(RuntimeWarning, match="step 1 is recorded as failed, and training goes on: ") as caught:
+        records = monitor.flush()
+    assert len(caught) == 1
+    assert [(record.step, record.status, record.d) for record in records] == [
+        (0, Status.OK, 6),
+        (1, Status.FAILED, 6),
+        (2, Status.OK, 6),
+    ]
+    assert records[1].message == "the evaluation failed: RuntimeError: CUDA error: unspecified launch failure"
+    monitor.close()
+
+
 def test_leaving_by_an_exception_keeps_the_records_and_the_exception(streams: FakeStreams) -> None:
     monitor = Monitor()
 
