@@ -119,22 +119,16 @@ def _planned(
     force: bool,
 ) -> list[Job]:
     """Return the stacks to train, each rule checked that can be checked before the first of them starts."""
-    from fastent.grokking.experiments.jobs import FEW_PAIRS, JOBS
+    from fastent.grokking.experiments.jobs import JOBS, planned
     from fastent.grokking.train.runs import plan_stacks
     from fastent.grokking.train.sweep import check_jobs
 
     if experiment not in (*JOBS, "all"):
         raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
-    base, own = preset_called(preset), {variant.condition for variant in FEW_PAIRS}
     asked: list[Job] = []
     runs: set[str] = set()
     for name in JOBS:
-        for job in JOBS[name](config, seeds) if experiment in (name, "all") else []:
-            if job.condition not in own:  # a share of the pairs is what those are about
-                fraction = own_fraction(config, job.config.task, base)
-                job = dataclasses.replace(
-                    job, config=dataclasses.replace(job.config, train_fraction=fraction)
-                )
+        for job in planned(name, config, preset, seeds) if experiment in (name, "all") else []:
             # Experiments share runs: each is trained once.
             new = tuple(seed for seed in job.seeds if job.run_name(seed) not in runs)
             runs.update(map(job.run_name, new))
@@ -740,7 +734,8 @@ def _default_settings(arguments: Sequence[str]) -> TrainConfig:
             given[name] = value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
     with _wrong_usage():
         base = preset_called(given["--preset"])
-        return dataclasses.replace(base, train_fraction=own_fraction(base, given["--task"], base))
+        fraction = own_fraction(base, given["--task"], given["--preset"])
+        return dataclasses.replace(base, train_fraction=fraction)
 
 
 class WrongUsage(ValueError):

@@ -17,7 +17,7 @@ import torch
 
 from fastent import cli, linalg, spectral_entropy
 from fastent.cli import main, parse_seeds
-from fastent.grokking.experiments.jobs import JOBS
+from fastent.grokking.experiments.jobs import JOBS, planned
 from fastent.grokking.train import sweep
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.storage import RunWarning
@@ -60,7 +60,9 @@ def test_run_all_asks_for_every_job_of_every_experiment_once(monkeypatch, tmp_pa
     seen = []
     monkeypatch.setattr(sweep, "run_jobs", lambda jobs, *arguments, **options: seen.extend(jobs) or [])
     assert main(["run", "all", "--seeds", "0-1", "--out", str(tmp_path)]) == 0
-    assert seen == list(dict.fromkeys(job for jobs in JOBS.values() for job in jobs(preset("quick"), (0, 1))))
+    assert seen == list(
+        dict.fromkeys(job for each in JOBS for job in planned(each, preset("quick"), "quick", (0, 1)))
+    )
     seen.clear()
     assert main(["run", "all", "--seeds", "0-11", "--out", str(tmp_path)]) == 0
     trained = [job.run_name(seed) for job in seen for seed in job.seeds]

@@ -100,7 +100,12 @@ class StoredRun:
 
     def changes_from(self, preset: str) -> dict[str, Any]:
         """Return the values of the fields that differ from a preset's, task and measures aside."""
-        return _changes(self.config, PRESETS_JSON[preset])
+        # Neither the task, with what it needs, nor what is measured beside makes it another setting.
+        there = {**PRESETS_JSON[preset], **TASK_SETTINGS[preset].get(self.config.get("task", ""), {})}
+        keys = [key for key in {**there, **self.config} if key not in ("task", "measures")]
+        return {
+            key: self.config[key] for key in keys if key in self.config and self.config[key] != there.get(key)
+        }
 
     @functools.cached_property
     def _columns(self) -> dict[str, Array]:
@@ -135,13 +140,6 @@ PRESETS_JSON = {name: _as_json(config) for name, config in PRESETS.items()}
 """Settings of the presets by name, as JSON gives them."""
 
 PAPER = PRESETS_JSON["paper"]
-
-
-def _changes(config: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
-    # Neither the task, with what it needs, nor what is measured beside makes it another setting.
-    preset = {**preset, **TASK_SETTINGS.get(config.get("task", ""), {})}
-    keys = [key for key in {**preset, **config} if key not in ("task", "measures")]
-    return {key: config[key] for key in keys if key in config and config[key] != preset.get(key)}
 
 
 @dataclass(frozen=True, eq=False)

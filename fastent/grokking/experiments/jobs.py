@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastent.grokking.train.config import CHOICES, TASK_SETTINGS, MeasureName, TrainConfig
+from fastent.grokking.train.config import CHOICES, MeasureName, TrainConfig, own_fraction
 from fastent.grokking.train.runs import Job
 
 ALPHA = 0.1
@@ -171,6 +171,34 @@ JOBS: dict[str, Jobs] = {
 """By id, all that can be run. E4 and E8 are analyses of E1's runs, and the sham is a part of E3."""
 
 
+def planned(experiment: str, config: TrainConfig, preset: str, seeds: Sequence[int]) -> list[Job]:
+    """Jobs of an experiment under settings made from a preset, each task trained on its own share of the pairs.
+
+    Parameters
+    ----------
+    experiment : str
+        A key of `JOBS`.
+    config : TrainConfig
+        The preset, with changes.
+    preset : str
+        The name of the preset.
+    seeds : sequence of int
+        In the order of their importance.
+    """
+    few = {variant.condition for variant in FEW_PAIRS}  # a share of the pairs is what those are about
+    return [
+        job
+        if job.condition in few
+        else dataclasses.replace(
+            job,
+            config=dataclasses.replace(
+                job.config, train_fraction=own_fraction(config, job.config.task, preset)
+            ),
+        )
+        for job in JOBS[experiment](config, seeds)
+    ]
+
+
 @dataclass(frozen=True)
 class Variant:
     """Settings that differ from the preset's in `changes`; `label` says how, in a few words.
@@ -183,11 +211,9 @@ class Variant:
     label: str
 
 
-_S5 = {"task": "s5", **TASK_SETTINGS["s5"]}
-
 TASKS = (
-    Variant("baseline", _S5, "composition in S5"),
-    Variant("with-images", {**_S5, "operand_tokens": "images"}, "composition in S5, ten tokens"),
+    Variant("baseline", {"task": "s5"}, "composition in S5"),
+    Variant("with-images", {"task": "s5", "operand_tokens": "images"}, "composition in S5, ten tokens"),
     Variant("baseline", {"task": "mul"}, "a b mod p, 0 included"),
     Variant("baseline", {"task": "sub"}, "a - b mod p"),
 )

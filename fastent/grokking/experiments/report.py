@@ -64,7 +64,7 @@ from fastent.grokking.experiments.document import (
     fill,
     save,
 )
-from fastent.grokking.experiments.jobs import JOBS
+from fastent.grokking.experiments.jobs import JOBS, planned
 from fastent.grokking.experiments.leads import left_out_threshold
 from fastent.grokking.train.config import SOURCES, TASK_SETTINGS, TrainConfig
 from fastent.grokking.train.storage import write_atomically
@@ -313,7 +313,7 @@ def _way(way: Way) -> str:
     for key, value in changes.items():
         own = isinstance(value, dict)
         for field, here in value.items() if own else ((key, value),):
-            there = TASK_SETTINGS[key][field] if own else PRESETS_JSON[name].get(field, NONE)
+            there = TASK_SETTINGS[name][key][field] if own else PRESETS_JSON[name].get(field, NONE)
             differing.append(f"`{field}`{f' of {key}' if own else ''} {here} (there {there})")
     return f"the preset `{name}` " + (f"but for {', '.join(differing)}" if differing else "as it is")
 
@@ -644,10 +644,12 @@ def settings(stored: Sequence[StoredRun]) -> list[tuple[Way, list[StoredRun]]]:
         for way in (*((name, _changes(run, name)) for name in PRESETS_JSON), run.preset)
     ]
     # What is a task's own is read off its runs, and what is shared off those of others.
-    own = [
-        {},
-        *({key: value} for _, changes in read for key, value in changes.items() if isinstance(value, dict)),
-    ]
+    own: list[dict[str, Any]] = [{}]
+    for run, *_ in kinds.values():
+        for needs in TASK_SETTINGS.values():
+            if fields := needs.get(task := run.config["task"]):
+                each = {task: {key: run.config[key] for key in fields}}
+                own += [] if each in own else [each]
     ways = {
         json.dumps(way, sort_keys=True): way
         for name, changes in read
@@ -722,7 +724,7 @@ def _changes(run: StoredRun, preset: str) -> dict[str, Any]:
         return {}
     changes = {key: run.config[key] for key, value in asked.items() if run.config.get(key, value) != value}
     task = run.config["task"]
-    if own := {key: changes.pop(key) for key in TASK_SETTINGS.get(task, {}) if key in changes}:
+    if own := {key: changes.pop(key) for key in TASK_SETTINGS[preset].get(task, {}) if key in changes}:
         changes[task] = own
     for key in list(changes):
         # One setting may follow from another: a run to the end goes on for as long as the limit of steps.
@@ -750,10 +752,9 @@ def _asked(run: StoredRun, preset: str, changes: dict[str, Any]) -> dict[str, An
 @functools.lru_cache(maxsize=1024)
 def _settings(experiment: str, preset: str, changes: str) -> dict[tuple[str, str], dict[str, Any]]:
     """Return what an experiment asks for, by condition and task, given a preset with changes (JSON)."""
-    make = JOBS.get(experiment)
     try:
         config = TrainConfig(**_frozen({**PRESETS_JSON[preset], **json.loads(changes)}))
-        jobs = [] if make is None else make(config, (0,))
+        jobs = planned(experiment, config, preset, (0,)) if experiment in JOBS else []
     except ValueError:  # changes that do not fit each other
         return {}
     return {(job.condition, job.config.task): job.settings() for job in jobs if job.experiment == experiment}

@@ -6,10 +6,12 @@ from planted_columns import EVERY, planted, tables
 from fastent.grokking.experiments import e6_tasks, figures
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.document import Verdict
-from fastent.grokking.experiments.jobs import JOBS
+from fastent.grokking.experiments.jobs import planned
 from fastent.grokking.train.config import TrainConfig, preset
 
-ADD, S5, IMAGES, MUL, SUB, MUL_NONZERO, LESS, OWN_SUB, OWN_ADD = JOBS["e6"](preset("paper"), range(10))
+ADD, S5, IMAGES, MUL, SUB, MUL_NONZERO, LESS, OWN_SUB, OWN_ADD = planned(
+    "e6", preset("paper"), "paper", range(10)
+)
 ROWS = 120
 
 
@@ -96,7 +98,7 @@ def test_a_run_that_does_not_grok_is_kept_to_the_limit_of_steps():
 
 
 def test_numbers_of_the_paper_are_judged_only_in_its_setting():
-    quick = {job.config.task: job for job in JOBS["e6"](preset("quick"), range(10))[:4]}
+    quick = {job.config.task: job for job in planned("e6", preset("quick"), "quick", range(10))[:4]}
     claims = e6_tasks.claims(e6_tasks.analyse(Runs(tuple(some(quick["mul"], 21_600, 0.589)))))
     assert claims["e6.mul"].verdict == Verdict.OTHER_SETTING
 

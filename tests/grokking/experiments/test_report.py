@@ -30,7 +30,7 @@ from fastent.grokking.experiments.document import (
     Verdict,
     figures_of,
 )
-from fastent.grokking.experiments.jobs import JOBS
+from fastent.grokking.experiments.jobs import JOBS, planned
 from fastent.grokking.experiments.report import (
     CONCLUSIONS,
     EXPERIMENTS,
@@ -41,8 +41,8 @@ from fastent.grokking.experiments.report import (
     write_report,
 )
 from fastent.grokking.train import sweep
+from fastent.grokking.train.config import PRESETS, preset
 from fastent.grokking.train.config import SOURCES as SOURCES_OF_VALUES
-from fastent.grokking.train.config import preset
 from fastent.grokking.train.storage import RunError
 
 
@@ -443,7 +443,7 @@ def write(out, job):
 def test_every_command_asks_for_the_runs_it_stands_for(tmp_path, monkeypatch, name, given):
     made = {}
     for experiment in JOBS:
-        for job in JOBS[experiment](preset(name, **given), (0, 1, 3, 4, 5, 8)):
+        for job in planned(experiment, preset(name, **given), name, (0, 1, 3, 4, 5, 8)):
             write(tmp_path, job)
             made |= {job.run_name(seed): job.settings() for seed in job.seeds}
     asked = {}
@@ -516,7 +516,7 @@ def test_runs_of_all_experiments_of_one_preset_are_of_one_setting_and_one_run_of
     tmp_path, name
 ):
     for experiment in JOBS:
-        for job in JOBS[experiment](preset(name, max_steps=7000), (0, 1)):
+        for job in planned(experiment, preset(name, max_steps=7000), name, (0, 1)):
             write(tmp_path, job)
     assert report.of_one_setting(read_runs(tmp_path))
     (job,) = JOBS["e1"](preset({"quick": "paper", "paper": "quick"}[name], max_steps=7000), (2,))
@@ -538,24 +538,28 @@ def test_runs_of_a_preset_that_has_changed_since_are_of_one_setting_that_the_hea
     tmp_path, monkeypatch
 ):
     for experiment in ("e1", "e6"):
-        for job in JOBS[experiment](preset("paper"), (0, 1)):
+        for job in planned(experiment, preset("paper"), "paper", (0, 1)):
             write(tmp_path, job)
-    newer = dataclasses.asdict(preset("paper", train_fraction=0.2, final_norm=True, evaluate_every=100))
-    monkeypatch.setitem(report.PRESETS_JSON, "paper", json.loads(json.dumps(newer)))
+    for name in (name for name in PRESETS if name.startswith("paper")):
+        newer = preset(name, train_fraction=0.2, final_norm=True, evaluate_every=100)
+        monkeypatch.setitem(PRESETS, name, newer)
+        monkeypatch.setitem(report.PRESETS_JSON, name, json.loads(json.dumps(dataclasses.asdict(newer))))
     monkeypatch.setattr(report, "_settings", report._settings.__wrapped__)
     stored = read_runs(tmp_path)
     ((way, made),) = report.settings(stored)
-    assert way == ("paper", {"train_fraction": 0.3, "final_norm": False, "evaluate_every": 200})
+    shared = {"train_fraction": 0.3, "final_norm": False, "evaluate_every": 200}
+    own = {"s5": {"train_fraction": 0.5}}  # else the share that is asked for goes for S5 too
+    assert way == ("paper", {**shared, **own})
     assert len(made) == len(stored)
     assert report._way(way) == (
         "the preset `paper` but for `train_fraction` 0.3 (there 0.2), `final_norm` False (there True), "
-        "`evaluate_every` 200 (there 100)"
+        "`evaluate_every` 200 (there 100), `train_fraction` of s5 0.5 (there 0.5)"
     )
 
 
 def test_what_a_task_had_for_itself_is_named_and_two_of_it_are_two_settings(tmp_path):
     for experiment in ("e1", "e6"):
-        for job in JOBS[experiment](preset("paper", weight_decay=0.5), (0, 1)):
+        for job in planned(experiment, preset("paper", weight_decay=0.5), "paper", (0, 1)):
             if job.config.task == "s5":
                 job = dataclasses.replace(job, config=dataclasses.replace(job.config, train_fraction=0.1))
             write(tmp_path, job)

@@ -115,7 +115,6 @@ def test_no_setting_is_infinite_or_no_number(field, value):
 
 
 def test_a_share_that_was_asked_for_goes_for_every_task_and_otherwise_each_has_its_own():
-    quick = PRESETS["quick"]
     for base, task, own in (
         ("quick", "add", 0.4),
         ("quick", "s5", 0.5),
@@ -123,6 +122,6 @@ def test_a_share_that_was_asked_for_goes_for_every_task_and_otherwise_each_has_i
         ("paper", "s5", 0.5),
     ):
         for start in ("add", "s5"):
-            assert own_fraction(preset(base, task=start), task, PRESETS[base]) == own
-            assert own_fraction(preset(base, task=start, train_fraction=0.6), task, PRESETS[base]) == 0.6
-    assert own_fraction(quick, "mul", quick) == quick.train_fraction
+            assert own_fraction(preset(base, task=start), task, base) == own
+            assert own_fraction(preset(base, task=start, train_fraction=0.6), task, base) == 0.6
+    assert own_fraction(preset("quick"), "mul", "quick") == PRESETS["quick"].train_fraction
