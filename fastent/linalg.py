@@ -8,7 +8,8 @@ so the bits do not depend on strides or on other items of a batch.
 
 **OpenBLAS** in place of torch's MKL, for one thread on a processor that is not Intel's: there MKL runs kernels at
 about half the speed (bench/NOTES.md). NumPy's wheels carry it; its ``dsyrk`` is called where it lies, as NumPy calls it
-for ``a.T @ a``, but for one triangle, with a factor and a sum; ctypes lets other threads run meanwhile. Only where
+for ``a.T @ a``, but for one triangle, with a factor and a sum, and its ``dsyevd`` as ``numpy.linalg.eigvalsh`` calls
+it, to the same bits; ctypes lets other threads run meanwhile, where NumPy's solver holds the interpreter. Only where
 both libraries have one thread: two pools on the same cores fight. No number of threads is ever changed, so
 ``OMP_NUM_THREADS=1`` in the environment (torchrun's default) is what makes a process eligible,
 ``torch.set_num_threads(1)`` alone is not. Which of the two computes is a function of the machine, of the numbers of
@@ -53,6 +54,7 @@ _ROW_MAJOR, _LOWER, _AS_IT_IS, _TRANSPOSED = 101, 122, 111, 112
 
 class _Library(NamedTuple):
     syrk: Callable[..., None]
+    syevd: Callable[..., None]
     threads: Callable[[], int]
 
 
@@ -134,10 +136,46 @@ def add_lower_syrk(lower: Tensor, a: Tensor, scale: float, *, first: bool = Fals
 
 def openblas_eigenvalues(matrix: Tensor) -> Tensor:
     """Ascending eigenvalues, shape (..., m), of the lower triangle of `matrix`; fails as torch's solver does."""
-    try:  # LAPACK is column-major: the upper triangle of the transpose is our lower one
-        return torch.from_numpy(np.linalg.eigvalsh(matrix.mT.numpy(), UPLO="U"))
-    except np.linalg.LinAlgError as error:
-        raise torch.linalg.LinAlgError(str(error)) from error  # type: ignore[attr-defined]
+    m = matrix.shape[-1]
+    values = torch.empty(matrix.shape[:-1], dtype=torch.float64, device=_CPU)
+    for item, own in zip(matrix.reshape(-1, m, m), values.view(-1, m), strict=True):
+        failed = _syevd(openblas_empty(m).copy_(item), own)
+        if failed:
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                f"the eigenvalues of a {m} x {m} matrix did not converge: {failed} elements off the diagonal are left"
+            )
+    return values
+
+
+def _syevd(matrix: Tensor, values: Tensor) -> int:
+    """Write the eigenvalues (m,) of the lower triangle of `matrix`, which is overwritten; 0, or LAPACK's complaint."""
+    library = _library()
+    assert library is not None
+    m, info = ctypes.c_int64(len(values)), ctypes.c_int64()
+
+    def call(work: Tensor, size: int, integers: Tensor, count: int) -> None:
+        library.syevd(
+            b"N",
+            b"U",  # LAPACK is column-major: the upper triangle of the transpose is our lower one
+            m,
+            matrix.data_ptr(),
+            m,
+            values.data_ptr(),
+            work.data_ptr(),
+            ctypes.c_int64(size),
+            integers.data_ptr(),
+            ctypes.c_int64(count),
+            info,
+            1,  # lengths of the two strings, as Fortran wants them
+            1,
+        )
+
+    integers = torch.empty(1, dtype=torch.int64, device=_CPU)
+    best = torch.empty(1, dtype=torch.float64, device=_CPU)
+    call(best, -1, integers, -1)  # asks how much memory serves best
+    size = int(best)
+    call(torch.empty(size, dtype=torch.float64, device=_CPU), size, integers, 1)
+    return info.value
 
 
 @functools.cache
@@ -169,15 +207,24 @@ def _load(folder: Path) -> _Library | None:
     library: Any = ctypes.CDLL(str(files[0]))
     for prefix in _PREFIXES:
         syrk = getattr(library, f"{prefix}cblas_dsyrk64_", None)
+        syevd = getattr(library, f"{prefix}dsyevd_64_", None)
         threads = getattr(library, f"{prefix}openblas_get_num_threads64_", None)
-        if syrk is not None and threads is not None:
-            choice, integer, double = ctypes.c_int, ctypes.c_int64, ctypes.c_double
-            matrix = (ctypes.c_void_p, integer)  # and its leading dimension
+        if syrk is not None and syevd is not None and threads is not None:
+            choice, integer, double, address = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+            matrix = (address, integer)  # and its leading dimension
             syrk.argtypes = (choice, choice, choice, integer, integer, double, *matrix, double, *matrix)
             syrk.restype = None
+            text, number = ctypes.c_char_p, ctypes.POINTER(integer)
+            spaces = (address, number, address, number)  # and their sizes
+            syevd.argtypes = (
+                *(text, text, number, address, number, address),
+                *spaces,
+                *(number, ctypes.c_size_t, ctypes.c_size_t),
+            )
+            syevd.restype = None
             threads.argtypes = ()
             threads.restype = ctypes.c_int
-            return _Library(syrk, threads)
+            return _Library(syrk, syevd, threads)
     return None
 
 

@@ -1,5 +1,7 @@
 """NumPy's OpenBLAS in place of MKL: when it is taken, and that it answers as torch does."""
 
+import ctypes
+import sys
 import threading
 
 import numpy as np
@@ -30,7 +32,7 @@ SHAPES = [
 @pytest.fixture
 def suited(monkeypatch):
     """A machine where it is preferred, whatever this one is."""
-    library = linalg._Library(lambda *arguments: None, lambda: 1)
+    library = linalg._Library(lambda *arguments: None, lambda *arguments: None, lambda: 1)
     monkeypatch.setattr(linalg, "_library", lambda: library)
     monkeypatch.setattr(linalg, "_mkl_is_slow", lambda: True)
     return library
@@ -107,20 +109,20 @@ def test_a_library_is_taken_only_if_it_is_the_only_one_and_has_the_functions(tmp
             for name in names:
                 setattr(self, name, lambda: None)
 
-    names = ("scipy_cblas_dsyrk64_", "scipy_openblas_get_num_threads64_")
+    names = ("scipy_cblas_dsyrk64_", "scipy_dsyevd_64_", "scipy_openblas_get_num_threads64_")
     libraries = {
-        "both": Functions(*names),
+        "all": Functions(*names),
         "old": Functions(*(name[6:] for name in names)),
-        "half": Functions(names[0]),
+        "half": Functions(*names[::2]),
     }
     monkeypatch.setattr(linalg.ctypes, "CDLL", lambda path: libraries[path.rpartition("-")[2]])
     assert linalg._load(tmp_path) is None
-    for name, usable in (("both", True), ("old", True), ("half", False)):
+    for name, usable in (("all", True), ("old", True), ("half", False)):
         file = tmp_path / f"libopenblas-{name}"
         file.touch()
         assert (linalg._load(tmp_path) is not None) is usable
         file.unlink()
-    for name in ("both", "old"):
+    for name in ("all", "old"):
         (tmp_path / f"libopenblas-{name}").touch()
     assert linalg._load(tmp_path) is None
 
@@ -211,20 +213,59 @@ def test_a_thread_limited_as_the_worker_is_solves_to_the_same_bits_meanwhile(mon
     assert all(torch.equal(product, products[0]) for product in products)
 
 
-def test_its_solver_reads_the_lower_triangle_and_fails_as_torchs_does(monkeypatch):
-    matrix = centered_matrix(activations(50, 6)).matrix.tril()
-    expected = torch.linalg.eigvalsh(matrix + matrix.tril(-1).T)
-    matrix[0, 3] = torch.nan
-    assert torch.allclose(linalg.openblas_eigenvalues(matrix), expected, rtol=1e-13)
+@found
+@pytest.mark.parametrize("m", [1, 2, 41, 192, 300])
+def test_its_eigenvalues_are_numpys_to_the_bit_and_read_the_lower_triangle_alone(m):
+    matrix = centered_matrix(activations(2 * m, m), side="covariance").matrix.tril()
+    expected = np.linalg.eigvalsh(matrix.mT.numpy(), UPLO="U")
+    matrix[torch.triu_indices(m, m, 1).unbind()] = torch.nan
+    assert np.array_equal(linalg.openblas_eigenvalues(matrix).numpy(), expected)
     batch = torch.stack([matrix, 2 * matrix])
     assert torch.equal(linalg.openblas_eigenvalues(batch)[0], linalg.openblas_eigenvalues(matrix))
 
-    def fail(*arguments, **options):
-        raise np.linalg.LinAlgError("Eigenvalues did not converge")
 
-    monkeypatch.setattr(np.linalg, "eigvalsh", fail)
-    with pytest.raises(torch.linalg.LinAlgError, match="did not converge"):
-        linalg.openblas_eigenvalues(matrix)
+@found
+def test_its_solver_fails_as_torchs_does(monkeypatch):
+    def fail(*arguments):
+        ctypes.c_double.from_address(arguments[6]).value = 1.0  # the memory that it asks for
+        arguments[10].value = 3  # info
+
+    monkeypatch.setattr(linalg, "_library", lambda: linalg._Library(lambda *a: None, fail, lambda: 1))
+    with pytest.raises(torch.linalg.LinAlgError, match="6 x 6 matrix did not converge: 3 elements"):
+        linalg.openblas_eigenvalues(torch.eye(6, dtype=torch.float64))
+
+
+@found
+def test_other_threads_have_the_interpreter_while_it_solves(monkeypatch):
+    library = linalg._library()
+    matrix = centered_matrix(activations(300, 256)).matrix
+    asked, ran, seen = threading.Event(), threading.Event(), []
+
+    def note() -> None:
+        while asked.wait() and len(seen) < 50:
+            asked.clear()
+            ran.set()
+
+    def watched(*arguments) -> None:
+        ran.clear()
+        asked.set()
+        library.syevd(*arguments)
+        seen.append(ran.is_set())
+
+    monkeypatch.setattr(linalg, "_library", lambda: library._replace(syevd=watched))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)  # nobody is interrupted: the other thread runs where this one lets it
+    other = threading.Thread(target=note, daemon=True)
+    try:
+        other.start()
+        while len(seen) < 50 and not any(seen):
+            linalg.openblas_eigenvalues(matrix)
+    finally:
+        seen += [False] * 50
+        asked.set()
+        sys.setswitchinterval(interval)
+    other.join()
+    assert any(seen)
 
 
 def test_the_eigenvalues_are_its_own_from_its_edge_on(monkeypatch):
