@@ -1,6 +1,7 @@
-"""The scripts of docs/integrations.md, run as they stand with the hosts that are installed."""
+"""The scripts of docs/integrations.md, run as they stand with the hosts that are installed; a host that is not."""
 
 import ast
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -8,7 +9,11 @@ from typing import Any
 
 import pytest
 
-TEXT = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "integrations.md").read_text()
+HOSTS = sorted(
+    {path.stem for path in (ROOT / "fastent" / "integrations").glob("*.py")} - {"__init__", "loggers"}
+)
 START, *PARTS = re.split(r"^## ", TEXT, flags=re.MULTILINE)
 OURS = {"fastent", "torch", "numpy"}
 
@@ -65,3 +70,16 @@ def test_a_script_that_uses_fastent_has_at_most_ten_lines_and_runs(
             assert len([line for line in script.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
     run(section)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_host_that_is_not_installed_is_one_line_that_names_what_to_install(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    integration = f"fastent.integrations.{host}"
+    monkeypatch.setitem(sys.modules, host, None)  # what an import statement takes for not installed
+    monkeypatch.delitem(sys.modules, integration, raising=False)
+    with pytest.raises(ModuleNotFoundError) as raised:
+        importlib.import_module(integration)
+    assert str(raised.value) == f"{integration} needs {host}, which is not installed: pip install {host}"
+    assert raised.value.name == host
