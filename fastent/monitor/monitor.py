@@ -325,8 +325,11 @@ class SpectralEntropyMonitor:
     Under FSDP or tensor parallelism every rank must call `step`, since the forward pass needs them all, and rank 0
     alone records. Under DDP each rank that calls `step` records for itself. In both, ``should_stop(agree=True)`` on
     every rank gives all of them one answer. A layer that holds only a part of its activations on each rank is gathered
-    where it says how, and refused where it does not (`fastent.monitor.probe`). Forward hooks that the model has fire in
-    the probe too.
+    where it says how, and refused where it does not (`fastent.monitor.probe`).
+
+    After the first, a pass ends with the last watched layer where that is safe (`fastent.monitor.probe`): what comes
+    behind it, a projection onto a vocabulary for instance, is not computed. Forward hooks that the model has fire in the
+    probe too, but for those of modules that are not done by then.
 
     Examples
     --------

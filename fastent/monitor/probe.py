@@ -5,7 +5,13 @@ What the pass gives, and what an `observe` hands over, is read by its axes and p
 
 A probe's content is hashed when it is taken on, and a probe that changed is an error. The pass runs the plain module
 (what a compiled or DDP wrapper holds) inside `fastent.monitor.isolation.undisturbed`, with hooks that exist for its
-duration only. A layer's activation is its module's output, reduced at the moment it appears: an in-place operation
+duration only. The first pass is whole. A later one ends with the last of the watched layers, so that what is behind it
+(a language model's projection onto its vocabulary) is not computed, where every watched layer has run once, in the
+order of the last whole pass. It is whole where a layer is idle or the order is another, where a function gives the
+activations, where ranks need each other (a sharded model, or collective calls in the whole pass), and where a hook
+must be called at any end (``always_call``). What a layer would do behind that end, such as run again, is not seen.
+
+A layer's activation is its module's output, reduced at the moment it appears: an in-place operation
 later in the model cannot change it, and it is not kept. What a function returns in place of names is reduced when it
 returns: whatever the model did to it until then is in it.
 
@@ -22,14 +28,16 @@ holds the same one; if not, it is a part of which nobody says where it belongs, 
 
 from __future__ import annotations
 
+import contextvars
 import difflib
 import functools
 import hashlib
 import inspect
 import re
 import sys
+import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -363,6 +371,26 @@ def _hook(
     return module.register_forward_hook(lambda module, args, output: take(name, module, output))
 
 
+def _has_hooks_for_any_end(model: nn.Module) -> bool:
+    """Whether forward hooks are to be called after an exception too: torch does that for an Exception alone."""
+    everywhere = nn.modules.module._global_forward_hooks_always_called
+    return bool(everywhere) or any(m._forward_hooks_always_called for m in model.modules())
+
+
+def _collectives() -> list[int] | None:
+    """Count the collective calls so far, by process group and device; None where a backend does not."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    try:
+        return [
+            group._get_backend(device)._get_sequence_number_for_group()
+            for group in dist.distributed_c10d._world.pg_map
+            for device in group._device_types
+        ]
+    except RuntimeError:
+        return None
+
+
 def _mark(t: Tensor) -> tuple[torch.device, int, int | None]:
     return t.device, t.data_ptr(), None if t.is_inference() else t._version
 
@@ -382,6 +410,13 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         raise TypeError(
             f"a probe holds tensors and plain values; probe{path} is {type(value).__name__}: pass its tensors"
         )
+
+
+class _Over(BaseException):
+    """End of a pass that has given all that is watched.
+
+    Raised in the last hook, and caught where the pass began. No Exception: a model may catch those, and go on.
+    """
 
 
 class Watched:
@@ -437,6 +472,7 @@ class Watched:
         )
         self.ran: dict[str, int] = {}
         """Features of each layer that has run, in the order of the first time."""
+        self._sequence: list[str] | None = None  # of the layers in the last whole pass, if each ran once
         self._warned_of_idle = False
 
     @classmethod
@@ -461,6 +497,7 @@ class Watched:
         """Go back to the layers that had run, of those that are watched; a function may return any."""
         found = self._layers
         self.ran = {layer: d for layer, d in ran.items() if callable(found) or layer in found}
+        self._sequence = None
 
     @property
     def names(self) -> Iterable[str]:
@@ -515,13 +552,15 @@ class Watched:
         """Whether a pass needs every rank: FSDP2 or tensor parallelism; rank 0 alone records then."""
         return is_sharded(self.model)
 
-    def run(self, reduce: Callable[[str, Tensor], int]) -> dict[str, int]:
+    def run(self, reduce: Callable[[str, Tensor], int], *, whole: bool = False) -> dict[str, int]:
         """Pass the probe through the model; when it is sharded (FSDP, tensor parallelism) every rank must do so.
 
         Parameters
         ----------
         reduce : callable
             Gets each layer's name and activation as it appears and returns its width.
+        whole : bool
+            Whether the pass must not end with the last of the layers, because other ranks take part in it.
 
         Returns
         -------
@@ -558,21 +597,36 @@ class Watched:
                     widths[str(name)] = reduce(str(name), spread.whole(str(name), h))
             else:
                 fired = dict.fromkeys(layers, 0)
+                order: list[str] = []
+                end = None if whole or _has_hooks_for_any_end(model) else self._sequence
+                over, thread, collectives = False, threading.get_ident(), _collectives()
 
                 def take(name: str, module: nn.Module, output: Any) -> None:
+                    nonlocal over
+                    if over:  # the model caught even that
+                        return
                     fired[name] += 1
+                    order.append(name)
                     if fired[name] == 1:
                         widths[name] = reduce(name, spread.whole(name, _first_tensor(name, output), module))
+                    if order == end and threading.get_ident() == thread:
+                        over = True
+                        raise _Over
 
                 handles = []
                 try:
                     for name, layer in layers.items():
                         handles.append(_hook(model.get_submodule(layer.path), name, take, layer.of_input))
-                    with interrupts.second_at_once():
-                        model(*self.probe.args, **self.probe.kwargs)
+                    with interrupts.second_at_once(), suppress(_Over):
+                        # Context variables that the model sets and would reset behind the end stay in the copy.
+                        contextvars.copy_context().run(model, *self.probe.args, **self.probe.kwargs)
                 finally:
                     for handle in handles:
                         handle.remove()
+                if not over:
+                    alone = collectives is not None and collectives == _collectives()
+                    once = all(count == 1 for count in fired.values())
+                    self._sequence = order if alone and once else None
         for name, count in fired.items():
             self._check_fired(name, count)
         for name in widths if callable(layers) else self.order:
@@ -945,7 +999,8 @@ class Evaluator:
         note = f"in the pass of the monitor's probe at step {step}"
         if evaluation is not None:
             with evaluation, self._pass(note):
-                for layer, d in watched.run(functools.partial(self._add, evaluation)).items():
+                idle = watched.run(functools.partial(self._add, evaluation), whole=every_rank)
+                for layer, d in idle.items():
                     message = "the layer did not run in this pass of the probe: nothing called it"
                     width = self._recording.width(layer) or d
                     evaluation.put(layer, unmeasured(Status.NOT_RUN, 0, width, message))
@@ -953,7 +1008,7 @@ class Evaluator:
                 self._expect(step, evaluation)
         elif every_rank:  # its part of the forward pass: the other ranks wait for it
             with self._pass(note):
-                watched.run(self._examine)
+                watched.run(self._examine, whole=True)
 
     def observe(self, step: int, layer: str, h: Tensor | SpectralEntropy, merge: bool) -> None:
         """Evaluate activations that are at hand, or take their entropy, or keep rows until the step is over."""
