@@ -328,8 +328,8 @@ class SpectralEntropyMonitor:
     where it says how, and refused where it does not (`fastent.monitor.probe`).
 
     After the first, a pass ends with the last watched layer where that is safe (`fastent.monitor.probe`): what comes
-    behind it, a projection onto a vocabulary for instance, is not computed. Forward hooks that the model has fire in the
-    probe too, but for those of modules that are not done by then.
+    behind it, a projection onto a vocabulary for instance, is not computed. Forward hooks that the model has fire in
+    the probe too, but for those of modules that are not done by then.
 
     Examples
     --------
