@@ -13,12 +13,18 @@
   ``rate = 2 kappa eta lambda`` and kappa the optimiser's correction, down to ``V*``: ``log(V / V*) / rate``. From
   memorisation on it is the delay; where V is below V* there is none.
 
+- Interval across runs (the jackknife+): each of n runs was forecast by a law fitted to the others, and missed by at
+  most so many steps. Forecasts of a new run by the n laws, each with its miss to both sides, are n intervals; the end
+  below is the earliest step that fewer than ``level (n + 1)`` of them lie wholly after, and likewise above.
+
 For gamma > 1 that speed diverges at H*: the fall accelerates, where a relaxation slows down. In exponents:
 ``d log remaining / d log gap`` is gamma for the power law with c2 = 0, and at most 1 for the repaired
 relaxation, whatever its constants. So neither law generalises the other.
 """
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +35,7 @@ __all__ = [
     "entropy_relaxing",
     "entropy_repaired",
     "exponent_repaired",
+    "interval_across",
     "norm_contracting",
     "rate_power",
     "rate_relaxing",
@@ -36,6 +43,7 @@ __all__ = [
     "remaining_passage",
     "remaining_power",
     "remaining_repaired",
+    "worst_miss",
 ]
 
 Array = NDArray[np.float64]
@@ -119,6 +127,32 @@ def remaining_passage(v: ArrayLike, *, v_star: float, rate: float) -> Array:
 def norm_contracting(remaining: ArrayLike, *, v_star: float, rate: float) -> Array:
     """Inverse of `remaining_passage`: ``v_star exp(rate remaining)``."""
     return v_star * np.exp(rate * _float64(remaining))
+
+
+def worst_miss(t_grok: float, step: ArrayLike, remaining: ArrayLike) -> float:
+    """Error of a run's worst forecast, ``|step + remaining - t_grok|`` in steps; 0 where there is none."""
+    forecasts = (_float64(step) + _float64(remaining)).tolist()
+    return max((abs(each - t_grok) for each in forecasts), default=0.0)
+
+
+def interval_across(
+    forecasts: ArrayLike, misses: ArrayLike, *, level: Fraction = Fraction(9, 10)
+) -> tuple[float, float] | None:
+    """Interval of a new run's T_grok at `level` from the `forecasts` (n,) of n laws and their `misses` (n,), in steps.
+
+    None where n is too small for the level: ``level (n + 1) > n``.
+
+    References
+    ----------
+    Barber, Candes, Ramdas and Tibshirani, "Predictive inference with the jackknife+", Annals of Statistics 49 (2021).
+    """
+    lows, highs = (_float64(forecasts) - misses).tolist(), (_float64(forecasts) + misses).tolist()
+    enough = level * (len(lows) + 1)
+    if enough > len(lows):
+        return None
+    low = min(end for end in lows if sum(other > end for other in lows) < enough)
+    high = max(end for end in highs if sum(other < end for other in highs) < enough)
+    return low, high
 
 
 def _float64(x: ArrayLike) -> Array:

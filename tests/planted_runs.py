@@ -10,16 +10,26 @@ H_STAR = 0.625
 
 
 def planted_runs(
-    n, *, c1=40_000.0, gamma=1.65, c2=700.0, every=100, rng=None, scale=0.0, offset=0.0, noise=0.0
+    n,
+    *,
+    c1=40_000.0,
+    gamma=1.65,
+    c2=700.0,
+    every=100,
+    rng=None,
+    scale=0.0,
+    offset=0.0,
+    noise=0.0,
+    shuffled=False,
 ):
-    """`n` runs that start at different gaps.
+    """`n` runs that start at different gaps, ascending or `shuffled`.
 
     `scale` is the standard deviation of log c1 over runs, `offset` that of a run's whole entropy, `noise` that
     of each evaluation. After H has crossed H*, c2 steps before grokking, it stays there.
     """
     rng = rng or np.random.default_rng(0)
     runs = []
-    for i in range(n):
+    for i in rng.permutation(n) if shuffled else range(n):
         own = c1 * np.exp(scale * rng.normal())
         start = H_STAR + 0.2 + 0.1 * i / n
         total = float(remaining_power(start, h_star=H_STAR, c1=own, gamma=gamma, c2=c2))

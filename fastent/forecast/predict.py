@@ -1,9 +1,10 @@
 """Online forecast of the step at which a run will grok, from its entropy and a fitted power law.
 
-``step + C1 (H - H*)^gamma + C2``, with a prediction interval. There is always a `Forecast`: where the law has no
-answer, or one that should not be believed, its `step` is None and its `reason` says why. A forecast takes for
-granted that the run groks; it cannot know. Beside the law's stands what a clock says, which needs no entropy, and
-whether the law was better than that.
+``step + C1 (H - H*)^gamma + C2``, with a conformal interval where the law was fitted to nine runs or more
+(`fastent.forecast.power_law` says what it promises). There is always a `Forecast`: where the law has no answer, or one
+that should not be believed, its `step` is None and its `reason` says why. A forecast takes for granted that the run
+groks; it cannot know. Beside the law's stands what a clock says, which needs no entropy, and whether the law was better
+than that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fastent.entropy import SpectralEntropy
 from fastent.forecast.history import History, Interval, recent_change
-from fastent.forecast.power_law import PowerLaw
+from fastent.forecast.power_law import FORECAST_LEVEL, PowerLaw
 
 # Ours. A rise within the last WINDOW evaluations by more than RISE, of which half may be noise.
 WINDOW = 5
@@ -47,10 +48,11 @@ class Forecast:
     remaining : float or None
         ``step - now``, in steps, never negative.
     interval : (low, high) or None
-        Prediction interval of `step` at `level`; holds `step` and starts at `now` or later. None where `step` is,
-        or where the law was made by hand and its error is unknown.
+        Where the run groks, at `level`; holds `step` and starts at `now` or later. None where `step` is, and where the
+        law was fitted to fewer than nine runs, or made by hand: `note` says so.
     level : float or None
-        Confidence of `interval`.
+        Share of runs that grok within every interval that they are given, 0.9. The promise is for all forecasts of a
+        run at once, and so holds for one that was picked; for runs that grok and are like those of the law's fit.
     now : float
         Step of the evaluation that the forecast rests on.
     reason : Reason or None
@@ -63,6 +65,9 @@ class Forecast:
     beats_clock : bool or None
         Whether the law forecast its own runs, each left out in turn, better than that clock (`PowerLaw.advantage`, the
         whole interval above 0). Where it is False the clock says as much. None where it is not known.
+    note : str
+        What it rests on and lacks, in sentences (`PowerLaw.note`): why there is no interval, that the law does not beat
+        the clock, how many of the runs given never grokked. Empty where nothing is to be said.
     """
 
     step: float | None
@@ -74,6 +79,7 @@ class Forecast:
     message: str = ""
     by_clock: float | None = None
     beats_clock: bool | None = None
+    note: str = ""
 
 
 def predict_grok_time(
@@ -111,7 +117,8 @@ def predict_grok_time(
     of `by_clock` has the least mean error of seven forecasts, 14.4 % of T_grok; the law's is 16.3 %, that of the other
     runs' mean T_grok 19.4 %, and ten runs cannot tell these three apart. For S5 the clock is nearer too, with 16.9 %
     against the law's 25.3 %; for subtraction the law, with 13.6 % against 17.5 %. A run that never groks is forecast
-    all the same (docs/results.md, E5).
+    all the same, and the interval is for runs that grok; where some given to the fit did not, `note` counts them
+    (docs/results.md, E5).
 
     References
     ----------
@@ -131,7 +138,8 @@ def predict_grok_time(
         return _none(
             now, Reason.NO_LAW, "no law: fit one to 3 or more runs that grokked, PowerLaw.fit(histories)"
         )
-    return replace(_by_law(history, now, law), by_clock=law.by_clock(now), beats_clock=law.beats_clock)
+    said = _by_law(history, now, law)
+    return replace(said, by_clock=law.by_clock(now), beats_clock=law.beats_clock, note=law.note)
 
 
 def _by_law(history: History, now: float, law: PowerLaw) -> Forecast:
@@ -153,10 +161,8 @@ def _by_law(history: History, now: float, law: PowerLaw) -> Forecast:
     if not (low - slack <= gap <= high + slack and math.isfinite(now + remaining)):
         message = f"H - H* = {gap:.4f} lies outside the {low:.4f} to {high:.4f} that the law was fitted to"
         return _none(now, Reason.EXTRAPOLATION, message)
-    width = law.half_width(remaining)
-    point = now + remaining
-    interval = None if width is None else (max(now, point - width), point + width)
-    return Forecast(point, remaining, interval, None if interval is None else law.level, now)
+    interval = law.forecast_interval(now, h)
+    return Forecast(now + remaining, remaining, interval, None if interval is None else FORECAST_LEVEL, now)
 
 
 def _none(now: float, reason: Reason, message: str) -> Forecast:

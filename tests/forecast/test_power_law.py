@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,15 @@ from planted_runs import H_STAR, planted_runs
 from scipy import stats
 
 from fastent.forecast.history import History, mean_interval
-from fastent.forecast.power_law import PowerLaw, leave_one_run_out, profile_gamma, residual_life
-from fastent.reference.forecast import remaining_power
+from fastent.forecast.power_law import (
+    Fold,
+    PowerLaw,
+    jackknife_plus,
+    leave_one_run_out,
+    profile_gamma,
+    residual_life,
+)
+from fastent.reference.forecast import entropy_power, interval_across, remaining_power, worst_miss
 
 NOISY = {"scale": 0.15, "offset": 0.01, "noise": 0.002}
 
@@ -131,7 +139,8 @@ def test_parameters_that_the_runs_do_not_determine_have_no_interval():
 def test_runs_that_did_not_grok_take_no_part_and_order_does_not_matter():
     runs = planted_runs(5, rng=np.random.default_rng(6), **NOISY)
     law = PowerLaw.fit(runs)
-    assert PowerLaw.fit([*runs, History([0, 200, 400], [0.9, 0.95, 0.99])]) == law
+    more = PowerLaw.fit([*runs, History([0, 200, 400], [0.9, 0.95, 0.99])])
+    assert more == replace(law, n_censored=1)
     back = PowerLaw.fit(runs[::-1])
     assert [back.c1, back.gamma, back.c2] == pytest.approx([law.c1, law.gamma, law.c2], rel=1e-6)
     assert back.intervals["gamma"] == pytest.approx(law.intervals["gamma"], rel=1e-5)
@@ -141,12 +150,11 @@ def test_time_in_other_units_scales_only_the_steps():
     runs = planted_runs(5, rng=np.random.default_rng(7), **NOISY)
     law = PowerLaw.fit(runs)
     other = PowerLaw.fit([History(8 * run.step, run.entropy, 8 * run.t_grok) for run in runs])
-    assert [other.c1, other.c2, other.residual[0]] == pytest.approx(
-        [8 * law.c1, 8 * law.c2, 8 * law.residual[0]], rel=1e-6
+    misses, others = ([fold.miss for fold in each.folds] for each in (law, other))
+    assert [other.c1, other.c2, *others] == pytest.approx(
+        [8 * each for each in (law.c1, law.c2, *misses)], rel=1e-6
     )
-    assert [other.gamma, other.r_squared, other.residual[1]] == pytest.approx(
-        [law.gamma, law.r_squared, law.residual[1]], rel=1e-6
-    )
+    assert [other.gamma, other.r_squared] == pytest.approx([law.gamma, law.r_squared], rel=1e-6)
 
 
 def test_a_law_comes_back_from_json():
@@ -193,11 +201,117 @@ def test_law_beats_the_clock_where_the_entropy_tells_and_not_where_all_runs_grok
     assert PowerLaw(1.0, 2.0, 0.0, 0.5).beats_clock is None
 
 
-def test_a_law_saved_before_it_knew_a_clock_is_read_as_one_that_does_not():
-    values = PowerLaw.fit(planted_runs(4)).as_dict()
-    del values["t_grok"], values["advantage"]
-    law = PowerLaw.from_dict(values)
+def test_a_law_saved_by_an_earlier_version_is_read_and_says_what_it_lacks():
+    fitted = PowerLaw.fit(planted_runs(9))
+    values = {**fitted.as_dict(), "residual": [300.0, 0.2], "level": 0.95}
+    for name in ("t_grok", "advantage", "folds", "n_censored", "n_unusable"):
+        del values[name]
+    law = PowerLaw.from_dict(json.loads(json.dumps(values)))
     assert (law.t_grok, law.advantage, law.beats_clock) == ((), None, None)
+    assert law.remaining(0.7) == fitted.remaining(0.7)
+    assert law.forecast_interval(0, 0.7) is None
+    assert law.note.startswith("No interval: the law does not hold how far off it was.")
+
+
+def test_folds_hold_the_law_of_the_others_and_its_worst_miss_of_the_run_left_out():
+    runs = planted_runs(5, rng=np.random.default_rng(11), **NOISY)
+    for fold, held_out in zip(PowerLaw.fit(runs).folds, leave_one_run_out(runs).runs, strict=True):
+        law = held_out.law
+        assert fold[:4] == (law.c1, law.gamma, law.c2, law.h_star)
+        expected = worst_miss(held_out.t_grok, held_out.step, held_out.by_law)
+        assert expected > 0
+        assert fold.miss == pytest.approx(expected, rel=1e-12)
+    # A run without an evaluation above the others' H* is given no forecast, and none of it is missed.
+    low = History([0, 200, 400], [0.5, 0.5, 0.5], 400)
+    assert PowerLaw.fit([*runs, low]).folds[5].miss == 0
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 40), seed=st.integers(0, 10**6), h=st.floats(0.5, 1), now=st.integers(0, 10**5))
+def test_interval_across_runs_is_the_references_from_nine_runs_on_and_holds_the_laws_own_step(
+    n, seed, h, now
+):
+    rng = np.random.default_rng(seed)
+    folds = tuple(
+        Fold(*each)
+        for each in np.stack(
+            [
+                rng.uniform(1e3, 1e5, n),
+                rng.uniform(0.5, 3, n),
+                rng.uniform(0, 1e3, n),
+                rng.uniform(0.4, 0.6, n),
+                np.round(rng.exponential(2e3, n), -3),  # ties
+            ],
+            1,
+        ).tolist()
+    )
+    law = PowerLaw(4e4, 2.0, 500.0, 0.5, folds=folds)
+    points = now + remaining_power(
+        np.maximum(h, [fold.h_star for fold in folds]),
+        h_star=np.array([fold.h_star for fold in folds]),
+        c1=np.array([fold.c1 for fold in folds]),
+        gamma=np.array([fold.gamma for fold in folds]),
+        c2=np.array([fold.c2 for fold in folds]),
+    )
+    expected = interval_across(points, [fold.miss for fold in folds])
+    interval = law.forecast_interval(now, h)
+    assert (interval is None) == (expected is None) == (n < 9)
+    if interval is not None:
+        step = now + float(law.remaining(h))
+        low, high = max(now, min(expected[0], step)), max(expected[1], step)
+        assert interval == pytest.approx((low, high), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [9, 19])
+def test_interval_holds_a_whole_run_at_once_in_nine_of_ten_resamplings_of_runs(n):
+    # The law is known: a run's forecasts are off by what its own entropy is off, which its evaluations share.
+    rng = np.random.default_rng(n)
+    law = Fold(40_000.0, 1.65, 700.0, H_STAR, 0.0)
+    left = np.arange(800.0, 10_001.0, 400.0)
+    h = entropy_power(left, h_star=H_STAR, c1=law.c1, gamma=law.gamma, c2=law.c2)
+    own = 0.01 * rng.standard_t(3, size=(1_000, n + 1, 1))
+    noisy = h + own + 0.002 * rng.normal(size=(1_000, n + 1, left.size))
+    off = law.c1 * np.maximum(noisy - H_STAR, 0) ** law.gamma + law.c2 - left
+    misses = np.abs(off).max(2)
+    # At a run's evaluations, T_grok at 0; the folds' laws are all the true one.
+    points = np.broadcast_to(off[:, -1, :, None], (1_000, left.size, n))
+    low, high = jackknife_plus(points, misses[:, None, :-1])
+    covered = ((low <= 0) & (high >= 0)).all(1).mean()
+    assert 0.85 <= covered <= 0.95
+    # Evaluations are no runs: the same share of all of them is within less, and loses runs.
+    within = np.quantile(np.abs(off[:, :-1]).reshape(1_000, -1), 0.9, axis=1)
+    assert (misses[:, -1] <= within).mean() < 0.85
+
+
+@pytest.mark.nightly
+def test_fitted_laws_hold_a_whole_run_at_once_in_nine_of_ten_resamplings_of_runs():
+    rng = np.random.default_rng(9)
+    held = []
+    for _ in range(1_000):
+        *runs, new = planted_runs(10, rng=rng, every=400, shuffled=True, **NOISY)
+        law = PowerLaw.fit(runs)
+        known = zip(new.step.tolist(), new.entropy.tolist(), strict=True)
+        intervals = [law.forecast_interval(t, h) for t, h in known if t < new.t_grok and h > law.h_star]
+        held.append(all(low <= new.t_grok <= high for low, high in intervals))
+    assert 0.85 <= np.mean(held) <= 0.95
+
+
+def test_note_says_why_there_is_no_interval_what_the_clock_does_and_which_runs_took_no_part():
+    runs = planted_runs(9)
+    never = History([0, 200, 400], [0.9, 0.95, 0.99])
+    unusable = History([0, 200, 400], [0.9, 0.8, np.nan], 400)
+    law = PowerLaw.fit(runs)
+    assert law.forecast_interval(0, 0.7) is not None
+    assert law.note == ""
+    few = PowerLaw.fit(runs[:8])
+    assert few.forecast_interval(0, 0.7) is None
+    assert few.note == "No interval: one at 90 % takes at least 9 runs that grokked; the law has 8."
+    some = PowerLaw.fit([*runs, never, never, unusable])
+    assert (some.n_runs, some.n_censored, some.n_unusable) == (9, 2, 1)
+    assert some.folds == law.folds
+    assert "2 of the 12 runs given had not grokked when they ended" in some.note
+    assert "1 of the 12 runs given had no usable entropy where they grokked" in some.note
+    assert "the clock says as much" in replace(law, advantage=(-0.1, 0.1)).note
 
 
 def test_fewer_than_three_runs_that_grokked_are_refused():
