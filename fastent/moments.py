@@ -8,7 +8,13 @@ parts since their sum rounds at the size of the offset.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,6 +38,8 @@ from fastent.linalg import check_pool
 from fastent.process import uncompiled
 
 _MOST_ROWS = 2**53  # as float64 counts them
+
+_log = logging.getLogger(__name__)
 
 
 class Moments:
@@ -175,9 +183,8 @@ class Moments:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
         """Add the rows of all other ranks of a group, so that each rank has those of all; a collective call.
 
-        Ranks may be empty. One gather of the counts, one broadcast of a common shift, one sum of products about
-        it: (1 + 2 d + d^2) float64 per rank. To go on collecting on each rank, add up a copy:
-        ``Moments().merge(mine).all_reduce()``.
+        Ranks may be empty. Two sums, of the counts and of the rest (`add_up`): 3 R + R (3 + 2 d) + d (d + 1) / 2
+        float64 for R ranks. To go on collecting on each rank, add up a copy: ``Moments().merge(mine).all_reduce()``.
 
         Parameters
         ----------
@@ -194,49 +201,26 @@ class Moments:
         ValueError
             On every rank, if d differs between ranks, no rank has a row, or a rank has added rows to those of all
             ranks, which would be counted once for each rank.
+        RuntimeError
+            If ranks did not come, with their numbers.
         """
-        device = self._state[0].device if self._state is not None else device_of_group(group)
         ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
         d = 0 if self._state is None else len(self._state[0])
         whole = 1 + self._grown if self._ranks == ranks else 0
-        mine = torch.tensor(
-            [float(self.n), float(d), self._finest, float(whole)], dtype=torch.float64, device=device
-        )
-        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, mine, group=group)
-        counts = torch.stack(gathered).cpu()
-        filled = counts[counts[:, 0] > 0]
-        widths = sorted({int(width) for width in filled[:, 1]})
+        counts = add_up([], [], group, notes=[self.n, d, whole])
+        widths = sorted({int(d) for n, d, _ in counts if n > 0})
         if len(widths) != 1:
             raise ValueError(
                 f"ranks must hold rows of one width d; got d = {widths}" if widths else "no rank holds a row"
             )
-        if bool((counts[:, 3] == 1).all()):
+        if all(whole == 1 for *_, whole in counts):
             return self
-        if bool((counts[:, 3] > 0).any()):
+        if any(whole > 0 for *_, whole in counts):
             raise ValueError(
                 "some ranks hold the rows of all ranks already, and further ones: they would be counted once for each "
                 "rank. Keep each rank's own and add up a copy, Moments().merge(own).all_reduce(), or reset()"
             )
-        d = widths[0]
-        root = int((counts[:, 0] > 0).to(torch.uint8).argmax())
-        common = torch.zeros(d, dtype=torch.float64, device=device)
-        if dist.get_rank(group) == root:
-            common.copy_(self.mean)
-        dist.broadcast(common, group=group, group_src=root)
-        packed = torch.zeros(1 + d + d * d, dtype=torch.float64, device=device)
-        if self._state is not None:
-            shift, delta, products, rounding = self._state
-            gap = (shift - common) + delta
-            packed[0] = rounding
-            packed[1 : 1 + d] = self.n * gap
-            packed[1 + d :] = (products + self.n * torch.outer(gap, gap)).tril().flatten()
-        dist.all_reduce(packed, group=group)
-        self.n = int(filled[:, 0].sum())
-        self._finest = float(filled[:, 2].min())
-        sums, products = packed[1 : 1 + d], packed[1 + d :].view(d, d)
-        delta = sums / self.n
-        self._state = (common, delta, products - torch.outer(sums, delta), packed[0])
+        add_up([self], widths, group)
         self._ranks, self._grown = ranks, False
         return self
 
@@ -382,6 +366,36 @@ class Moments:
     def __repr__(self) -> str:
         return f"Moments(n={self.n}" + (f", d={len(self._state[0])})" if self._state is not None else ")")
 
+    def _take_sum(self, slots: Tensor, heads: Tensor, lower: Tensor) -> None:
+        """Become the sum over ranks.
+
+        Parameters
+        ----------
+        slots : Tensor, shape (ranks, 3 + 2 d)
+            Each rank's n, rounding, finest spacing, shift, and mean - shift.
+        heads : Tensor
+            The same on the host.
+        lower : Tensor, shape (d (d + 1) / 2,)
+            Sum of the products about each rank's own mean.
+        """
+        filled = heads[:, 0] > 0
+        if not bool(filled.any()):
+            return
+        n = heads[filled, 0]
+        slots = slots[filled.to(slots.device)]
+        device = slots.device if self._state is None else self._state[0].device
+        shifts, deltas = slots[:, 3:].tensor_split(2, dim=1)
+        shift = shifts[0]
+        means = (shifts - shift) + deltas
+        share = slots[:, 0] / float(n.sum())
+        delta = share @ means
+        apart = means - delta
+        products = (apart * slots[:, :1]).mT @ apart
+        products[torch.ones(products.shape, dtype=torch.bool, device=slots.device).tril()] += lower
+        self.n, self._finest = int(n.sum()), float(heads[filled, 2].min())
+        parts = (shift.clone(), delta, products, slots[:, 1].sum())
+        self._state = tuple(part.to(device) for part in parts)  # type: ignore[assignment]
+
     def _filled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         check_pool()
         if self._state is None:
@@ -420,3 +434,154 @@ def device_of_group(group: dist.ProcessGroup | None) -> torch.device:
     """Device that the tensors of a group's collective calls must be on."""
     nccl = dist.get_backend(group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def add_up(
+    parts: Sequence[Moments],
+    widths: Sequence[int],
+    group: dist.ProcessGroup | None = None,
+    *,
+    notes: Sequence[float] = (),
+) -> list[list[float]]:
+    """Give each of `parts` the rows of all ranks, in one all-reduce for all of them.
+
+    A rank writes its counts and means to a place of its own, so that their sum over the ranks is what each of them
+    wrote, and its lower triangle of products about its own mean to where all write. What the means' differences add
+    to the products every rank finds by itself, about the first row of the first rank that has one: no sum runs over
+    raw values, and no shift has to be agreed on before.
+
+    Parameters
+    ----------
+    parts : sequence of Moments
+        As many, in the same order, on every rank; any may be empty. They keep their devices.
+    widths : sequence of int
+        Features d of each, the same on every rank.
+    group : ProcessGroup, optional
+        The default group if left out.
+    notes : sequence of float
+        What to tell the other ranks, as many on each.
+
+    Returns
+    -------
+    list of list of float
+        Notes of each rank, in the order of the group.
+
+    Raises
+    ------
+    RuntimeError
+        If ranks did not come, with their numbers.
+    """
+    device = device_of_group(group)
+    ranks, own = dist.get_world_size(group), dist.get_rank(group)
+    ends = list(itertools.accumulate([len(notes), *(3 + 2 * d for d in widths)]))
+    slots = torch.zeros(ranks, ends[-1], dtype=torch.float64, device=device)
+    slots[own, : len(notes)] = torch.tensor(notes, dtype=torch.float64, device=device)
+    products = []
+    for part, d, start, end in zip(parts, widths, ends, ends[1:], strict=False):
+        if part.n:
+            head, lower = part.pack().to(device).tensor_split([3 + 2 * d])
+            slots[own, start:end] = head
+        else:
+            lower = slots.new_zeros(d * (d + 1) // 2)
+        products.append(lower)
+    buffer = torch.cat([slots.flatten(), *products])
+    _all_reduce(buffer, group)
+    slots = buffer[: slots.numel()].view_as(slots)
+    heads = slots.cpu()
+    place = slots.numel()
+    for part, d, start, end in zip(parts, widths, ends, ends[1:], strict=False):
+        size = d * (d + 1) // 2
+        part._take_sum(slots[:, start:end], heads[:, start:end], buffer[place : place + size])
+        place += size
+    found: list[list[float]] = heads[:, : len(notes)].tolist()
+    return found
+
+
+# Seconds after which a rank that waits says that it is there; and how long one that was let down looks who is.
+_QUIET, _LOOKING = 0.5, 5.0
+# Seconds of waiting after which the ranks that are not there are named in the log: not every backend raises.
+_LONG = 30.0
+_calls: Counter[str] = Counter()
+
+
+def _all_reduce(buffer: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Sum over the ranks, in place. Waits as long as the group does; who is not there is then named.
+
+    While all come in time, that takes nothing beyond the sum itself: no barrier, and no word to the group's store.
+    """
+    name = (dist.group.WORLD if group is None else group).group_name
+    _calls[name] += 1
+    ranks = _Present(f"fastent/{name}/{_calls[name]}", group)
+    start = time.monotonic()
+    try:
+        work = dist.all_reduce(buffer, group=group, async_op=True)
+        while not work.is_completed():
+            waited = time.monotonic() - start
+            if waited > _QUIET:
+                ranks.report()
+            if waited > _LONG:
+                ranks.log(waited)
+            time.sleep(min(max(waited / 16, 2e-5), 0.05))
+        work.wait()
+    except RuntimeError as error:
+        missing = ranks.missing(until=max(start + _LOOKING, time.monotonic() + 2 * _QUIET))
+        if missing is None:
+            raise
+        waited = time.monotonic() - start
+        raise RuntimeError(
+            f"{missing} did not come to a sum over the ranks, for which this one waited {waited:.1f} s: gone, late, or "
+            "not called for it (every rank must evaluate at the same steps)"
+        ) from error
+
+
+class _Present:
+    """Which ranks have come to a collective call, by the group's store; asked only when it takes too long.
+
+    Parameters
+    ----------
+    key : str
+        Of this call, the same on every rank.
+    group : ProcessGroup or None
+        Whose ranks.
+    """
+
+    def __init__(self, key: str, group: dist.ProcessGroup | None) -> None:
+        self._key, self._group = key, group
+        self._reported = self._logged = False
+
+    def report(self) -> None:
+        """Tell the others that this rank is there."""
+        if not self._reported:
+            self._reported = True
+            with suppress(RuntimeError):  # the store may be gone with the rank that has it
+                dist.distributed_c10d._get_default_store().set(f"{self._key}/{dist.get_rank()}", "there")
+
+    def log(self, waited: float) -> None:
+        """Name once in the log who is not there."""
+        if not self._logged:
+            self._logged = True
+            with suppress(RuntimeError):
+                _log.warning(
+                    "for %.0f s a sum over the ranks waits for %s", waited, self._named(self._absent())
+                )
+
+    def missing(self, until: float) -> str | None:
+        """Name the ranks that are not there by then; None if all are, or the store does not tell."""
+        self.report()
+        try:
+            absent = self._absent()
+            while absent and time.monotonic() < until:
+                time.sleep(0.05)
+                absent = self._absent()
+        except RuntimeError:
+            return None
+        return self._named(absent) if absent else None
+
+    def _absent(self) -> list[int]:
+        ranks = dist.get_process_group_ranks(dist.group.WORLD if self._group is None else self._group)
+        store = dist.distributed_c10d._get_default_store()
+        return [rank for rank in ranks if not store.check([f"{self._key}/{rank}"])]
+
+    @staticmethod
+    def _named(ranks: list[int]) -> str:
+        return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

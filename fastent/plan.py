@@ -14,8 +14,9 @@ one rank
 layers over ranks
     Each rank watches L / R of the layers, on the same probe. Nothing is sent but the results.
 rows over ranks
-    Each rank runs its share of the probe and their moments are added up (`fastent.Moments.all_reduce`): d^2 float64 a
-    layer over the network, and a d x d matrix to solve, whatever the number of rows; each rank solves L / R of them.
+    Each rank runs its share of the probe and their moments are added up (`fastent.Moments.all_reduce`): d^2 / 2 float64
+    a layer over the network, and 2 d from each rank; and a d x d matrix to solve, whatever the number of rows; each
+    rank solves L / R of them.
 """
 
 from __future__ import annotations
@@ -182,12 +183,11 @@ def floor(one: Work, rates: Rates) -> float:
 def all_reduce_bytes(d: int, ranks: int) -> int:
     """Bytes that each rank sends to add up the moments of one layer (`fastent.Moments.all_reduce`), by a ring.
 
-    The state is d sums and d^2 products in float64; a ring sends ``2 (ranks - 1) / ranks`` of it. The broadcast of the
-    common shift, d numbers, is counted with it.
+    That is d (d + 1) / 2 products, and 2 d + 6 numbers of each rank, in float64; a ring sends ``2 (ranks - 1) / ranks``
+    of it.
     """
-    if ranks == 1:
-        return 0
-    return math.ceil(FLOAT64 * (d + d * d) * 2 * (ranks - 1) / ranks) + FLOAT64 * d
+    numbers = d * (d + 1) // 2 + ranks * (2 * d + 6)
+    return math.ceil(FLOAT64 * numbers * 2 * (ranks - 1) / ranks)
 
 
 def _between(curve: Curve, x: float, *, power: float) -> float:

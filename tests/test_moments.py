@@ -317,6 +317,10 @@ if rank < 2:  # first within a machine, then over machines
 if rank > 0:
     moments.all_reduce(pairs[1])
 outcomes["groups"] = moments.n
+sent, all_reduce = [], dist.all_reduce
+dist.all_reduce = lambda t, **options: sent.append(t.nbytes) or all_reduce(t, **options)
+fastent.Moments().update(h.split((0, 120, 80))[rank]).all_reduce()
+outcomes["sent"], dist.all_reduce = sent, all_reduce
 near = h - 1e6 + 300.0
 narrow = fastent.Moments().update(near.float() if rank else near.bfloat16().float())
 outcomes["rounding"] = [narrow.spectral_entropy().status, narrow.all_reduce().spectral_entropy().status]
@@ -367,6 +371,11 @@ def test_a_second_sum_over_the_same_ranks_is_refused_on_all_where_one_has_added_
 
 def test_sums_over_one_group_and_then_another_count_every_row(ranks):
     assert [outcome["groups"] for outcome in ranks] == [100, 200, 200]
+
+
+def test_two_sums_are_made_of_the_counts_and_of_a_place_for_each_rank_and_a_triangle(ranks):
+    places, triangle = 3 * (3 + 2 * 6), 6 * 7 // 2
+    assert [outcome["sent"] for outcome in ranks] == [[8 * 3 * 3, 8 * (places + triangle)]] * 3
 
 
 def test_the_rounding_of_one_rank_is_known_on_all(ranks):
