@@ -1,0 +1,232 @@
+"""The monitor in the Trainer of Transformers: its records in the logs, the metrics and the checkpoints.
+
+The Trainer builds callbacks that keep a state anew from JSON when it resumes, and of two of one class it keeps one. So
+this callback keeps none in the Trainer: its monitor's state lies in a file of its own in each checkpoint. The Trainer
+tells a callback everything but where its reporters are: `SpectralEntropyCallback.attach` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from fastent.monitor.monitor import SpectralEntropyMonitor
+from fastent.monitor.probe import Inputs, Layers
+from fastent.process import warn_user
+from fastent.records import EntropyRecord
+
+try:
+    from accelerate.utils import broadcast_object_list, send_to_device
+    from transformers import TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError as error:
+    raise ImportError(
+        f"fastent.integrations.transformers needs transformers with accelerate ({error}): "
+        "pip install 'transformers[torch]'"
+    ) from error
+
+
+class SpectralEntropyCallback(TrainerCallback):
+    """A callback that records the spectral entropy of a model's layers while a `transformers.Trainer` trains it.
+
+    Every `train()` makes a new monitor, of the model as the Trainer trains it then, and evaluates at the step that
+    training begins with and at multiples of `every`. The values of a step go to the Trainer's ``state.log_history``
+    and, once the callback is attached, to all that ``report_to`` names, as ``<name>/<layer>`` at the step of the
+    records. At an evaluation of the Trainer the newest are put into its metrics as ``eval_<name>/<layer>``, which
+    ``metric_for_best_model`` and `transformers.EarlyStoppingCallback` may name. A record that is not usable is in
+    ``monitor.history`` alone, and NaN in the metrics.
+
+    Parameters
+    ----------
+    layers : str, iterable of str, or callable
+        As `fastent.SpectralEntropyMonitor` takes them: names of the model as it was built, without what wraps it
+        (compilation, DDP, FSDP, PEFT).
+    probe : Tensor, tuple, or mapping
+        The fixed input of at least two samples, such as a dict of `input_ids` and `attention_mask`, (n, tokens) each.
+        It is moved to the Trainer's device, and passes through the model under the Trainer's own precision.
+    every : int, optional
+        Steps between two evaluations; by default the Trainer's ``logging_steps``.
+    name : str
+        Under which values are logged and the state is saved, `<name>.json` in each checkpoint. Two callbacks of one
+        Trainer need two names.
+    **options
+        All else that `fastent.SpectralEntropyMonitor` takes, such as ``tokens="mean"``, `threshold` and `stopping`. The
+        policy is asked at multiples of `every`, and what it says ends training.
+
+    Attributes
+    ----------
+    monitor : fastent.SpectralEntropyMonitor or None
+        Of the latest `train()`; closed at its end, and readable. None before the first.
+
+    Raises
+    ------
+    ValueError
+        If `name` is no name of a file.
+
+    Notes
+    -----
+    Of several processes the first records, and its values and decisions are everybody's. Where the others are needed
+    for it (FSDP, tensor parallelism) they take part in each evaluation.
+
+    A run that resumes goes on with the records of its checkpoint, which is looked for where
+    ``args.resume_from_checkpoint`` says, then in the output folder: the Trainer tells nobody which it was given. A
+    trial of a hyperparameter search saves no state.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        probe: Inputs,
+        *,
+        every: int | None = None,
+        name: str = "entropy",
+        **options: Any,
+    ) -> None:
+        if Path(name).name != name or name in ("", ".."):
+            raise ValueError(f"name is that of a file in each checkpoint, without folders; got {name!r}")
+        self._layers, self._probe, self._every, self._name = layers, probe, every, name
+        self._options = options
+        self._stops = options.get("stopping") is not None
+        self._handler: Any = None
+        self._running = False
+        self.monitor: SpectralEntropyMonitor | None = None
+
+    def attach(self, trainer: Any) -> Self:
+        """Join a trainer, in place of ``callbacks=[...]`` or beside it, and send the records to its `report_to`.
+
+        Parameters
+        ----------
+        trainer : transformers.Trainer
+            Or one of its subclasses.
+
+        Returns
+        -------
+        SpectralEntropyCallback
+            This one.
+        """
+        self._handler = trainer.callback_handler
+        if self not in self._handler.callbacks:
+            trainer.add_callback(self)
+        return self
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Make the monitor, load its records where training resumes, and take the first step."""
+        if self.monitor is not None:  # of a `train()` that did not come to its end
+            self.monitor.close()
+        first = state.is_world_process_zero
+        if first and self._handler is None and args.report_to:
+            warn_user(
+                f"the records do not reach {', '.join(args.report_to)}: the Trainer tells a callback nothing of its "
+                "reporters. Give it the trainer by callback.attach(trainer)",
+                UserWarning,
+            )
+        self._due = int(state.logging_steps) if self._every is None else self._every
+        probe = send_to_device(self._probe, args.device)
+        monitor = SpectralEntropyMonitor(model, probe, self._layers, every=self._due, **self._options)
+        saved = _of_first(self._saved(args, state.global_step) if first and state.global_step else None)
+        if saved is not None:
+            monitor.load_state_dict(saved)
+        if not first and not monitor.needs_every_rank:
+            monitor.close()
+        self.monitor, self._running = monitor, True
+        self._step(args, state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate if it is time, and ask the stopping policy then."""
+        self._step(args, state, control)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Put the newest values into the metrics of an evaluation during training."""
+        if self._running and metrics is not None:
+            self._flush(args, state, control)
+            metrics.update(_of_first(self._newest()))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the records into the checkpoint that was just saved."""
+        if self._running and state.is_world_process_zero and not state.is_hyper_param_search:
+            path = self._file(_checkpoint(args, state.global_step))
+            temporary = path.with_name(path.name + ".tmp")
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(self._open.state_dict(), file, allow_nan=False)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log what is under way and close the monitor."""
+        if self._running:
+            self._flush(args, state, control)
+            self._open.close()
+            self._running = False
+
+    @property
+    def _open(self) -> SpectralEntropyMonitor:
+        assert self.monitor is not None
+        return self.monitor
+
+    def _step(self, args: Any, state: Any, control: Any) -> None:
+        if not self._open.closed:
+            self._report(self._open.step(state.global_step), args, state, control)
+        if self._stops and state.global_step % self._due == 0:
+            self._flush(args, state, control)
+            own = state.is_world_process_zero and self._open.should_stop(agree=False)
+            if _of_first(own):
+                control.should_training_stop = True
+
+    def _flush(self, args: Any, state: Any, control: Any) -> None:
+        if not self._open.closed:
+            self._report(self._open.flush(), args, state, control)
+
+    def _report(self, records: Iterable[EntropyRecord], args: Any, state: Any, control: Any) -> None:
+        rows: defaultdict[int, dict[str, float]] = defaultdict(dict)
+        for record in records:
+            if record.status.usable:
+                rows[record.step][f"{self._name}/{record.layer}"] = record.normalized
+        for step, values in rows.items():
+            state.log_history.append({**values, "step": step})
+            if self._handler is not None:
+                # Not by trainer.log: subclasses, as those of TRL, empty metrics of their own into any call of it.
+                # Reporters log at the state's step. And on_log marks the Trainer's own values of this step as logged.
+                should_log = control.should_log
+                self._handler.on_log(
+                    args, dataclasses.replace(state, global_step=step), control, dict(values)
+                )
+                control.should_log = should_log
+
+    def _newest(self) -> dict[str, float]:
+        values = dict.fromkeys(self._open.layers, math.nan)
+        for record in self._open.history:
+            values[record.layer] = record.normalized if record.status.usable else math.nan
+        return {f"eval_{self._name}/{layer}": value for layer, value in values.items()}
+
+    def _saved(self, args: Any, step: int) -> Any:
+        """Read the state of the checkpoint that training resumes from, None if there is none."""
+        for folder in (args.resume_from_checkpoint, _checkpoint(args, step)):
+            if isinstance(folder, str | os.PathLike) and self._file(folder).exists():
+                return json.loads(self._file(folder).read_text(encoding="utf-8"))
+        warn_user(
+            f"training resumes at step {step}, and {self._file(_checkpoint(args, step))} is not there: records begin "
+            "anew. If the checkpoint lies elsewhere, set args.resume_from_checkpoint to it",
+            UserWarning,
+        )
+        return None
+
+    def _file(self, checkpoint: str | os.PathLike[str]) -> Path:
+        return Path(checkpoint, f"{self._name}.json")
+
+
+def _checkpoint(args: Any, step: int) -> Path:
+    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+
+
+def _of_first(value: Any) -> Any:
+    """Give what the first process has, to all; every one must call this."""
+    return broadcast_object_list([value])[0]

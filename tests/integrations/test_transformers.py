@@ -1,0 +1,378 @@
+"""The callback in a real Trainer: what it records, logs, saves, decides, and what it leaves as it was."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastent
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from transformers import (
+    EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from fastent.integrations.transformers import SpectralEntropyCallback
+
+LAYERS = ["transformer.h.0", "transformer.h.1.mlp"]
+GENERATOR = torch.Generator().manual_seed(3)
+PROBE = {"input_ids": torch.randint(0, 32, (12, 8), generator=GENERATOR)}
+TOKENS = torch.randint(0, 32, (24, 8), generator=GENERATOR)
+DATA = [{"input_ids": row, "labels": row} for row in TOKENS]
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=32, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+    )
+
+
+def trainer_of(
+    folder: Path, *callbacks: TrainerCallback, model: nn.Module | None = None, **given: Any
+) -> Trainer:
+    options: dict[str, Any] = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = TrainingArguments(str(folder), **(options | given))
+    data = {"train_dataset": DATA, "eval_dataset": DATA[:8]}
+    return Trainer(gpt2() if model is None else model, args, callbacks=list(callbacks), **data)
+
+
+def watch(**options: Any) -> SpectralEntropyCallback:
+    return SpectralEntropyCallback(LAYERS, PROBE, **({"tokens": "mean"} | options))
+
+
+def values(callback: SpectralEntropyCallback) -> list[tuple[int, str, float]]:
+    assert callback.monitor is not None
+    return [(record.step, record.layer, record.normalized) for record in callback.monitor.history]
+
+
+def steps(callback: SpectralEntropyCallback) -> list[int]:
+    return sorted({step for step, _, _ in values(callback)})
+
+
+class Reporter(TrainerCallback):
+    """What a reporter of `report_to` is told, with the step that it would log it at."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.rows.append((state.global_step, dict(logs)))
+
+
+def entropy_rows(rows: list[tuple[int, dict[str, float]]]) -> list[tuple[int, str, float]]:
+    return [
+        (step, key.removeprefix("entropy/"), value)
+        for step, row in rows
+        for key, value in row.items()
+        if key.startswith("entropy/")
+    ]
+
+
+def test_records_come_at_logging_steps_and_go_to_the_log_and_to_the_reporters_of_a_trainer(
+    tmp_path: Path,
+) -> None:
+    reporter = Reporter()
+    trainer = trainer_of(tmp_path, reporter)
+    callback = watch().attach(trainer)
+    trainer.train()
+    assert steps(callback) == [0, 2, 4, 6]
+    assert entropy_rows(reporter.rows) == values(callback)
+    log = [(row["step"], row) for row in trainer.state.log_history]
+    assert entropy_rows(log) == values(callback)
+    # The Trainer's own log of a step is not taken for done.
+    assert [step for step, row in log if "loss" in row] == [2, 4, 6]
+    assert callback.monitor is not None
+    assert callback.monitor.closed
+
+
+def test_every_counts_steps_of_its_own(tmp_path: Path) -> None:
+    callback = watch(every=3)
+    trainer_of(tmp_path, callback).train()
+    assert steps(callback) == [0, 3, 6]
+
+
+def test_values_are_those_of_the_model_as_it_is_then(tmp_path: Path) -> None:
+    model = gpt2()
+    expected = []
+
+    class Beside(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % 2 == 0:
+                monitor = fastent.SpectralEntropyMonitor(model, PROBE, LAYERS, every=1, tokens="mean")
+                records = monitor.step(state.global_step)
+                expected.extend((record.step, record.layer, record.normalized) for record in records)
+
+    callback = watch()
+    trainer_of(tmp_path, callback, Beside(), model=model).train()
+    assert values(callback)[2:] == expected
+
+
+def test_a_trainer_that_reports_and_is_not_attached_is_warned_of(tmp_path: Path) -> None:
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback, max_steps=1)
+    trainer.args.report_to = ["tensorboard"]
+    with pytest.warns(UserWarning, match=r"do not reach tensorboard.*callback\.attach\(trainer\)"):
+        trainer.train()
+    assert callback.attach(trainer) is callback
+    assert trainer.callback_handler.callbacks.count(callback) == 1
+    trainer.train()
+
+
+def trained(folder: Path, *callbacks: TrainerCallback, **options: Any) -> dict[str, Any]:
+    model = gpt2()
+    trainer = trainer_of(folder, *callbacks, model=model, **options)
+    trainer.train()
+    return {
+        "weights": model.state_dict(),
+        "optimizer": list(trainer.optimizer.state_dict()["state"].values()),
+        "random": torch.get_rng_state(),
+        "modes": [module.training for module in model.modules()],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_training_has_the_same_bits_with_and_without(tmp_path: Path) -> None:
+    callback = watch(every=1)
+    without, again = (trained(tmp_path, *callbacks) for callbacks in ([], [callback]))
+    assert same(without, again)
+    assert len(values(callback)) == 14
+
+
+def test_each_train_has_a_monitor_of_its_own(tmp_path: Path) -> None:
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback, max_steps=2)
+    trainer.train()
+    first = callback.monitor
+    trainer.train()
+    assert callback.monitor is not first
+    assert steps(callback) == [0, 2]
+
+
+def test_a_training_that_broke_off_leaves_no_open_monitor_behind(tmp_path: Path) -> None:
+    class Broken(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise InterruptedError
+
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback, Broken())
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    first = callback.monitor
+    trainer.remove_callback(Broken)
+    trainer.train()
+    assert first is not None
+    assert first.closed
+    assert steps(callback) == [0, 2, 4, 6]
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 3}
+
+
+def test_a_resumed_run_has_the_records_of_one_that_was_never_cut(tmp_path: Path) -> None:
+    whole, slow, resumed = watch(every=2), watch(every=3, name="slow"), watch(every=2)
+    trainer_of(tmp_path, whole, slow, **SAVING).train()
+    assert (tmp_path / "checkpoint-3" / "slow.json").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+    slow_too = watch(every=3, name="slow")
+    trainer = trainer_of(tmp_path, resumed, slow_too, **SAVING)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert values(resumed) == values(whole)
+    assert values(slow_too) == values(slow)
+    assert [row["step"] for row in trainer.state.log_history if "entropy/transformer.h.0" in row] == [
+        0,
+        2,
+        4,
+        6,
+    ]
+
+
+def test_a_checkpoint_of_another_folder_is_found_where_the_arguments_say_and_missed_with_a_warning(
+    tmp_path: Path,
+) -> None:
+    whole, resumed, missed = watch(), watch(), watch()
+    trainer_of(tmp_path / "old", whole, **SAVING).train()
+    checkpoint = str(tmp_path / "old" / "checkpoint-3")
+    trainer = trainer_of(tmp_path / "new", resumed, resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    assert values(resumed) == values(whole)
+    with pytest.warns(UserWarning, match=r"resumes at step 3, .*checkpoint-3.entropy\.json is not there"):
+        trainer_of(tmp_path / "new", missed).train(resume_from_checkpoint=checkpoint)
+    assert steps(missed) == [4, 6]
+
+
+def test_a_save_that_fails_leaves_the_file_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback, **SAVING)
+    trainer.train()
+    file = tmp_path / "checkpoint-3" / "entropy.json"
+    before = file.read_text()
+    callback._running = True
+    trainer.state.global_step = 3
+
+    def full(number: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        callback.on_save(trainer.args, trainer.state, trainer.control)
+    assert file.read_text() == before
+    assert json.loads(before)["last_step"] == 3
+
+
+def test_a_policy_ends_training_at_a_multiple_of_every(tmp_path: Path) -> None:
+    stopping = fastent.StopAfterCrossing(steps=1)
+    callback = watch(threshold=0.95, stopping=stopping)
+    trainer = trainer_of(tmp_path, callback)
+    trainer.train()
+    assert callback.monitor is not None
+    assert callback.monitor.crossed
+    assert max(callback.monitor.crossings.values()) == 0
+    assert trainer.state.global_step == 2
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "entropy/transformer.h.0",
+    "restore_callback_states_from_checkpoint": True,
+}
+
+
+@pytest.mark.parametrize("greater", [True, False])
+def test_early_stopping_and_the_best_model_go_by_the_entropy(tmp_path: Path, greater: bool) -> None:
+    callback, stopping = watch(every=1), EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = trainer_of(tmp_path, callback, stopping, greater_is_better=greater, **BEST)
+    trainer.train()
+    course = {step: h for step, layer, h in values(callback) if layer == "transformer.h.0" and step}
+    choose = max if greater else min
+    best = choose(course, key=course.__getitem__)
+    assert trainer.state.best_metric == course[best]
+    assert trainer.state.best_global_step == best
+    assert trainer.state.global_step == min(6, best + 2)
+
+
+def test_callbacks_that_the_trainer_builds_anew_leave_this_one_as_it_is(tmp_path: Path) -> None:
+    whole, resumed = watch(every=1), watch(every=1)
+    options = BEST | {"greater_is_better": True}
+    trainer_of(tmp_path, whole, EarlyStoppingCallback(9), **options).train()
+    stopping = EarlyStoppingCallback(9)
+    trainer = trainer_of(tmp_path, resumed, stopping, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert stopping not in trainer.callback_handler.callbacks
+    assert resumed in trainer.callback_handler.callbacks
+    assert values(resumed) == values(whole)
+
+
+def test_an_unusable_value_is_not_logged_and_never_the_best(tmp_path: Path) -> None:
+    def dead(model: nn.Module, probe: Any) -> Tensor:
+        return torch.ones(12, 4)
+
+    callback, reporter = SpectralEntropyCallback(dead, PROBE, every=1), Reporter()
+    options = BEST | {"metric_for_best_model": "entropy/dead", "greater_is_better": False, "max_steps": 2}
+    trainer = trainer_of(tmp_path, reporter, **(options | {"load_best_model_at_end": False}))
+    callback.attach(trainer)
+    trainer.train()
+    assert callback.monitor is not None
+    assert {record.status for record in callback.monitor.history} == {fastent.Status.ZERO_VARIANCE}
+    assert entropy_rows(reporter.rows) == []
+    assert trainer.state.best_metric == math.inf
+
+
+def test_evaluations_and_predictions_outside_of_training_have_no_entropy(tmp_path: Path) -> None:
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback, max_steps=2)
+    for _ in range(2):
+        assert not [key for key in trainer.evaluate() if "entropy" in key]
+        assert not [key for key in trainer.predict(DATA[:8]).metrics if "entropy" in key]
+        trainer.train()
+
+
+FORMS = {
+    "activation checkpointing": {"activation_checkpointing": True},
+    "gradient accumulation": {"gradient_accumulation_steps": 2, "max_steps": 3, "logging_steps": 1},
+    "bf16": {"bf16": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+}
+
+
+# A tracer of torch.compile looks at .grad of all, and silences that by a filter that pytest's comes before.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_of_training_has_the_same_bits_with_and_without(tmp_path: Path, form: str) -> None:
+    callback = watch(every=1)
+    without, again = (trained(tmp_path, *callbacks, **FORMS[form]) for callbacks in ([], [callback]))
+    assert same(without, again)
+    assert steps(callback) == list(range(FORMS[form].get("max_steps", 6) + 1))
+
+
+def test_under_bf16_the_probe_passes_as_training_does(tmp_path: Path) -> None:
+    seen = set()
+
+    def first(model: nn.Module, probe: Any) -> Tensor:
+        handle = model.transformer.h[0].mlp.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
+        model(**probe)
+        handle.remove()
+        return torch.randn(12, 4)
+
+    trainer_of(tmp_path, SpectralEntropyCallback(first, PROBE), bf16=True, max_steps=1).train()
+    assert seen == {torch.bfloat16}
+
+
+def test_a_trial_of_a_search_saves_no_state(tmp_path: Path) -> None:
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback, max_steps=2)
+    trainer.train()
+    callback._running = True
+    trainer.state.is_hyper_param_search = True
+    callback.on_save(trainer.args, trainer.state, trainer.control)
+    assert not list(tmp_path.rglob("entropy.json"))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".."])
+def test_a_name_that_is_no_file_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="name is that of a file"):
+        watch(name=name)
+
+
+@pytest.mark.parametrize("missing", ["transformers", "accelerate.utils"])
+def test_a_missing_host_is_one_line_with_the_remedy(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "fastent.integrations.transformers")
+    with pytest.raises(
+        ImportError, match=r"needs transformers with accelerate .*pip install 'transformers"
+    ) as found:
+        __import__("fastent.integrations.transformers")
+    assert "\n" not in str(found.value)
