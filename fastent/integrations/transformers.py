@@ -8,11 +8,12 @@ tells a callback everything but where its reporters are: `SpectralEntropyCallbac
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,11 +26,13 @@ try:
     from accelerate.utils import broadcast_object_list, send_to_device
     from transformers import TrainerCallback
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-except ImportError as error:
-    raise ImportError(
-        f"fastent.integrations.transformers needs transformers with accelerate ({error}): "
-        "pip install 'transformers[torch]'"
-    ) from error
+except ModuleNotFoundError as error:
+    if error.name not in ("transformers", "accelerate"):
+        raise
+    raise ModuleNotFoundError(
+        f"fastent.integrations.transformers needs {error.name}, which is not installed: pip install {error.name}",
+        name=error.name,
+    ) from None
 
 
 class SpectralEntropyCallback(TrainerCallback):
@@ -52,12 +55,13 @@ class SpectralEntropyCallback(TrainerCallback):
         It is moved to the Trainer's device, and passes through the model under the Trainer's own precision.
     every : int, optional
         Steps between two evaluations; by default the Trainer's ``logging_steps``.
+    stopping : callable, optional
+        Policy such as `fastent.StopAfterCrossing`, asked at multiples of `every`.
     name : str
         Under which values are logged and the state is saved, `<name>.json` in each checkpoint. Two callbacks of one
         Trainer need two names.
     **options
-        All else that `fastent.SpectralEntropyMonitor` takes, such as ``tokens="mean"``, `threshold` and `stopping`. The
-        policy is asked at multiples of `every`, and what it says ends training.
+        Further arguments of `fastent.SpectralEntropyMonitor`: `tokens`, `threshold`, `law`, `mask` and so on.
 
     Attributes
     ----------
@@ -66,6 +70,9 @@ class SpectralEntropyCallback(TrainerCallback):
 
     Raises
     ------
+    TypeError
+        For an option that the monitor does not have. What else is wrong with the arguments raises when training
+        begins, since the monitor is made there.
     ValueError
         If `name` is no name of a file.
 
@@ -81,18 +88,21 @@ class SpectralEntropyCallback(TrainerCallback):
 
     def __init__(
         self,
+        *,
         layers: Layers,
         probe: Inputs,
-        *,
         every: int | None = None,
+        stopping: Callable[[SpectralEntropyMonitor], bool] | None = None,
         name: str = "entropy",
         **options: Any,
     ) -> None:
+        inspect.signature(SpectralEntropyMonitor).bind(
+            None, probe, layers, every=every, stopping=stopping, **options
+        )
         if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"name is that of a file in each checkpoint, without folders; got {name!r}")
         self._layers, self._probe, self._every, self._name = layers, probe, every, name
-        self._options = options
-        self._stops = options.get("stopping") is not None
+        self._stopping, self._options = stopping, options
         self._handler: Any = None
         self._running = False
         self.monitor: SpectralEntropyMonitor | None = None
@@ -128,7 +138,9 @@ class SpectralEntropyCallback(TrainerCallback):
             )
         self._due = int(state.logging_steps) if self._every is None else self._every
         probe = send_to_device(self._probe, args.device)
-        monitor = SpectralEntropyMonitor(model, probe, self._layers, every=self._due, **self._options)
+        monitor = SpectralEntropyMonitor(
+            model, probe, self._layers, every=self._due, stopping=self._stopping, **self._options
+        )
         saved = _of_first(self._saved(args, state.global_step) if first and state.global_step else None)
         if saved is not None:
             monitor.load_state_dict(saved)
@@ -175,7 +187,7 @@ class SpectralEntropyCallback(TrainerCallback):
     def _step(self, args: Any, state: Any, control: Any) -> None:
         if not self._open.closed:
             self._report(self._open.step(state.global_step), args, state, control)
-        if self._stops and state.global_step % self._due == 0:
+        if self._stopping is not None and state.global_step % self._due == 0:
             self._flush(args, state, control)
             own = state.is_world_process_zero and self._open.should_stop(agree=False)
             if _of_first(own):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def trainer_of(
 
 
 def watch(**options: Any) -> SpectralEntropyCallback:
-    return SpectralEntropyCallback(LAYERS, PROBE, **({"tokens": "mean"} | options))
+    return SpectralEntropyCallback(layers=LAYERS, probe=PROBE, **({"tokens": "mean"} | options))
 
 
 def values(callback: SpectralEntropyCallback) -> list[tuple[int, str, float]]:
@@ -251,7 +250,7 @@ def test_a_save_that_fails_leaves_the_file_before_it(tmp_path: Path, monkeypatch
 
 def test_a_policy_ends_training_at_a_multiple_of_every(tmp_path: Path) -> None:
     stopping = fastent.StopAfterCrossing(steps=1)
-    callback = watch(threshold=0.95, stopping=stopping)
+    callback = watch(threshold=0.86, stopping=stopping)
     trainer = trainer_of(tmp_path, callback)
     trainer.train()
     assert callback.monitor is not None
@@ -300,7 +299,7 @@ def test_an_unusable_value_is_not_logged_and_never_the_best(tmp_path: Path) -> N
     def dead(model: nn.Module, probe: Any) -> Tensor:
         return torch.ones(12, 4)
 
-    callback, reporter = SpectralEntropyCallback(dead, PROBE, every=1), Reporter()
+    callback, reporter = SpectralEntropyCallback(layers=dead, probe=PROBE, every=1), Reporter()
     options = BEST | {"metric_for_best_model": "entropy/dead", "greater_is_better": False, "max_steps": 2}
     trainer = trainer_of(tmp_path, reporter, **(options | {"load_best_model_at_end": False}))
     callback.attach(trainer)
@@ -330,7 +329,7 @@ FORMS = {
 
 # A tracer of torch.compile looks at .grad of all, and silences that by a filter that pytest's comes before.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*list(FORMS)[:-1], pytest.param("compiled", marks=pytest.mark.nightly)])
 def test_each_form_of_training_has_the_same_bits_with_and_without(tmp_path: Path, form: str) -> None:
     callback = watch(every=1)
     without, again = (trained(tmp_path, *callbacks, **FORMS[form]) for callbacks in ([], [callback]))
@@ -347,7 +346,7 @@ def test_under_bf16_the_probe_passes_as_training_does(tmp_path: Path) -> None:
         handle.remove()
         return torch.randn(12, 4)
 
-    trainer_of(tmp_path, SpectralEntropyCallback(first, PROBE), bf16=True, max_steps=1).train()
+    trainer_of(tmp_path, SpectralEntropyCallback(layers=first, probe=PROBE), bf16=True, max_steps=1).train()
     assert seen == {torch.bfloat16}
 
 
@@ -367,12 +366,6 @@ def test_a_name_that_is_no_file_is_refused(name: str) -> None:
         watch(name=name)
 
 
-@pytest.mark.parametrize("missing", ["transformers", "accelerate.utils"])
-def test_a_missing_host_is_one_line_with_the_remedy(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "fastent.integrations.transformers")
-    with pytest.raises(
-        ImportError, match=r"needs transformers with accelerate .*pip install 'transformers"
-    ) as found:
-        __import__("fastent.integrations.transformers")
-    assert "\n" not in str(found.value)
+def test_an_option_that_the_monitor_does_not_have_is_refused_at_once() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'treshold'"):
+        watch(treshold=0.5)
