@@ -272,10 +272,20 @@ class SpectralEntropyMonitor:
         True for real tokens: others are left out where activations are (n, tokens, d) or (n * tokens, d). "~name" where
         0 or False is a real token ("~src_key_padding_mask" of torch, additive masks). By default "attention_mask",
         where the probe has one and the number of tokens fits; records say which mask was used.
+    batch_size : int, optional
+        Samples of the probe in one pass, so that a large probe fits into memory. The passes' moments are merged exactly
+        (`fastent.Moments`, d x d float64 for each layer), and H is that of one pass to about 1e-12, but for the model's
+        own roundings, which may be others where a product has fewer rows. Every tensor of the probe with as many
+        entries along its first axis as the first tensor has is cut along it; other tensors and plain values are given
+        whole. A function as `layers` gets the parts. Each part is a pass of its own, from the same state: where a
+        sample's output depends on the others in the pass (batch statistics in use in eval mode too), H does.
+    autocast : torch.dtype, optional
+        torch.bfloat16 or torch.float16: the probe's pass is made under ``torch.autocast`` of this dtype on the probe's
+        device, as training may be. By default under what is on where `step` is called.
     standard_error : bool
         Record the sampling errors of H too, `fastent.sampling_error` for infinitely many samples. An evaluation
         then costs some 12 times as much. Tokens of one sample, or positions of one map, are not independent: with
-        "flatten" or "skip_first" the error comes out too small.
+        "flatten" or "skip_first" the error comes out too small. Not with `batch_size`.
     history_size : int
         Records kept of each layer (about 0.7 kB each); the oldest go first. `on_record` sees all, and crossings,
         diagnosis and forecast do not depend on it.
@@ -367,6 +377,8 @@ class SpectralEntropyMonitor:
         channel_axis: int | None = None,
         samples_axis: SamplesAxis | None = None,
         mask: str | None = None,
+        batch_size: int | None = None,
+        autocast: torch.dtype | None = None,
         standard_error: bool = False,
         history_size: int = 10_000,
         on_nonfinite: OnNonfinite = "record",
@@ -378,13 +390,18 @@ class SpectralEntropyMonitor:
     ) -> None:
         if threshold is None and law is not None:
             threshold = law.h_star
-        for name, value in (("every", every), ("history_size", history_size)):
-            if operator.index(value) < 1:
+        for name, value in (("every", every), ("history_size", history_size), ("batch_size", batch_size)):
+            if value is not None and operator.index(value) < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+        if batch_size is not None and standard_error:
+            raise ValueError(
+                "batch_size keeps moments of the parts, and standard_error needs the activations: leave one of them out"
+            )
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"threshold is a normalised entropy, in (0, 1]; got {threshold}")
         if isinstance(stopping, StopAfterCrossing) and threshold is None:
             raise ValueError("StopAfterCrossing needs a threshold to cross")
+        _check_choice("autocast", autocast, (None, torch.bfloat16, torch.float16))
         _check_choice("on_nonfinite", on_nonfinite, get_args(OnNonfinite))
         _check_choice("on_error", on_error, get_args(OnError))
         _check_choice("mode", mode, get_args(Mode))
@@ -393,7 +410,14 @@ class SpectralEntropyMonitor:
         self._last_step: int | None = None
         self._every = operator.index(every)
         rows_from_tokens = tokens in ("flatten", "skip_first") or positions == "flatten"
-        self._watched = Watched.of(model, probe, layers, rows_from_tokens=rows_from_tokens)
+        self._watched = Watched.of(
+            model,
+            probe,
+            layers,
+            rows_from_tokens=rows_from_tokens,
+            batch_size=batch_size,
+            autocast=autocast,
+        )
         axes = Axes(tokens, positions, channel_axis, samples_axis, mask, self._watched)
         self._evaluations = DeferredEntropy(on_full=on_full, device_of=in_line if mode == "sync" else None)
         self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite, on_error)

@@ -29,6 +29,7 @@ holds the same one; if not, it is a part of which nobody says where it belongs, 
 from __future__ import annotations
 
 import contextvars
+import copy
 import difflib
 import functools
 import hashlib
@@ -36,8 +37,8 @@ import inspect
 import re
 import sys
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -101,11 +102,12 @@ class Probe:
                 f"got {type(inputs).__name__}"
             )
         tensors = self._tensors()
-        shapes = [tuple(t.shape) for t in tensors if t.ndim]
-        if not shapes:
+        first = next((t for t in tensors if t.ndim), None)
+        if first is None:
             raise ValueError("the probe holds no tensor with a sample axis")
-        self.shape = shapes[0]
+        self.shape = tuple(first.shape)
         """Shape of the first tensor with axes, whose first counts samples."""
+        self.device = first.device
         if self.shape[0] < (1 if rows_from_tokens else 2):
             raise ValueError(f"a covariance needs at least 2 samples; the probe has N = {self.shape[0]}")
         self._marks = [_mark(t) for t in tensors]
@@ -133,6 +135,17 @@ class Probe:
                     "entropies of different probes do not compare: keep a clone for the probe"
                 )
             self._marks = marks
+
+    def part(self, rows: slice) -> tuple[Inputs, tuple[Any, ...], dict[str, Any]]:
+        """Give some of the samples, in the form of the probe, and as arguments and keyword arguments.
+
+        Every tensor with as many entries along its first axis as there are samples is cut, at any depth. Others, and
+        plain values, are given as they are.
+        """
+        inputs = _cut(self.inputs, rows, self.shape[0])
+        if isinstance(inputs, Mapping):
+            return inputs, (), dict(inputs)
+        return inputs, inputs if isinstance(inputs, tuple) else (inputs,), {}
 
     def entries(self, model: nn.Module) -> dict[str, Any]:
         """Name what the probe holds: by parameters of the model's forward pass, and keys of mappings at any depth."""
@@ -395,6 +408,25 @@ def _mark(t: Tensor) -> tuple[torch.device, int, int | None]:
     return t.device, t.data_ptr(), None if t.is_inference() else t._version
 
 
+def _cut(value: Any, rows: slice, samples: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and len(value) == samples else value
+    if isinstance(value, Mapping):
+        items = {key: _cut(item, rows, samples) for key, item in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return items
+        part = copy.copy(value)  # a class of its own, whose attributes a model may ask for
+        for key, item in items.items():
+            part[key] = item
+        return part
+    if isinstance(value, tuple | list):
+        parts = [_cut(item, rows, samples) for item in value]
+        if isinstance(value, list):
+            return parts
+        return type(value)._make(parts) if hasattr(value, "_make") else tuple(parts)
+    return value
+
+
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -431,6 +463,8 @@ class Watched:
         As `fastent.SpectralEntropyMonitor` takes them.
     rows_from_tokens : bool
         Whether each token is a row, so that one sample is enough.
+    batch_size, autocast
+        As `fastent.SpectralEntropyMonitor` takes them.
 
     Raises
     ------
@@ -452,7 +486,14 @@ class Watched:
     """
 
     def __init__(
-        self, model: nn.Module, probe: Inputs, layers: Layers, *, rows_from_tokens: bool = False
+        self,
+        model: nn.Module,
+        probe: Inputs,
+        layers: Layers,
+        *,
+        rows_from_tokens: bool = False,
+        batch_size: int | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
@@ -472,6 +513,14 @@ class Watched:
         )
         self.ran: dict[str, int] = {}
         """Features of each layer that has run, in the order of the first time."""
+        self.rows: slice | None = None
+        """Samples of the probe in the pass under way, if those are not all."""
+        self._parts: list[slice] = []
+        if batch_size is not None and batch_size < self.probe.shape[0]:
+            samples = self.probe.shape[0]
+            starts = range(0, samples, batch_size)
+            self._parts = [slice(start, min(start + batch_size, samples)) for start in starts]
+        self._autocast = autocast
         self._sequence: list[str] | None = None  # of the layers in the last whole pass, if each ran once
         self._warned_of_idle = False
 
@@ -483,14 +532,27 @@ class Watched:
         layers: Layers | None,
         *,
         rows_from_tokens: bool,
+        batch_size: int | None,
+        autocast: torch.dtype | None,
     ) -> Watched | None:
         """Watch what was given, None if nothing was; in part is an error."""
         if model is not None and probe is not None and layers is not None:
-            return cls(model, probe, layers, rows_from_tokens=rows_from_tokens)
+            return cls(
+                model,
+                probe,
+                layers,
+                rows_from_tokens=rows_from_tokens,
+                batch_size=batch_size,
+                autocast=autocast,
+            )
         given = {"model": model, "probe": probe, "layers": layers}
         missing = [name for name, value in given.items() if value is None]
         if len(missing) < len(given):
             raise ValueError(f"model, probe and layers go together; missing: {', '.join(missing)}")
+        if batch_size is not None or autocast is not None:
+            raise ValueError(
+                "batch_size and autocast are for the pass of a probe: give model, probe and layers"
+            )
         return None
 
     def restore(self, ran: Mapping[str, int]) -> None:
@@ -523,6 +585,16 @@ class Watched:
         return plain_module(self._model)
 
     @property
+    def in_parts(self) -> bool:
+        """Whether the probe is passed in several parts, so that `run` gets several activations of each layer."""
+        return bool(self._parts)
+
+    @property
+    def sizes(self) -> set[int]:
+        """Numbers of samples in the parts."""
+        return {rows.stop - rows.start for rows in self._parts}
+
+    @property
     def by_function(self) -> bool:
         """Whether a function returns the activations, which are then taken at its word."""
         return callable(self._layers)
@@ -552,13 +624,21 @@ class Watched:
         """Whether a pass needs every rank: FSDP2 or tensor parallelism; rank 0 alone records then."""
         return is_sharded(self.model)
 
-    def run(self, reduce: Callable[[str, Tensor], int], *, whole: bool = False) -> dict[str, int]:
+    def run(
+        self,
+        reduce: Callable[[str, Tensor], int],
+        *,
+        done: Callable[[], object] | None = None,
+        whole: bool = False,
+    ) -> dict[str, int]:
         """Pass the probe through the model; when it is sharded (FSDP, tensor parallelism) every rank must do so.
 
         Parameters
         ----------
         reduce : callable
             Gets each layer's name and activation as it appears and returns its width.
+        done : callable, optional
+            Called when all has been passed, and before anything is noted as having run.
         whole : bool
             Whether the pass must not end with the last of the layers, because other ranks take part in it.
 
@@ -582,59 +662,84 @@ class Watched:
             Once, of the layers that were not named and did not run.
         """
         check_pool()
-        model, layers = self.model, self._layers
         widths: dict[str, int] = {}
-        fired: dict[str, int] = {}
-        with undisturbed(model) as interrupts, Spread(model) as spread:
-            reduce = apart(reduce, interrupts)
-            if callable(layers):
-                with interrupts.second_at_once():
-                    given = layers(model, self.probe.inputs)
-                own_name = str(getattr(layers, "__name__", type(layers).__name__))
-                for name, h in given.items() if isinstance(given, Mapping) else [(own_name, given)]:
-                    if str(name) in widths:
-                        raise ValueError(f"layers returned two activations named {str(name)!r}")
-                    widths[str(name)] = reduce(str(name), spread.whole(str(name), h))
-            else:
-                fired = dict.fromkeys(layers, 0)
-                order: list[str] = []
-                end = None if whole or _has_hooks_for_any_end(model) else self._sequence
-                over, thread, collectives = False, threading.get_ident(), _collectives()
-
-                def take(name: str, module: nn.Module, output: Any) -> None:
-                    nonlocal over
-                    if over:  # the model caught even that
-                        return
-                    fired[name] += 1
-                    order.append(name)
-                    if fired[name] == 1:
-                        widths[name] = reduce(name, spread.whole(name, _first_tensor(name, output), module))
-                    if order == end and threading.get_ident() == thread:
-                        over = True
-                        raise _Over
-
-                handles = []
-                try:
-                    for name, layer in layers.items():
-                        handles.append(_hook(model.get_submodule(layer.path), name, take, layer.of_input))
-                    with interrupts.second_at_once(), suppress(_Over):
-                        # Context variables that the model sets and would reset behind the end stay in the copy.
-                        contextvars.copy_context().run(model, *self.probe.args, **self.probe.kwargs)
-                finally:
-                    for handle in handles:
-                        handle.remove()
-                if not over:
-                    alone = collectives is not None and collectives == _collectives()
-                    once = all(count == 1 for count in fired.values())
-                    self._sequence = order if alone and once else None
-        for name, count in fired.items():
+        most = {} if callable(self._layers) else dict.fromkeys(self._layers, 0)
+        try:
+            for rows in self._parts or [None]:
+                self.rows = rows
+                for name, count in self._pass(reduce, widths, whole).items():
+                    most[name] = max(most[name], count)
+        finally:
+            self.rows = None
+        for name, count in most.items():
             self._check_fired(name, count)
-        for name in widths if callable(layers) else self.order:
+        if done is not None:
+            done()
+        for name in widths if callable(self._layers) else self.order:
             if name in widths:
                 self.ran.setdefault(name, widths[name])
         idle = {layer: d for layer, d in self.ran.items() if layer not in widths}
         self._warn_of_idle([layer for layer in self.order if layer not in widths and layer not in idle])
         return idle
+
+    def _pass(
+        self, reduce: Callable[[str, Tensor], int], widths: dict[str, int], whole: bool
+    ) -> Mapping[str, int]:
+        """Pass `rows` of the probe, add the layers' `widths`, and return how often each of them ran."""
+        model, layers, probe = self.model, self._layers, self.probe
+        inputs, args, kwargs = (
+            (probe.inputs, probe.args, probe.kwargs) if self.rows is None else probe.part(self.rows)
+        )
+        with undisturbed(model) as interrupts, Spread(model) as spread, self._casting():
+            reduce = apart(reduce, interrupts)
+            if callable(layers):
+                with interrupts.second_at_once():
+                    given = layers(model, inputs)
+                own_name = str(getattr(layers, "__name__", type(layers).__name__))
+                named = list(given.items()) if isinstance(given, Mapping) else [(own_name, given)]
+                names = [str(name) for name, _ in named]
+                for name, (_, h) in zip(names, named, strict=True):
+                    if names.count(name) > 1:
+                        raise ValueError(f"layers returned two activations named {name!r}")
+                    widths[name] = reduce(name, spread.whole(name, h))
+                return {}
+            fired = dict.fromkeys(layers, 0)
+            order: list[str] = []
+            end = None if whole or _has_hooks_for_any_end(model) else self._sequence
+            over, thread, collectives = False, threading.get_ident(), _collectives()
+
+            def take(name: str, module: nn.Module, output: Any) -> None:
+                nonlocal over
+                if over:  # the model caught even that
+                    return
+                fired[name] += 1
+                order.append(name)
+                if fired[name] == 1:
+                    widths[name] = reduce(name, spread.whole(name, _first_tensor(name, output), module))
+                if order == end and threading.get_ident() == thread:
+                    over = True
+                    raise _Over
+
+            handles = []
+            try:
+                for name, layer in layers.items():
+                    handles.append(_hook(model.get_submodule(layer.path), name, take, layer.of_input))
+                with interrupts.second_at_once(), suppress(_Over):
+                    # Context variables that the model sets and would reset behind the end stay in the copy.
+                    contextvars.copy_context().run(model, *args, **kwargs)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if not over:
+                alone = collectives is not None and collectives == _collectives()
+                once = all(count == 1 for count in fired.values())
+                self._sequence = order if alone and once else None
+            return fired
+
+    def _casting(self) -> AbstractContextManager[object]:
+        if self._autocast is None:
+            return nullcontext()  # that of the caller, if there is one
+        return torch.autocast(self.probe.device.type, self._autocast)
 
     def _check_fired(self, name: str, count: int) -> None:
         assert not callable(self._layers)
@@ -708,7 +813,7 @@ class Axes:
         _check_choices(tokens, positions, channel_axis, samples_axis)
         self._tokens, self._positions, self._channel_axis = tokens, positions, channel_axis
         self._samples_axis, self._mask, self._given = samples_axis, mask, watched
-        self._real: dict[torch.device, RealTokens] = {}
+        self._real: dict[tuple[int, torch.device | None], RealTokens] = {}  # by the end of the part
         self._used: str | None = None
         self._warned: set[str] = set()
         self._tokens_first: dict[str, str | None] = {}
@@ -718,10 +823,15 @@ class Axes:
             missing = "tokens, which says what to make of the real ones" if watched else "a probe that has it"
             hint = "" if watched else "; for observe give spectral_entropy(h, tokens=..., mask=...)"
             raise ValueError(f"mask={mask!r} names an entry of the probe, and needs {missing}{hint}")
+        if watched is not None and samples_axis == 1 and watched.sizes & set(watched.probe.shape[1:2]):
+            raise ValueError(
+                f"of parts of the probe {watched.probe.shape} with as many samples as its second axis has entries, "
+                "samples_axis=1 cannot tell which one counts samples: take another batch_size"
+            )
         if watched is not None and tokens is not None:
             real = self._named_mask(mask) if mask is not None else self._usual_mask()
             if real is not None:
-                self._real[real.mask.device] = real
+                self._real[0, None] = real
 
     @property
     def _watched(self) -> Watched:
@@ -769,7 +879,10 @@ class Axes:
         return h.ndim == 3 and (self._tokens is not None or self._positions is None)
 
     def _samples(self) -> tuple[int, ...]:
-        """Numbers of samples that the probe may have: along its first axis, or, where tokens come first, its second."""
+        """Numbers of samples that the pass may have: along its first axis, or, where tokens come first, its second."""
+        rows = self._watched.rows
+        if rows is not None:  # cut along the first
+            return (rows.stop - rows.start,)
         return self._watched.probe.shape[: 2 if self._samples_axis == 1 else 1]
 
     def _fits(self, layer: str, size: int) -> bool:
@@ -788,11 +901,11 @@ class Axes:
     def _rows_of_tokens(self, h: Tensor) -> Tensor:
         """Activations (rows, d) that are not one row for each sample, as (samples, tokens, d) where that is known."""
         rows, d = h.shape
-        real = next(iter(self._real.values()), None)
+        real = self._mask_of_pass()
         if real is not None and rows == real.mask.numel():
             n, tokens = real.mask.shape
             return h.reshape((tokens, n, d) if self._samples_axis == 1 else (n, tokens, d))
-        samples = self._watched.probe.shape[0]
+        samples = self._samples()[0]
         if self._tokens is None and rows < samples and d != samples:
             return h  # a part of the samples, such as an expert's
         if (self._tokens == "flatten" or self._positions == "flatten") and (real is None or real.full):
@@ -829,7 +942,7 @@ class Axes:
                     f"it gave {shape}, and its {owner} has batch_first=False: give samples_axis=1 if that is (tokens, "
                     "samples, d), samples_axis=0 if it is (samples, tokens, d)"
                 )
-        samples = self._watched.probe.shape[0]
+        samples = self._samples()[0]
         if shape[0] == samples or (self._samples_axis == 1 and self._fits(layer, shape[0])):
             return h
         seen = f"the first axis of its activations should count samples; it gave {shape} on {self._probe()}"
@@ -840,9 +953,9 @@ class Axes:
         raise ValueError(f"{seen}: {_BY_HAND}")
 
     def _real_tokens(self, layer: str, h: Tensor) -> RealTokens | None:
-        if not self._real:
+        real = self._mask_of_pass()
+        if real is None:
             return None
-        real = next(iter(self._real.values()))
         if real.mask.shape != h.shape[:2]:
             seen = f"{self._used!r} of the probe is for {_count(real.mask.shape)}, and there are {_count(h.shape)}"
             if self._mask is not None:
@@ -857,9 +970,19 @@ class Axes:
                 f"mask={_USUAL_MASK!r} for layers of the encoder, the name of the decoder's for its layers (all ones "
                 "if there is no padding), in a monitor for each"
             )
-        if h.device not in self._real:
-            self._real[h.device] = real.to(h.device)
-        return self._real[h.device]
+        return self._mask_of_pass(h.device)
+
+    def _mask_of_pass(self, device: torch.device | None = None) -> RealTokens | None:
+        """Real tokens of the samples that are passed, on `device` or where the probe has them; kept for later."""
+        whole = self._real.get((0, None))
+        if whole is None:
+            return None
+        rows = self._watched.rows
+        key = (rows.stop if rows is not None else 0, device)
+        if key not in self._real:
+            real = whole if rows is None else RealTokens(whole.mask[rows])
+            self._real[key] = real if device is None else real.to(device)
+        return self._real[key]
 
     def _named_mask(self, name: str) -> RealTokens:
         plain = name.removeprefix("~")
@@ -902,6 +1025,8 @@ class Axes:
         return None
 
     def _probe(self) -> str:
+        if self._watched.rows is not None:
+            return f"a part of the probe, {self._samples()[0]} samples along its first axis"
         return f"a probe of {self._watched.probe.shape[0]} samples"
 
 
@@ -963,7 +1088,7 @@ class Evaluator:
         self._evaluations, self._recording, self._watched = evaluations, recording, watched
         self._axes, self._standard_error, self._on_error = axes, standard_error, on_error
         self._devices: dict[str, torch.device] = {}
-        self._merged = _Merged()
+        self._merged = Merged()
         self._seen_in_backward: dict[str, bool] = {}  # by layer, for its newest observed step
         self._failed: dict[str, int] = {}  # by layer, the newest step
         self._warned_of_repeats = self._warned_of_failure = False
@@ -980,7 +1105,7 @@ class Evaluator:
             with self._pass(
                 "the probe's pass failed at construction; check=False puts it off to the first evaluation"
             ):
-                self._watched.run(self._examine)
+                self._run_probe(self._watched, None)
 
     def run(self, step: int) -> None:
         """Evaluate the layers of the model on its probe; a full ring may drop that, and then nothing is run."""
@@ -999,7 +1124,7 @@ class Evaluator:
         note = f"in the pass of the monitor's probe at step {step}"
         if evaluation is not None:
             with evaluation, self._pass(note):
-                idle = watched.run(functools.partial(self._add, evaluation), whole=every_rank)
+                idle = self._run_probe(watched, evaluation, whole=every_rank)
                 for layer, d in idle.items():
                     message = "the layer did not run in this pass of the probe: nothing called it"
                     width = self._recording.width(layer) or d
@@ -1008,7 +1133,28 @@ class Evaluator:
                 self._expect(step, evaluation)
         elif every_rank:  # its part of the forward pass: the other ranks wait for it
             with self._pass(note):
-                watched.run(self._examine, whole=True)
+                self._run_probe(watched, None, whole=True)
+
+    def _run_probe(
+        self, watched: Watched, evaluation: Evaluation | None, *, whole: bool = False
+    ) -> dict[str, int]:
+        """Put what a pass gives into `evaluation`, or only check it; return as `Watched.run`."""
+        if not watched.in_parts:
+            take = self._examine if evaluation is None else functools.partial(self._add, evaluation)
+            return watched.run(take, whole=whole)
+        merged, may_have_few = Merged(), watched.may_have_few_rows
+
+        def done() -> None:
+            for layer, moments in merged.moments.items():
+                if moments.n < 2 and layer not in may_have_few:
+                    message = (
+                        f"a covariance needs at least 2 rows; layer {layer!r} gave {moments.n} on the probe"
+                    )
+                    raise TooFewRows(message, moments.n, merged.widths[layer])
+                if evaluation is not None:
+                    merged.put(layer, evaluation)
+
+        return watched.run(functools.partial(self._merge, merged), done=done, whole=whole)
 
     def observe(self, step: int, layer: str, h: Tensor | SpectralEntropy, merge: bool) -> None:
         """Evaluate activations that are at hand, or take their entropy, or keep rows until the step is over."""
@@ -1040,7 +1186,8 @@ class Evaluator:
 
     def _take(self, step: int, layer: str, h: Tensor | SpectralEntropy, merge: bool) -> None:
         if merge and not isinstance(h, SpectralEntropy):
-            self._merge(step, layer, h)
+            self._merged.step = step
+            self._merge(self._merged, layer, h)
             return
         known = isinstance(h, SpectralEntropy) or self._standard_error
         evaluation = self._evaluations.open(step, needs_room=not known)
@@ -1058,18 +1205,16 @@ class Evaluator:
         if not merged.moments or next_step == merged.step:
             return
         with interrupts_held():
-            self._merged = _Merged()
+            self._merged = Merged()
             with self._failing(merged.step, merged.moments):
                 self._evaluate(merged)
 
-    def _evaluate(self, merged: _Merged) -> None:
+    def _evaluate(self, merged: Merged) -> None:
         evaluation = self._evaluations.open(merged.step, needs_room=False)
         if evaluation is not None:
             with evaluation:
-                for layer, moments in merged.moments.items():
-                    few = moments.n < 2
-                    entropy = _too_few(moments.n, merged.widths[layer]) if few else moments.spectral_entropy()
-                    evaluation.put(layer, entropy)
+                for layer in merged.moments:
+                    merged.put(layer, evaluation)
                 self._expect(merged.step, evaluation)
 
     @contextmanager
@@ -1101,7 +1246,7 @@ class Evaluator:
     def forget(self) -> None:
         """Let layers come from other devices than before, and drop what was merged."""
         self._devices = {}
-        self._merged = _Merged()
+        self._merged = Merged()
 
     def _add(self, evaluation: Evaluation, layer: str, h: Tensor) -> int:
         """Put activations into `evaluation` and return their width."""
@@ -1133,20 +1278,20 @@ class Evaluator:
         if self._probing and self._watched is not None and layer not in self._watched.may_have_few_rows:
             raise error
 
-    def _merge(self, step: int, layer: str, h: Tensor) -> None:
+    def _merge(self, merged: Merged, layer: str, h: Tensor) -> int:
+        """Add the rows of activations to `merged` and return their width."""
         with self._reading(layer, h) as reading:
-            part = Moments().update(reading.h, **reading.rows._asdict())
-            d = len(part.mean) if part.n else reading.rows.of(reading.h).shape[-1]
+            rows = reading.rows
+            part = Moments().update(reading.h, **rows._asdict())
+            d = len(part.mean) if part.n else rows.of(reading.h).shape[-1]
             if d < 2:
                 raise ValueError(
                     "the normalised entropy divides by log d, so d must be at least 2; got d = 1"
                 )
-            self._recording.check(step, layer, d)
-            moments = self._merged.moments.get(layer, Moments()).merge(part)
-        self._merged.step = step
-        self._merged.moments[layer] = moments
-        self._merged.widths[layer] = d
+            self._recording.check(merged.step, layer, d)
+            merged.add(layer, part, d, reading.mask)
         self._devices[layer] = h.device
+        return d
 
     def _ignore(self, step: int, layer: str) -> None:
         if not self._warned_of_repeats and self._failed.get(layer) != step:
@@ -1197,12 +1342,26 @@ class Evaluator:
 
 
 @dataclass
-class _Merged:
-    """Rows of the step under way, by layer."""
+class Merged:
+    """Rows that came in several parts, by layer."""
 
     step: int = -1
     moments: dict[str, Moments] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
+    masks: dict[str, str | None] = field(default_factory=dict)
+
+    def add(self, layer: str, part: Moments, d: int, mask: str | None) -> None:
+        """Add rows of a layer of `d` features, and the name of their mask."""
+        self.moments[layer] = self.moments.get(layer, Moments()).merge(part)
+        self.widths[layer] = d
+        self.masks[layer] = mask
+
+    def put(self, layer: str, evaluation: Evaluation) -> None:
+        """Give the entropy of a layer's rows to `evaluation`."""
+        moments = self.moments[layer]
+        few = moments.n < 2
+        entropy = _too_few(moments.n, self.widths[layer]) if few else moments.spectral_entropy()
+        evaluation.put(layer, entropy, mask_name=self.masks[layer])
 
 
 def _too_few(n: int, d: int) -> SpectralEntropy:
