@@ -1,0 +1,498 @@
+"""The callback in Lightning's own Trainer."""
+
+import copy
+import importlib
+import json
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastent
+
+pytest.importorskip("lightning.pytorch")
+
+import lightning.pytorch as pl
+from lightning.pytorch import callbacks, loggers
+
+from fastent.integrations.lightning import SpectralEntropyCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        # Of torch 2.13, where Lightning's data fetcher uses what torch will give up.
+        r".isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning",
+        # What the host says of runs as small as these.
+        "You defined a `validation_step` but have no `val_dataloader`",
+        "The '.*_dataloader' does not have many workers",
+        "The number of training batches .* is smaller than the logging interval",
+        "You're resuming from a checkpoint that ended before the epoch ended",
+        "GPU available but not used",
+    )
+]
+
+PROBE = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+ROWS = torch.randn(32, 6, generator=torch.Generator().manual_seed(2))
+
+
+class Net(pl.LightningModule):
+    """Random in each pass, with buffers that a pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.net(batch[0]).square().mean())
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+class Kept(loggers.Logger):
+    """A logger that keeps what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    name = version = "kept"
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, params: Any) -> None:
+        pass
+
+    def of(self, key: str) -> list[tuple[int, float]]:
+        return [(step, row[key]) for step, row in self.rows if key in row]
+
+
+class During(callbacks.Callback):
+    """Calls a function with the Trainer and the module at a hook."""
+
+    def __init__(self, hook: str, function: Any) -> None:
+        setattr(self, hook, lambda trainer, module, *args: function(trainer, module))
+
+
+def loader(batch_size: int = 8, shuffle: bool = False) -> torch.utils.data.DataLoader:
+    data = torch.utils.data.TensorDataset(ROWS)
+    return torch.utils.data.DataLoader(data, batch_size=batch_size, shuffle=shuffle)
+
+
+def trainer(*own: Any, **options: Any) -> pl.Trainer:
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(callback, callbacks.ModelCheckpoint) for callback in own),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return pl.Trainer(callbacks=list(own), **{"max_epochs": 1, "log_every_n_steps": 1, **quiet, **options})
+
+
+def entropy(**options: Any) -> SpectralEntropyCallback:
+    return SpectralEntropyCallback(**{"layers": "net.0", "probe": PROBE, "every": 2, **options})
+
+
+def steps(callback: SpectralEntropyCallback) -> list[int]:
+    assert callback.monitor is not None
+    return [record.step for record in callback.monitor.history]
+
+
+def values(callback: SpectralEntropyCallback) -> dict[tuple[int, str], float]:
+    assert callback.monitor is not None
+    return {(record.step, record.layer): record.normalized for record in callback.monitor.history}
+
+
+def entropy_of(layer: nn.Module, probe: torch.Tensor = PROBE) -> float:
+    with torch.no_grad():
+        return fastent.spectral_entropy(layer(probe)).normalized
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def test_a_record_is_logged_at_its_own_step_with_the_entropy_of_the_weights_after_so_many_batches() -> None:
+    kept, net, expected = Kept(), Net(), {}
+    first = During("on_train_start", lambda t, m: expected.update({0: entropy_of(m.net[0])}))
+    later = During("on_train_batch_end", lambda t, m: expected.update({t.global_step: entropy_of(m.net[0])}))
+    callback = entropy(layers=["net.0", ""])
+    trainer(first, later, callback, logger=kept, log_every_n_steps=50).fit(net, loader())
+    assert kept.of("entropy/net.0") == [(step, expected[step]) for step in (0, 2, 4)]
+    assert [step for step, _ in kept.of("entropy")] == [0, 2, 4]  # the LightningModule itself
+    assert kept.of("entropy/net.0") == [
+        (step, value) for (step, layer), value in values(callback).items() if layer == "net.0"
+    ]
+    assert hooks(net) == 0
+
+
+def test_callbacks_of_the_host_decide_on_the_entropy_of_the_weights_they_judge(tmp_path: Path) -> None:
+    seen = []
+
+    def look(t: pl.Trainer, m: pl.LightningModule) -> None:
+        seen.append((t.callback_metrics["entropy/net.0"].item(), entropy_of(m.net[0])))
+
+    stop = callbacks.EarlyStopping("entropy/net.0", stopping_threshold=1.0, patience=100)
+    best = callbacks.ModelCheckpoint(tmp_path, monitor="entropy/net.0", filename="{step}", save_top_k=-1)
+    rate = callbacks.LearningRateMonitor()
+    t = trainer(
+        stop, best, rate, entropy(), During("on_validation_end", look),
+        logger=Kept(), max_epochs=3, val_check_interval=2,
+    )  # fmt: skip
+    t.fit(Net(), loader(), loader())
+    assert stop.stopping_reason is callbacks.EarlyStopping("x").stopping_reason.__class__.STOPPING_THRESHOLD
+    assert t.global_step == 2
+    assert len(seen) == 1
+    assert seen[0][0] == pytest.approx(seen[0][1], rel=1e-6)  # float32
+    assert best.best_model_score.item() == seen[0][0]
+
+
+def run(tmp_path: Path, *own: Any, resumed_from: str | None = None, **options: Any) -> tuple[Any, ...]:
+    """Weights, optimizer and random states after a fit, the Trainer's checkpoint of them, and its logger."""
+    pl.seed_everything(3, verbose=False)
+    net, kept = Net(), Kept()
+    t = trainer(*own, logger=kept, **options)
+    t.fit(net, loader(shuffle=True), loader(), ckpt_path=resumed_from)
+    path = str(tmp_path / f"{len(list(tmp_path.iterdir()))}.ckpt")
+    t.save_checkpoint(path)
+    state = [*net.state_dict().values()]
+    for group in t.optimizers[0].state.values():
+        state += group.values()
+    rest = (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())
+    return [x.tolist() for x in state], rest, path, kept
+
+
+def test_training_is_the_same_to_the_bit_with_the_callback_and_without_it(tmp_path: Path) -> None:
+    options = {"max_epochs": 2, "accumulate_grad_batches": 2, "num_sanity_val_steps": 1}
+    without = run(tmp_path, **options)
+    with_it = run(tmp_path, entropy(every=1, layers=["net.*", ""]), **options)
+    assert with_it[:2] == without[:2]
+    assert len(with_it[3].of("entropy/net.1")) == 5
+    rows = [
+        [row for row in log.rows if not any("entropy" in key for key in row[1])]
+        for log in (with_it[3], without[3])
+    ]
+    assert rows[0] == rows[1] != []
+
+
+def test_a_resumed_fit_goes_on_with_the_record_and_its_checkpoint_loads_with_weights_only(
+    tmp_path: Path,
+) -> None:
+    whole, first, second = entropy(threshold=0.999), entropy(threshold=0.999), entropy(threshold=0.999)
+    all_of_it = run(tmp_path, whole, max_epochs=3)
+    half = run(tmp_path, first, max_epochs=1)[2]
+    offered = {}
+    look = During("on_train_start", lambda t, m: offered.update(t.callback_metrics))
+    rest = run(tmp_path, second, look, resumed_from=half, max_epochs=3)
+    assert steps(second) == steps(whole) == [0, 2, 4, 6, 8, 10, 12]
+    assert values(second).items() >= values(first).items()
+    assert rest[3].of("entropy/net.0") == [(s, h) for (s, _), h in values(second).items() if s > 4]
+    assert [step for step, _ in all_of_it[3].of("entropy/net.0")] == steps(whole)
+    assert offered["entropy/net.0"].item() == pytest.approx(values(first)[4, "net.0"], rel=1e-6)
+    assert second.monitor.crossings == {"net.0": 0}
+    state = torch.load(half, weights_only=True)["callbacks"][first.state_key]
+    assert json.loads(json.dumps(state, allow_nan=False)) == state == first.monitor.state_dict()
+
+
+def test_a_fit_resumed_within_an_epoch_and_under_accumulation_counts_as_the_whole_one(tmp_path: Path) -> None:
+    for at, accumulate in ((3, 1), (1, 3), (3, 3)):  # the last of an epoch's three steps has two batches
+        path = tmp_path / f"{at} {accumulate}.ckpt"
+
+        def save(t: pl.Trainer, m: pl.LightningModule, at: int = at, path: Path = path) -> None:
+            if t.global_step == at and not path.exists():
+                t.save_checkpoint(path)
+
+        options = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+        whole, again = entropy(every=1), entropy(every=1)
+        trainer(whole, During("on_train_batch_end", save), **options).fit(Net(), loader(batch_size=4))
+        trainer(again, **options).fit(Net(), loader(batch_size=4), ckpt_path=path)
+        assert steps(again) == steps(whole) == list(range(17 if accumulate == 1 else 7)), path
+
+
+class Adversaries(Net):
+    """Two optimizers that step in turn, by hand."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.net(batch[0]).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 4)]
+
+
+def test_with_several_optimizers_a_step_is_a_batch_though_the_global_step_counts_each_optimizer() -> None:
+    callback, kept = entropy(every=3), Kept()
+    t = trainer(callback, logger=kept, max_epochs=2)
+    t.fit(Adversaries(), loader())
+    assert t.global_step == 16
+    assert steps(callback) == [step for step, _ in kept.of("entropy/net.0")] == [0, 3, 6]
+
+
+def test_under_accumulation_a_step_is_an_update_and_each_is_evaluated_once() -> None:
+    callback = entropy(every=1)
+    t = trainer(callback, accumulate_grad_batches=3)
+    t.fit(Net(), loader(batch_size=4))
+    assert steps(callback) == [0, 1, 2, 3]  # the last two of eight batches are a step too
+    assert t.global_step == 3
+
+
+def test_several_callbacks_keep_apart_by_layers_or_by_name(tmp_path: Path) -> None:
+    other_probe = 2 * PROBE.flip(0)[:40]
+    callbacks_ = [
+        entropy(layers=(name for name in ["net.0", "net.3"])),
+        entropy(layers="net.4", every=4),
+        entropy(layers="net.4", every=4, probe=other_probe, name="train"),
+        entropy(layers=lambda module, probe: {"half": module.net[0](probe)[::2]}, every=4),
+    ]
+    assert len({callback.state_key for callback in callbacks_}) == 4
+    _, _, path, kept = run(tmp_path, *callbacks_)
+    assert [step for step, _ in kept.of("entropy/net.3")] == [0, 2, 4]
+    for key in ("entropy/net.4", "train/net.4", "entropy/half"):
+        assert [step for step, _ in kept.of(key)] == [0, 4]
+    assert kept.of("entropy/net.4") != kept.of("train/net.4")
+    saved = torch.load(path, weights_only=True)["callbacks"]
+    assert [saved[callback.state_key] for callback in callbacks_] == [
+        callback.monitor.state_dict() for callback in callbacks_
+    ]
+    with pytest.raises(RuntimeError, match="must be unique"):  # the host's
+        trainer(entropy(), entropy(every=7))
+
+
+def test_a_second_fit_of_a_trainer_goes_on_and_another_trainer_begins_anew() -> None:
+    callback, net, kept = entropy(), Net(), Kept()
+    t = trainer(callback, logger=kept)
+    t.fit(net, loader())
+    first = callback.monitor
+    t.fit_loop.max_epochs = 2
+    t.fit(net, loader())
+    assert steps(callback) == [step for step, _ in kept.of("entropy/net.0")] == [0, 2, 4, 6, 8]
+    assert first.closed
+    assert callback.monitor.closed
+    trainer(callback).fit(net, loader())
+    assert steps(callback) == [0, 2, 4]
+
+
+def test_the_probe_is_passed_in_the_precision_of_training() -> None:
+    net, kept = Net(), Kept()
+    mixed = entropy(layers=["net.0", "net.3"])
+    trainer(mixed, precision="bf16-mixed", logger=kept).fit(net, loader())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert values(mixed)[4, "net.0"] == entropy_of(net.net[0])
+    assert values(mixed)[4, "net.0"] != entropy_of(net.net[0])
+
+    true = entropy(probe={"x": PROBE})  # a copy of it in bfloat16 is passed
+    net = Net()
+    trainer(true, precision="bf16-true").fit(net, loader())
+    assert net.net[0].weight.dtype == torch.bfloat16
+    assert values(true)[4, "net.0"] == entropy_of(net.net[0], PROBE.bfloat16())
+
+    double = entropy(probe=(PROBE,))
+    net = Net()
+    trainer(double, precision="64-true").fit(net, loader())
+    assert values(double)[4, "net.0"] == entropy_of(net.net[0], PROBE.double())
+
+
+class Headless(Net):
+    """Made in configure_model, without a forward of its own."""
+
+    forward = pl.LightningModule.forward
+
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+
+    def configure_model(self) -> None:
+        self.net = Net().net
+
+
+def test_a_module_without_forward_that_is_made_in_configure_model_takes_the_name_of_a_submodule() -> None:
+    callback, kept = entropy(layers="0", module="net"), Kept()
+    trainer(callback, logger=kept).fit(Headless(), loader())
+    assert values(callback)[0, "0"] == kept.of("entropy/0")[0][1] == entropy_of(Net().net[0])
+    with pytest.raises(NotImplementedError) as raised:
+        trainer(entropy()).fit(Headless(), loader())
+    assert 'name the submodule that has one, such as module="net"' in raised.value.__notes__[0]
+
+
+def test_of_a_compiled_module_the_probe_runs_what_was_compiled() -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    counts = {}
+    for with_it in (False, True):
+        torch.compiler.reset()
+        compiled.clear()
+        net, callback = Net(), entropy(every=1)
+        t = trainer(*[callback] * with_it, max_epochs=2)
+        t.fit(torch.compile(net, backend=backend), loader())
+        counts[with_it] = len(compiled), [p.tolist() for p in net.parameters()]
+    assert counts[True] == counts[False]
+    assert counts[True][0] > 0
+    assert steps(callback) == list(range(9))
+    assert values(callback)[8, "net.0"] == entropy_of(net.net[0])
+
+
+def test_validation_and_tests_alone_need_no_monitor_and_leave_a_record_as_it_is(tmp_path: Path) -> None:
+    callback = entropy()
+    t = trainer(callback)
+    t.validate(Net(), loader(), verbose=False)
+    assert callback.monitor is None
+    assert callback.state_dict() == {}
+    half = run(tmp_path, entropy())[2]
+    t.fit(Net(), loader(), loader())
+    before = callback.monitor.state_dict()
+    t.test(Net(), loader(), ckpt_path=half, verbose=False)
+    t.validate(Net(), loader(), ckpt_path=half, verbose=False)
+    assert callback.monitor.state_dict() == callback.state_dict() == before
+    again = entropy()
+    t = trainer(again)
+    t.test(Net(), loader(), ckpt_path=half, verbose=False)
+    t.fit(Net(), loader())
+    assert steps(again) == [0, 2, 4]
+
+
+def test_a_fit_that_fails_or_has_nothing_to_do_leaves_a_closed_monitor_and_no_hook(tmp_path: Path) -> None:
+    class Failing(Net):
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            if self.trainer.global_step == 3:
+                raise ZeroDivisionError("of the user")
+            return super().training_step(batch, batch_idx)
+
+    net, callback = Failing(), entropy()
+    saved = callbacks.ModelCheckpoint(tmp_path, save_on_exception=True, filename="failed")
+    with pytest.raises(ZeroDivisionError, match="of the user"):
+        trainer(callback, saved).fit(net, loader())
+    assert steps(callback) == [0, 2]
+    assert callback.monitor.closed
+    assert hooks(net) == 0
+    state = torch.load(tmp_path / "failed.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert state == callback.monitor.state_dict()
+
+    t = trainer(callback, max_epochs=0)
+    t.fit(Net(), loader())
+    assert callback.monitor.closed
+    assert steps(callback) == []
+    path = run(tmp_path, entropy())[2]
+    t = trainer(callback, max_epochs=1)
+    t.fit(Net(), loader(), ckpt_path=path)  # it was done
+    assert callback.monitor.closed
+    assert steps(callback) == [0, 2, 4]
+
+
+def test_what_is_wrong_is_said_before_the_first_batch_and_leaves_nothing_behind() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'treshold'"):
+        entropy(treshold=0.5)
+    batches = []
+    count = During("on_train_batch_start", lambda t, m: batches.append(1))
+    net = Net()
+    for callback, error in (
+        (entropy(layers="net.9"), "no layer matches 'net.9'"),
+        (entropy(probe=PROBE[:, :5]), "cannot be multiplied"),
+        (entropy(threshold=2.0), "threshold is a normalised entropy"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=error):
+            trainer(count, callback).fit(net, loader())
+        assert hooks(net) == 0
+    assert batches == []
+
+
+def test_the_debugging_run_and_sanity_checking_evaluate_as_any_other() -> None:
+    callback = entropy()
+    trainer(callback, fast_dev_run=True, logger=Kept()).fit(Net(), loader(), loader())
+    assert steps(callback) == [0]
+    callback = entropy()
+    trainer(callback, num_sanity_val_steps=2).fit(Net(), loader(), loader())
+    assert steps(callback) == [0, 2, 4]
+
+
+def test_a_stopping_policy_stops_the_trainer_as_early_stopping_does() -> None:
+    options = {"threshold": 1.0, "every": 3, "stopping": fastent.StopAfterCrossing(4)}
+    callback = entropy(**options)
+    t = trainer(callback, max_epochs=5)
+    t.fit(Net(), loader())
+    assert t.global_step == 6  # the first evaluation that is 4 steps after the crossing at 0
+    t = trainer(entropy(**options), max_epochs=5, min_epochs=3)
+    t.fit(Net(), loader())
+    assert t.global_step == 12
+    t = trainer(entropy(**options | {"threshold": 1e-9}))
+    t.fit(Net(), loader())
+    assert t.global_step == 4
+
+
+def test_an_unusable_record_is_kept_and_neither_logged_nor_offered_to_callbacks() -> None:
+    class Diverging(Net):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if self.trainer.global_step == 1:
+                self.net[0].weight.data.fill_(torch.nan)
+
+    kept, callback = Kept(), entropy()
+    stop = callbacks.EarlyStopping("entropy/net.0", patience=100)
+    t = trainer(callback, stop, logger=kept)
+    t.fit(Diverging(), loader(), loader())
+    assert [record.status.value for record in callback.monitor.history] == ["ok", "nonfinite", "nonfinite"]
+    assert [step for step, _ in kept.of("entropy/net.0")] == [0]
+    assert t.global_step == 4
+    assert t.callback_metrics["entropy/net.0"].item() == pytest.approx(values(callback)[0, "net.0"])
+
+
+def test_copies_and_pickles_of_a_callback_within_a_fit_and_after_it_hold_their_own_record() -> None:
+    copies = []
+
+    def take(t: pl.Trainer, m: pl.LightningModule) -> None:
+        if t.global_step == 3:
+            callback = t.callbacks[0]
+            copies.extend([copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))])
+            copies.append(copy.deepcopy(t).callbacks[0])
+            assert copy.deepcopy(m).net[0].weight.equal(m.net[0].weight)
+
+    callback = entropy()
+    trainer(callback, During("on_train_batch_end", take)).fit(Net(), loader())
+    copies += [copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))]
+    assert [steps(copied) for copied in copies] == [[0, 2]] * 3 + [[0, 2, 4]] * 2
+    assert all(values(callback).items() >= values(copied).items() for copied in copies)
+    trainer(copies[0]).fit(Net(), loader())
+    assert steps(copies[0]) == steps(callback) == [0, 2, 4]
+
+
+def test_the_search_for_a_learning_rate_before_the_fit_is_no_part_of_the_record(tmp_path: Path) -> None:
+    class Tuned(Net):
+        lr = 0.01
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    for first in (False, True):
+        callback = entropy()
+        finder = callbacks.LearningRateFinder(num_training_steps=5)
+        own = [callback, finder][:: 1 if first else -1]
+        trainer(*own, default_root_dir=tmp_path).fit(Tuned(), loader())
+        assert steps(callback) == [0, 2, 4]
