@@ -13,7 +13,7 @@ here is a callback of both where both are imported by the time this module is, o
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable
@@ -32,20 +32,14 @@ else:
 
     def _callback() -> type:
         packages = ("lightning.pytorch", "pytorch_lightning")
-        imported = [name for name in packages if name in sys.modules]
-        for name in imported or packages:
-            try:
-                importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name != name.partition(".")[0]:
-                    raise
-            else:
-                imported = imported or [name]
-        if not imported:
-            raise ImportError(
-                "fastent.integrations.lightning needs Lightning: install lightning, or fastent with its extra lightning"
+        hosts = [name for name in packages if sys.modules.get(name)]
+        hosts = hosts or [name for name in packages if importlib.util.find_spec(name.partition(".")[0])][:1]
+        if not hosts:
+            raise ModuleNotFoundError(
+                "fastent.integrations.lightning needs lightning, which is not installed: pip install lightning",
+                name="lightning",
             )
-        return type("Callback", tuple(sys.modules[name].Callback for name in imported), {})
+        return type("Callback", tuple(importlib.import_module(name).Callback for name in hosts), {})
 
     Callback = _callback()
 
@@ -239,7 +233,7 @@ class SpectralEntropyCallback(Callback):
             trainer.should_stop = trainer.should_stop or stop
 
     def _flush(self, trainer: Trainer) -> None:
-        if self.monitor is not None and not self.monitor._closed:
+        if self.monitor is not None and not self.monitor.closed:
             self._records += self.monitor.flush()
             self._publish(trainer)
 
