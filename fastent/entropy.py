@@ -422,9 +422,15 @@ def spectral_entropy(
     return result if convention == "relative" else by_the_paper(result)
 
 
-def entropy_of_rows(x: Tensor, resolution: Resolution, *, backend: Backend = "auto") -> SpectralEntropy:
-    """Entropy of activations that were `checked`, with the resolution of what they were made of."""
-    centered = centered_matrix(x, backend=backend, resolution=resolution)
+def entropy_of_rows(
+    x: Tensor, resolution: Resolution, *, backend: Backend = "auto", centered: CenteredMatrix | None = None
+) -> SpectralEntropy:
+    """Entropy of activations that were `checked`, with the resolution of what they were made of.
+
+    `centered` is what `fastent.covariance.centered_matrix` makes of them, where that is known.
+    """
+    if centered is None:
+        centered = centered_matrix(x, backend=backend, resolution=resolution)
     if x.ndim == 2:
         trace = float(centered.trace)
         if TINY <= trace < math.inf:

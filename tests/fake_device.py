@@ -17,6 +17,7 @@ class FakeEvent:
 
     def __init__(self, clock: threading.Lock) -> None:
         self.passed = True
+        self.time = 0.0
         self.error: RuntimeError | None = None
         self._clock = clock
 
@@ -47,13 +48,26 @@ class FakeStreams:
         self.events.append(FakeEvent(self._clock))
         return self.events[-1]
 
+    def stamp(self) -> FakeEvent:
+        return FakeEvent(self._clock)
+
+    def mark(self, stamp: FakeEvent) -> None:  # type: ignore[override]
+        """Training's own stream is done at once; each stamp is a second after the one before."""
+        self.calls["mark"] += 1
+        stamp.time = float(self.calls["mark"])
+
+    def seconds(self, first: FakeEvent, second: FakeEvent) -> float:  # type: ignore[override]
+        assert first.passed
+        assert second.passed
+        return second.time - first.time
+
     def pinned(self, size: int) -> Tensor:
         self.calls["pinned"] += 1
         # Finite: to be read too early must show in the values.
         return torch.full((size,), 7.0, dtype=torch.float64)
 
     @contextmanager
-    def aside(self, block: Tensor) -> Iterator[None]:
+    def aside(self, block: Tensor, after: FakeEvent) -> Iterator[None]:  # type: ignore[override]
         self.calls["aside"] += 1
         self.threads.add(threading.get_ident())
         yield

@@ -55,6 +55,7 @@ from fastent.entropy import (
     unmeasured,
 )
 from fastent.linalg import EPS, Side, fallbacks, use_one_thread
+from fastent.monitor.cost import Clock
 from fastent.process import at_exit, warn_user
 from fastent.sampling import SamplingError
 
@@ -170,11 +171,20 @@ class Streams(Protocol):
     def event(self) -> torch.cuda.Event:
         """Make an event that is passed (`query`) until it is recorded."""
 
+    def stamp(self) -> torch.cuda.Event:
+        """Make such an event that keeps the time at which it passes."""
+
+    def mark(self, stamp: torch.cuda.Event) -> None:
+        """Put `stamp` behind all that training has queued."""
+
+    def seconds(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+        """Time between two stamps that have passed."""
+
     def pinned(self, size: int) -> Tensor:
         """Allocate `size` float64 of host memory that the device writes to by itself."""
 
-    def aside(self, block: Tensor) -> AbstractContextManager[None]:
-        """Queue what is done inside on the side stream, after all that training has queued so far.
+    def aside(self, block: Tensor, after: torch.cuda.Event) -> AbstractContextManager[None]:
+        """Queue what is done inside on the side stream, after `after` has passed.
 
         The memory of `block` is not used again before the side stream is done with it.
         """
@@ -204,7 +214,6 @@ class CudaStreams:
         self.device = device
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._solving = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._formed = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def current(self) -> Hashable:
         """Address of the current stream."""
@@ -214,15 +223,26 @@ class CudaStreams:
         """Make an event without timing."""
         return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
+    def stamp(self) -> torch.cuda.Event:
+        """Make an event with timing."""
+        return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def mark(self, stamp: torch.cuda.Event) -> None:
+        """Put `stamp` behind what the current stream holds."""
+        stamp.record(torch.cuda.current_stream(self.device))
+
+    def seconds(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+        """Time between two stamps that have passed."""
+        return 1e-3 * first.elapsed_time(second)  # type: ignore[no-any-return]
+
     def pinned(self, size: int) -> Tensor:
         """Allocate page-locked memory: from pageable memory a copy would be staged, and wait."""
         return torch.empty(size, dtype=torch.float64, device="cpu", pin_memory=True)
 
     @contextmanager
-    def aside(self, block: Tensor) -> Iterator[None]:
-        """Queue on the side stream, after what the current stream holds."""
-        self._formed.record(torch.cuda.current_stream(self.device))
-        self._side.wait_event(self._formed)
+    def aside(self, block: Tensor, after: torch.cuda.Event) -> Iterator[None]:
+        """Queue on the side stream, after `after`."""
+        self._side.wait_event(after)
         try:
             with torch.cuda.stream(self._side):
                 yield
@@ -244,6 +264,41 @@ class CudaStreams:
             return values.cpu()
 
 
+class Interval:
+    """Time that the device takes for what training queues inside, known when it has passed.
+
+    Parameters
+    ----------
+    streams : Streams
+        The device.
+
+    Attributes
+    ----------
+    ended : torch.cuda.Event
+        Behind what was queued inside.
+    """
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._began, self.ended = streams.stamp(), streams.stamp()
+
+    def __enter__(self) -> None:
+        self._streams.mark(self._began)
+
+    def __exit__(self, *error: object) -> None:
+        self._streams.mark(self.ended)
+
+    @property
+    def passed(self) -> bool:
+        """Whether `seconds` can be read."""
+        return self.ended.query()  # type: ignore[no-any-return, no-untyped-call]
+
+    @property
+    def seconds(self) -> float:
+        """What the device took."""
+        return self._streams.seconds(self._began, self.ended)
+
+
 class Staged:
     """A centred matrix on its way to the thread that solves it; this one is on the host and has arrived.
 
@@ -257,10 +312,13 @@ class Staged:
         The matrix on a device that could solve it.
     batched : Streams or None
         Whose `solve` takes it.
+    forming : Interval or None
+        When a device formed it.
     """
 
     source: Tensor | None = None
     batched: Streams | None = None
+    forming: Interval | None = None
 
     def __init__(self, centered: CenteredMatrix, dtype: torch.dtype) -> None:
         self.centered, self.dtype = centered, dtype
@@ -299,6 +357,7 @@ class Slot(Staged):
         self._ring = ring
         self._host: Formed | None = None
         self._event = streams.event()
+        self.forming: Interval = Interval(streams)
 
     def fill(
         self, streams: Streams, formed: Formed, n: int, dtype: torch.dtype, resolution: Resolution
@@ -309,7 +368,7 @@ class Slot(Staged):
         if self._host is None:
             with torch.inference_mode(False):  # it is written to outside of inference mode too
                 self._host = formed.at(streams.pinned(len(formed.block)))
-        with streams.aside(formed.block):
+        with streams.aside(formed.block, self.forming.ended):
             streams.copy(formed.block, self._host.block)
             streams.record(self._event)
         self.source = formed.matrix if self.batched else None
@@ -362,12 +421,17 @@ class Ring:
         """Form the covariance (or Gram matrix) in the training stream and send it on its way."""
         slot = self._take(x)
         try:
-            formed = self._former.form(x, slot.memory, self._streams.current())
+            with slot.forming:
+                formed = self._former.form(x, slot.memory, self._streams.current())
             slot.fill(self._streams, formed, x.shape[0], x.dtype, resolution)
         except BaseException:
             slot.release()
             raise
         return slot
+
+    def passing(self) -> Interval:
+        """Make the interval of a pass of the probe."""
+        return Interval(self._streams)
 
     def give_back(self, slot: Slot) -> None:
         """Keep a slot for another use. Called by the worker too."""
@@ -508,7 +572,10 @@ class Evaluation:
         """Features d of each layer, in the order of arrival."""
         self.error: BaseException | None = None
         self.done = False
+        self.worker_seconds = self.device_forward = self.device_covariance = 0.0
+        self.clock = owner.clock
         self._owner: DeferredEntropy | None = owner
+        self._pass: Interval | None = None
         self._known: dict[str, Evaluated] = {}
         self._masks: dict[str, str | None] = {}
 
@@ -534,9 +601,14 @@ class Evaluation:
         x = checked(h, rows)
         resolution = rows.resolution(h)
         assert self._owner is not None
-        staged = self._owner._stage(x, resolution)
+        device = self._owner._device_for(x)
+        with self.clock.part("queueing" if isinstance(device, Ring) else "covariance"):
+            staged = None if device is None else device.stage(x, resolution)
+            centered = centered_matrix(x, resolution=resolution) if staged is None else None
         if staged is None:
-            self.put(layer, entropy_of_rows(x, resolution), mask_name=mask_name)
+            with self.clock.part("eigenvalues"):
+                entropy = entropy_of_rows(x, resolution, centered=centered)
+            self.put(layer, entropy, mask_name=mask_name)
         else:
             self.staged[layer] = staged
             self._masks[layer] = mask_name
@@ -553,6 +625,17 @@ class Evaluation:
         """Give a layer's result where it is known already; it keeps its place in the order."""
         self._known[layer] = Evaluated(entropy, sampling, mask_name)
         self.widths[layer] = entropy.d
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Time the pass of a probe inside, by the clock of the device that was used last, if one was."""
+        assert self._owner is not None
+        if not isinstance(self._owner._device, Ring):
+            yield
+            return
+        self._pass = self._owner._device.passing()
+        with self.clock.part("queueing"), self._pass:
+            yield
 
     def arrange(self, layers: Iterable[str]) -> None:
         """Put the results in the order of `layers`, whichever arrived first; others come after them."""
@@ -577,8 +660,18 @@ class Evaluation:
         """Results by layer, in the order in which the layers came."""
         return {layer: self._known[layer] for layer in self.widths}
 
+    def ready(self) -> bool:
+        """Whether all that is staged has arrived, and the pass that it is from is over. Never waits."""
+        return all(staged.ready() for staged in self.staged.values()) and (
+            self._pass is None or self._pass.passed
+        )
+
     def solve(self, spectra: Mapping[Staged, Spectrum]) -> None:
         """Find what is missing, by LAPACK where `spectra` does not have the eigenvalues."""
+        intervals = [staged.forming for staged in self.staged.values() if staged.forming is not None]
+        self.device_covariance = sum(interval.seconds for interval in intervals)
+        if self._pass is not None:
+            self.device_forward = max(0.0, self._pass.seconds - self.device_covariance)
         for layer, staged in self.staged.items():
             self._known[layer] = Evaluated(_entropy(staged, spectra.get(staged)), mask=self._masks[layer])
 
@@ -687,7 +780,9 @@ def _work(state: _State) -> None:
         if queue:
             arrived = _arrived(state, queue)
             queue = queue[len(arrived) :]
+            began = time.perf_counter()
             spectra = _solve_together(arrived)
+            arrived[0].worker_seconds = time.perf_counter() - began
             for evaluation in arrived:
                 if state.stopping:
                     return
@@ -695,10 +790,11 @@ def _work(state: _State) -> None:
 
 
 def _solve(state: _State, evaluation: Evaluation, spectra: Mapping[Staged, Spectrum]) -> None:
+    began = time.perf_counter()
     try:
-        for staged in evaluation.staged.values():
-            staged.ready()  # raises what `_arrived` met
+        evaluation.ready()  # raises what `_arrived` met
         evaluation.solve(spectra)
+        evaluation.worker_seconds += time.perf_counter() - began
     except BaseException as error:
         state.finish(evaluation, error)
     else:
@@ -720,7 +816,7 @@ def _arrived(state: _State, queue: list[Evaluation]) -> list[Evaluation]:
 
 def _is_there(evaluation: Evaluation) -> bool:
     try:
-        return all(staged.ready() for staged in evaluation.staged.values())
+        return evaluation.ready()
     except BaseException:  # asked again where it has a place to go
         return True
 
@@ -841,6 +937,7 @@ class DeferredEntropy:
         self._worker: Worker | None = None
         self._pid = os.getpid()
         self._device: Device | None = None  # the last one used
+        self.clock = Clock()
         self.dropped = 0
         """Evaluations that found the ring full."""
 
@@ -874,7 +971,9 @@ class DeferredEntropy:
             if self._on_full == "drop" and not (self._device and self._device.waits_when_full):
                 self._drop(step)
                 return None
-            self._worker.wait(self._capacity - 1)
+            with self.clock.part("waiting"):
+                self._worker.wait(self._capacity - 1)
+        self.clock.begin(step)
         return Evaluation(step, self)
 
     def arrived(self) -> Iterator[tuple[int, Mapping[str, Evaluated]]]:
@@ -889,6 +988,9 @@ class DeferredEntropy:
             self._check_process()
         while self._ordered and self._ordered[0].done:
             evaluation = self._ordered.popleft()
+            self.clock.add("worker", evaluation.worker_seconds)
+            self.clock.add("forward", evaluation.device_forward)
+            self.clock.add("covariance", evaluation.device_covariance)
             if evaluation.error is not None:
                 raise FailedEvaluation(evaluation) from evaluation.error
             yield evaluation.step, evaluation.results
@@ -909,7 +1011,8 @@ class DeferredEntropy:
         if self._worker is None:
             return True
         self._check_process()
-        return self._worker.wait(0, timeout)
+        with self.clock.part("waiting"):
+            return self._worker.wait(0, timeout)
 
     def discard(self) -> None:
         """Wait for what was committed, and throw all results and errors away."""
@@ -933,12 +1036,10 @@ class DeferredEntropy:
             self._worker.submit(evaluation)
         self._ordered.append(evaluation)
 
-    def _stage(self, x: Tensor, resolution: Resolution) -> Staged | None:
+    def _device_for(self, x: Tensor) -> Device | None:
         device = self._device_of(x)
-        if device is None:
-            return None
-        self._device = device
-        return device.stage(x, resolution)
+        self._device = device or self._device
+        return device
 
     def _drop(self, step: int) -> None:
         self.dropped += 1

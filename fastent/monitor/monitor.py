@@ -33,6 +33,7 @@ from fastent.forecast.history import History
 from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import Forecast, predict_grok_time
 from fastent.moments import device_of_group
+from fastent.monitor.cost import Cost
 from fastent.monitor.deferred import DeferredEntropy, Evaluated, FailedEvaluation, OnFull, in_line
 from fastent.monitor.probe import Axes, Evaluator, Inputs, Layers, OnError, SamplesAxis, Watched
 from fastent.process import Interrupts, at_exit, interrupts_held, uncompiled, warn_user
@@ -171,6 +172,10 @@ class Arrivals:
                 return
 
     def _record(self, step: int, results: Mapping[str, Evaluated], interrupts: Interrupts) -> None:
+        with self._evaluations.clock.part("recording"):
+            self._keep(step, results, interrupts)
+
+    def _keep(self, step: int, results: Mapping[str, Evaluated], interrupts: Interrupts) -> None:
         records = [EntropyRecord.of(step, layer, *evaluated) for layer, evaluated in results.items()]
         for record in records:
             self._recording.add(record)
@@ -643,11 +648,20 @@ class SpectralEntropyMonitor:
         """Evaluations that were dropped because too many were waiting."""
         return self._evaluations.dropped
 
+    @property
+    def cost(self) -> Cost:
+        """What the monitor has taken of this process's time; ``dataclasses.asdict`` makes it loggable."""
+        return self._evaluations.clock.cost
+
+    def __repr__(self) -> str:
+        names = ", ".join((*self.layers[:3], *(["..."] if len(self.layers) > 3 else ())))
+        return f"<{type(self).__name__} of {len(self.layers)} layers ({names}), every {self._every} steps: {self.cost}>"
+
     def state_dict(self) -> dict[str, Any]:
         """State as plain JSON values; float64 survives a round trip through JSON bit for bit.
 
         Waits for all that was asked for, so that it is in there; `step` or `flush` hands those records out as usual.
-        Raises what they would raise.
+        Raises what they would raise. The `cost` is not in there: another process may be on another machine.
         """
         self._evaluator.end_merging()
         self._evaluations.flush()

@@ -1112,7 +1112,8 @@ class Evaluator:
         watched = self._watched
         assert watched is not None
         every_rank = watched.needs_every_rank
-        with self._failing(step, () if every_rank and _rank() else watched.names):
+        names = () if every_rank and _rank() else watched.names
+        with self._evaluations.clock.part("forward"), self._failing(step, names):
             watched.probe.check()
             self._run(step, watched, every_rank)
 
@@ -1123,7 +1124,7 @@ class Evaluator:
             evaluation = self._evaluations.open(step, needs_room=not self._standard_error)
         note = f"in the pass of the monitor's probe at step {step}"
         if evaluation is not None:
-            with evaluation, self._pass(note):
+            with evaluation, evaluation.passing(), self._pass(note):
                 idle = self._run_probe(watched, evaluation, whole=every_rank)
                 for layer, d in idle.items():
                     message = "the layer did not run in this pass of the probe: nothing called it"
@@ -1253,8 +1254,11 @@ class Evaluator:
         with self._reading(layer, h) as reading:
             try:
                 if self._standard_error:
-                    result = spectral_entropy(reading.h, **reading.rows._asdict())
-                    sampling = sampling_error(reading.h, **reading.rows._asdict()) if result.n >= 3 else None
+                    with self._evaluations.clock.part("eigenvalues"):
+                        result = spectral_entropy(reading.h, **reading.rows._asdict())
+                        sampling = (
+                            sampling_error(reading.h, **reading.rows._asdict()) if result.n >= 3 else None
+                        )
                     evaluation.put(layer, result, sampling, mask_name=reading.mask)
                 else:
                     evaluation.add(layer, reading.h, reading.rows, mask_name=reading.mask)
@@ -1282,14 +1286,16 @@ class Evaluator:
         """Add the rows of activations to `merged` and return their width."""
         with self._reading(layer, h) as reading:
             rows = reading.rows
-            part = Moments().update(reading.h, **rows._asdict())
+            with self._evaluations.clock.part("covariance"):
+                part = Moments().update(reading.h, **rows._asdict())
             d = len(part.mean) if part.n else rows.of(reading.h).shape[-1]
             if d < 2:
                 raise ValueError(
                     "the normalised entropy divides by log d, so d must be at least 2; got d = 1"
                 )
             self._recording.check(merged.step, layer, d)
-            merged.add(layer, part, d, reading.mask)
+            with self._evaluations.clock.part("covariance"):
+                merged.add(layer, part, d, reading.mask)
         self._devices[layer] = h.device
         return d
 
@@ -1360,7 +1366,8 @@ class Merged:
         """Give the entropy of a layer's rows to `evaluation`."""
         moments = self.moments[layer]
         few = moments.n < 2
-        entropy = _too_few(moments.n, self.widths[layer]) if few else moments.spectral_entropy()
+        with evaluation.clock.part("eigenvalues"):
+            entropy = _too_few(moments.n, self.widths[layer]) if few else moments.spectral_entropy()
         evaluation.put(layer, entropy, mask_name=self.masks[layer])
 
 
