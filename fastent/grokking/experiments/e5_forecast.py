@@ -9,7 +9,8 @@ law without C2.
 The law's rivals are judged by `contest`: each run that grokked is forecast from the others, at every evaluation from
 T_mem on, and whatever a rival leaves open (a threshold, a window, an exponent, how much to shrink) is chosen by leaving
 out one more run, so never with a look at the run that is forecast. All take for granted that the run groks; what they
-say of runs that never do is counted beside.
+say of runs that never do is counted beside. The intervals that a forecast comes with are tried in the same way, each
+run left out once, beside intervals of the clock that are made alike.
 
 Stopping as the paper recommends (section 10): 1,000 steps after H fell below H*, here that of the other seeds. What is
 saved is a share of the budget, and the budget is a choice: a run that groks at a quarter of it leaves three quarters to
@@ -40,10 +41,13 @@ from numpy.typing import NDArray
 from fastent.forecast.diagnosis import Phase, Tolerances, diagnosis_of
 from fastent.forecast.history import History
 from fastent.forecast.power_law import (
+    FORECAST_LEVEL,
     GAMMA_BOUNDS,
+    RUNS_FOR_INTERVAL,
     LeaveOneOut,
     PowerLaw,
     Triples,
+    jackknife_plus,
     leave_one_run_out,
     profile_gamma,
     residual_life,
@@ -125,7 +129,8 @@ class Forecasts:
     """Analysis of E5. `law`, `profile` and `validation` are None with fewer than three runs that grokked.
 
     `profile` holds R2 at `GAMMAS`. `long` are the runs that went on to the limit of steps. `contest` is the rivals' on
-    E1's runs, None with fewer than four that grokked, and `elsewhere` by name on those of other settings.
+    E1's runs, None with fewer than four that grokked, and `elsewhere` by name on those of other settings. `spans` are
+    by name the intervals of every setting with runs enough.
     """
 
     runs: Runs
@@ -139,6 +144,7 @@ class Forecasts:
     guide: Guide | None
     contest: Contest | None
     elsewhere: Mapping[str, Contest]
+    spans: Mapping[str, Spans]
     after: After
 
 
@@ -147,10 +153,7 @@ def analyse(runs: Runs) -> Forecasts | None:
     everything, runs = runs, runs.select("e1")
     if not len(runs):
         return None
-    histories = [
-        History(step, h, t_grok if np.isfinite(t_grok) else None, norm=norm)
-        for t_grok, (step, h, norm) in zip(runs.t_grok, runs.lines(runs.entropy, runs.norm), strict=True)
-    ]
+    histories = _histories(runs)
     law: PowerLaw | None = None
     profile: tuple[float, ...] | None = None
     validation: Validation | None = None
@@ -165,6 +168,13 @@ def analyse(runs: Runs) -> Forecasts | None:
             for run in everything.stored
         ]
     ]
+    others = {
+        f"{experiment.upper()}: {condition}, {task}": everything.select(experiment, condition, task)
+        for experiment, condition, task in dict.fromkeys(
+            (run.experiment, run.condition, str(run.config["task"])) for run in everything.stored
+        )
+        if experiment not in ("e1", "e5")
+    }
     return Forecasts(
         runs=runs,
         histories=tuple(histories),
@@ -177,16 +187,24 @@ def analyse(runs: Runs) -> Forecasts | None:
         guide=guide(guided, runs),
         contest=contest(runs, guided, law),
         elsewhere={
-            f"{experiment.upper()}: {condition}, {task}": found
-            for experiment, condition, task in dict.fromkeys(
-                (run.experiment, run.condition, str(run.config["task"])) for run in everything.stored
-            )
-            if experiment not in ("e1", "e5")
-            and len(others := everything.select(experiment, condition, task)) >= ELSEWHERE
-            and (found := contest(others)) is not None
+            name: found
+            for name, other in others.items()
+            if len(other) >= ELSEWHERE and (found := contest(other)) is not None
+        },
+        spans={
+            name: found
+            for name, other in {"E1": runs, **others}.items()
+            if (found := spans(_histories(other))) is not None
         },
         after=after_grokking(runs),
     )
+
+
+def _histories(runs: Runs) -> list[History]:
+    return [
+        History(step, h, t_grok if np.isfinite(t_grok) else None)
+        for t_grok, (step, h) in zip(runs.t_grok, runs.lines(runs.entropy), strict=True)
+    ]
 
 
 def _validate(left_out: LeaveOneOut, runs: Runs) -> Validation:
@@ -251,12 +269,8 @@ class Plateau:
         until = np.where(runs.grokked, runs.t_grok, np.inf)
         known = ~np.isnan(runs.entropy + runs.norm + runs.column("train_loss"))
         where = (runs.step >= runs.t_mem[:, None]) & (runs.step < until[:, None]) & known
-        histories = [
-            History(step, h, t_grok if np.isfinite(t_grok) else None)
-            for t_grok, (step, h) in zip(runs.t_grok, runs.lines(runs.entropy), strict=True)
-        ]
         run, step = np.nonzero(where)[0], runs.step[where]
-        return cls(runs, where, run, step, runs.t_grok[run] - step, Triples.of(histories))
+        return cls(runs, where, run, step, runs.t_grok[run] - step, Triples.of(_histories(runs)))
 
     @functools.cached_property
     def columns(self) -> dict[str, Array]:
@@ -628,6 +642,49 @@ def _declined(never: Runs, law: PowerLaw) -> tuple[Estimate, Estimate]:
             declined.append(float(np.mean([at is None for at in said])))
             wrongly.append(float(np.mean([at is not None and at <= end for at in said])))
     return over(declined, least=0, most=1), over(wrongly, least=0, most=1)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Intervals of runs left out, at each of their evaluations above the others' H*: the law's, and the clock's.
+
+    The clock is that among those still running. Of each, `held`: share of the runs whose T_grok all its intervals hold;
+    `width`: mean over a run's evaluations as a share of its T_grok, over runs.
+    """
+
+    law_held: Estimate
+    law_width: Estimate
+    clock_held: Estimate
+    clock_width: Estimate
+
+
+def spans(histories: Sequence[History]) -> Spans | None:
+    """Give each run that grokked the intervals of the others; None where these are too few, or a fold has no law."""
+    triples = Triples.of(histories)
+    runs = [histories[i] for i in triples.origin]
+    if len(runs) <= RUNS_FOR_INTERVAL:
+        return None
+    held, width = [], []
+    for i, t_grok in enumerate(triples.t_grok):
+        others = runs[:i] + runs[i + 1 :]
+        try:
+            law, folds = PowerLaw.fit(others), leave_one_run_out(others).runs
+        except ValueError:  # too few evaluations above H*
+            return None
+        own = (triples.run == i) & (triples.entropy > law.h_star)
+        step = triples.step[own]
+        by_law = [
+            law.forecast_interval(*now)
+            for now in zip(step.tolist(), triples.entropy[own].tolist(), strict=True)
+        ]
+        clocks = [step + residual_life(np.delete(law.t_grok, j), step) for j in range(len(others))]
+        misses = [np.abs(fold.by_running_clock - fold.remaining).max(initial=0.0) for fold in folds]
+        low, high = jackknife_plus(np.stack(clocks, 1), np.array(misses))
+        both = np.array(by_law, dtype=np.float64).reshape(-1, 2), np.stack([np.maximum(low, step), high], 1)
+        held.append([bool(((ends[:, 0] <= t_grok) & (t_grok <= ends[:, 1])).all()) for ends in both])
+        width.append([float(np.ptp(ends, axis=1).mean() / t_grok) if len(ends) else np.nan for ends in both])
+    (law_held, clock_held), (law_width, clock_width) = zip(*held, strict=True), zip(*width, strict=True)
+    return Spans(share(law_held), over(law_width, least=0), share(clock_held), over(clock_width, least=0))
 
 
 def parameter(law: PowerLaw | None, name: str) -> Estimate:
@@ -1013,6 +1070,7 @@ def section(result: Forecasts) -> Section:
             *_law_blocks(result),
             *_validation_blocks(result),
             *_contest_blocks(result),
+            *_spans_blocks(result.spans),
             *_savings_blocks(result),
             *_cost_blocks(result),
             *_guide_blocks(result.guide),
@@ -1236,6 +1294,30 @@ def _contest_blocks(result: Forecasts) -> list[Block]:
             )
         )
     return blocks
+
+
+def _spans_blocks(found: Mapping[str, Spans]) -> list[Block]:
+    if not found:
+        return []
+    return [
+        Text(
+            f"A forecast's interval is a conformal one across runs, from {RUNS_FOR_INTERVAL} runs on "
+            f"(`fastent.forecast.power_law`): in {percent(FORECAST_LEVEL)} of runs that grok, all intervals of the run "
+            "hold its T_grok at once. Here each run is left out and given the law's intervals of the others, at its "
+            "evaluations above H*, and those of the clock among those still running, made in the same way."
+        ),
+        Table(
+            "Intervals of runs left out: in how many all of them hold T_grok, and their width as a share of T_grok.",
+            ("runs", "held, law", "width, law", "held, clock", "width, clock"),
+            tuple(
+                (
+                    *(name, counted(each.law_held), in_percent(each.law_width)),
+                    *(counted(each.clock_held), in_percent(each.clock_width)),
+                )
+                for name, each in found.items()
+            ),
+        ),
+    ]
 
 
 def _recommended(contest: Contest) -> str:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from closed_form import write_run
 from planted_columns import listed
+from scipy import stats
 
 from fastent.forecast.diagnosis import Phase
+from fastent.forecast.history import History
 from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import predict_grok_time
 from fastent.grokking.experiments import e5_forecast, figures
@@ -404,6 +406,34 @@ def test_section_holds_the_long_runs_and_the_confusion_matrix(tmp_path, stored):
     assert any("trained on to the limit" in caption for caption in captions)
     assert len(result.long) == 1
     assert result.guide.n == 4  # the run to the end repeats one of E1's
+
+
+def test_intervals_of_runs_left_out_have_no_width_where_the_law_holds_and_the_clocks_hold_all_but_the_last_runs():
+    every, times = 200, 2_000 + 400 * np.arange(10.0)
+    runs = []
+    for t_grok in times:
+        step = np.arange(0, t_grok + 1, every)
+        runs.append(History(step, 0.625 + ((t_grok - step) / 40_000) ** (1 / 1.5), t_grok))
+    found = e5_forecast.spans(runs)
+    assert found.law_width.n == 10
+    assert found.law_width.value == pytest.approx(0, abs=1e-6)
+    # Every clock ends at the last time of the others: the last run outlasts them all.
+    assert found.clock_held.value == pytest.approx(0.9)
+    assert found.clock_width.value > 0.3
+    assert e5_forecast.spans(runs[:9]) is None
+    assert e5_forecast.spans([History(r.step, 1 - r.entropy, r.t_grok) for r in runs]) is None
+
+
+@pytest.mark.nightly
+def test_intervals_hold_as_many_of_the_recorded_runs_as_they_promise():
+    found = e5_forecast.analyse(Runs(tuple(read_runs(Path("bench/results/paper"))))).spans
+    assert len(found) == 4
+    runs = sum(each.law_held.n for each in found.values())
+    for held in ("law_held", "clock_held"):
+        missed = sum(round((1 - getattr(each, held).value) * 10) for each in found.values())
+        # As many as chance allows of 90 %, by both tails.
+        assert stats.binom.cdf(missed, runs, 0.1) > 0.01
+        assert stats.binom.sf(missed - 1, runs, 0.1) > 0.01
 
 
 @pytest.mark.nightly
