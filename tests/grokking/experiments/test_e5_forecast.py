@@ -19,7 +19,7 @@ from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.document import Figure, Table, Verdict
 from fastent.grokking.experiments.e5_forecast import CLOCK, LAW, RUNNING, Outcome
 from fastent.grokking.experiments.statistics import over
-from fastent.reference.forecast import norm_contracting
+from fastent.reference.forecast import interval_across, norm_contracting
 
 RISE = 100
 
@@ -408,20 +408,37 @@ def test_section_holds_the_long_runs_and_the_confusion_matrix(tmp_path, stored):
     assert result.guide.n == 4  # the run to the end repeats one of E1's
 
 
-def test_intervals_of_runs_left_out_have_no_width_where_the_law_holds_and_the_clocks_hold_all_but_the_last_runs():
-    every, times = 200, 2_000 + 400 * np.arange(10.0)
-    runs = []
+def test_intervals_of_runs_left_out_have_no_width_where_the_law_holds_and_the_clocks_are_the_references():
+    times, runs = 2_000 + 400 * np.arange(10), []
     for t_grok in times:
-        step = np.arange(0, t_grok + 1, every)
+        step = np.arange(0, t_grok + 1, 200)
         runs.append(History(step, 0.625 + ((t_grok - step) / 40_000) ** (1 / 1.5), t_grok))
+
+    def clock(others, step):
+        later = others[others > step]
+        return np.median(later) if later.size else step
+
+    held, widths = [], []
+    for i, t_grok in enumerate(times):
+        others = np.delete(times, i)
+        rest = [np.delete(others, j) for j in range(9)]
+        misses = [
+            max(abs(clock(them, step) - own) for step in range(0, own, 200))
+            for own, them in zip(others, rest, strict=True)
+        ]
+        ends = []
+        for step in range(0, t_grok, 200):
+            low, high = interval_across([clock(them, step) for them in rest], misses)
+            ends.append((max(low, step), high))
+        held.append(all(low <= t_grok <= high for low, high in ends))
+        widths.append(np.mean([high - low for low, high in ends]) / t_grok)
     found = e5_forecast.spans(runs)
     assert found.law_width.n == 10
     assert found.law_width.value == pytest.approx(0, abs=1e-6)
-    # Every clock ends at the last time of the others: the last run outlasts them all.
-    assert found.clock_held.value == pytest.approx(0.9)
-    assert found.clock_width.value > 0.3
+    assert found.clock_held.value == pytest.approx(np.mean(held))
+    assert found.clock_width.value == pytest.approx(np.mean(widths), rel=1e-12)
     assert e5_forecast.spans(runs[:9]) is None
-    assert e5_forecast.spans([History(r.step, 1 - r.entropy, r.t_grok) for r in runs]) is None
+    assert e5_forecast.spans([History(run.step, 1 - run.entropy, run.t_grok) for run in runs]) is None
 
 
 @pytest.mark.nightly
