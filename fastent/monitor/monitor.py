@@ -244,7 +244,8 @@ class SpectralEntropyMonitor:
         reference; changing it later is an error.
     layers : str, iterable of str, or callable, optional
         A name of ``model.named_modules()`` ("" is the model itself), several, or patterns: ``*`` stays within
-        one level, ``**`` crosses dots ("blocks.*.mlp", "**.mlp"). A ModuleList means its children. A layer's
+        one level, ``**`` crosses dots ("blocks.*.mlp", "**.mlp"). What wraps a module (compiled, DDP, FSDP1, PEFT, an
+        EMA copy) is not in its name. A ModuleList means its children. A layer's
         activation is its module's output as it leaves it; of a tuple, list or dict the first tensor. ":input" behind
         a name or pattern ("fc:input", "blocks.*:input") is for the first tensor that the module is called with. What is
         named must run at the first evaluation; what only a pattern matched is left out until it runs, with one

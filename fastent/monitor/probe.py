@@ -210,9 +210,10 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
     layers : str or iterable of str
         Names as in ``model.named_modules()``, or patterns over them: ``*``, ``?`` and ``[ab]`` stay within one level,
         ``**`` crosses dots ("**.mlp" is "mlp" at any depth). A container that cannot run (ModuleList, ModuleDict) means
-        its children; a pattern passes over such containers unless it matches nothing else. Wrappers of submodules
-        (compiled, FSDP1, checkpointed) are not part of a name. ":input" behind a name or pattern asks for what a module
-        is called with.
+        its children; a pattern passes over such containers unless it matches nothing else. Wrappers of the model and
+        of submodules (compiled, FSDP1, checkpointed, DDP, an EMA copy, PEFT) are not part of a name; what PEFT puts in
+        a layer's place, with its adapter, has the layer's name. ":input" behind a name or pattern asks for what a
+        module is called with.
 
     Returns
     -------
@@ -229,13 +230,14 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
     """
     if not isinstance(layers, Iterable):
         raise TypeError(f"layers takes a name, several of them, or a function; got {type(layers).__name__}")
+    names = _names(model)
     paths: dict[str, str] = {}
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(_name(path), path)
-        modules.setdefault(_name(path), module)
+        paths.setdefault(names[path], path)
+        modules.setdefault(names[path], module)
     once = {
-        _name(path): path for path, _ in model.named_modules() if _name(path)
+        names[path]: path for path, _ in model.named_modules() if names[path]
     }  # a shared module by its first name
     found: dict[str, FoundLayer] = {}
     for wanted in [layers] if isinstance(layers, str) else layers:
@@ -300,8 +302,31 @@ _WRAPPED = {
 }
 
 
-def _name(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
+def _names(model: nn.Module) -> dict[str, str]:
+    """Names of all modules by their paths, without the wrappers in them: what is wrapped has its wrapper's name."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = {"": ""}
+    for path in modules:
+        above, _, part = path.rpartition(".")
+        if path:
+            wrapped = part in _WRAPPED or part == _wraps(modules[above])
+            names[path] = names[above] if wrapped else f"{names[above]}.{part}".removeprefix(".")
+    return names
+
+
+def _wraps(module: nn.Module) -> str | None:
+    """Submodule that `module` wraps, if it is of DDP, an EMA copy, or PEFT: its model, then its tuner."""
+    if isinstance(
+        module,
+        nn.parallel.DistributedDataParallel | nn.DataParallel | torch.optim.swa_utils.AveragedModel,
+    ):
+        return "module"
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(module, peft.PeftModel | peft.PeftMixedModel):
+        return "base_model"
+    if peft is not None and isinstance(module, peft.tuners.tuners_utils.BaseTuner):
+        return "model"
+    return None
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -330,7 +355,7 @@ def _within(containers: Iterable[str], modules: Mapping[str, nn.Module]) -> Iter
     """Names of the modules in containers that can run, through containers in containers."""
     for name in containers:
         for child, module in modules[name].named_children():
-            path = _name(f"{name}.{child}" if name else child)
+            path = f"{name}.{child}".removeprefix(".")
             if _is_container(module):
                 yield from _within([path], modules)
             else:

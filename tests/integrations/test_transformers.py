@@ -369,3 +369,42 @@ def test_a_name_that_is_no_file_is_refused(name: str) -> None:
 def test_an_option_that_the_monitor_does_not_have_is_refused_at_once() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'treshold'"):
         watch(treshold=0.5)
+
+
+# PEFT 0.21 asks Transformers 5.24 for a property by its former name.
+BY_FORMER_NAME = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def adapted(model: nn.Module) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+@BY_FORMER_NAME
+def test_layers_of_an_adapted_model_have_the_names_of_the_model_that_was_adapted(tmp_path: Path) -> None:
+    layers = ["transformer.h.*.attn.c_attn", "transformer.h.*", ""]
+    plain = [f"transformer.h.{i}{end}" for end in (".attn.c_attn", "") for i in (0, 1)] + [""]
+    callback = SpectralEntropyCallback(layers=layers, probe=PROBE, tokens="mean")
+    model = adapted(gpt2())
+    trainer_of(tmp_path, callback, model=model, max_steps=1).train()
+    assert [layer for step, layer, _ in values(callback) if step == 0] == plain
+    outputs = []
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    handle = layer.register_forward_hook(lambda module, args, out: outputs.append(out.detach()))
+    with torch.no_grad():
+        model.eval()(**PROBE)
+    handle.remove()
+    monitor = fastent.SpectralEntropyMonitor(model, PROBE, layers, tokens="mean")
+    with_adapter = fastent.spectral_entropy(outputs[0], tokens="mean").normalized
+    assert monitor.step(0)[0].normalized == pytest.approx(with_adapter, rel=1e-12)
+
+
+@BY_FORMER_NAME
+def test_a_prompt_is_no_part_of_a_layers_name() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(gpt2(), config)
+    short = {"input_ids": PROBE["input_ids"][:, :5]}
+    monitor = fastent.SpectralEntropyMonitor(model, short, "transformer.h.0", tokens="flatten")
+    assert [(record.layer, record.n) for record in monitor.step(0)] == [("transformer.h.0", 12 * 7)]

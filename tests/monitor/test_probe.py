@@ -595,6 +595,21 @@ def test_a_ddp_model_is_probed_through_its_module_with_plain_names(process_group
     assert records["norm:input"] == records["first"] != records["norm"]
 
 
+def test_what_an_average_of_weights_and_a_ddp_part_hold_have_the_names_of_what_they_wrap(
+    process_group: None,
+) -> None:
+    net = Net()
+    average = torch.optim.swa_utils.AveragedModel(net)
+    net.head = nn.parallel.DistributedDataParallel(net.head)  # type: ignore[assignment]
+    records = [
+        record
+        for model in (average, net)
+        for record in Monitor(model, inputs(), ["norm", "head", "*"]).step(0)
+    ]
+    assert [record.layer for record in records] == ["norm", "head", "first"] * 2
+    assert [record.normalized for record in records[:3]] == [record.normalized for record in records[3:]]
+
+
 def sharded() -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
