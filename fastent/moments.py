@@ -122,9 +122,10 @@ class Moments:
         """
         rows = Rows(tokens, positions, channel_axis, mask)
         x = rows.of(h)
-        if len(x) == 0:
-            return self
-        resolution = rows.resolution(h)
+        return self.add_rows(x, rows.resolution(h), backend=backend) if len(x) else self
+
+    def add_rows(self, x: Tensor, resolution: Resolution, *, backend: Backend = "auto") -> Moments:
+        """Add rows that were checked, one at least, with the resolution of what they were made of."""
         part = Moments()
         part.n, part._finest = len(x), resolution.relative
         if part.n == 1:

@@ -598,8 +598,12 @@ class Evaluation:
         TypeError, ValueError
             As `fastent.spectral_entropy` does.
         """
-        x = checked(h, rows)
-        resolution = rows.resolution(h)
+        self.add_rows(layer, checked(h, rows), rows.resolution(h), mask_name=mask_name)
+
+    def add_rows(
+        self, layer: str, x: Tensor, resolution: Resolution, *, mask_name: str | None = None
+    ) -> None:
+        """Do the same for rows that were `checked`, with the resolution of what they were made of."""
         assert self._owner is not None
         device = self._owner._device_for(x)
         with self.clock.part("queueing" if isinstance(device, Ring) else "covariance"):
@@ -636,6 +640,14 @@ class Evaluation:
         self._pass = self._owner._device.passing()
         with self.clock.part("queueing"), self._pass:
             yield
+
+    def drop(self, layer: str) -> None:
+        """Forget what was asked for of a layer, if it was."""
+        staged = self.staged.pop(layer, None)
+        if staged is not None:
+            staged.release()
+        for values in (self._known, self._masks, self.widths):
+            values.pop(layer, None)
 
     def arrange(self, layers: Iterable[str]) -> None:
         """Put the results in the order of `layers`, whichever arrived first; others come after them."""

@@ -33,6 +33,7 @@ from fastent.forecast.history import History
 from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import Forecast, predict_grok_time
 from fastent.moments import device_of_group
+from fastent.monitor.batch import BatchEvaluator, WatchedBatch
 from fastent.monitor.cost import Cost
 from fastent.monitor.deferred import DeferredEntropy, Evaluated, FailedEvaluation, OnFull, in_line
 from fastent.monitor.probe import Axes, Evaluator, Inputs, Layers, OnError, SamplesAxis, Watched
@@ -239,9 +240,10 @@ class SpectralEntropyMonitor:
     model : nn.Module, optional
         The model; also a compiled, DDP or FSDP2-wrapped one. `model`, `probe` and `layers` go together;
         without them the monitor only takes activations through `observe`.
-    probe : Tensor, tuple of arguments, or dict of keyword arguments, optional
+    probe : Tensor, tuple of arguments, or dict of keyword arguments, or "batch", optional
         The fixed input, with at least two samples along dimension 0, on the model's device. Kept by
-        reference; changing it later is an error.
+        reference; changing it later is an error. "batch": no input and no pass of its own, but what the forward passes
+        of training give at due steps, between the call of `step` before and that call (Notes).
     layers : str, iterable of str, or callable, optional
         A name of ``model.named_modules()`` ("" is the model itself), several, or patterns: ``*`` stays within
         one level, ``**`` crosses dots ("blocks.*.mlp", "**.mlp"). What wraps a module (compiled, DDP, FSDP1, PEFT, an
@@ -338,6 +340,16 @@ class SpectralEntropyMonitor:
     the run; and log each record at its own step (docs/logging.md). A checkpoint (`state_dict`) waits for everything
     asked for so far. Only records with a `usable` status count for crossings.
 
+    With ``probe="batch"`` the rows are those of the training batch: each record is of another sample, in training mode
+    (dropout on), by the weights before the step's update. It is noisier than that of a fixed probe, and one threshold
+    does not serve both. In return no pass is made, and the model has hooks at due steps only. All forward passes since
+    the last call count together, as if their rows had come in one batch (gradient accumulation); passes in eval mode or
+    without gradients do not, what checkpointing runs again counts once, and a layer that is called several times in a
+    pass gives the rows of all calls. The mask is that of each pass. Call `step` once after each optimizer step. Where a
+    step that was due gave nothing to evaluate, the next one is due: no pass came before it, one failed, or the steps
+    went on in another stride than before. Each rank records its own batch. Layers in a compiled graph are refused
+    (`fastent.monitor.batch`).
+
     Under FSDP or tensor parallelism every rank must call `step`, since the forward pass needs them all, and rank 0
     alone records. Under DDP each rank that calls `step` records for itself. In both, ``should_stop(agree=True)`` on
     every rank gives all of them one answer. A layer that holds only a part of its activations on each rank is gathered
@@ -371,7 +383,7 @@ class SpectralEntropyMonitor:
     def __init__(
         self,
         model: nn.Module | None = None,
-        probe: Inputs | None = None,
+        probe: Inputs | Literal["batch"] | None = None,
         layers: Layers | None = None,
         *,
         every: int = 200,
@@ -416,7 +428,14 @@ class SpectralEntropyMonitor:
         self._last_step: int | None = None
         self._every = operator.index(every)
         rows_from_tokens = tokens in ("flatten", "skip_first") or positions == "flatten"
-        self._watched = Watched.of(
+        batch = None
+        if isinstance(probe, str) and probe == "batch":
+            if batch_size is not None or autocast is not None:
+                raise ValueError(
+                    'batch_size and autocast are for the pass of a probe, and probe="batch" makes none'
+                )
+            batch = WatchedBatch(model, layers)
+        self._watched: Watched | None = batch or Watched.of(
             model,
             probe,
             layers,
@@ -427,19 +446,24 @@ class SpectralEntropyMonitor:
         axes = Axes(tokens, positions, channel_axis, samples_axis, mask, self._watched)
         self._evaluations = DeferredEntropy(on_full=on_full, device_of=in_line if mode == "sync" else None)
         self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite, on_error)
-        self._evaluator = Evaluator(
-            self._evaluations, self._recording, self._watched, axes, standard_error, on_error
-        )
+        asked = self._evaluations, self._recording
+        how = axes, standard_error, on_error
+        self._batch = None if batch is None else BatchEvaluator(*asked, batch, *how)
+        self._evaluator = self._batch or Evaluator(*asked, self._watched, *how)
         self._last_called: int | None = None  # by `step`, not by `observe`
         self._unfinished: int | None = None  # the step whose evaluation failed: it may be repeated
+        self._stride: int | None = None  # between the last two steps told of
+        self._told: int | None = None  # the last of them
         self._closed = False
         if check:
             self._evaluator.check()
+        if self._batch is not None:
+            self._arm(self._batch)
         at_exit(self)
 
     @uncompiled
     def step(self, step: int) -> list[EntropyRecord]:
-        """Evaluate the probe if `step` is due; call it once in every training step.
+        """Evaluate the probe, or the training batch, if `step` is due; call it once in every training step.
 
         A step is due when ``step // every`` has grown since the last call, the first call of all when `step` is a
         multiple of `every`: counts that skip multiples are evaluated right after them, and recorded at the step that
@@ -471,14 +495,14 @@ class SpectralEntropyMonitor:
         step = self._advance(step)
         if self._watched is None:
             raise RuntimeError("step needs a model, a probe and layers; without them call observe")
-        self._arrivals.collect()
-        if self._is_due(step):
-            with interrupts_held():  # a step is evaluated and recorded, or it is not
-                self._last_called, self._unfinished = step, step
-                self._evaluator.run(step)
-                self._unfinished = None
-                self._arrivals.collect()
-        self._last_called = step
+        try:
+            self._arrivals.collect()
+            if self._is_due(step):
+                self._evaluate(step)
+            self._last_called = step
+        finally:
+            if self._batch is not None:
+                self._arm(self._batch)
         return self._arrivals.take()
 
     @uncompiled
@@ -722,6 +746,9 @@ class SpectralEntropyMonitor:
                 self._watched.restore(ran)
             self._evaluator.forget()
             self._evaluations.dropped = dropped
+            if self._batch is not None:
+                self._stride = self._told = None
+                self._arm(self._batch)
 
     @uncompiled
     def flush(self) -> list[EntropyRecord]:
@@ -734,6 +761,8 @@ class SpectralEntropyMonitor:
     def close(self) -> None:
         """Flush into the history, end the worker and take no more steps. May be called again."""
         self._closed = True
+        if self._batch is not None:
+            self._batch.arm(None)
         self._evaluator.end_merging()
         try:
             self._evaluations.close()
@@ -771,7 +800,24 @@ class SpectralEntropyMonitor:
         self.__dict__.update(state)
         at_exit(self)
 
+    def _evaluate(self, step: int) -> None:
+        with interrupts_held():  # a step is evaluated and recorded, or it is not
+            self._last_called, self._unfinished = step, None if self._batch else step
+            self._unfinished = None if self._evaluator.run(step) else step
+            self._arrivals.collect()
+
+    def _arm(self, batch: BatchEvaluator) -> None:
+        """Prepare the hooks for the next step, if it will be due as far as can be known."""
+        last, told = self._last_called, self._told
+        if last is not None and told is not None and last > told:
+            self._stride = last - told
+        self._told = last
+        following = 0 if last is None else last + (self._stride or 1)
+        batch.arm(following if self._stride is None or self._is_due(following) else None)
+
     def _is_due(self, step: int) -> bool:
+        if self._batch is not None and self._unfinished is not None:
+            return True  # the last one that was due gave nothing
         if self._last_called is None:
             return step % self._every == 0
         return step == self._unfinished or step // self._every > self._last_called // self._every

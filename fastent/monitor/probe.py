@@ -84,6 +84,9 @@ class Probe:
         If there is no tensor, or fewer samples than a covariance needs.
     """
 
+    name = "probe"
+    """What messages call it."""
+
     def __init__(self, inputs: Inputs, *, rows_from_tokens: bool = False) -> None:
         check_pool()
         if isinstance(inputs, Tensor):
@@ -378,7 +381,8 @@ def _is_compiled(model: nn.Module) -> bool:
     return dynamo is not None and isinstance(model, dynamo.OptimizedModule)
 
 
-def _first_tensor(name: str, output: Any) -> Tensor:
+def first_tensor(name: str, output: Any) -> Tensor:
+    """Return the activation in what a layer gave or was called with; TypeError if there is none."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -513,7 +517,7 @@ class Watched:
     def __init__(
         self,
         model: nn.Module,
-        probe: Inputs,
+        probe: Inputs | Probe,
         layers: Layers,
         *,
         rows_from_tokens: bool = False,
@@ -532,7 +536,7 @@ class Watched:
         if isinstance(layers, nn.Module):
             raise TypeError(f"layers takes names of model.named_modules(); got a {type(layers).__name__}")
         self._model = model
-        self.probe = Probe(probe, rows_from_tokens=rows_from_tokens)
+        self.probe = probe if isinstance(probe, Probe) else Probe(probe, rows_from_tokens=rows_from_tokens)
         self._layers: dict[str, FoundLayer] | LayerFunction = (
             layers if callable(layers) else find_layers(plain_module(model), layers)
         )
@@ -696,11 +700,20 @@ class Watched:
                     most[name] = max(most[name], count)
         finally:
             self.rows = None
-        for name, count in most.items():
+        return self._note(widths, most, done)
+
+    def _note(
+        self,
+        widths: Mapping[str, int],
+        fired: Mapping[str, int],
+        done: Callable[[], object] | None = None,
+    ) -> dict[str, int]:
+        """Take note of what ran, how wide and how often; return the widths of layers that ran before and not now."""
+        for name, count in fired.items():
             self._check_fired(name, count)
         if done is not None:
             done()
-        for name in widths if callable(self._layers) else self.order:
+        for name in widths if self.by_function else self.order:
             if name in widths:
                 self.ran.setdefault(name, widths[name])
         idle = {layer: d for layer, d in self.ran.items() if layer not in widths}
@@ -740,7 +753,7 @@ class Watched:
                 fired[name] += 1
                 order.append(name)
                 if fired[name] == 1:
-                    widths[name] = reduce(name, spread.whole(name, _first_tensor(name, output), module))
+                    widths[name] = reduce(name, spread.whole(name, first_tensor(name, output), module))
                 if order == end and threading.get_ident() == thread:
                     over = True
                     raise _Over
@@ -788,7 +801,8 @@ class Watched:
             self._warned_of_idle = True
             more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
             warn_user(
-                f"{', '.join(map(repr, layers[:5]))}{more} did not run in the probe's pass: left out until they do",
+                f"{', '.join(map(repr, layers[:5]))}{more} did not run in the {self.probe.name}'s pass: left out until "
+                "they do",
                 UserWarning,
             )
 
@@ -842,6 +856,7 @@ class Axes:
         self._used: str | None = None
         self._warned: set[str] = set()
         self._tokens_first: dict[str, str | None] = {}
+        self._warned_of_mask = False
         self._two_masks = False  # which of them a layer has is open
         self._samples_at: dict[int, str] = {}  # by axis of the probe: a layer whose samples are along it
         if mask is not None and (watched is None or tokens is None):
@@ -853,15 +868,21 @@ class Axes:
                 f"of parts of the probe {watched.probe.shape} with as many samples as its second axis has entries, "
                 "samples_axis=1 cannot tell which one counts samples: take another batch_size"
             )
-        if watched is not None and tokens is not None:
-            real = self._named_mask(mask) if mask is not None else self._usual_mask()
-            if real is not None:
-                self._real[0, None] = real
+        if watched is not None and watched.probe.shape:
+            self.read_mask()
 
     @property
     def _watched(self) -> Watched:
         assert self._given is not None
         return self._given
+
+    def read_mask(self) -> None:
+        """Find the mask in the input, if there is one for `tokens`."""
+        self._real, self._used, self._two_masks = {}, None, False
+        if self._tokens is not None:
+            real = self._named_mask(self._mask) if self._mask is not None else self._usual_mask()
+            if real is not None:
+                self._real[0, None] = real
 
     def at_hand(self, h: Tensor) -> Reading:
         """Activations that did not come from the probe: taken at their word."""
@@ -982,7 +1003,8 @@ class Axes:
         if real is None:
             return None
         if real.mask.shape != h.shape[:2]:
-            seen = f"{self._used!r} of the probe is for {_count(real.mask.shape)}, and there are {_count(h.shape)}"
+            owner = self._watched.probe.name
+            seen = f"{self._used!r} of the {owner} is for {_count(real.mask.shape)}, and there are {_count(h.shape)}"
             if self._mask is not None:
                 raise ValueError(f"{seen}: watch such layers with a monitor of their own")
             if not real.full and layer not in self._warned:
@@ -1015,7 +1037,8 @@ class Axes:
         tensors = [key for key, value in entries.items() if isinstance(value, Tensor)]
         if plain not in tensors:
             raise ValueError(
-                f"mask={name!r}: the probe has no tensor {plain!r}; it has: {', '.join(tensors) or 'none with a name'}"
+                f"mask={name!r}: the {self._watched.probe.name} has no tensor {plain!r}; it has: "
+                f"{', '.join(tensors) or 'none with a name'}"
             )
         if plain.endswith(_TORCH_MASK) and plain == name:
             raise ValueError(f'in {name!r} of torch True is padding: give mask="~{name}"')
@@ -1024,7 +1047,7 @@ class Axes:
         try:
             return RealTokens(entry if name == plain else entry == 0)
         except (TypeError, ValueError) as error:
-            error.args = (f"mask={name!r} of the probe: {error}",)
+            error.args = (f"mask={name!r} of the {self._watched.probe.name}: {error}",)
             raise
 
     def _usual_mask(self) -> RealTokens | None:
@@ -1036,23 +1059,26 @@ class Axes:
                 return RealTokens(entry)
             except ValueError as error:
                 error.args = (
-                    f'{_USUAL_MASK!r} of the probe: {error}. In a monitor: mask="~{_USUAL_MASK}" where 0 or False is a '
-                    f"real token; a mask that is not (n, tokens) cannot be read, so {_BY_HAND}",
+                    f"{_USUAL_MASK!r} of the {self._watched.probe.name}: {error}. In a monitor: "
+                    f'mask="~{_USUAL_MASK}" where 0 or False is a real token; a mask that is not (n, tokens) cannot be '
+                    f"read, so {_BY_HAND}",
                 )
                 raise
         torch_masks = [name for name in entries if name.endswith(_TORCH_MASK)]
-        if torch_masks:
+        if torch_masks and not self._warned_of_mask:
+            self._warned_of_mask = True
             warn_user(
-                f"the probe's {torch_masks[0]!r} is not used, so padding counts as tokens: give "
+                f"the {self._watched.probe.name}'s {torch_masks[0]!r} is not used, so padding counts as tokens: give "
                 f'mask="~{torch_masks[0]}" to leave it out',
                 UserWarning,
             )
         return None
 
     def _probe(self) -> str:
+        probe = self._watched.probe
         if self._watched.rows is not None:
             return f"a part of the probe, {self._samples()[0]} samples along its first axis"
-        return f"a probe of {self._watched.probe.shape[0]} samples"
+        return f"a {probe.name} of {probe.shape[0]} samples"
 
 
 def _is_odd(h: Any) -> bool:
@@ -1120,6 +1146,10 @@ class Evaluator:
         self._probing = False
 
     @property
+    def _where(self) -> str:
+        return " on the probe" if self._probing else ""
+
+    @property
     def probing(self) -> bool:
         """Whether the calling thread is in a pass of the probe."""
         return self._probing and in_a_pass()
@@ -1132,8 +1162,14 @@ class Evaluator:
             ):
                 self._run_probe(self._watched, None)
 
-    def run(self, step: int) -> None:
-        """Evaluate the layers of the model on its probe; a full ring may drop that, and then nothing is run."""
+    def run(self, step: int) -> bool:
+        """Evaluate the layers of the model on its probe; a full ring may drop that, and then nothing is run.
+
+        Returns
+        -------
+        bool
+            False if `step` gave nothing to evaluate, so that the next one is due.
+        """
         watched = self._watched
         assert watched is not None
         every_rank = watched.needs_every_rank
@@ -1141,6 +1177,7 @@ class Evaluator:
         with self._evaluations.clock.part("forward"), self._failing(step, names):
             watched.probe.check()
             self._run(step, watched, every_rank)
+        return True
 
     def _run(self, step: int, watched: Watched, every_rank: bool) -> None:
         evaluation = None
@@ -1151,12 +1188,7 @@ class Evaluator:
         if evaluation is not None:
             with evaluation, evaluation.passing(), self._pass(note):
                 idle = self._run_probe(watched, evaluation, whole=every_rank)
-                for layer, d in idle.items():
-                    message = "the layer did not run in this pass of the probe: nothing called it"
-                    width = self._recording.width(layer) or d
-                    evaluation.put(layer, unmeasured(Status.NOT_RUN, 0, width, message))
-                evaluation.arrange(watched.order)
-                self._expect(step, evaluation)
+                self._finish(step, evaluation, idle, "in this pass of the probe: nothing called it")
         elif every_rank:  # its part of the forward pass: the other ranks wait for it
             with self._pass(note):
                 self._run_probe(watched, None, whole=True)
@@ -1182,6 +1214,15 @@ class Evaluator:
 
         return watched.run(functools.partial(self._merge, merged), done=done, whole=whole)
 
+    def _finish(self, step: int, evaluation: Evaluation, idle: Mapping[str, int], where: str) -> None:
+        """Say of `idle` layers, given with their widths, that they did not run, and put all in order."""
+        assert self._watched is not None
+        for layer, d in idle.items():
+            width = self._recording.width(layer) or d
+            evaluation.put(layer, unmeasured(Status.NOT_RUN, 0, width, f"the layer did not run {where}"))
+        evaluation.arrange(self._watched.order)
+        self._expect(step, evaluation)
+
     def observe(self, step: int, layer: str, h: Tensor | SpectralEntropy, merge: bool) -> None:
         """Evaluate activations that are at hand, or take their entropy, or keep rows until the step is over."""
         if isinstance(h, SpectralEntropy) and not isinstance(h.normalized, float):
@@ -1200,13 +1241,13 @@ class Evaluator:
             return
         merging = layer in self._merged.moments
         if merging or self._recording.newest(layer) == step:
-            if _in_backward() and not self._seen_in_backward.get(layer, True):
+            if in_backward() and not self._seen_in_backward.get(layer, True):
                 return  # the forward pass once more, by activation checkpointing: the same rows
             if not (merge and merging):
                 self._ignore(step, layer)
                 return
         else:
-            self._seen_in_backward[layer] = _in_backward()
+            self._seen_in_backward[layer] = in_backward()
         with self._failing(step, [layer]):
             self._take(step, layer, h, merge)
 
@@ -1289,7 +1330,7 @@ class Evaluator:
                     evaluation.add(layer, reading.h, reading.rows, mask_name=reading.mask)
             except TooFewRows as error:
                 self._check_few(layer, error)
-                evaluation.put(layer, _too_few(error.n, error.d), mask_name=reading.mask)
+                evaluation.put(layer, too_few(error.n, error.d), mask_name=reading.mask)
         self._devices[layer] = h.device
         return evaluation.widths[layer]
 
@@ -1314,10 +1355,7 @@ class Evaluator:
             with self._evaluations.clock.part("covariance"):
                 part = Moments().update(reading.h, **rows._asdict())
             d = len(part.mean) if part.n else rows.of(reading.h).shape[-1]
-            if d < 2:
-                raise ValueError(
-                    "the normalised entropy divides by log d, so d must be at least 2; got d = 1"
-                )
+            check_width(d)
             self._recording.check(merged.step, layer, d)
             with self._evaluations.clock.part("covariance"):
                 merged.add(layer, part, d, reading.mask)
@@ -1352,13 +1390,16 @@ class Evaluator:
                         "state_dict() of this monitor into a new one"
                     )
                 h = h.detach()
-            yield self._axes.on_probe(layer, h) if self._probing else self._axes.at_hand(h)
+            yield self._read(layer, h)
         except (TypeError, ValueError) as error:
-            error.args = (f"layer {layer!r}{' on the probe' if self._probing else ''}: {error}",)
+            error.args = (f"layer {layer!r}{self._where}: {error}",)
             raise
         except Exception as error:
             error.add_note(f"in the activations of layer {layer!r}")
             raise
+
+    def _read(self, layer: str, h: Tensor) -> Reading:
+        return self._axes.on_probe(layer, h) if self._probing else self._axes.at_hand(h)
 
     @contextmanager
     def _pass(self, note: str) -> Iterator[None]:
@@ -1389,19 +1430,30 @@ class Merged:
 
     def put(self, layer: str, evaluation: Evaluation) -> None:
         """Give the entropy of a layer's rows to `evaluation`."""
-        moments = self.moments[layer]
-        few = moments.n < 2
         with evaluation.clock.part("eigenvalues"):
-            entropy = _too_few(moments.n, self.widths[layer]) if few else moments.spectral_entropy()
+            entropy = entropy_of(self.moments[layer], self.widths[layer])
         evaluation.put(layer, entropy, mask_name=self.masks[layer])
 
 
-def _too_few(n: int, d: int) -> SpectralEntropy:
+def entropy_of(moments: Moments, d: int) -> SpectralEntropy:
+    """Entropy of merged rows of `d` features; however few they are."""
+    return too_few(moments.n, d) if moments.n < 2 else moments.spectral_entropy()
+
+
+def check_width(d: int) -> None:
+    """Refuse a single feature."""
+    if d < 2:
+        raise ValueError("the normalised entropy divides by log d, so d must be at least 2; got d = 1")
+
+
+def too_few(n: int, d: int) -> SpectralEntropy:
+    """Make the result of `n` rows, 0 or 1, of `d` features."""
     message = f"a covariance needs at least 2 rows; there {'was' if n == 1 else 'were'} {n}"
     return unmeasured(Status.TOO_FEW_ROWS, n, d, message)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether the calling thread is in a backward pass."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 

@@ -1,0 +1,514 @@
+"""The training batch in place of a probe: activations of the forward passes that training makes anyway.
+
+Hooks on the watched layers take what they give, reduce it at the moment it appears and keep nothing of it; no pass is
+made beside those of training. They are registered only while the next step that the monitor will be told of is
+expected to be due (`BatchEvaluator.arm`), so that other steps run the model as it is without a monitor.
+
+What counts: a pass of the model that begins in training mode with gradients recorded, and everything in it, frozen
+layers and what runs without gradients included; and, where a training script calls the layers past the model's own
+forward pass, each call while the model is in training mode and gradients are recorded. Passes in eval mode or without
+gradients, and those of a monitor's probe, do not. A layer that activation checkpointing runs again in the backward pass
+counts once. A layer that is called several times, in one pass or in several micro-batches, gives the rows of all calls.
+
+Rows fewer than the features are copied, which takes less memory than their moments, and go the way of a probe's when
+the step is over; so does what has more rows and comes in one call, at once: the record has the bits of
+`fastent.spectral_entropy`. Further calls are merged exactly (`fastent.moments`). Whether they will come is known from
+the evaluations before; in the first one both ways are taken, and where several calls come for the first time later on,
+the evaluation is put off to the next step.
+
+A step that gave nothing to evaluate makes the next one due: no forward pass that counts came before it, the hooks were
+not registered since the steps went on otherwise than before, or a pass failed on its way. Rows of a pass that was
+completed count, whatever became of it later.
+
+A compiled graph holds what was there when it was compiled, so layers within one cannot be watched this way: that is
+refused where the model says that it is compiled. Where it does not (a wrapper that the monitor was not given), the
+graph leaves the hooks out without being broken, and the missing pass is warned of.
+
+A copy of the model, by `copy.deepcopy` or pickle, has idle hooks; a copy of a monitor watches its own copy.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastent.activations import Resolution
+from fastent.linalg import check_pool
+from fastent.moments import Moments
+from fastent.monitor.deferred import DeferredEntropy, Evaluation
+from fastent.monitor.isolation import apart, in_a_pass
+from fastent.monitor.probe import (
+    Axes,
+    Evaluator,
+    FoundLayer,
+    Layers,
+    OnError,
+    Probe,
+    Reading,
+    Spread,
+    Watched,
+    check_width,
+    entropy_of,
+    first_tensor,
+    in_backward,
+    is_sharded,
+    plain_module,
+    too_few,
+)
+from fastent.process import interrupts_held, warn_user
+from fastent.records import Recording
+
+_FIXED = "watch a fixed probe: pass its input as probe"
+
+
+class Batch(Probe):
+    """The input of the forward pass under way; nothing of it is kept afterwards."""
+
+    name = "batch"
+    digest = "batch"
+
+    def __init__(self) -> None:
+        self.end()
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take what the model is called with."""
+        self.args, self.kwargs = args, kwargs
+        self.shape = next(
+            (tuple(leaf.shape) for leaf in _tensors([*args, *kwargs.values()]) if leaf.ndim), ()
+        )
+
+    def end(self) -> None:
+        """Forget it."""
+        self.args, self.kwargs, self.shape = (), {}, ()
+
+    def check(self, *, content: bool = False) -> None:
+        """Nothing to compare: each pass has another one."""
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value.values())
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+class WatchedBatch(Watched):
+    """A model in training and the layers to watch.
+
+    Parameters
+    ----------
+    model, layers
+        As `fastent.SpectralEntropyMonitor` takes them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an unusable model, a layer that it does not have, that is in a compiled graph, or a function as layers.
+    """
+
+    needs_every_rank = False  # each rank has its own batch
+
+    def __init__(self, model: nn.Module | None, layers: Layers | None) -> None:
+        if model is None or layers is None:
+            raise ValueError('probe="batch" needs a model and layers')
+        if callable(layers) and not isinstance(layers, nn.Module):
+            raise TypeError(
+                'probe="batch" takes names of layers, since it makes no pass of its own that a function could make: '
+                f"{_FIXED}, or call observe(step, h, layer=...) where h is at hand"
+            )
+        self.batch = Batch()
+        super().__init__(model, self.batch, layers)
+        _refuse_replicas(model)
+        for name, layer in self.found.items():
+            _refuse_compiled(model, name, layer.path)
+
+    @property
+    def found(self) -> dict[str, FoundLayer]:
+        """The layers by name."""
+        assert not callable(self._layers)
+        return self._layers
+
+    def note(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Take note of the layers that ran, with their widths; return those of layers that ran before and not now."""
+        return self._note(widths, {name: int(name in widths) for name in self.order})
+
+    def _check_fired(self, name: str, count: int) -> None:
+        if count == 0 and self.found[name].named and name not in self.ran:
+            raise RuntimeError(
+                f"layer {name!r} did not run in the forward pass of training: its parent does not call it, or uses its "
+                f"weights without calling it, or is part of a compiled graph: name a layer that runs, or {_FIXED}"
+            )
+
+
+def _refuse_replicas(model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "nn.DataParallel runs copies of the model in threads, each on a part of the batch: take "
+            f"DistributedDataParallel, or {_FIXED}"
+        )
+
+
+def _refuse_compiled(model: nn.Module, name: str, path: str) -> None:
+    """Refuse a layer whose hooks would be in a compiled graph. Those of what `torch.compile` wraps are outside."""
+    plain = plain_module(model)
+    above: list[nn.Module] = [] if model is plain else [*_wrappers(model, plain)]
+    module = plain
+    for part in path.split(".") if path else ():
+        above.append(module)
+        module = getattr(module, part)
+    if (
+        any(hasattr(outer, "_orig_mod") or hasattr(outer.forward, "_torchdynamo_orig_callable") for outer in above)
+        or any(inner._compiled_call_impl is not None for inner in (*above, module))
+    ):  # fmt: skip
+        raise ValueError(
+            f'layer {name!r} is in a compiled graph, which runs no hooks: with probe="batch" watch a layer outside, or '
+            f"what torch.compile(module) returned as a whole; or {_FIXED}, whose pass runs the plain module"
+        )
+
+
+def _wrappers(model: nn.Module, plain: nn.Module) -> Iterator[nn.Module]:
+    while model is not plain:
+        yield model
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+
+
+class _Hook:
+    """What is registered on a module; a copy, in a copy of the module, does nothing.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Where it is registered.
+    call : callable
+        A bound method; it is not kept alive.
+    name : str
+        What it is called with, before what torch gives a hook.
+    """
+
+    def __init__(
+        self, module: nn.Module | None = None, call: Callable[..., None] | None = None, name: str = ""
+    ) -> None:
+        self._module = None if module is None else weakref.ref(module)
+        self._call = None if call is None else weakref.WeakMethod(call)
+        self._name = name
+
+    def __call__(self, module: nn.Module, *given: Any) -> None:
+        """Hand on what torch gives a hook. A graph that is being compiled leaves it out."""
+        if torch.compiler.is_compiling() or self._module is None or self._module() is not module:
+            return
+        call = self._call() if self._call is not None else None
+        if call is not None:
+            call(self._name, module, *given)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+@dataclass
+class _Layer:
+    """What a layer gave since the last step."""
+
+    d: int
+    mask: str | None
+    calls: int = 0
+    held: list[tuple[Tensor, Resolution]] = field(default_factory=list)  # fewer rows than features
+    moments: Moments | None = None
+    only_in_backward: bool = False
+
+    @property
+    def rows(self) -> int:
+        return sum(len(x) for x, _ in self.held)
+
+    def merge(self, x: Tensor, resolution: Resolution) -> None:
+        """Add rows, and those held, to the moments."""
+        self.moments = self.moments or Moments()
+        for rows in (*self.held, (x, resolution)):
+            if len(rows[0]):
+                self.moments.add_rows(*rows)
+        self.held = []
+
+    def put(self, layer: str, evaluation: Evaluation) -> None:
+        """Ask for the entropy of what is held, or give that of the moments."""
+        if self.moments is not None:
+            evaluation.drop(layer)
+            evaluation.put(layer, entropy_of(self.moments, self.d), mask_name=self.mask)
+        elif self.rows < 2:
+            evaluation.put(layer, too_few(self.rows, self.d), mask_name=self.mask)
+        else:
+            coarsest = Resolution(*map(max, zip(*(resolution for _, resolution in self.held), strict=True)))
+            x = torch.cat([x for x, _ in self.held]) if len(self.held) > 1 else self.held[0][0]
+            evaluation.add_rows(layer, x, coarsest, mask_name=self.mask)
+
+
+@dataclass
+class _Gathered:
+    """What the forward passes since the last step gave."""
+
+    step: int  # as far as is known: for a warning
+    evaluation: Evaluation | None = None  # of what was asked for at once
+    dropped: bool = False
+    layers: dict[str, _Layer] = field(default_factory=dict)
+    passes: list[bool] = field(default_factory=list)
+    """Of those under way, the outermost first, whether they count; one that failed stays."""
+    error: Exception | None = None
+
+    def drop(self) -> None:
+        """Give back what was taken."""
+        if self.evaluation is not None:
+            self.evaluation.release()
+
+
+class BatchEvaluator(Evaluator):
+    """Takes activations out of training's own forward passes, and asks for their entropies when a step is over.
+
+    Parameters
+    ----------
+    evaluations, recording, watched, axes, standard_error, on_error
+        As `fastent.monitor.probe.Evaluator` takes them.
+    """
+
+    def __init__(
+        self,
+        evaluations: DeferredEntropy,
+        recording: Recording,
+        watched: WatchedBatch,
+        axes: Axes,
+        standard_error: bool,
+        on_error: OnError,
+    ) -> None:
+        super().__init__(evaluations, recording, watched, axes, standard_error, on_error)
+        self._model = watched.model
+        self._in_training = watched
+        self._gathered = _Gathered(0)
+        self._most_calls: dict[str, int] = {}  # of a layer in one step, so far
+        self._warned_of_nothing = False
+        self._hooks = _Hooks()
+        weakref.finalize(self, self._hooks.remove)
+
+    def check(self) -> None:
+        """Nothing can be checked without a pass."""
+
+    def arm(self, step: int | None) -> None:
+        """Forget what was gathered, and register the hooks for `step`; None removes them."""
+        self._gathered.drop()
+        self._gathered = _Gathered(step or 0)
+        self._in_training.batch.end()
+        if step is None:
+            self._hooks.remove()
+        elif not self._hooks.registered:
+            self._register()
+
+    def run(self, step: int) -> bool:
+        """Ask for the entropies of what the passes since the last step gave; False if there is nothing."""
+        gathered, self._gathered = self._gathered, _Gathered(step)
+        with self._failing(step, self._in_training.names):
+            try:
+                return self._close(step, gathered)
+            except BaseException:
+                gathered.drop()
+                raise
+        return True  # it failed, and that is recorded
+
+    def forget(self) -> None:
+        """Let layers come from other devices than before, and drop what was gathered."""
+        super().forget()
+        self._most_calls = {}
+
+    def _register(self) -> None:
+        model, take = self._model, self._take_from
+        hooks = self._hooks
+        hooks.registered = True
+        if is_sharded(model):
+            hooks.spread = Spread(model)
+            hooks.spread.__enter__()
+        add = hooks.handles.append
+        add(model.register_forward_pre_hook(_Hook(model, self._begin), with_kwargs=True))
+        for name, layer in self._in_training.found.items():
+            module = model.get_submodule(layer.path)
+            if layer.of_input:
+                hook = _Hook(module, self._take_from_input, name)
+                add(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                add(module.register_forward_hook(_Hook(module, take, name)))
+        add(model.register_forward_hook(_Hook(model, self._end)))
+
+    def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if in_a_pass():
+            return
+        if (
+            not in_backward()
+        ):  # where checkpointing ends a pass by an exception, once it has all that it needs
+            self._gathered.passes.append(self._is_training())
+        if self._is_training() and len(self._gathered.passes) <= 1:
+            self._in_training.batch.begin(args, kwargs)
+            self._guarded(self._axes.read_mask)
+
+    def _end(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        passes = self._gathered.passes
+        if in_a_pass():
+            return
+        if passes and not in_backward():
+            passes.pop()
+        if not passes:
+            self._in_training.batch.end()
+
+    def _is_training(self) -> bool:
+        return self._model.training and torch.is_grad_enabled()
+
+    def _take_from_input(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._take_from(name, module, args, (*args, *kwargs.values()))
+
+    def _take_from(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._counts(name):
+            self._guarded(self._reduce, name, module, output)
+
+    def _counts(self, layer: str) -> bool:
+        gathered = self._gathered
+        if gathered.error is not None or gathered.dropped or in_a_pass():
+            return False
+        # By the pass that it is part of: reentrant checkpointing runs layers without gradients.
+        if not (gathered.passes[0] if gathered.passes else self._is_training()):
+            return False
+        known = gathered.layers.get(layer)
+        return not in_backward() or known is None or known.only_in_backward
+
+    def _guarded(self, function: Callable[..., None], *args: Any) -> None:
+        """Call it as outside of training's pass; what goes wrong is raised by `run`, not in the middle of training."""
+        try:
+            with interrupts_held() as interrupts, torch.no_grad():
+                apart(function, interrupts)(*args)
+        except Exception as error:
+            self._gathered.error = error
+
+    def _reduce(self, layer: str, module: nn.Module, output: Any) -> None:
+        check_pool()
+        h = first_tensor(layer, output)
+        if self._hooks.spread is not None:
+            h = self._hooks.spread.whole(layer, h, module)
+        kind = h.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            self._gather(layer, h)
+
+    def _gather(self, layer: str, h: Tensor) -> None:
+        with self._reading(layer, h) as reading:
+            x = reading.rows.of(reading.h)
+            n, d = x.shape
+            check_width(d)
+            known = self._gathered.layers.get(layer)
+            if known is None:
+                known = _Layer(d, reading.mask, only_in_backward=in_backward())
+                self._gathered.layers[layer] = known
+            elif known.d != d:
+                raise ValueError(f"it gave d = {known.d} and d = {d} in one step")
+            known.calls += 1
+            first, most = known.calls == 1, self._most_calls.get(layer)
+            if not first and self._standard_error:
+                raise ValueError(
+                    "it gave activations several times before the step was over: they are merged as moments, and "
+                    "standard_error needs the activations: leave it out"
+                )
+            if (
+                known.moments is None
+                and known.rows + n < d
+                and (first or known.held)
+                and not self._standard_error
+            ):
+                known.held.append((x.clone(), reading.rows.resolution(reading.h)))
+            else:
+                if first and (most in (None, 1) or self._standard_error):
+                    self._ask(layer, h)
+                if (known.held or not first or most != 1) and not self._standard_error:
+                    known.merge(x, reading.rows.resolution(reading.h))
+        self._devices[layer] = h.device
+
+    def _ask(self, layer: str, h: Tensor) -> None:
+        """Ask for the entropy of one call at once."""
+        gathered = self._gathered
+        if gathered.evaluation is None:
+            gathered.evaluation = self._evaluations.open(gathered.step, needs_room=not self._standard_error)
+        if gathered.evaluation is None:
+            gathered.dropped = True
+        else:
+            self._add(gathered.evaluation, layer, h)
+
+    def _close(self, step: int, gathered: _Gathered) -> bool:
+        if gathered.error is not None:
+            gathered.error.add_note(f"in the forward pass of training before step {step}")
+            raise gathered.error
+        if gathered.dropped:  # counted and warned of
+            return True
+        layers = gathered.layers
+        if not layers:
+            self._warn_of_nothing(step)
+        surprised = False
+        for name, layer in layers.items():
+            asked = gathered.evaluation is not None and name in gathered.evaluation.widths
+            surprised |= layer.calls > 1 and asked and self._most_calls.get(name) == 1
+            self._most_calls[name] = max(layer.calls, self._most_calls.get(name, 0))
+        if not layers or gathered.passes or surprised:
+            gathered.drop()
+            return False
+        evaluation = gathered.evaluation or self._evaluations.open(step, needs_room=False)
+        assert evaluation is not None
+        evaluation.step = step
+        with evaluation:
+            for name, layer in layers.items():
+                if layer.calls > 1 or name not in evaluation.widths:
+                    layer.put(name, evaluation)
+            idle = self._in_training.note({name: layer.d for name, layer in layers.items()})
+            self._finish(step, evaluation, idle, "in the forward passes of this step")
+        return True
+
+    def _warn_of_nothing(self, step: int) -> None:
+        if not self._warned_of_nothing and self._hooks.registered:
+            self._warned_of_nothing = True
+            warn_user(
+                f"no forward pass of the model in training mode and with gradients was seen before step {step}, so the "
+                "next step is due instead. Call step after a training step; and where the model runs compiled, "
+                f"{_FIXED}, since a compiled graph runs no hooks. Said once",
+                UserWarning,
+            )
+
+    @property
+    def _where(self) -> str:
+        return " on the training batch"
+
+    def _read(self, layer: str, h: Tensor) -> Reading:
+        return self._axes.on_probe(layer, h) if self._in_training.batch.shape else self._axes.at_hand(h)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_gathered": _Gathered(0), "_hooks": self._hooks.registered}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _hooks=_Hooks())
+        weakref.finalize(self, self._hooks.remove)
+        self.arm(0 if state["_hooks"] else None)
+
+
+class _Hooks:
+    """Hooks that are registered now."""
+
+    def __init__(self) -> None:
+        self.handles: list[RemovableHandle] = []
+        self.spread: Spread | None = None
+        self.registered = False
+
+    def remove(self) -> None:
+        """Take them off."""
+        while self.handles:
+            self.handles.pop().remove()
+        if self.spread is not None:
+            self.spread.__exit__()
+        self.spread, self.registered = None, False
