@@ -82,13 +82,11 @@ def test_a_host_that_is_not_installed_is_one_line_that_names_what_to_install(
 ) -> None:
     integration = f"fastent.integrations.{host}"
     packages = (host, "pytorch_lightning") if host == "lightning" else (host,)
+    parts = tuple(f"{package}." for package in packages)
+    for name in [name for name in sys.modules if name == integration or name.startswith(parts)]:
+        monkeypatch.delitem(sys.modules, name)
     for package in packages:
-        for name in [package, *sys.modules]:
-            if name == package or name.startswith(f"{package}."):
-                monkeypatch.setitem(
-                    sys.modules, name, None
-                )  # what an import statement takes for not installed
-    monkeypatch.delitem(sys.modules, integration, raising=False)
+        monkeypatch.setitem(sys.modules, package, None)  # what an import statement takes for not installed
     with pytest.raises(ModuleNotFoundError) as raised:
         importlib.import_module(integration)
     assert str(raised.value) == f"{integration} needs {host}, which is not installed: pip install {host}"
