@@ -42,6 +42,7 @@ def integrations(session: nox.Session) -> None:
     """Test the integrations against the newest release of every host; one that is missing fails."""
     install(session, "test", "integrations", extra="train,lightning,transformers,torchmetrics")
     session.run("pytest", "tests/integrations", "-m", "", *session.posargs, env={"FASTENT_HOSTS": "all"})
+    session.run("pytest", "--doctest-modules", "--pyargs", "fastent.integrations")
 
 
 @nox.session
@@ -64,7 +65,8 @@ def docs(session: nox.Session) -> None:
     """Run the examples in the docstrings and the README."""
     install(session, "test")
     session.run(
-        "pytest", "--doctest-modules", "--pyargs", "fastent", "fastent.reference", "tests/test_readme.py"
+        *("pytest", "--doctest-modules", "--pyargs", "fastent", "fastent.reference", "tests/test_readme.py"),
+        "--ignore=fastent/integrations",  # whose hosts are in the session `integrations`
     )
 
 
