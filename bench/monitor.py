@@ -29,6 +29,10 @@ Each question gives its rows at the thread count of its process (`bench.suite`).
     whatever that pool leaves spinning. So here every call comes between steps of a training run, and the steps after it
     are timed too: ``after_us`` is what they take more than the same steps after a probe that nothing was computed of,
     in the same round.
+`early_end`
+    A probe of the language model with a vocabulary of 32,000, every block watched, whose pass ends with the last block,
+    beside one whose pass is whole (`fastent.monitor.probe`), each after a step of its own run, by turns. The rows have
+    the operations of the pass too: no probe can take a smaller share of the whole one's time than of its operations.
 `deferred`
     In line or by a worker: the CPU's choice between the two (`fastent.monitor.deferred.WORKER_FROM`) comes from here,
     from a run with a core to spare: the smallest width from which the loop with the worker takes less time at every
@@ -57,6 +61,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastent
 from bench.harness import (
@@ -98,6 +104,8 @@ BLOCK = 10
 CALLED_IN = ("trainer's model", "vision", "language")
 BEFORE, AFTER = 2, 10
 """Steps in a turn before the probe, and after it: together longer than a pool spins (0.1 s)."""
+
+VOCABULARY, EARLY_LIMIT = 32_000, 0.6
 
 N = 512
 WIDTHS = (64, 128, 256, 512)
@@ -206,54 +214,60 @@ def vision(wrap: Wrap, seed: int) -> TrainingLoop:
     return _loop(Vision(), wrap, batch, images[:256], "features", None)
 
 
-class Language(nn.Module):
-    """Causal language model: two pre-norm blocks of width 128, 64 tokens, a vocabulary of 256."""
+class Block(nn.Module):
+    """Pre-norm block: causal attention and a perceptron."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        vocabulary, width, length, self.heads = 256, 128, 64, 4
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add to x (N, T, width)."""
+        n, t, _ = x.shape
+        q, k, v = (
+            part.view(n, t, self.heads, -1).transpose(1, 2)
+            for part in self.attention(self.norm1(x)).chunk(3, dim=-1)
+        )
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+
+
+class Language(nn.Module):
+    """Causal language model: two blocks of width 128, 64 tokens."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        width, length = 128, 64
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm1": nn.LayerNorm(width),
-                    "attention": nn.Linear(width, 3 * width),
-                    "out": nn.Linear(width, width),
-                    "norm2": nn.LayerNorm(width),
-                    "up": nn.Linear(width, 4 * width),
-                    "down": nn.Linear(4 * width, width),
-                }
-            )
-            for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(Block(width, heads=4) for _ in range(2))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (N, T, vocabulary) of tokens (N, T)."""
-        n, t = tokens.shape
-        x = self.tokens(tokens) + self.positions.weight[:t]
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
-            q, k, v = (
-                part.view(n, t, self.heads, -1).transpose(1, 2)
-                for part in block["attention"](block["norm1"](x)).chunk(3, dim=-1)
-            )
-            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + block["out"](mixed.transpose(1, 2).flatten(2))
-            x = x + block["down"](functional.gelu(block["up"](block["norm2"](x))))
+            x = block(x)
         return self.head(self.norm(x))
 
 
-def language(wrap: Wrap, seed: int) -> TrainingLoop:
+def language(wrap: Wrap, seed: int, *, vocabulary: int = 256, layer: str = "norm") -> TrainingLoop:
     """Train it on 8 sequences of 64 tokens a batch; 16 in the probe, every token but the first a row, d = 128."""
-    text = torch.randint(256, (512, 65))
+    text = torch.randint(vocabulary, (512, 65))
 
     def batch() -> tuple[Tensor, Tensor]:
         rows = text[torch.randint(len(text), (8,))]
         return rows[:, :-1], rows[:, 1:].flatten()
 
-    return _loop(Language(), wrap, batch, text[:16, :-1].clone(), "norm", "skip_first")
+    return _loop(Language(vocabulary), wrap, batch, text[:16, :-1].clone(), layer, "skip_first")
 
 
 def _loop(
@@ -593,6 +607,57 @@ def in_training(quick: bool) -> list[Row]:
     for name in CALLED_IN[:1] if quick else CALLED_IN:
         rows += _call_rows(name, LOOPS[name](_as_it_is, 0), 6 if quick else 14)
     return rows
+
+
+def early_end(quick: bool) -> list[Row]:
+    """Rows of a probe whose pass ends early and of one whose pass is whole, at this process's thread count."""
+    runs = {name: _probed_blocks(whole=name == "whole pass") for name in ("whole pass", "early end")}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(-1, 5 if quick else 25):  # the first one is warm-up
+        for name in list(runs) if turn % 2 else list(runs)[::-1]:
+            loop, monitor = runs[name]
+            loop.step()
+            start = time.perf_counter()
+            monitor.step(turn + 1)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    flops = operations(runs["whole pass"][0])
+    rows = []
+    for name, values in seconds.items():
+        row: Row = {
+            "op": "early end",
+            "provider": name,
+            "vocabulary": VOCABULARY,
+            **quantiles(np.array(values)),
+        }
+        row |= {"rounds": len(values), "flops": flops[name]}
+        if name == "early end":
+            row |= ratio_columns(np.array(values), np.array(seconds["whole pass"]))
+            row |= {"floor": round(flops[name] / flops["whole pass"], 4), "limit": EARLY_LIMIT}
+        rows.append(row | environment())
+    return rows
+
+
+def _probed_blocks(*, whole: bool) -> tuple[TrainingLoop, fastent.SpectralEntropyMonitor]:
+    """Make a run and its monitor of all blocks."""
+    torch.manual_seed(0)
+    loop = language(_as_it_is, 0, vocabulary=VOCABULARY, layer="blocks")
+    assert loop.model is not None
+    if whole:  # a hook that is to be called at any end keeps a pass from ending early
+        loop.model.register_forward_hook(lambda *_: None, always_call=True)
+    return loop, fastent.SpectralEntropyMonitor(
+        loop.model, loop.probe, loop.layer, every=1, tokens=loop.tokens
+    )
+
+
+def operations(loop: TrainingLoop) -> dict[str, int]:
+    """Count the multiplications and additions of a pass of the probe, whole and without the projection."""
+    assert isinstance(loop.model, Language)
+    # The products of attention are counted where they are ones of their own.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        loop.model(loop.probe)
+    whole = counter.get_total_flops()
+    return {"whole pass": whole, "early end": whole - 2 * loop.probe.numel() * loop.model.head.weight.numel()}
 
 
 def _steps(h: Tensor, work: int, evaluations: DeferredEntropy | None) -> Callable[[], None]:

@@ -564,6 +564,22 @@ CPU = {
         "Time of a run with a monitor over that of one without, less 1, with its 95 % interval.",
         draw=_overhead,
     ),
+    "early_end": Chapter(
+        "A probe whose pass ends with the last watched layer",
+        listed(
+            {
+                "threads": "threads",
+                "pass": "provider",
+                **_TIMES,
+                "GFLOP": lambda row: f"{row['flops'] / 1e9:.3g}",
+                "over the whole": lambda row: interval(row) if "ratio" in row else "",
+                "its operations over the whole's": lambda row: (
+                    f"{row['floor']:.3f}" if "floor" in row else ""
+                ),
+            }
+        ),
+        "The language model with a vocabulary of 32,000, all blocks watched. Held to 0.6 of the whole pass.",
+    ),
     "training": Chapter(
         "A training step, per seed",
         listed({"model": "model", "loop": "provider", "seeds": "seeds", "threads": "threads", **_TIMES}),

@@ -74,3 +74,19 @@ def test_what_a_call_adds_to_the_steps_after_it_is_a_difference_within_a_round()
 def test_the_edge_is_the_smallest_from_which_on_every_interval_is_below_one(highest, edge):
     rows = [row for d, high in highest.items() for row in ({"d": d}, {"d": d, "ratio_high": high})]
     assert monitor.worker_from(rows) == edge
+
+
+def test_the_pass_that_ends_early_leaves_the_projection_out_and_the_hooked_one_does_not(monkeypatch):
+    monkeypatch.setattr(monitor, "VOCABULARY", 50)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr: None)  # no step is made
+    for whole in (True, False):
+        loop, watching = monitor._probed_blocks(whole=whole)
+        calls = []
+        loop.model.head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        assert [record.layer for record in watching.step(0)] == ["blocks.0", "blocks.1"]
+        assert len(calls) == whole
+    flops = monitor.operations(loop)
+    assert flops["whole pass"] - flops["early end"] == 2 * 16 * 64 * 128 * 50
+    per_token = 2 * 128 * 128 * (3 + 1 + 4 + 4)
+    products = 2 * 2 * 64 * 128  # of attention, with every token
+    assert flops["early end"] == 16 * 64 * 2 * (per_token + products)
