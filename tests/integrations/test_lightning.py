@@ -2,17 +2,23 @@
 
 import copy
 import json
+import os
 import pickle
 import random
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fake_device import FakeStreams
 from torch import nn
 
 import fastent
+from fastent.monitor.deferred import Devices, Ring, TorchFormer
 
 pytest.importorskip("lightning.pytorch")
 
@@ -494,3 +500,167 @@ def test_the_search_for_a_learning_rate_before_the_fit_is_no_part_of_the_record(
         own = [callback, finder][:: 1 if first else -1]
         trainer(*own, default_root_dir=tmp_path).fit(Tuned(), loader())
         assert steps(callback) == [0, 2, 4]
+
+
+def test_records_that_come_late_are_logged_at_their_own_step_and_are_there_when_something_decides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams = FakeStreams()
+    slots = Ring(streams, TorchFormer())
+    monkeypatch.setattr(Devices, "of", lambda self, x: slots)
+    done, late = threading.Event(), []
+
+    def run_on() -> None:  # nothing is ready at once
+        while not done.wait(0.02):
+            streams.tick()
+
+    def look(t: pl.Trainer, m: pl.LightningModule) -> None:
+        late.append(t.callback_metrics["entropy/net.0"].item())
+
+    kept, callback = (
+        Kept(),
+        entropy(every=1, threshold=1.0, stopping=lambda monitor: len(monitor.history) == 9),
+    )
+    threading.Thread(target=run_on, daemon=True).start()
+    t = trainer(callback, During("on_validation_end", look), logger=kept, max_epochs=5)
+    t.fit(Net(), loader(), loader())
+    done.set()
+    assert t.global_step == 8
+    assert kept.of("entropy/net.0") == [(step, h) for (step, _), h in values(callback).items()]
+    assert late == [pytest.approx(values(callback)[step, "net.0"], rel=1e-6) for step in (4, 8)]
+
+
+@pytest.mark.gpu
+def test_a_second_fit_may_be_on_another_device() -> None:
+    callback = entropy(layers=["net.0", "net.1"])
+    for accelerator in ("gpu", "cpu"):
+        net = Net()
+        trainer(callback, accelerator=accelerator, precision="bf16-mixed").fit(net, loader())
+        assert steps(callback) == [0, 0, 2, 2, 4, 4]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert values(callback)[4, "net.0"] == pytest.approx(entropy_of(net.cpu().net[0]), abs=1e-3)
+
+
+RANKS = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+import lightning.pytorch as pl
+from lightning.pytorch import callbacks
+from fastent.integrations.lightning import SpectralEntropyCallback
+from test_lightning import Net, PROBE, ROWS, Kept, values
+torch.set_num_threads(1)
+folder = sys.argv[1]
+
+class Offered(callbacks.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        out["offered"].append(trainer.callback_metrics["entropy/net.1"].item())
+
+def fit(*own, resumed_from=None, **options):
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ROWS), batch_size=4)
+    net = Net()
+    t = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", callbacks=list(own), enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **{"logger": False, **options})
+    t.fit(net, data, data, ckpt_path=resumed_from)
+    return t, [p.tolist() for p in net.parameters()]
+
+def entropy(**options):
+    return SpectralEntropyCallback(**{"layers": ["net.0", "net.1"], "probe": PROBE, "every": 3, **options})
+
+out = {"offered": []}
+t, out["without"] = fit(max_epochs=2)
+rank = t.global_rank
+first, kept = entropy(), Kept()
+t, out["with"] = fit(first, Offered(), max_epochs=2, logger=kept)
+t.save_checkpoint(folder + "/saved.ckpt")
+out["history"] = [[step, layer, h] for (step, layer), h in values(first).items()]
+out["logged"] = kept.of("entropy/net.1")
+again = entropy()
+fit(again, max_epochs=3, resumed_from=folder + "/saved.ckpt")
+out["resumed"] = [[step, layer, h] for (step, layer), h in values(again).items()]
+for name, stops in (("rank 0 stops", 0), ("rank 1 alone stops", 1)):
+    policy = lambda monitor: rank == stops and monitor.last_step == 3
+    out[name] = fit(entropy(stopping=policy), max_epochs=2)[0].global_step
+early = callbacks.EarlyStopping("entropy/net.1", mode="max", min_delta=1.0, patience=2)
+out["early"] = fit(entropy(), early, max_epochs=5)[0].global_step
+with open(f"{folder}/{rank}.json", "w") as file:
+    json.dump(out, file)
+"""
+
+
+@pytest.mark.nightly
+def test_two_processes_log_decide_and_resume_by_rank_0_and_train_as_without(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+        timeout=500,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for out in ranks:
+        assert out["with"] == out["without"] == ranks[0]["with"]
+        assert out["rank 0 stops"] == 3
+        assert out["rank 1 alone stops"] == 8
+        assert out["early"] == 12  # after the first of five epochs, two without a gain
+        assert out["offered"] == ranks[0]["offered"]
+    # Each rank's BatchNorm has seen rows of its own: the histories differ from then on.
+    assert ranks[0]["history"][:2] == ranks[1]["history"][:2]
+    assert ranks[0]["history"] != ranks[1]["history"]
+    of_rank_0 = {step: h for step, layer, h in ranks[0]["history"] if layer == "net.1"}
+    assert list(of_rank_0) == [0, 3, 6]
+    assert ranks[0]["logged"] == [[step, h] for step, h in of_rank_0.items()]
+    in_force = [of_rank_0[at] for at in (0, 0, 3, 3, 3, 6, 6, 6)]
+    assert ranks[0]["offered"] == pytest.approx(in_force, rel=1e-6)
+    for out in ranks:  # both go on with what rank 0 saved
+        assert out["resumed"][:6] == ranks[0]["history"]
+        assert [step for step, *_ in out["resumed"]] == [0, 0, 3, 3, 6, 6, 9, 9, 12, 12]
+
+
+OTHER_PACKAGE = """
+import warnings
+warnings.simplefilter("ignore")
+import torch, pytorch_lightning as pl
+from fastent.integrations.lightning import SpectralEntropyCallback
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(6, 4)
+    def forward(self, x):
+        return self.net(x)
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+for both in (False, True):
+    if both:
+        import sys
+        import lightning.pytorch
+        del sys.modules["fastent.integrations.lightning"]
+        from fastent.integrations.lightning import SpectralEntropyCallback
+        assert issubclass(SpectralEntropyCallback, lightning.pytorch.Callback)
+    assert issubclass(SpectralEntropyCallback, pl.Callback)
+    callback = SpectralEntropyCallback(layers="net", probe=torch.randn(32, 6), every=2)
+    stop = pl.callbacks.EarlyStopping("entropy/net", mode="max", min_delta=1.0, patience=1)
+    trainer = pl.Trainer(
+        accelerator="cpu", callbacks=[callback, stop], max_epochs=5, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(16, 6), batch_size=4))
+    print([record.step for record in callback.monitor.history])
+"""
+
+
+@pytest.mark.nightly
+def test_the_other_package_of_the_host_works_where_it_is_imported_first() -> None:
+    pytest.importorskip("pytorch_lightning")
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_PACKAGE], check=True, timeout=500, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["[0, 2, 4, 6, 8]"] * 2
