@@ -4,8 +4,9 @@ A step is what Lightning's loggers count: a batch after which gradients were not
 another number where there are several optimizers, since it counts the steps of each. A record's step says how many
 such batches the weights have seen; 0 is the untrained model.
 
-An evaluation takes place at the end of a batch, when the optimizer has stepped and Lightning has neither validated nor
-saved: `EarlyStopping` and `ModelCheckpoint` see the entropy of the weights that they decide on.
+A fixed probe is evaluated at the end of a batch, when the optimizer has stepped and Lightning has neither validated nor
+saved: `EarlyStopping` and `ModelCheckpoint` see the entropy of the weights that they decide on. The training batch was
+passed by the weights before that, and is recorded at their step, where Lightning logs its loss.
 
 `lightning` and `pytorch_lightning` are two packages of one content, and each refuses the other's callbacks. The class
 here is a callback of both where both are imported by the time this module is, or else of the one that there is.
@@ -17,7 +18,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,9 +58,10 @@ class SpectralEntropyCallback(Callback):
     layers : str, iterable of str, or callable
         As `fastent.SpectralEntropyMonitor` takes them: names of ``named_modules()`` of the LightningModule, or of its
         submodule `module`.
-    probe : Tensor, tuple of arguments, or dict of keyword arguments
+    probe : Tensor, tuple of arguments, or dict of keyword arguments, or "batch"
         The fixed input, with at least two samples, on any device: it is moved to the model, and converted as the
-        Trainer's precision converts batches.
+        Trainer's precision converts batches. "batch": no input, but what the training batch gives at due steps, all
+        micro-batches of a step together.
     every : int
         Steps from one evaluation to the next.
     stopping : callable, optional
@@ -101,7 +103,7 @@ class SpectralEntropyCallback(Callback):
         self,
         *,
         layers: Layers,
-        probe: Inputs,
+        probe: Inputs | Literal["batch"],
         every: int = 200,
         stopping: Callable[[SpectralEntropyMonitor], bool] | None = None,
         name: str = "entropy",
@@ -139,8 +141,10 @@ class SpectralEntropyCallback(Callback):
         """Make the monitor: `configure_model` has run, and the model is on its device in its precision."""
         from lightning_utilities.core.apply_func import apply_to_collection
 
-        probe = apply_to_collection(self._probe, Tensor, lambda t: t.to(pl_module.device))
-        probe = trainer.precision_plugin.convert_input(probe)
+        probe = self._probe
+        if not self._of_batch:
+            probe = apply_to_collection(probe, Tensor, lambda t: t.to(pl_module.device))
+            probe = trainer.precision_plugin.convert_input(probe)
         model = pl_module.get_submodule(self._module)
         try:
             with trainer.precision_plugin.forward_context():
@@ -172,7 +176,7 @@ class SpectralEntropyCallback(Callback):
     ) -> None:
         """Evaluate the model that the run begins with; earlier than here a resumed Trainer's count is one too small."""
         assert self.monitor is not None
-        if self.monitor.last_step is None:
+        if self.monitor.last_step is None and not self._of_batch:
             self._step(trainer, _steps(trainer))
 
     def on_train_batch_end(
@@ -180,7 +184,7 @@ class SpectralEntropyCallback(Callback):
     ) -> None:
         """Tell the monitor of a step; the Trainer counts it later, after validation."""
         if not trainer.fit_loop._should_accumulate():
-            self._step(trainer, _steps(trainer) + 1)
+            self._step(trainer, _steps(trainer) + (0 if self._of_batch else 1))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the records that callbacks decide on when the validation ends."""
@@ -218,6 +222,10 @@ class SpectralEntropyCallback(Callback):
             self._loaded = state_dict
         else:  # strategies that restore once the model is set up
             self.monitor.load_state_dict(state_dict)
+
+    @property
+    def _of_batch(self) -> bool:
+        return isinstance(self._probe, str)
 
     def _step(self, trainer: Trainer, step: int) -> None:
         assert self.monitor is not None

@@ -188,12 +188,13 @@ def run(tmp_path: Path, *own: Any, resumed_from: str | None = None, **options: A
     return [x.tolist() for x in state], rest, path, kept
 
 
-def test_training_is_the_same_to_the_bit_with_the_callback_and_without_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("probe", [PROBE, "batch"])
+def test_training_is_the_same_to_the_bit_with_the_callback_and_without_it(probe: Any, tmp_path: Path) -> None:
     options = {"max_epochs": 2, "accumulate_grad_batches": 2, "num_sanity_val_steps": 1}
     without = run(tmp_path, **options)
-    with_it = run(tmp_path, entropy(every=1, layers=["net.*", ""]), **options)
+    with_it = run(tmp_path, entropy(every=1, layers=["net.*"], probe=probe), **options)
     assert with_it[:2] == without[:2]
-    assert len(with_it[3].of("entropy/net.1")) == 5
+    assert len(with_it[3].of("entropy/net.1")) == (4 if probe == "batch" else 5)
     rows = [
         [row for row in log.rows if not any("entropy" in key for key in row[1])]
         for log in (with_it[3], without[3])
@@ -322,6 +323,45 @@ def test_the_probe_is_passed_in_the_precision_of_training() -> None:
     assert values(double)[4, "net.0"] == entropy_of(net.net[0], PROBE.double())
 
 
+class Watching(Net):
+    """Keeps what its first layer gives in training, and the step that Lightning counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: dict[int, list[torch.Tensor]] = {}
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.given.setdefault(self.trainer.global_step, []).append(self.net[0](batch[0]).detach())
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_training_batch_is_recorded_at_the_step_of_its_loss_micro_batches_together(
+    tmp_path: Path,
+) -> None:
+    callback, net, kept = entropy(probe="batch", layers="0", module="net"), Watching(), Kept()
+    seen = []
+    count = During("on_train_batch_end", lambda t, m: seen.append(hooks(m)))
+    t = trainer(callback, count, accumulate_grad_batches=2, max_epochs=2, logger=kept, val_check_interval=1)
+    t.fit(net, loader(batch_size=4), loader())
+    rows = {step: torch.cat(given) for step, given in net.given.items()}
+    assert {len(x) for x in rows.values()} == {8}
+    expected = [(step, fastent.spectral_entropy(rows[step]).normalized) for step in (0, 2, 4, 6)]
+    assert kept.of("entropy/0") == expected
+    assert {(step, "0"): value for step, value in expected} == values(callback)
+    assert 0 in seen  # where no evaluation is due
+    assert hooks(net) == 0
+
+    again = entropy(probe="batch", layers="0", module="net")
+    t.save_checkpoint(tmp_path / "saved.ckpt")
+    trainer(again, accumulate_grad_batches=2, max_epochs=3).fit(
+        net, loader(batch_size=4), ckpt_path=tmp_path / "saved.ckpt"
+    )
+    assert steps(again) == [0, 2, 4, 6, 8, 10]
+    with pytest.raises(ZeroDivisionError):
+        trainer(During("on_train_batch_end", lambda t, m: 1 / 0), again).fit(net, loader())
+    assert hooks(net) == 0
+
+
 class Headless(Net):
     """Made in configure_model, without a forward of its own."""
 
@@ -363,6 +403,8 @@ def test_of_a_compiled_module_the_probe_runs_what_was_compiled() -> None:
     assert counts[True][0] > 0
     assert steps(callback) == list(range(9))
     assert values(callback)[8, "net.0"] == entropy_of(net.net[0])
+    with pytest.raises(ValueError, match="is in a compiled graph"):
+        trainer(entropy(probe="batch")).fit(torch.compile(net, backend=backend), loader())
 
 
 def test_validation_and_tests_alone_need_no_monitor_and_leave_a_record_as_it_is(tmp_path: Path) -> None:
