@@ -1,4 +1,7 @@
-"""A host that is not installed skips its tests; with FASTENT_HOSTS=all in the environment that is a failure, a GPU not."""
+"""A host that is not installed skips its tests; with FASTENT_HOSTS=all in the environment that is a failure.
+
+A GPU that is not there skips as elsewhere.
+"""
 
 import os
 from collections.abc import Generator
