@@ -214,9 +214,9 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
         Names as in ``model.named_modules()``, or patterns over them: ``*``, ``?`` and ``[ab]`` stay within one level,
         ``**`` crosses dots ("**.mlp" is "mlp" at any depth). A container that cannot run (ModuleList, ModuleDict) means
         its children; a pattern passes over such containers unless it matches nothing else. Wrappers of the model and
-        of submodules (compiled, FSDP1, checkpointed, DDP, an EMA copy, PEFT) are not part of a name; what PEFT puts in
-        a layer's place, with its adapter, has the layer's name. ":input" behind a name or pattern asks for what a
-        module is called with.
+        of submodules (compiled, FSDP1, checkpointed, DDP, an EMA copy, PEFT) are not part of a name, and may be written
+        all the same; what PEFT puts in a layer's place, with its adapter, has the layer's name. ":input" behind a name
+        or pattern asks for what a module is called with.
 
     Returns
     -------
@@ -239,9 +239,11 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(names[path], path)
         modules.setdefault(names[path], module)
-    once = {
-        names[path]: path for path, _ in model.named_modules() if names[path]
-    }  # a shared module by its first name
+    for path in names:  # as they are, wrappers included
+        paths.setdefault(path, path)
+        modules.setdefault(path, model.get_submodule(path))
+    first = [path for path, _ in model.named_modules() if names[path]]  # a shared module by its first name
+    once = list(dict.fromkeys(names[path] for path in first))
     found: dict[str, FoundLayer] = {}
     for wanted in [layers] if isinstance(layers, str) else layers:
         if not isinstance(wanted, str):
@@ -250,6 +252,7 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
         end = asked[len(wanted) :]
         named = wanted in paths
         matches = [wanted] if named else [name for name in once if _matches(name, wanted)]
+        matches = matches or [path for path in first if _matches(path, wanted)]
         if not matches:
             close = difflib.get_close_matches(wanted, list(paths), n=3)
             names = ", ".join(map(repr, close or list(once)[:10])) or "no submodules"

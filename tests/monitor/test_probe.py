@@ -1,5 +1,7 @@
 """The probe, and the forward pass that takes activations from it, also through wrappers of the model."""
 
+import copy
+import pickle
 from collections import UserDict, namedtuple
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 from fastent import spectral_entropy
 from fastent.monitor import isolation
@@ -599,7 +603,7 @@ def test_what_an_average_of_weights_and_a_ddp_part_hold_have_the_names_of_what_t
     process_group: None,
 ) -> None:
     net = Net()
-    average = torch.optim.swa_utils.AveragedModel(net)
+    average = AveragedModel(net)
     net.head = nn.parallel.DistributedDataParallel(net.head)  # type: ignore[assignment]
     records = [
         record
@@ -608,6 +612,47 @@ def test_what_an_average_of_weights_and_a_ddp_part_hold_have_the_names_of_what_t
     ]
     assert [record.layer for record in records] == ["norm", "head", "first"] * 2
     assert [record.normalized for record in records[:3]] == [record.normalized for record in records[3:]]
+
+
+WRAPPERS: dict[str, Any] = {
+    "EMA": AveragedModel,
+    "EMA of compiled": lambda net: AveragedModel(torch.compile(net, backend="eager")),
+    "compiled EMA": lambda net: torch.compile(AveragedModel(net), backend="eager"),
+    "EMA of checkpointed": lambda net: AveragedModel(checkpoint_wrapper(net)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_no_wrapper_is_part_of_a_layers_name_and_the_whole_path_is_one_too(wrap: Any) -> None:
+    layers = ["embed", "blocks", "blocks.1.*", "**head", "embed:input"]
+    expected = Monitor(Blocks().eval(), inputs(), layers).step(0)
+    torch.manual_seed(7)
+    model = wrap(Blocks())
+    records = Monitor(model, inputs(), layers).step(0)
+    assert [(record.layer, record.normalized) for record in records] == [
+        (record.layer, record.normalized) for record in expected
+    ]
+    path = next(path for path, _ in plain_module(model).named_modules() if path.endswith("head"))
+    assert path != "head"
+    for wanted in (path, f"**.{path}".replace("**.module", "*")):
+        assert [record.layer for record in Monitor(model, inputs(), wanted).step(0)] == [path]
+
+
+def test_a_copy_and_a_pickle_of_model_and_monitor_have_no_hook_and_go_on_by_themselves() -> None:
+    for wrap in (lambda net: net, *WRAPPERS.values()):
+        model = wrap(Blocks())
+        monitor = Monitor(model, inputs(), "head", every=1)
+        monitor.step(0)
+        twins = []
+        for again in (copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))):
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in again(model).modules())
+            twins.append(again(monitor))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(inputs(*weight.shape))  # the twins' are their own
+        ((before,), (after,)) = monitor.history, monitor.step(1)
+        assert before.normalized != after.normalized
+        assert [twin.step(1)[0].normalized for twin in twins] == [before.normalized] * 2
 
 
 def sharded() -> nn.Module:
