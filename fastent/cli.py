@@ -563,11 +563,12 @@ def _products() -> str:
 
 def plan(
     *,
-    layers: int = 12,
-    d: int = 768,
-    probe: int = 512,
+    model: str | None = None,
+    layers: int | None = None,
+    d: int | None = None,
+    probe: int | None = None,
     ranks: int = 1,
-    stride: int = 200,
+    stride: int | None = None,
     step_time: float = 1.0,
     itemsize: int = 2,
     link: float = 25.0,
@@ -577,19 +578,25 @@ def plan(
     """Estimate what monitoring a large model would cost, and say what to choose.
 
     Rates are those of this machine's CPU, measured for some two seconds; sizes beyond the measured are extrapolated.
+    The forward pass of the probe, as a rule most of the cost, is in it where --model or --probe-time says what it
+    takes: `fastent plan --model train:make_monitor --step-time 0.02 --stride 10`, with a train.py that has
+    `def make_monitor(): return fastent.SpectralEntropyMonitor(model, probe, layers="blocks.*")`.
 
     Parameters
     ----------
-    layers : int
-        Layers watched.
-    d : int
-        Features of each.
-    probe : int
-        Rows of the probe.
+    model : str, optional
+        MODULE:FUNCTION that returns the monitor of the run that is planned: its probe is evaluated for some two
+        seconds, forward pass and entropies.
+    layers : int, optional
+        Layers watched: those of --model, or 12.
+    d : int, optional
+        Features of each: those of --model, or 768.
+    probe : int, optional
+        Rows of the probe: those of --model, or 512.
     ranks : int
         Processes that hold the model.
-    stride : int
-        Steps between probes.
+    stride : int, optional
+        Steps between probes: those of --model, or 200.
     step_time : float
         Seconds of a training step.
     itemsize : int
@@ -599,25 +606,36 @@ def plan(
     budget : float
         Percent of the training time that a monitor may take.
     probe_time : float, optional
-        Seconds of the probe's forward pass, which the estimate cannot know: without it the plan says that it is left
-        out.
+        Seconds of the probe's forward pass, in place of --model: without either the plan says that it is left out.
     """
-    from fastent.plan import Monitoring, describe, make_plan, measure_rates
+    from fastent.plan import Measured, Monitoring, describe, made_by, make_plan, measure, measure_rates
 
-    with _wrong_usage():
-        asked = Monitoring(
-            layers=layers,
-            d=d,
-            probe=probe,
+    def asked(found: Measured | None, every: int) -> Monitoring:
+        return Monitoring(
+            layers=found.layers if found else 12 if layers is None else layers,
+            d=found.d if found else 768 if d is None else d,
+            probe=found.probe if found else 512 if probe is None else probe,
             ranks=ranks,
-            stride=stride,
+            stride=every if stride is None else stride,
             step_time=step_time,
             itemsize=itemsize,
             link=link * 1e9,
             budget=budget / 100,
-            probe_time=probe_time,
+            probe_time=found.forward if found else probe_time,
+            evaluation_time=found.evaluation if found else None,
         )
-    print("\n".join(describe(make_plan(measure_rates(), asked))))
+
+    with _wrong_usage():
+        sizes = {"layers": layers, "d": d, "probe": probe, "probe-time": probe_time}
+        given = [f"--{name}" for name, value in sizes.items() if value is not None]
+        if model is not None and given:
+            raise ValueError(f"--model says what {', '.join(given)} would: leave one of them out")
+        wanted = asked(None, 200)
+        monitor = None if model is None else made_by(model)
+    if monitor is not None:
+        wanted = asked(measure(monitor), monitor.every)
+        monitor.close()
+    print("\n".join(describe(make_plan(measure_rates(), wanted))))
     return 0
 
 

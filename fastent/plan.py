@@ -4,8 +4,9 @@ One layer's (n, d) activations cost ``call + bytes / bandwidth + flops / rate(m)
 that converts and centres, the products of the lower triangle, the eigenvalues. Bytes, operations and memory are counts
 of what the CPU path does; the rates are measured on the CPU of this process, about two seconds, at its thread count.
 Between measured sizes they are interpolated on logarithmic axes, above the largest a solve grows as m^3; that is an
-extrapolation and is said to be one (`Cost.extrapolated`). The forward pass of the probe is a model's own: it counts
-where its time is given.
+extrapolation and is said to be one (`Cost.extrapolated`). The forward pass of the probe is a model's own, and as a rule
+most of what a monitor costs: it counts where its time is given, or where there is a monitor to measure (`measure`), and
+where it does not the plan says so.
 
 Three ways to evaluate L layers on R ranks that each hold the model:
 
@@ -21,8 +22,11 @@ rows over ranks
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +40,7 @@ from fastent import linalg
 from fastent.covariance import centered_matrix
 from fastent.entropy import spectral_entropy
 from fastent.linalg import SLAB, _chunk_length
+from fastent.monitor.monitor import SpectralEntropyMonitor
 
 FLOAT64 = 8
 
@@ -245,6 +250,101 @@ def _seconds(call: Callable[[], object], budget: float) -> float:
     return median(times)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one probe took.
+
+    Attributes
+    ----------
+    layers, d, probe : int
+        Layers recorded; features and rows of the one that takes the most operations.
+    forward : float
+        Seconds of the pass, with its checks.
+    evaluation : float
+        Seconds of all that the training thread does or waits for besides.
+    """
+
+    layers: int
+    d: int
+    probe: int
+    forward: float
+    evaluation: float
+
+
+_FEWEST, _MOST = 3, 50  # evaluations that a measurement takes
+
+
+def measure(monitor: SpectralEntropyMonitor, *, budget: float = 2.0) -> Measured:
+    """Evaluate a monitor's probe some times, by its own clock (`fastent.SpectralEntropyMonitor.cost`); medians.
+
+    Parameters
+    ----------
+    monitor : SpectralEntropyMonitor
+        With a fixed probe. Its records of these steps stay in it.
+    budget : float
+        Seconds to spend, after a first evaluation that is not counted.
+
+    Raises
+    ------
+    ValueError
+        If it evaluates nothing by itself.
+    """
+    first = monitor.last_step or 0
+    steps = itertools.count((first // monitor.every + 1) * monitor.every, monitor.every)
+    records = [*monitor.step(next(steps)), *monitor.flush()]
+    if not records:
+        raise ValueError(
+            "the monitor has no pass of its own to measure: make it with a model, a fixed probe and layers"
+        )
+    forward, evaluation = [], []
+    began = time.perf_counter()
+    while len(forward) < _FEWEST or (time.perf_counter() - began < budget and len(forward) < _MOST):
+        before = monitor.cost
+        monitor.step(next(steps))
+        monitor.flush()
+        after = monitor.cost
+        forward.append(after.forward - before.forward)
+        evaluation.append(max(0.0, after.seconds - before.seconds - forward[-1]))
+    shapes = [(record.n, record.d) for record in records if record.n > 1]
+    n, d = max(shapes, key=lambda shape: work(*shape).flops, default=(2, 2))
+    return Measured(len(records), d, n, median(forward), median(evaluation))
+
+
+def made_by(place: str) -> SpectralEntropyMonitor:
+    """Call a function that makes a monitor.
+
+    Parameters
+    ----------
+    place : str
+        ``module:function``; modules of the current folder are found too.
+
+    Raises
+    ------
+    ValueError
+        If there is no such function, or it makes something else.
+    """
+    name, _, function = place.partition(":")
+    if not name or not function:
+        raise ValueError(f"model is MODULE:FUNCTION, such as train:make_monitor; got {place!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(name), function)
+    except AttributeError as error:
+        raise ValueError(f"model={place!r}: {error}") from error
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # one that the module itself needs
+        raise ValueError(f"model={place!r}: {error}; looked for in {os.getcwd()} too") from error
+    monitor = make()
+    if not isinstance(monitor, SpectralEntropyMonitor):
+        raise ValueError(
+            f"model={place!r} must return a fastent.SpectralEntropyMonitor, with the model, the probe and the layers "
+            f"of the run that is planned; got {type(monitor).__name__}"
+        )
+    return monitor
+
+
 RESULT_BYTES = 6 * 8  # what a rank sends of each layer
 
 
@@ -273,6 +373,9 @@ class Monitoring:
         Share of the training time that a monitor may take.
     probe_time : float, optional
         Seconds of the probe's forward pass; without it share and stride are those of the evaluation alone.
+    evaluation_time : float, optional
+        Seconds of the evaluation of all layers on one rank, if it was measured: then what is computed is estimated
+        relative to it.
 
     Raises
     ------
@@ -291,6 +394,7 @@ class Monitoring:
     link: float = 25e9
     budget: float = 0.01
     probe_time: float | None = None
+    evaluation_time: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in {"layers": 1, "d": 2, "probe": 2, "ranks": 1, "stride": 1}.items():
@@ -307,8 +411,10 @@ class Monitoring:
                 raise ValueError(f"{name} must be from {SMALLEST:g} to {LARGEST:g} {unit}; got {value:g}")
         if not SMALLEST <= self.budget <= 1:
             raise ValueError(f"budget must be over 0 and at most 100 percent; got {100 * self.budget:g}")
-        if self.probe_time is not None and not 0 <= self.probe_time <= LARGEST:
-            raise ValueError(f"probe_time must be from 0 to {LARGEST:g} seconds; got {self.probe_time:g}")
+        for name in ("probe_time", "evaluation_time"):
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 <= seconds <= LARGEST:
+                raise ValueError(f"{name} must be from 0 to {LARGEST:g} seconds; got {seconds:g}")
 
 
 @dataclass(frozen=True)
@@ -376,9 +482,11 @@ def make_plan(rates: Rates, asked: Monitoring) -> Plan:
     itemsize, step_time = asked.itemsize, asked.step_time
     whole = work(probe, d, itemsize=itemsize)
     one = estimate(whole, rates)
+    measured = asked.evaluation_time
+    scale = 1.0 if measured is None else measured / (layers * one.seconds)  # for all ways: they are compared
     activations = probe * d * itemsize
     ways = [
-        Way("one rank", layers * one.seconds, 0.0, 0, whole.memory + activations, whole, one),
+        Way("one rank", layers * scale * one.seconds, 0.0, 0, whole.memory + activations, whole, one),
     ]
     if ranks > 1:
         mine = math.ceil(layers / ranks)
@@ -386,7 +494,7 @@ def make_plan(rates: Rates, asked: Monitoring) -> Plan:
         ways.append(
             Way(
                 "layers over ranks",
-                mine * one.seconds + sending,
+                mine * scale * one.seconds + sending,
                 sending,
                 mine * RESULT_BYTES,
                 whole.memory + activations,
@@ -401,7 +509,7 @@ def make_plan(rates: Rates, asked: Monitoring) -> Plan:
         ways.append(
             Way(
                 "rows over ranks",
-                layers * (parts.seconds - parts.solve) + mine * parts.solve + sent / link,
+                scale * (layers * (parts.seconds - parts.solve) + mine * parts.solve) + sent / link,
                 sent / link,
                 sent,
                 part.memory + rows * d * itemsize + FLOAT64 * (d + d * d),
@@ -435,6 +543,15 @@ def describe(plan: Plan) -> list[str]:
         )
     best, one = plan.best, plan.best.cost
     alone = ", the forward pass left out" if asked.probe_time is None else ""
+    measured = asked.evaluation_time is not None
+    if asked.probe_time is None:
+        forward = (
+            "not in these numbers, and as a rule most of what a probe costs: --model MODULE:FUNCTION has it measured, "
+            "--probe-time gives it"
+        )
+    else:
+        source = "measured" if measured else "as given"
+        forward = f"{_time(asked.probe_time)} for the probe, {source}; in share and stride"
     lines += [
         "",
         f"one layer      {best.work.m:,} x {best.work.m:,} {best.work.side}: {best.work.flops / 1e9:.3g} + "
@@ -443,15 +560,19 @@ def describe(plan: Plan) -> list[str]:
         f"               convert {_time(one.convert)}, products {_time(one.product)}, "
         f"eigenvalues {_time(one.solve)}, calls {_time(one.call)}",
         f"other matrix   {_time(plan.other_side)} a layer",
-        "forward pass   "
-        + (
-            "not in these numbers: nobody said how long the probe's takes; measure it and give --probe-time"
-            if asked.probe_time is None
-            else f"{_time(asked.probe_time)} for the probe, as given; in share and stride"
-        ),
-        f"share          {plan.share:.2%} of the training time at stride {asked.stride:,}{alone}",
+        f"forward pass   {forward}",
+        f"share          {plan.share:.2%} of the training time at stride {asked.stride:,} and "
+        f"{_time(asked.step_time)} a step{alone}",
         f"choose         {best.name}; stride {plan.stride:,} or more keeps it within {100 * asked.budget:g} %{alone}",
     ]
+    if asked.evaluation_time is not None:
+        layers = f"{asked.layers:,} layer{'s' if asked.layers > 1 else ''}"
+        by_rates = _time(asked.layers * plan.ways[0].cost.seconds)
+        lines.insert(
+            lines.index(f"forward pass   {forward}"),
+            f"evaluation     {_time(asked.evaluation_time)} for {layers}, measured; by the rates {by_rates}, if all "
+            "are as large as the largest",
+        )
     if probe <= d:
         ceiling = math.log(probe - 1) / math.log(d)
         lines.append(

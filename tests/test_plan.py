@@ -2,13 +2,27 @@
 
 import itertools
 import math
+import sys
 import tracemalloc
 
 import pytest
+import torch
+from torch import nn
 
+from fastent import SpectralEntropyMonitor
 from fastent.cli import main
 from fastent.linalg import SLAB
-from fastent.plan import Monitoring, Rates, all_reduce_bytes, describe, estimate, floor, make_plan, work
+from fastent.plan import (
+    Monitoring,
+    Rates,
+    all_reduce_bytes,
+    describe,
+    estimate,
+    floor,
+    make_plan,
+    measure,
+    work,
+)
 
 # 1 GB/s, 1 GFLOP/s at any size, a solve that takes (m / 1000)^3 seconds.
 RATES = Rates(
@@ -110,6 +124,7 @@ BEYOND = {
     "link": (0.0, -1.0, math.nan, math.inf),
     "budget": (0.0, -1.0, math.nan, math.inf),
     "probe_time": (-1.0, math.nan, math.inf),
+    "evaluation_time": (-1.0, math.nan, math.inf),
 }
 
 
@@ -145,8 +160,8 @@ def test_the_operations_are_those_of_every_slab_of_the_lower_triangle(m):
     [
         (
             [],
-            "forward pass   not in these numbers: nobody said how long the probe's takes; measure it and give "
-            "--probe-time",
+            "forward pass   not in these numbers, and as a rule most of what a probe costs: --model MODULE:FUNCTION "
+            "has it measured, --probe-time gives it",
         ),
         (["--probe-time", "0"], "forward pass   0 for the probe, as given; in share and stride"),
         (["--probe-time", "3"], "forward pass   3 s for the probe, as given; in share and stride"),
@@ -189,3 +204,104 @@ def test_the_command_prints_the_ways_and_the_choice(monkeypatch, capsys):
     for text in ("one rank", "layers over ranks", "rows over ranks", "512 x 512 gram", "64.4 GB", "share"):
         assert text in out
     assert "choose         layers over ranks" in out
+
+
+class Slow(nn.Module):
+    """A model whose pass takes 8 ms of a clock that only it turns, its first one 500, and whose layers 1 ms each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        Clock.now += 0.008 if Clock.passes else 0.5
+        Clock.passes += 1
+        return self.second(self.first(x))
+
+
+class Clock:
+    now = 0.0
+    passes = 0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    from fastent.monitor import deferred
+
+    solve = deferred.entropy_of_rows
+
+    def slow(*args, **kwargs):
+        Clock.now += 0.001
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(deferred, "entropy_of_rows", slow)
+    monkeypatch.setattr("fastent.monitor.cost.perf_counter", lambda: Clock.now)
+    Clock.now, Clock.passes = 0.0, 0
+
+
+def monitor(**options) -> SpectralEntropyMonitor:
+    return SpectralEntropyMonitor(Slow(), torch.randn(48, 6), ["first", "second"], every=7, **options)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_monitors_pass_and_its_evaluation_are_measured_apart_and_the_first_does_not_count(clock, check):
+    watching = monitor(check=check)
+    watching.step(14)
+    found = measure(watching, budget=0.0)
+    assert found.forward == pytest.approx(0.008)
+    assert found.evaluation == pytest.approx(0.002)
+    assert (found.layers, found.d, found.probe) == (2, 16, 48)  # the larger layer
+    assert [record.step for record in watching.history[::2]] == [14, 21, 28, 35, 42]
+
+
+def test_the_plan_of_a_monitor_has_the_share_that_it_takes_in_the_loop(clock, monkeypatch, capsys):
+    monkeypatch.setattr("fastent.plan.measure_rates", lambda: RATES)
+    monkeypatch.setitem(sys.modules, "planned", type(sys)("planned"))
+    sys.modules["planned"].make = monitor
+    line = ["plan", "--model", "planned:make"]
+    assert main([*line, "--step-time", "0.051"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "forward pass   8 ms for the probe, measured; in share and stride" in lines
+    assert any(line.startswith("evaluation     2 ms for 2 layers, measured; by the rates ") for line in lines)
+    # (8 + 2) / (7 * 51)
+    assert "share          2.80% of the training time at stride 7 and 51 ms a step" in lines
+    assert "choose         one rank; stride 20 or more keeps it within 1 %" in lines
+    assert main([*line, "--step-time", "0.01", "--stride", "100", "--ranks", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # (8 + 1) / (100 * 10)
+    assert "share          0.90% of the training time at stride 100 and 10 ms a step" in lines
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model", "planned"], "model is MODULE:FUNCTION, such as train:make_monitor; got 'planned'"),
+        (["--model", "planned:other"], "model='planned:other': module 'planned' has no attribute 'other'"),
+        (["--model", "nowhere:make"], "model='nowhere:make': No module named 'nowhere'; looked for in "),
+        (["--model", "planned:make"], "model='planned:make' must return a fastent.SpectralEntropyMonitor"),
+        (["--model", "planned:make", "--d", "8"], "--model says what --d would: leave one of them out"),
+    ],
+)
+def test_what_cannot_be_measured_is_wrong_usage(monkeypatch, capsys, given, message):
+    monkeypatch.setattr("fastent.plan.measure_rates", lambda: pytest.fail("measured"))
+    monkeypatch.setitem(sys.modules, "planned", type(sys)("planned"))
+    sys.modules["planned"].make = lambda: (Slow(), torch.randn(48, 6))
+    assert main(["plan", *given]) == 2
+    assert capsys.readouterr().err.startswith(f"fastent: {message}")
+
+
+def test_a_monitor_without_a_pass_of_its_own_cannot_be_measured():
+    with (
+        pytest.warns(UserWarning, match="no forward pass"),
+        pytest.raises(ValueError, match="no pass of its own to measure"),
+    ):
+        measure(SpectralEntropyMonitor(Slow(), probe="batch", layers="first"))
+
+
+def test_a_module_of_the_current_folder_is_found(monkeypatch, tmp_path, capsys):
+    (tmp_path / "my_training.py").write_text("def make():\n    return 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["plan", "--model", "my_training:make"]) == 2
+    assert capsys.readouterr().err.endswith("; got int\n")
+    del sys.modules["my_training"]

@@ -553,6 +553,11 @@ class SpectralEntropyMonitor:
         return self._recording.records
 
     @property
+    def every(self) -> int:
+        """Steps between evaluations."""
+        return self._every
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that are recorded: of the model in the order asked for, then those only observed.
 
