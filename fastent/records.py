@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, KeysView, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -300,7 +300,7 @@ class Recording:
         return list(self._ordered)
 
     @property
-    def layers(self) -> Iterable[str]:
+    def layers(self) -> KeysView[str]:
         """Layers that have been recorded, in the order of their first records."""
         return self._layers.keys()
 

@@ -62,6 +62,7 @@ from fastent.monitor.probe import (
     plain_module,
     too_few,
 )
+from fastent.monitor.ranks import Gathered, Ranks
 from fastent.process import interrupts_held, warn_user
 from fastent.records import Recording
 
@@ -273,7 +274,7 @@ class BatchEvaluator(Evaluator):
 
     Parameters
     ----------
-    evaluations, recording, watched, axes, standard_error, on_error
+    evaluations, recording, watched, axes, standard_error, on_error, across_ranks
         As `fastent.monitor.probe.Evaluator` takes them.
     """
 
@@ -285,8 +286,9 @@ class BatchEvaluator(Evaluator):
         axes: Axes,
         standard_error: bool,
         on_error: OnError,
+        across_ranks: bool,
     ) -> None:
-        super().__init__(evaluations, recording, watched, axes, standard_error, on_error)
+        super().__init__(evaluations, recording, watched, axes, standard_error, on_error, across_ranks)
         self._model = watched.model
         self._in_training = watched
         self._gathered = _Gathered(0)
@@ -313,6 +315,8 @@ class BatchEvaluator(Evaluator):
         gathered, self._gathered = self._gathered, _Gathered(step)
         with self._failing(step, self._in_training.names):
             try:
+                if self._ranks is not None:
+                    return self._close_across(step, gathered, self._ranks)
                 return self._close(step, gathered)
             except BaseException:
                 gathered.drop()
@@ -419,7 +423,9 @@ class BatchEvaluator(Evaluator):
                     "it gave activations several times before the step was over: they are merged as moments, and "
                     "standard_error needs the activations: leave it out"
                 )
-            if (
+            if self._ranks is not None:
+                known.merge(x, reading.rows.resolution(reading.h))
+            elif (
                 known.moments is None
                 and known.rows + n < d
                 and (first or known.held)
@@ -442,6 +448,22 @@ class BatchEvaluator(Evaluator):
             gathered.dropped = True
         else:
             self._add(gathered.evaluation, layer, h)
+
+    def _close_across(self, step: int, gathered: _Gathered, ranks: Ranks) -> bool:
+        """Do the same for the rows of all ranks; one that has nothing does not keep the others from it."""
+        if gathered.error is not None:
+            gathered.error.add_note(f"in the forward pass of training before step {step}")
+        layers = {} if gathered.passes else gathered.layers
+        own = {
+            name: Gathered(layer.moments or Moments(), layer.d, layer.mask) for name, layer in layers.items()
+        }
+        total = self._add_up(step, ranks, own, gathered.error)
+        if not any(rows.ran for rows in total.values()):
+            self._warn_of_nothing(step)
+            return False
+        self._in_training.note({name: rows.d for name, rows in total.items() if rows.ran})
+        self._put_together(step, total, "in the forward passes of this step")
+        return True
 
     def _close(self, step: int, gathered: _Gathered) -> bool:
         if gathered.error is not None:

@@ -23,7 +23,6 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastent.activations import Positions, Tokens
@@ -32,11 +31,12 @@ from fastent.forecast.diagnosis import Diagnosis, diagnosis_of
 from fastent.forecast.history import History
 from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import Forecast, predict_grok_time
-from fastent.moments import device_of_group
+from fastent.moments import add_up
 from fastent.monitor.batch import BatchEvaluator, WatchedBatch
 from fastent.monitor.cost import Cost
 from fastent.monitor.deferred import DeferredEntropy, Evaluated, FailedEvaluation, OnFull, in_line
 from fastent.monitor.probe import Axes, Evaluator, Inputs, Layers, OnError, SamplesAxis, Watched
+from fastent.monitor.ranks import count_ranks
 from fastent.process import Interrupts, at_exit, interrupts_held, uncompiled, warn_user
 from fastent.records import Course, EntropyRecord, Recording, checked_count
 
@@ -314,6 +314,12 @@ class SpectralEntropyMonitor:
     on_full : {"drop", "block"}
         What happens to an evaluation on CUDA while too many wait (`fastent.monitor.deferred`): dropped, counted and
         warned of once, or waited for.
+    across_ranks : bool
+        Evaluate the rows of all ranks of the default process group together: each has its own part of the probe, none
+        included, or its own batch, and all of them record the entropy of the whole. Each rank makes the monitor alike
+        and calls `step` with the same counts; an evaluation is one sum over the ranks (`fastent.monitor.ranks`), for
+        which it waits as long as the group does. An error on one rank is one on all. What `observe` takes stays a
+        rank's own.
     check : bool
         Pass the probe through the model now, so that a wrong width, dtype, shape or layer raises here and not at the
         first step that is due. It records nothing and leaves no trace in training. False puts it off, for a model
@@ -352,8 +358,10 @@ class SpectralEntropyMonitor:
 
     Under FSDP or tensor parallelism every rank must call `step`, since the forward pass needs them all, and rank 0
     alone records. Under DDP each rank that calls `step` records for itself. In both, ``should_stop(agree=True)`` on
-    every rank gives all of them one answer. A layer that holds only a part of its activations on each rank is gathered
-    where it says how, and refused where it does not (`fastent.monitor.probe`).
+    every rank gives all of them one answer. With `across_ranks` every rank records the same in both. Ranks that hold
+    the same rows, by tensor parallelism, count them as often. A state does not tell the probe then: one rank's can be
+    loaded on all, and on another number of them. A layer that holds only a part of its activations on each rank is
+    gathered where it says how, and refused where it does not (`fastent.monitor.probe`).
 
     After the first, a pass ends with the last watched layer where that is safe (`fastent.monitor.probe`): what comes
     behind it, a projection onto a vocabulary for instance, is not computed. Forward hooks that the model has fire in
@@ -404,6 +412,7 @@ class SpectralEntropyMonitor:
         on_record: Callable[[EntropyRecord], object] | None = None,
         mode: Mode = "deferred",
         on_full: OnFull = "drop",
+        across_ranks: bool = False,
         check: bool = True,
     ) -> None:
         if threshold is None and law is not None:
@@ -427,6 +436,13 @@ class SpectralEntropyMonitor:
         self._law, self._stopping = law, stopping
         self._last_step: int | None = None
         self._every = operator.index(every)
+        if across_ranks and standard_error:
+            raise ValueError(
+                "across_ranks adds up moments, and standard_error needs the activations: leave one of them out"
+            )
+        if across_ranks and model is None:
+            raise ValueError("across_ranks is for what step evaluates, and needs a model, a probe and layers")
+        self._across_ranks = across_ranks
         rows_from_tokens = tokens in ("flatten", "skip_first") or positions == "flatten"
         batch = None
         if isinstance(probe, str) and probe == "batch":
@@ -439,7 +455,7 @@ class SpectralEntropyMonitor:
             model,
             probe,
             layers,
-            rows_from_tokens=rows_from_tokens,
+            fewest=0 if across_ranks else 1 if rows_from_tokens else 2,
             batch_size=batch_size,
             autocast=autocast,
         )
@@ -447,7 +463,7 @@ class SpectralEntropyMonitor:
         self._evaluations = DeferredEntropy(on_full=on_full, device_of=in_line if mode == "sync" else None)
         self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite, on_error)
         asked = self._evaluations, self._recording
-        how = axes, standard_error, on_error
+        how = axes, standard_error, on_error, across_ranks
         self._batch = None if batch is None else BatchEvaluator(*asked, batch, *how)
         self._evaluator = self._batch or Evaluator(*asked, self._watched, *how)
         self._last_called: int | None = None  # by `step`, not by `observe`
@@ -568,8 +584,12 @@ class SpectralEntropyMonitor:
 
     @property
     def needs_every_rank(self) -> bool:
-        """Whether every rank must make the monitor and call `step`: the model is sharded; rank 0 alone records then."""
-        return self._watched is not None and self._watched.needs_every_rank
+        """Whether every rank must make the monitor and call `step`, with the same counts.
+
+        So it is with `across_ranks`, and where the model is sharded; rank 0 alone records then.
+        """
+        watched = self._watched
+        return watched is not None and (self._across_ranks or watched.needs_every_rank)
 
     @property
     def closed(self) -> bool:
@@ -602,7 +622,8 @@ class SpectralEntropyMonitor:
             Needed where the default process group (`torch.distributed`) has several ranks and a policy was given:
             records arrive on each rank at a time of its own, or on rank 0 alone, and a rank that stops by itself
             leaves the others waiting. True: every rank calls this at the same step, and all stop if one of them
-            would. False: the answer of this rank, for a loop that shares it in its own way.
+            would. False: the answer of this rank, for a loop that shares it in its own way. With `across_ranks` it
+            is not needed: all ranks have the same records, and a policy that asks for nothing else gives one answer.
 
         Raises
         ------
@@ -610,13 +631,11 @@ class SpectralEntropyMonitor:
             If `agree` is needed and was not given.
         """
         own = self._stopping is not None and self._stopping(self)
-        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if ranks == 1 or agree is False:
+        ranks = count_ranks()
+        if ranks == 1 or agree is False or (agree is None and self._same_on_all_ranks):
             return own
         if agree:
-            votes = torch.tensor(int(own), dtype=torch.int64, device=device_of_group(None))
-            dist.all_reduce(votes, dist.ReduceOp.MAX)
-            return bool(votes.item())
+            return any(vote for (vote,) in add_up([], [], notes=[float(own)]))
         if self._stopping is not None:
             raise RuntimeError(
                 f"should_stop() answers for this rank alone, and there are {ranks}: one that stops by itself "
@@ -698,7 +717,7 @@ class SpectralEntropyMonitor:
         self._arrivals.collect_all()
         return {
             "version": STATE_VERSION,
-            "probe": self._watched.probe.digest if self._watched else None,
+            "probe": self._digest,
             "last_step": self._last_step,
             "last_called": self._last_called,
             "unfinished": self._unfinished,
@@ -724,7 +743,7 @@ class SpectralEntropyMonitor:
             if state["version"] not in READ_VERSIONS:
                 readable = " and ".join(map(str, READ_VERSIONS))
                 raise ValueError(f"the state has version {state['version']}; this release reads {readable}")
-            digest = self._watched.probe.digest if self._watched else None
+            digest = self._digest
             if state["probe"] != digest:
                 old, new = (f"probe {d[:12]}" if d else "no probe" for d in (state["probe"], digest))
                 raise ValueError(f"the state was recorded with {old}, this monitor has {new}")
@@ -819,6 +838,17 @@ class SpectralEntropyMonitor:
         self._told = last
         following = 0 if last is None else last + (self._stride or 1)
         batch.arm(following if self._stride is None or self._is_due(following) else None)
+
+    @property
+    def _digest(self) -> str | None:
+        # Each rank has a part of its own, and one rank's state is loaded on all, or on another number of them.
+        return self._watched.probe.digest if self._watched and not self._across_ranks else None
+
+    @property
+    def _same_on_all_ranks(self) -> bool:
+        """Whether every rank has the records that this one has: none comes from `observe`."""
+        own = self._recording.layers - set(self._watched.names) if self._watched else ()
+        return self._across_ranks and not own
 
     def _is_due(self, step: int) -> bool:
         if self._batch is not None and self._unfinished is not None:

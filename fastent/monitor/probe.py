@@ -53,6 +53,7 @@ from fastent.linalg import check_pool
 from fastent.moments import Moments
 from fastent.monitor.deferred import DeferredEntropy, Evaluation, described, failed
 from fastent.monitor.isolation import apart, fsdp1_modules, fsdp_modules, in_a_pass, undisturbed
+from fastent.monitor.ranks import Gathered, Ranks
 from fastent.process import interrupts_held, warn_user
 from fastent.records import Recording
 from fastent.sampling import sampling_error
@@ -73,8 +74,8 @@ class Probe:
     inputs : Tensor, tuple of arguments, or mapping of keyword arguments
         Tensors, nested in tuples, lists and mappings, beside plain values (numbers, strings, None). The
         tensors are kept by reference. Samples are counted along dimension 0 of the first tensor.
-    rows_from_tokens : bool
-        Whether each token is a row, so that one sample is enough.
+    fewest : int
+        Samples that it must have: 2, or 1 where each token is a row, or 0 where other ranks have more.
 
     Raises
     ------
@@ -87,7 +88,7 @@ class Probe:
     name = "probe"
     """What messages call it."""
 
-    def __init__(self, inputs: Inputs, *, rows_from_tokens: bool = False) -> None:
+    def __init__(self, inputs: Inputs, *, fewest: int = 2) -> None:
         check_pool()
         if isinstance(inputs, Tensor):
             self.inputs: Inputs = inputs
@@ -111,7 +112,7 @@ class Probe:
         self.shape = tuple(first.shape)
         """Shape of the first tensor with axes, whose first counts samples."""
         self.device = first.device
-        if self.shape[0] < (1 if rows_from_tokens else 2):
+        if self.shape[0] < fewest:
             raise ValueError(f"a covariance needs at least 2 samples; the probe has N = {self.shape[0]}")
         self._marks = [_mark(t) for t in tensors]
         self.digest = self._hash()
@@ -493,8 +494,8 @@ class Watched:
     ----------
     model, probe, layers
         As `fastent.SpectralEntropyMonitor` takes them.
-    rows_from_tokens : bool
-        Whether each token is a row, so that one sample is enough.
+    fewest : int
+        Samples that the probe must have.
     batch_size, autocast
         As `fastent.SpectralEntropyMonitor` takes them.
 
@@ -523,7 +524,7 @@ class Watched:
         probe: Inputs | Probe,
         layers: Layers,
         *,
-        rows_from_tokens: bool = False,
+        fewest: int = 2,
         batch_size: int | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -539,7 +540,7 @@ class Watched:
         if isinstance(layers, nn.Module):
             raise TypeError(f"layers takes names of model.named_modules(); got a {type(layers).__name__}")
         self._model = model
-        self.probe = probe if isinstance(probe, Probe) else Probe(probe, rows_from_tokens=rows_from_tokens)
+        self.probe = probe if isinstance(probe, Probe) else Probe(probe, fewest=fewest)
         self._layers: dict[str, FoundLayer] | LayerFunction = (
             layers if callable(layers) else find_layers(plain_module(model), layers)
         )
@@ -563,7 +564,7 @@ class Watched:
         probe: Inputs | None,
         layers: Layers | None,
         *,
-        rows_from_tokens: bool,
+        fewest: int,
         batch_size: int | None,
         autocast: torch.dtype | None,
     ) -> Watched | None:
@@ -573,7 +574,7 @@ class Watched:
                 model,
                 probe,
                 layers,
-                rows_from_tokens=rows_from_tokens,
+                fewest=fewest,
                 batch_size=batch_size,
                 autocast=autocast,
             )
@@ -1126,7 +1127,7 @@ class Evaluator:
         The model and its probe.
     axes : Axes
         How the activations are read.
-    standard_error, on_error
+    standard_error, on_error, across_ranks
         As `fastent.SpectralEntropyMonitor` takes them.
     """
 
@@ -1138,8 +1139,10 @@ class Evaluator:
         axes: Axes,
         standard_error: bool,
         on_error: OnError,
+        across_ranks: bool,
     ) -> None:
         self._evaluations, self._recording, self._watched = evaluations, recording, watched
+        self._ranks = Ranks() if across_ranks else None
         self._axes, self._standard_error, self._on_error = axes, standard_error, on_error
         self._devices: dict[str, torch.device] = {}
         self._merged = Merged()
@@ -1159,7 +1162,7 @@ class Evaluator:
 
     def check(self) -> None:
         """Pass the probe through the model and check what comes, without an evaluation; every rank may do so."""
-        if self._watched is not None:
+        if self._watched is not None and self._has_pass(self._watched):
             with self._pass(
                 "the probe's pass failed at construction; check=False puts it off to the first evaluation"
             ):
@@ -1176,11 +1179,54 @@ class Evaluator:
         watched = self._watched
         assert watched is not None
         every_rank = watched.needs_every_rank
-        names = () if every_rank and _rank() else watched.names
+        names = () if every_rank and _rank() and self._ranks is None else watched.names
         with self._evaluations.clock.part("forward"), self._failing(step, names):
-            watched.probe.check()
-            self._run(step, watched, every_rank)
+            if self._ranks is None:
+                watched.probe.check()
+                self._run(step, watched, every_rank)
+            else:
+                self._run_across(step, watched, self._ranks)
         return True
+
+    def _has_pass(self, watched: Watched) -> bool:
+        """Whether this rank runs the model: where others have all samples, only if they need it for theirs."""
+        return self._ranks is None or watched.probe.shape[0] > 0 or watched.needs_every_rank
+
+    def _run_across(self, step: int, watched: Watched, ranks: Ranks) -> None:
+        merged, idle, failure = Merged(step), watched.ran, None
+        try:
+            watched.probe.check()
+            if self._has_pass(watched):
+                with self._pass(f"in the pass of the monitor's probe at step {step}"):
+                    merge = functools.partial(self._merge, merged)
+                    idle = watched.run(merge, whole=watched.needs_every_rank)
+        except Exception as error:  # raised when the other ranks know of it
+            failure = error
+        own = merged.gathered()
+        own.update({layer: Gathered(Moments(), d, ran=False) for layer, d in idle.items()})
+        total = self._add_up(step, ranks, own, failure)
+        self._put_together(step, total, "in this pass of the probe: nothing called it")
+
+    def _add_up(
+        self, step: int, ranks: Ranks, own: Mapping[str, Gathered], failure: Exception | None
+    ) -> dict[str, Gathered]:
+        with self._evaluations.clock.part("waiting"):
+            return ranks.add_up(step, own, failure)
+
+    def _put_together(self, step: int, total: Mapping[str, Gathered], where: str) -> None:
+        """Ask for the entropies of all ranks' rows."""
+        assert self._watched is not None
+        evaluation = self._evaluations.open(step, needs_room=False)
+        assert evaluation is not None
+        merged = Merged(step)
+        with evaluation:
+            for layer, rows in total.items():
+                self._watched.ran.setdefault(layer, rows.d)
+                if rows.ran:
+                    merged.add(layer, rows.moments, rows.d, rows.mask)
+                    merged.put(layer, evaluation)
+            idle = {layer: rows.d for layer, rows in total.items() if not rows.ran}
+            self._finish(step, evaluation, idle, where)
 
     def _run(self, step: int, watched: Watched, every_rank: bool) -> None:
         evaluation = None
@@ -1207,7 +1253,7 @@ class Evaluator:
 
         def done() -> None:
             for layer, moments in merged.moments.items():
-                if moments.n < 2 and layer not in may_have_few:
+                if moments.n < 2 and layer not in may_have_few and self._ranks is None:
                     message = (
                         f"a covariance needs at least 2 rows; layer {layer!r} gave {moments.n} on the probe"
                     )
@@ -1348,6 +1394,8 @@ class Evaluator:
 
     def _check_few(self, layer: str, error: TooFewRows) -> None:
         """Raise `error` where it is a mistake: on the probe, for a layer that has not run before."""
+        if self._ranks is not None:  # others may have more
+            return
         if self._probing and self._watched is not None and layer not in self._watched.may_have_few_rows:
             raise error
 
@@ -1430,6 +1478,13 @@ class Merged:
         self.moments[layer] = self.moments.get(layer, Moments()).merge(part)
         self.widths[layer] = d
         self.masks[layer] = mask
+
+    def gathered(self) -> dict[str, Gathered]:
+        """Give the rows of each layer as ranks add them up."""
+        return {
+            layer: Gathered(moments, self.widths[layer], self.masks[layer])
+            for layer, moments in self.moments.items()
+        }
 
     def put(self, layer: str, evaluation: Evaluation) -> None:
         """Give the entropy of a layer's rows to `evaluation`."""
