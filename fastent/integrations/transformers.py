@@ -142,10 +142,10 @@ class SpectralEntropyCallback(TrainerCallback):
             model, probe, self._layers, every=self._due, stopping=self._stopping, **self._options
         )
         saved = _of_first(self._saved(args, state.global_step) if first and state.global_step else None)
-        if saved is not None:
-            monitor.load_state_dict(saved)
         if not first and not monitor.needs_every_rank:
             monitor.close()
+        elif saved is not None:
+            monitor.load_state_dict(saved)
         self.monitor, self._running = monitor, True
         self._step(args, state, control)
 

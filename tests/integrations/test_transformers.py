@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -408,3 +410,67 @@ def test_a_prompt_is_no_part_of_a_layers_name() -> None:
     short = {"input_ids": PROBE["input_ids"][:, :5]}
     monitor = fastent.SpectralEntropyMonitor(model, short, "transformer.h.0", tokens="flatten")
     assert [(record.layer, record.n) for record in monitor.step(0)] == [("transformer.h.0", 12 * 7)]
+
+
+TWO = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_transformers import LAYERS, PROBE, gpt2, same, trainer_of, values, watch
+import fastent
+from fastent.integrations.transformers import SpectralEntropyCallback
+from transformers import EarlyStoppingCallback
+
+folder, rank = sys.argv[2], int(os.environ["RANK"])
+options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 2}
+out = {}
+
+def run(*callbacks, resume=None, **given):
+    model = gpt2()
+    trainer = trainer_of(folder, *callbacks, model=model, **(options | given))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, model.state_dict()
+
+_, without = run()
+whole, resumed = watch(every=1), watch(every=1)
+trainer, weights = run(whole)
+out["bits"], out["whole"] = same(without, weights), values(whole)
+out["processes"] = trainer.args.world_size
+run(resumed, resume=folder + "/checkpoint-2")
+out["resumed"] = values(resumed)
+policy = watch(every=1, threshold=0.8, stopping=lambda monitor: monitor.history[-1].step >= 3)
+trainer, _ = run(policy, save_strategy="no")
+out["stopped"] = trainer.state.global_step
+best = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "entropy/transformer.h.0"}
+trainer, _ = run(watch(every=1), EarlyStoppingCallback(1), save_strategy="no", **best, greater_is_better=True)
+out["best"], out["early"] = trainer.state.best_metric, trainer.state.global_step
+with open(f"{folder}/{rank}.json", "w") as file:
+    json.dump(out, file)
+trainer.end()
+"""
+
+
+@pytest.mark.nightly
+def test_of_two_processes_the_first_records_and_both_get_its_values_and_decisions(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    # With --cpu it starts one process, whatever --num_processes says; --multi_gpu starts as many, here without a GPU.
+    options = ["multi_gpu", "num_processes=2", "num_machines=1", "mixed_precision=no", "dynamo_backend=no"]
+    options += ["rdzv_backend=c10d", "main_process_port=0"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *(f"--{option}" for option in options)]
+    arguments = [str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run([*launch, str(script), *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    for out in (first, second):
+        assert out["processes"] == 2
+        assert out["bits"]
+        assert out["stopped"] == 3
+    assert first["best"] == second["best"]
+    assert first["early"] == second["early"]
+    assert [step for step, _, _ in first["whole"]] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert first["resumed"] == first["whole"]
+    assert second["resumed"] == second["whole"] == []
+    course = {step: h for step, layer, h in first["whole"] if layer == "transformer.h.0" and step}
+    assert first["best"] in course.values()
