@@ -15,7 +15,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from fastent.monitor.monitor import SpectralEntropyMonitor
 from fastent.monitor.probe import Inputs, Layers
@@ -38,8 +38,8 @@ except ModuleNotFoundError as error:
 class SpectralEntropyCallback(TrainerCallback):
     """A callback that records the spectral entropy of a model's layers while a `transformers.Trainer` trains it.
 
-    Every `train()` makes a new monitor, of the model as the Trainer trains it then, and evaluates at the step that
-    training begins with and at multiples of `every`. The values of a step go to the Trainer's ``state.log_history``
+    Every `train()` makes a new monitor, of the model as the Trainer trains it then, and evaluates at multiples of
+    `every`, a fixed probe at step 0 too. The values of a step go to the Trainer's ``state.log_history``
     and, once the callback is attached, to all that ``report_to`` names, as ``<name>/<layer>`` at the step of the
     records. At an evaluation of the Trainer the newest are put into its metrics as ``eval_<name>/<layer>``, which
     ``metric_for_best_model`` and `transformers.EarlyStoppingCallback` may name. A record that is not usable is in
@@ -50,9 +50,10 @@ class SpectralEntropyCallback(TrainerCallback):
     layers : str, iterable of str, or callable
         As `fastent.SpectralEntropyMonitor` takes them: names of the model as it was built, without what wraps it
         (compilation, DDP, FSDP, PEFT).
-    probe : Tensor, tuple, or mapping
+    probe : Tensor, tuple of arguments, or mapping of keyword arguments, or "batch"
         The fixed input of at least two samples, such as a dict of `input_ids` and `attention_mask`, (n, tokens) each.
-        It is moved to the Trainer's device, and passes through the model under the Trainer's own precision.
+        It is moved to the Trainer's device, and passes through the model under the Trainer's own precision. "batch": no
+        input, but what the training batch gives at due steps, all micro-batches together, at the step of their loss.
     every : int, optional
         Steps between two evaluations; by default the Trainer's ``logging_steps``.
     stopping : callable, optional
@@ -90,7 +91,7 @@ class SpectralEntropyCallback(TrainerCallback):
         self,
         *,
         layers: Layers,
-        probe: Inputs,
+        probe: Inputs | Literal["batch"],
         every: int | None = None,
         stopping: Callable[[SpectralEntropyMonitor], bool] | None = None,
         name: str = "entropy",
@@ -136,6 +137,11 @@ class SpectralEntropyCallback(TrainerCallback):
                 "reporters. Give it the trainer by callback.attach(trainer)",
                 UserWarning,
             )
+        if self._of_batch and args.torch_compile:
+            raise ValueError(
+                'probe="batch" takes activations by hooks, and a graph that torch_compile=True makes of the model runs '
+                "none: give a fixed probe, whose pass runs the plain model"
+            )
         self._due = int(state.logging_steps) if self._every is None else self._every
         probe = send_to_device(self._probe, args.device)
         monitor = SpectralEntropyMonitor(
@@ -147,7 +153,8 @@ class SpectralEntropyCallback(TrainerCallback):
         elif saved is not None:
             monitor.load_state_dict(saved)
         self.monitor, self._running = monitor, True
-        self._step(args, state, control)
+        if not self._of_batch:
+            self._step(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate if it is time, and ask the stopping policy then."""
@@ -178,6 +185,10 @@ class SpectralEntropyCallback(TrainerCallback):
             self._flush(args, state, control)
             self._open.close()
             self._running = False
+
+    @property
+    def _of_batch(self) -> bool:
+        return isinstance(self._probe, str)
 
     @property
     def _open(self) -> SpectralEntropyMonitor:

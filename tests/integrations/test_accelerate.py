@@ -157,9 +157,8 @@ def test_training_has_the_same_bits_with_a_monitor_in_mixed_precision_and_the_pr
 
 # A tracer of torch.compile looks at .grad of all, and silences that by a filter that pytest's comes before.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("regional", [True, False])
-def test_compiled_regions_keep_their_graphs_their_bits_and_the_names_of_the_model(regional: bool) -> None:
-    dynamo = TorchDynamoPlugin(backend="eager", use_regional_compilation=regional)
+def test_compiled_regions_keep_their_graphs_their_bits_and_the_names_of_the_model() -> None:
+    dynamo = TorchDynamoPlugin(backend="eager", use_regional_compilation=True)
     without, _, graphs = trained(False, dynamo_plugin=dynamo)
     state, found, with_monitor = trained(True, dynamo_plugin=dynamo)
     assert with_monitor == graphs

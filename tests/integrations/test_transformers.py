@@ -352,6 +352,47 @@ def test_under_bf16_the_probe_passes_as_training_does(tmp_path: Path) -> None:
     assert seen == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("form", ["gradient accumulation", "activation checkpointing"])
+def test_the_batch_of_training_is_recorded_at_the_step_of_its_loss_and_training_keeps_its_bits(
+    tmp_path: Path, form: str
+) -> None:
+    rows: list[Tensor] = []
+    expected: dict[int, float] = {}
+
+    class ByHand(TrainerCallback):
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
+            self.hook = model.transformer.h[1].mlp.register_forward_hook(self.take)
+
+        def take(self, module: nn.Module, args: Any, output: Tensor) -> None:
+            if module.training and torch._C._current_graph_task_id() == -1:  # not again, in the backward pass
+                rows.append(output.detach().flatten(0, 1).clone())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            expected[state.global_step] = fastent.spectral_entropy(torch.cat(rows)).normalized
+            rows.clear()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.hook.remove()
+
+    options = FORMS[form] | {"logging_steps": 1, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    callback = SpectralEntropyCallback(layers="transformer.h.1.mlp", probe="batch", tokens="flatten")
+    again = trained(tmp_path, ByHand(), callback, **options)
+    assert {step: h for step, _, h in values(callback)} == pytest.approx(expected, rel=1e-12)
+    assert list(expected) == [1, 2, 3]
+    assert same(trained(tmp_path, **options), again)
+
+
+def test_the_batch_of_a_compiled_model_is_refused(tmp_path: Path) -> None:
+    callback = SpectralEntropyCallback(layers=LAYERS, probe="batch", tokens="mean")
+    trainer = trainer_of(tmp_path, callback, **FORMS["compiled"])
+    with pytest.raises(
+        ValueError, match="torch_compile=True makes of the model runs none: give a fixed probe"
+    ):
+        trainer.train()
+
+
 def test_a_trial_of_a_search_saves_no_state(tmp_path: Path) -> None:
     callback = watch()
     trainer = trainer_of(tmp_path, callback, max_steps=2)
@@ -460,7 +501,7 @@ def test_of_two_processes_the_first_records_and_both_get_its_values_and_decision
     options += ["rdzv_backend=c10d", "main_process_port=0"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *(f"--{option}" for option in options)]
     arguments = [str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run([*launch, str(script), *arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*launch, str(script), *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for out in (first, second):
