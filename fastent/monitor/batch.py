@@ -13,8 +13,8 @@ counts once. A layer that is called several times, in one pass or in several mic
 Rows fewer than the features are copied, which takes less memory than their moments, and go the way of a probe's when
 the step is over; so does what has more rows and comes in one call, at once: the record has the bits of
 `fastent.spectral_entropy`. Further calls are merged exactly (`fastent.moments`). Whether they will come is known from
-the evaluations before; in the first one both ways are taken, and where several calls come for the first time later on,
-the evaluation is put off to the next step.
+the evaluations before: in the first one both ways are taken; where several calls come for the first time later on, the
+evaluation is put off to the next step; and where one comes after that, its record is right to rounding.
 
 A step that gave nothing to evaluate makes the next one due: no forward pass that counts came before it, the hooks were
 not registered since the steps went on otherwise than before, or a pass failed on its way. Rows of a pass that was
@@ -29,6 +29,7 @@ A copy of the model, by `copy.deepcopy` or pickle, has idle hooks; a copy of a m
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -76,6 +77,7 @@ class Batch(Probe):
     digest = "batch"
 
     def __init__(self) -> None:
+        self._known: tuple[Callable[..., Any], inspect.Signature] | None = None
         self.end()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -88,6 +90,11 @@ class Batch(Probe):
     def end(self) -> None:
         """Forget it."""
         self.args, self.kwargs, self.shape = (), {}, ()
+
+    def _signature(self, forward: Callable[..., Any]) -> inspect.Signature:
+        if self._known is None or self._known[0] != forward:
+            self._known = forward, inspect.signature(forward)
+        return self._known[1]
 
     def check(self, *, content: bool = False) -> None:
         """Nothing to compare: each pass has another one."""
@@ -242,7 +249,9 @@ class _Layer:
         """Ask for the entropy of what is held, or give that of the moments."""
         if self.moments is not None:
             evaluation.drop(layer)
-            evaluation.put(layer, entropy_of(self.moments, self.d), mask_name=self.mask)
+            with evaluation.clock.part("eigenvalues"):
+                entropy = entropy_of(self.moments, self.d)
+            evaluation.put(layer, entropy, mask_name=self.mask)
         elif self.rows < 2:
             evaluation.put(layer, too_few(self.rows, self.d), mask_name=self.mask)
         else:
@@ -266,7 +275,7 @@ class _Gathered:
     def drop(self) -> None:
         """Give back what was taken."""
         if self.evaluation is not None:
-            self.evaluation.release()
+            self.evaluation.cancel()
 
 
 class BatchEvaluator(Evaluator):
@@ -351,11 +360,12 @@ class BatchEvaluator(Evaluator):
             return
         if (
             not in_backward()
-        ):  # where checkpointing ends a pass by an exception, once it has all that it needs
+        ):  # there, checkpointing ends a pass by an exception once it has all that it needs
             self._gathered.passes.append(self._is_training())
         if self._is_training() and len(self._gathered.passes) <= 1:
             self._in_training.batch.begin(args, kwargs)
-            self._guarded(self._axes.read_mask)
+            if self._axes.needs_mask:
+                self._guarded(self._axes.read_mask)
 
     def _end(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         passes = self._gathered.passes
@@ -423,31 +433,35 @@ class BatchEvaluator(Evaluator):
                     "it gave activations several times before the step was over: they are merged as moments, and "
                     "standard_error needs the activations: leave it out"
                 )
+            clock = self._evaluations.clock
             if self._ranks is not None:
-                known.merge(x, reading.rows.resolution(reading.h))
-            elif (
-                known.moments is None
-                and known.rows + n < d
-                and (first or known.held)
-                and not self._standard_error
-            ):
-                known.held.append((x.clone(), reading.rows.resolution(reading.h)))
-            else:
-                if first and (most in (None, 1) or self._standard_error):
-                    self._ask(layer, h)
-                if (known.held or not first or most != 1) and not self._standard_error:
+                with clock.part("covariance"):
                     known.merge(x, reading.rows.resolution(reading.h))
+            elif self._standard_error:
+                evaluation = self._open()  # known at once, so that there is room
+                assert evaluation is not None
+                self._add(evaluation, layer, h)
+            elif known.moments is None and known.rows + n < d and (first or known.held):
+                with clock.part("covariance"):
+                    known.held.append((x.clone(), reading.rows.resolution(reading.h)))
+            else:
+                resolution = reading.rows.resolution(reading.h)
+                if first and most in (None, 1):
+                    evaluation = self._open()
+                    if evaluation is not None:
+                        evaluation.add_rows(layer, x, resolution, mask_name=reading.mask)
+                if known.held or not first or most != 1:
+                    with clock.part("covariance"):
+                        known.merge(x, resolution)
         self._devices[layer] = h.device
 
-    def _ask(self, layer: str, h: Tensor) -> None:
-        """Ask for the entropy of one call at once."""
+    def _open(self) -> Evaluation | None:
+        """Give the evaluation of the step under way; None if a full ring dropped it."""
         gathered = self._gathered
         if gathered.evaluation is None:
             gathered.evaluation = self._evaluations.open(gathered.step, needs_room=not self._standard_error)
-        if gathered.evaluation is None:
-            gathered.dropped = True
-        else:
-            self._add(gathered.evaluation, layer, h)
+            gathered.dropped = gathered.evaluation is None
+        return gathered.evaluation
 
     def _close_across(self, step: int, gathered: _Gathered, ranks: Ranks) -> bool:
         """Do the same for the rows of all ranks; one that has nothing does not keep the others from it."""
@@ -484,7 +498,7 @@ class BatchEvaluator(Evaluator):
             return False
         evaluation = gathered.evaluation or self._evaluations.open(step, needs_room=False)
         assert evaluation is not None
-        evaluation.step = step
+        evaluation.rename(step)
         with evaluation:
             for name, layer in layers.items():
                 if layer.calls > 1 or name not in evaluation.widths:
@@ -508,7 +522,8 @@ class BatchEvaluator(Evaluator):
         return " on the training batch"
 
     def _read(self, layer: str, h: Tensor) -> Reading:
-        return self._axes.on_probe(layer, h) if self._in_training.batch.shape else self._axes.at_hand(h)
+        known = self._in_training.batch.shape
+        return self._axes.on_probe(layer, h) if known else self._axes.past_the_model(layer, h)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_gathered": _Gathered(0), "_hooks": self._hooks.registered}

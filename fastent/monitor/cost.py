@@ -105,6 +105,7 @@ class Clock:
         self._steps = 0
         self._step: int | None = None
         self._first = self._latest = self._before = 0.0
+        self._last = (self._step, self._steps, self._first, self._latest, self._before)
 
     @contextmanager
     def part(self, name: Part) -> Iterator[None]:
@@ -126,11 +127,21 @@ class Clock:
         """Note that the evaluation of `step` begins, or goes on."""
         if step == self._step:
             return
+        self._last = (self._step, self._steps, self._first, self._latest, self._before)
         self._step = step
         self._before, self._latest = self.cost.seconds, perf_counter()
         if not self._steps:
             self._first = self._latest
         self._steps += 1
+
+    def rename(self, step: int) -> None:
+        """Note that the evaluation that began last is that of `step`, which was not known then."""
+        self._step = step
+
+    def cancel(self, step: int) -> None:
+        """Note that the evaluation of `step`, if it began last, came to nothing. What it took stays counted."""
+        if step == self._step:
+            self._step, self._steps, self._first, self._latest, self._before = self._last
 
     @property
     def cost(self) -> Cost:

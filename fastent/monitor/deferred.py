@@ -641,6 +641,16 @@ class Evaluation:
         with self.clock.part("queueing"), self._pass:
             yield
 
+    def rename(self, step: int) -> None:
+        """Say which step it is of, where that was not known when it was opened."""
+        self.step = step
+        self.clock.rename(step)
+
+    def cancel(self) -> None:
+        """Give up what was asked for, in place of committing it."""
+        self.release()
+        self.clock.cancel(self.step)
+
     def drop(self, layer: str) -> None:
         """Forget what was asked for of a layer, if it was."""
         staged = self.staged.pop(layer, None)

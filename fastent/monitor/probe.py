@@ -154,7 +154,7 @@ class Probe:
     def entries(self, model: nn.Module) -> dict[str, Any]:
         """Name what the probe holds: by parameters of the model's forward pass, and keys of mappings at any depth."""
         try:
-            bound = inspect.signature(model.forward).bind_partial(*self.args, **self.kwargs)
+            bound = self._signature(model.forward).bind_partial(*self.args, **self.kwargs)
             found = dict(bound.arguments)
         except (TypeError, ValueError):  # called otherwise than it says: the names in the probe are left
             found = {}
@@ -168,6 +168,9 @@ class Probe:
             elif isinstance(value, tuple | list):
                 waiting += value
         return found
+
+    def _signature(self, forward: Callable[..., Any]) -> inspect.Signature:
+        return inspect.signature(forward)
 
     def _tensors(self) -> list[Tensor]:
         return [leaf for _, leaf in _leaves(self.args or self.kwargs) if isinstance(leaf, Tensor)]
@@ -880,6 +883,11 @@ class Axes:
         assert self._given is not None
         return self._given
 
+    @property
+    def needs_mask(self) -> bool:
+        """Whether a mask makes a difference."""
+        return self._tokens is not None
+
     def read_mask(self) -> None:
         """Find the mask in the input, if there is one for `tokens`."""
         self._real, self._used, self._two_masks = {}, None, False
@@ -917,6 +925,30 @@ class Axes:
             return Reading(h, rows)
         real = self._real_tokens(layer, h)
         return Reading(h, rows._replace(mask=real), None if real is None else self._used)
+
+    def past_the_model(self, layer: str, h: Tensor) -> Reading:
+        """Activations of a layer that was called past the model's own forward pass: nobody knows of a mask.
+
+        Raises
+        ------
+        ValueError
+            If a mask was named, or which axis counts samples is open.
+        """
+        if self._mask is not None:
+            raise ValueError(
+                f"it was called past the forward pass of the model, which has no mask {self._mask!r} then: give the "
+                "module whose forward pass is called as model"
+            )
+        if not _is_odd(h) and self._by_tokens(h):
+            self._refuse_open_axis(layer, h)
+            if self._tokens is not None and not self._warned_of_mask:
+                self._warned_of_mask = True
+                warn_user(
+                    f"layer {layer!r} was called past the forward pass of the model, so that padding, if there is any, "
+                    "counts as tokens: give the module whose forward pass is called as model. Said once",
+                    UserWarning,
+                )
+        return self.at_hand(h)
 
     def _rows(self, h: Tensor) -> Rows:
         if _is_matrix(h):
@@ -983,15 +1015,7 @@ class Axes:
                     f"{self._probe()}: {_BY_HAND}"
                 )
             return h.transpose(0, 1)
-        if self._samples_axis is None and self._by_tokens(h):
-            if layer not in self._tokens_first:
-                self._tokens_first[layer] = self._watched.tokens_first(layer)
-            owner = self._tokens_first[layer]
-            if owner is not None:
-                raise ValueError(
-                    f"it gave {shape}, and its {owner} has batch_first=False: give samples_axis=1 if that is (tokens, "
-                    "samples, d), samples_axis=0 if it is (samples, tokens, d)"
-                )
+        self._refuse_open_axis(layer, h)
         samples = self._samples()[0]
         if shape[0] == samples or (self._samples_axis == 1 and self._fits(layer, shape[0])):
             return h
@@ -1001,6 +1025,17 @@ class Axes:
         if self._watched.by_function:
             return h
         raise ValueError(f"{seen}: {_BY_HAND}")
+
+    def _refuse_open_axis(self, layer: str, h: Tensor) -> None:
+        if self._samples_axis is None and self._by_tokens(h):
+            if layer not in self._tokens_first:
+                self._tokens_first[layer] = self._watched.tokens_first(layer)
+            owner = self._tokens_first[layer]
+            if owner is not None:
+                raise ValueError(
+                    f"it gave {tuple(h.shape)}, and its {owner} has batch_first=False: give samples_axis=1 if that is "
+                    "(tokens, samples, d), samples_axis=0 if it is (samples, tokens, d)"
+                )
 
     def _real_tokens(self, layer: str, h: Tensor) -> RealTokens | None:
         real = self._mask_of_pass()

@@ -7,14 +7,17 @@ import json
 import pickle
 import random
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastent import Moments, Status, spectral_entropy
@@ -374,6 +377,41 @@ def test_a_batch_of_one_has_too_few_rows_and_micro_batches_of_one_add_up() -> No
     assert [(r.status, r.n) for r in monitor.step(1)] == [(Status.OK, 20)]
 
 
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.TransformerEncoderLayer(8, 2, 8, batch_first=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_a_layer_with_tokens_first_is_refused_also_where_it_is_called_past_the_model(past: bool) -> None:
+    model = Encoder()
+    monitor = Monitor(model, "batch", "body", tokens="last")
+    x = torch.randn(5, 5, 8)
+    (model.body(x) if past else model(x)).sum().backward()
+    with pytest.raises(ValueError, match="batch_first=False: give samples_axis=1"):
+        monitor.step(0)
+
+
+def test_a_layer_called_past_the_model_has_no_mask_and_that_is_said() -> None:
+    model = Tokens()
+    monitor = Monitor(model, "batch", "embed", every=1, tokens="flatten")
+    with pytest.warns(UserWarning, match="padding, if there is any, counts as tokens"):
+        model.embed(ids(3, 5)).sum().backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.embed(ids(3, 5)).sum().backward()
+    assert [record.n for record in monitor.step(0)] == [30]
+    assert caught == []  # said at the first of them
+    named = Monitor(model, "batch", "embed", tokens="flatten", mask="attention_mask")
+    model.embed(ids(3, 5)).sum().backward()
+    with pytest.raises(ValueError, match="called past the forward pass of the model, which has no mask"):
+        named.step(0)
+
+
 # What goes wrong
 
 
@@ -473,6 +511,62 @@ def test_standard_error_needs_a_single_call() -> None:
     train(model, batch(), batch())
     with pytest.raises(ValueError, match="standard_error needs the activations"):
         monitor.step(1)
+
+
+def test_the_clock_counts_the_steps_that_were_evaluated() -> None:
+    model = network()
+    monitor = Monitor(model, "batch", "1", every=10)
+    for step in range(1, 32):  # armed at first, and the first step is not due
+        train(model, batch(20))
+        monitor.step(step)
+    assert [record.step for record in monitor.history] == [10, 20, 30]
+    assert monitor.cost.evaluations == 3
+    assert monitor.cost.covariance > 0 < monitor.cost.eigenvalues
+
+
+def test_a_pass_under_a_dispatch_mode_does_not_see_our_operations() -> None:
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = network()
+
+    def operations() -> list[str]:
+        seen.clear()
+        with Seen():
+            train(model, batch())
+        return list(seen)
+
+    expected = operations()
+    monitor = Monitor(model, "batch", ["1", "3"])
+    assert operations() == expected
+    assert len(monitor.step(0)) == 2
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+def test_ddp_and_fsdp_are_watched_through_their_wrappers() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for wrap in (nn.parallel.DistributedDataParallel, fully_shard):
+        model = network()
+        taken = Taken(model[1])
+        wrapped = wrap(model)
+        monitor = Monitor(wrapped, "batch", "1", every=1)
+        assert not monitor.needs_every_rank
+        for step in range(2):
+            wrapped(batch(20, step)).sum().backward()
+            (record,) = monitor.step(step)
+            assert same(record, taken())
 
 
 # Compiled models
