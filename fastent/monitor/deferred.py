@@ -30,6 +30,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import queue
 import threading
 import time
 import weakref
@@ -69,6 +70,11 @@ _MOST_FREE = 256
 # From this edge on a hand-over to the worker costs nothing that could be measured even where no core is idle, and
 # hides 10 ms and more where one is (bench/NOTES.md).
 WORKER_FROM = 512
+# Memory of a copy of activations over that of their matrix. Only the evaluation that an idle worker begins with has
+# copies, so a full ring of `CAPACITY` takes at most half more.
+MOST_COPIED = 4
+# Threads that solve at once, the worker among them.
+MOST_AT_ONCE = 8
 # cuSOLVER takes a batch in one call from torch 2.12 on; before, it solves one after the other.
 HAS_BATCHED_SOLVER = torch.torch_version.TorchVersion(torch.__version__) >= "2.12"
 # Matrices of one size from which on a batched solver is called: 32 of 128 x 128 take 7 ms together on a small GPU, and
@@ -331,8 +337,33 @@ class Staged:
         """Trace and participation ratio as a device found them."""
         return None
 
+    def entropy(self, spectrum: Spectrum | None) -> SpectralEntropy:
+        """Find the entropy, by LAPACK where there is no `spectrum`."""
+        return _entropy(self, spectrum)
+
     def release(self) -> None:
         """Give its memory back."""
+
+
+class Copied(Staged):
+    """A copy of activations, of which the worker forms the matrix too.
+
+    Parameters
+    ----------
+    x : Tensor, shape (n, d)
+        Checked activations on the CPU.
+    resolution : Resolution
+        Of what they were made of.
+    """
+
+    def __init__(self, x: Tensor, resolution: Resolution) -> None:
+        with torch.inference_mode(False):  # it is read outside of inference mode
+            self._rows = x.clone(memory_format=torch.contiguous_format)
+        self._resolution = resolution
+
+    def entropy(self, spectrum: Spectrum | None) -> SpectralEntropy:
+        """Find the entropy as it is found in line."""
+        return entropy_of_rows(self._rows, self._resolution)
 
 
 class Slot(Staged):
@@ -450,13 +481,22 @@ class Ring:
 
 
 class Host:
-    """The CPU: formed by the training thread, solved by the worker, with the bits of an evaluation in line."""
+    """The CPU: all by the worker, or formed by the training thread, with the bits of an evaluation in line.
+
+    The worker gets a copy of the activations where it has nothing else to do and they take little memory. Otherwise the
+    training thread forms the matrix, so that it never waits for a worker that has more to do than it has itself.
+    """
 
     # Dropped evaluations would make the record depend on luck, and waiting costs no more than solving in line.
     waits_when_full = True
 
-    def stage(self, x: Tensor, resolution: Resolution) -> Staged | None:
-        """Form the matrix; None for values so extreme, or not finite, that the activations are needed again."""
+    def stage(self, x: Tensor, resolution: Resolution, *, idle: bool = False) -> Staged | None:
+        """Copy the activations for an `idle` worker, or form the matrix.
+
+        None for values so extreme, or not finite, that the activations are needed again.
+        """
+        if idle and x.nbytes <= MOST_COPIED * 8 * min(x.shape) ** 2:
+            return Copied(x, resolution)
         centered = centered_matrix(x, resolution=resolution)
         trace = float(centered.trace)
         if not TINY <= trace < torch.inf:
@@ -507,6 +547,12 @@ class Devices:
 
 def in_line(x: Tensor) -> None:
     """Evaluate everything in line."""
+
+
+def _free_cores() -> int:
+    """Cores for the worker: those that the last minute has left free beside the thread that trains, or one."""
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 1.0
+    return max(1, min(MOST_AT_ONCE, _usable_cores() - max(1, round(busy))))
 
 
 def _usable_cores() -> int:
@@ -607,7 +653,7 @@ class Evaluation:
         assert self._owner is not None
         device = self._owner._device_for(x)
         with self.clock.part("queueing" if isinstance(device, Ring) else "covariance"):
-            staged = None if device is None else device.stage(x, resolution)
+            staged = self._owner._stage(device, x, resolution)
             centered = centered_matrix(x, resolution=resolution) if staged is None else None
         if staged is None:
             with self.clock.part("eigenvalues"):
@@ -688,14 +734,18 @@ class Evaluation:
             self._pass is None or self._pass.passed
         )
 
-    def solve(self, spectra: Mapping[Staged, Spectrum]) -> None:
-        """Find what is missing, by LAPACK where `spectra` does not have the eigenvalues."""
+    def solve(self, spectra: Mapping[Staged, Spectrum], team: Team) -> None:
+        """Find what is missing, by LAPACK where `spectra` does not have the eigenvalues, side by side."""
         intervals = [staged.forming for staged in self.staged.values() if staged.forming is not None]
         self.device_covariance = sum(interval.seconds for interval in intervals)
         if self._pass is not None:
             self.device_forward = max(0.0, self._pass.seconds - self.device_covariance)
-        for layer, staged in self.staged.items():
-            self._known[layer] = Evaluated(_entropy(staged, spectra.get(staged)), mask=self._masks[layer])
+
+        def one(layer: str) -> None:
+            staged = self.staged[layer]
+            self._known[layer] = Evaluated(staged.entropy(spectra.get(staged)), mask=self._masks[layer])
+
+        team.each(one, self.staged, _free_cores())
 
     def release(self) -> None:
         """Give all slots back."""
@@ -794,28 +844,87 @@ class _State:
             self.changed.notify_all()
 
 
+class Team:
+    """Threads that do the same for several things at once: the caller's, and others that start when they are wanted."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def each(self, call: Callable[[str], None], items: Iterable[str], threads: int) -> None:
+        """Make the call for all items in at most so many threads; the first error is raised once none is under way."""
+        waiting = deque(items)
+        errors: list[BaseException] = []
+        helped = threading.Semaphore(0)
+
+        def work() -> None:
+            while not errors:
+                try:
+                    item = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    call(item)
+                except BaseException as error:
+                    errors.append(error)
+
+        def help_out() -> None:
+            work()
+            helped.release()
+
+        helpers = min(threads, len(waiting)) - 1
+        while len(self._threads) < helpers:
+            thread = threading.Thread(target=_help, args=(self._calls,), name=THREAD_NAME, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        for _ in range(helpers):
+            self._calls.put(help_out)
+        work()
+        for _ in range(helpers):
+            helped.acquire()
+        if errors:
+            raise errors[0]
+
+    def end(self) -> None:
+        """End the threads that were started."""
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+def _help(calls: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    use_one_thread()
+    while (call := calls.get()) is not None:
+        call()
+
+
 def _work(state: _State) -> None:
     use_one_thread()
-    queue: list[Evaluation] = []
-    while not state.stopping:
-        queue += state.take(wait=not queue)
-        if queue:
-            arrived = _arrived(state, queue)
-            queue = queue[len(arrived) :]
-            began = time.perf_counter()
-            spectra = _solve_together(arrived)
-            arrived[0].worker_seconds = time.perf_counter() - began
-            for evaluation in arrived:
-                if state.stopping:
-                    return
-                _solve(state, evaluation, spectra)
+    waiting: list[Evaluation] = []
+    team = Team()
+    try:
+        while not state.stopping:
+            waiting += state.take(wait=not waiting)
+            if waiting:
+                arrived = _arrived(state, waiting)
+                waiting = waiting[len(arrived) :]
+                began = time.perf_counter()
+                spectra = _solve_together(arrived)
+                arrived[0].worker_seconds = time.perf_counter() - began
+                for evaluation in arrived:
+                    if state.stopping:
+                        return
+                    _solve(state, evaluation, spectra, team)
+    finally:
+        team.end()
 
 
-def _solve(state: _State, evaluation: Evaluation, spectra: Mapping[Staged, Spectrum]) -> None:
+def _solve(state: _State, evaluation: Evaluation, spectra: Mapping[Staged, Spectrum], team: Team) -> None:
     began = time.perf_counter()
     try:
         evaluation.ready()  # raises what `_arrived` met
-        evaluation.solve(spectra)
+        evaluation.solve(spectra, team)
         evaluation.worker_seconds += time.perf_counter() - began
     except BaseException as error:
         state.finish(evaluation, error)
@@ -823,17 +932,17 @@ def _solve(state: _State, evaluation: Evaluation, spectra: Mapping[Staged, Spect
         state.finish(evaluation, None)
 
 
-def _arrived(state: _State, queue: list[Evaluation]) -> list[Evaluation]:
+def _arrived(state: _State, waiting: list[Evaluation]) -> list[Evaluation]:
     """Wait for the first; return it and those right behind it that are there too, of all that was submitted."""
     pause = _FIRST_PAUSE
-    while not _is_there(queue[0]) and not state.stopping:
+    while not _is_there(waiting[0]) and not state.stopping:
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
-    queue += state.take(wait=False)  # what came in the meantime
+    waiting += state.take(wait=False)  # what came in the meantime
     count = 1
-    while count < len(queue) and _is_there(queue[count]):
+    while count < len(waiting) and _is_there(waiting[count]):
         count += 1
-    return queue[:count]
+    return waiting[:count]
 
 
 def _is_there(evaluation: Evaluation) -> bool:
@@ -1062,6 +1171,11 @@ class DeferredEntropy:
         device = self._device_of(x)
         self._device = device or self._device
         return device
+
+    def _stage(self, device: Device | None, x: Tensor, resolution: Resolution) -> Staged | None:
+        if isinstance(device, Host):
+            return device.stage(x, resolution, idle=self._worker is None or not self._worker.unsolved)
+        return None if device is None else device.stage(x, resolution)
 
     def _drop(self, step: int) -> None:
         self.dropped += 1

@@ -189,8 +189,8 @@ def test_a_known_result_needs_no_room(make: Any) -> None:
 
 def test_on_the_cpu_a_full_ring_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    solve = deferred.entropy_of_matrix
-    monkeypatch.setattr(deferred, "entropy_of_matrix", lambda *a, **k: gate.wait(10) and solve(*a, **k))
+    solve = deferred.entropy_of_rows
+    monkeypatch.setattr(deferred, "entropy_of_rows", lambda *a, **k: gate.wait(10) and solve(*a, **k))
     host = Host()
     evaluations = DeferredEntropy(capacity=1, device_of=lambda x: host)
     ask(evaluations, 0, a=activations(0))
@@ -491,7 +491,12 @@ def test_within_a_capture_nothing_is_taken_on_the_device(monkeypatch: pytest.Mon
     assert not chosen._rings
 
 
-def test_on_the_cpu_the_worker_gives_the_bits_of_an_evaluation_in_line() -> None:
+@pytest.mark.parametrize("most_copied", [0, 10**6])
+def test_on_the_cpu_the_worker_gives_the_bits_of_an_evaluation_in_line(
+    most_copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deferred, "MOST_COPIED", most_copied)  # the matrix formed here, or all done there
+    monkeypatch.setattr(deferred, "_free_cores", lambda: 3)
     host = Host()
     evaluations = DeferredEntropy(capacity=64, device_of=lambda x: host)
     cases = {
@@ -523,6 +528,95 @@ def test_on_the_cpu_the_worker_gives_the_bits_of_an_evaluation_in_line() -> None
         )
 
 
+def test_an_idle_worker_forms_the_matrix_of_a_copy_and_a_busy_one_is_given_the_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = threading.Event()
+    solve = deferred.entropy_of_rows
+    monkeypatch.setattr(deferred, "entropy_of_rows", lambda *a, **k: gate.wait(10) and solve(*a, **k))
+    host, h = Host(), activations(0, 96, 12)
+    wide = activations(1, 12, 400)  # more memory than four matrices
+    expected = {"h": spectral_entropy(h), "wide": spectral_entropy(wide)}
+    evaluations = DeferredEntropy(device_of=lambda x: host)
+    kinds = []
+    for step in range(2):
+        given = {"h": h.clone(), "wide": wide.clone()}
+        with evaluations.open(step) as opened:  # type: ignore[union-attr]
+            for layer, x in given.items():
+                opened.add(layer, x)
+                x.fill_(torch.nan)  # nothing of it is needed any more
+            kinds.append({layer: type(staged) for layer, staged in opened.staged.items()})
+    gate.set()
+    evaluations.close()
+    assert kinds[0] == {"h": deferred.Copied, "wide": deferred.Staged}
+    assert kinds[1] == {"h": deferred.Staged, "wide": deferred.Staged}
+    for results in arrived(evaluations).values():
+        for layer, theirs in expected.items():
+            assert_same(results[layer], theirs)
+
+
+def test_layers_of_one_evaluation_are_solved_side_by_side_where_cores_are_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together = threading.Barrier(3)
+    solve, solvers = deferred.entropy_of_rows, []
+
+    def at_once(x: Tensor, *given: Any) -> SpectralEntropy:
+        together.wait(10)  # for ever broken, if fewer than three come
+        solvers.append(threading.get_ident())
+        return solve(x, *given)
+
+    monkeypatch.setattr(deferred, "entropy_of_rows", at_once)
+    monkeypatch.setattr(deferred, "_free_cores", lambda: 3)
+    host, inputs = Host(), {str(seed): activations(seed) for seed in range(6)}
+    evaluations = DeferredEntropy(device_of=lambda x: host)
+    for step in range(2):
+        ask(evaluations, step, **inputs)
+        evaluations.flush()
+    results = arrived(evaluations)
+    assert [list(layers) for layers in results.values()] == [list(inputs)] * 2
+    for layer, h in inputs.items():
+        assert_same(results[1][layer], spectral_entropy(h))
+    assert len(solvers) == 12
+    assert len(set(solvers)) == 3  # the same three the second time
+    evaluations.close()
+
+
+def test_an_error_of_one_layer_is_that_of_the_evaluation_and_the_threads_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    solve, failing = deferred.entropy_of_rows, threading.Event()
+
+    def fails(x: Tensor, *given: Any) -> SpectralEntropy:
+        if len(x) == 25 and not failing.is_set():
+            failing.set()
+            raise MemoryError("no room")
+        return solve(x, *given)
+
+    monkeypatch.setattr(deferred, "entropy_of_rows", fails)
+    monkeypatch.setattr(deferred, "_free_cores", lambda: 3)
+    host, inputs = Host(), {str(n): activations(0, n) for n in (24, 25, 26, 27)}
+    evaluations = DeferredEntropy(device_of=lambda x: host)
+    ask(evaluations, 0, **inputs)
+    evaluations.flush()
+    with pytest.raises(RuntimeError, match="evaluation of step 0 failed: MemoryError: no room"):
+        arrived(evaluations)
+    ask(evaluations, 1, **inputs)
+    evaluations.close()
+    assert list(arrived(evaluations)[1]) == list(inputs)
+
+
+@pytest.mark.parametrize(("load", "free"), [(0.0, 7), (1.2, 7), (3.0, 5), (40.0, 1)])
+def test_free_cores_are_those_that_the_last_minute_left(
+    load: float, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deferred, "_usable_cores", lambda: 8)
+    monkeypatch.setattr(deferred.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    assert deferred._free_cores() == free
+    monkeypatch.delattr(deferred.os, "getloadavg")
+    assert deferred._free_cores() == 7  # not known
+
+
 # Life and death
 
 
@@ -536,20 +630,26 @@ def test_discard_throws_away_what_is_under_way(make: Any, streams: FakeStreams) 
     assert evaluations.dropped == 0
 
 
-def test_the_thread_ends_when_it_is_closed_or_its_owner_is_collected(streams: FakeStreams) -> None:
+def test_the_threads_end_when_it_is_closed_or_its_owner_is_collected(
+    streams: FakeStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def threads() -> set[threading.Thread]:
         return {thread for thread in threading.enumerate() if thread.name == "fastent-eigenvalues"}
 
+    monkeypatch.setattr(deferred, "_free_cores", lambda: 2)
     slots = Ring(streams, TorchFormer())
     before = threads()
     closed, dropped = (DeferredEntropy(device_of=lambda x: slots) for _ in range(2))
     for evaluations in (closed, dropped):
-        ask(evaluations, 0, a=activations(0))
+        ask(evaluations, 0, a=activations(0), b=activations(1))
     assert len(threads() - before) == 2
     streams.tick()
+    for evaluations in (closed, dropped):
+        evaluations.flush()
+    assert len(threads() - before) == 4
     closed.close()
     closed.close()
-    assert len(threads() - before) == 1
+    assert len(threads() - before) == 2
     assert list(arrived(closed)) == [0]
     ask(dropped, 1, a=activations(1))  # never done: the clock stands
     ref = weakref.ref(dropped)

@@ -72,11 +72,11 @@ m = torch.randn(200, 200, dtype=torch.float64, generator=torch.Generator().manua
 whole, product = torch.linalg.eigvalsh(m), m @ m
 thread = threading.Thread(target=limited); thread.start(); thread.join()
 from fastent.monitor import deferred
-solve = deferred.entropy_of_matrix
+solve = deferred.entropy_of_rows
 def noted(*args, **kwargs):
     note("worker")
     return solve(*args, **kwargs)
-deferred.entropy_of_matrix = noted
+deferred.entropy_of_rows = noted
 evaluations = DeferredEntropy(device_of=lambda x: host)
 ask(evaluations, 0); evaluations.flush()
 note("training"); new()
