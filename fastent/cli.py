@@ -43,6 +43,18 @@ if TYPE_CHECKING:
 EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "pyarrow", "jinja2")
 """What the extra ``train`` installs."""
 
+HOSTS = (
+    "lightning",
+    "transformers",
+    "accelerate",
+    "torchmetrics",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
+)
+"""What `fastent.integrations` and its recipes are for; each is the user's own to install."""
+
 INSTALL = "pip install '.[train]' in a clone of fastent"
 """How to get it. Not by the name alone: on the package index that is another project's."""
 
@@ -504,7 +516,7 @@ MISSING = "not installed"
 
 
 def examine() -> list[tuple[str, str]]:
-    """Look at software, processor, GPUs and extras.
+    """Look at software, processor, GPUs, extras, and the tools that the monitor works in.
 
     Returns
     -------
@@ -539,6 +551,10 @@ def examine() -> list[tuple[str, str]]:
         )
     versions = {name: version(name) or MISSING for name in EXTRA}
     found += versions.items()
+    for host in HOSTS:
+        # The package of MLflow's clients alone has another name.
+        here = version(host) or (version("mlflow-skinny") if host == "mlflow" else None)
+        found.append((host, here or MISSING))
     missing = [name for name in EXTRA if versions[name] == MISSING]
     if missing:
         found.append(("to do", f"{INSTALL}, for {', '.join(missing)}"))

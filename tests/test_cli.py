@@ -18,7 +18,7 @@ import torch
 from fastent import cli, linalg, spectral_entropy
 from fastent.cli import main, parse_seeds
 from fastent.grokking.experiments.jobs import JOBS, planned
-from fastent.grokking.train import sweep
+from fastent.grokking.train import environment, sweep
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.storage import RunWarning
 
@@ -325,6 +325,18 @@ def test_doctor_says_what_would_be_used_and_what_is_missing(capsys, monkeypatch)
     assert found["no-such-package"] == "not installed"
     if not torch.cuda.is_available():
         assert found["GPU"].endswith("torch computes the covariance")
+
+
+def test_doctor_lists_each_host_of_an_integration_with_its_version_or_as_missing(monkeypatch):
+    there = {"lightning": "2.6.6", "mlflow-skinny": "3.17.2"}
+    monkeypatch.setattr(environment, "version", there.get)
+    found = dict(cli.examine())
+    assert {host: found[host] for host in cli.HOSTS} == {
+        **dict.fromkeys(cli.HOSTS, "not installed"),
+        "lightning": "2.6.6",
+        "mlflow": "3.17.2",
+    }
+    assert not {"lightning", "torchmetrics"} & set(cli.EXTRA)  # nobody is told to install them
 
 
 @pytest.mark.parametrize(
