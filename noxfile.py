@@ -39,10 +39,12 @@ def nightly(session: nox.Session) -> None:
 
 @nox.session
 def integrations(session: nox.Session) -> None:
-    """Test the integrations against the newest release of every host; one that is missing fails."""
+    """Test the integrations with the newest release of every host, and write down which; one that is missing fails."""
     install(session, "test", "integrations", extra="train,lightning,transformers,torchmetrics")
     session.run("pytest", "tests/integrations", "-m", "", *session.posargs, env={"FASTENT_HOSTS": "all"})
     session.run("pytest", "--doctest-modules", "--pyargs", "fastent.integrations")
+    if not session.posargs:  # all of it passed
+        session.run("python", "tests/integrations/test_integrations_docs.py")
 
 
 @nox.session
