@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fake_device import FakeStreams
+from fake_wandb import FakeWandb
 from torch import nn
 
 import fastent
@@ -21,51 +22,15 @@ TEXT = (Path(__file__).parent.parent / "docs" / "logging.md").read_text()
 RECIPES = dict(re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE))
 
 
-class Run:
-    """What W&B does with a log: a row for each call; one whose step has passed is dropped."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-        self.step = 0
-        self.axes: dict[str, str] = {}
-
-    def define_metric(self, name: str, step_metric: str) -> None:
-        self.axes[name] = step_metric
-
-    def log(self, values: dict[str, float], step: int | None = None) -> None:
-        if step is not None and step < self.step:
-            return
-        self.step = self.step + 1 if step is None else step
-        self.rows.append(values)
-
-
-class Writer:
-    """TensorBoard's writer, which keeps what it gets."""
-
-    made: "Writer"
-
-    def __init__(self, folder: str) -> None:
-        self.rows: list[tuple[str, float, int]] = []
-        Writer.made = self
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        self.rows.append((tag, value, step))
-
-    def close(self) -> None:
-        assert self.rows
-
-
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
     streams = FakeStreams()
     slots = Ring(streams, TorchFormer())
     monkeypatch.setattr(Devices, "of", lambda self, x: slots)
     monkeypatch.chdir(tmp_path)
-    run, wandb, board = Run(), ModuleType("wandb"), ModuleType("torch.utils.tensorboard")
+    run, wandb = FakeWandb(), ModuleType("wandb")
     wandb.init = lambda project: run  # type: ignore[attr-defined]
-    board.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
 
@@ -87,7 +52,7 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
             clock.start()
         return float(step)
 
-    yield {"fastent": fastent, "model": model, "probe": torch.randn(128, 20), "train": train, "run": run}
+    yield {"model": model, "probe": torch.randn(128, 20), "train": train, "run": run}
     done.set()
     streams.tick()
 
@@ -96,7 +61,7 @@ def test_there_is_a_recipe_for_each_heading() -> None:
     assert list(RECIPES) == [
         "Lines of JSON",
         "Weights & Biases",
-        "TensorBoard",
+        "Another logger",
         "A metric that something else reads",
     ]
 
@@ -109,23 +74,30 @@ def test_lines_of_json_are_all_records(names: dict[str, Any], tmp_path: Path) ->
     assert [record.step for record in records] == [0, 100, 200, 300]
 
 
-def test_wandb_keeps_every_late_value_at_its_own_step(names: dict[str, Any]) -> None:
+def test_wandb_keeps_every_late_value_at_its_own_step_and_every_row_of_the_loop(
+    names: dict[str, Any],
+) -> None:
     exec(RECIPES["Weights & Biases"], names)
-    run = names["run"]
-    assert run.axes == {"*": "trainer/step"}
-    logged = [(row["trainer/step"], row["entropy/1"]) for row in run.rows if "entropy/1" in row]
-    assert logged == [(record.step, record.normalized) for record in names["monitor"].history]
-    assert [step for step, _ in logged] == [0, 100, 200, 300]
-    assert sum("loss" in row for row in run.rows) == 301
-    # Each came after the loss of a later step: at the loop's step all would have been dropped or misplaced.
-    position = {row["trainer/step"]: i for i, row in enumerate(run.rows) if "loss" in row}
-    at = [i for i, row in enumerate(run.rows) if "entropy/1" in row]
-    assert all(i > position[step + 30] for i, (step, _) in zip(at[:3], logged[:3], strict=True))
+    run, history = names["run"], names["monitor"].history
+    run.finish()
+    assert run.axes == {"entropy/*": "entropy/step"}
+    assert [(record.step, record.layer) for record in history] == [
+        (step, layer) for step in (0, 100, 200, 300) for layer in "012"
+    ]
+    for layer in "012":
+        logged = [
+            (row["entropy/step"], row[f"entropy/{layer}"]) for row in run.rows if f"entropy/{layer}" in row
+        ]
+        assert logged == [(record.step, record.normalized) for record in history if record.layer == layer]
+    assert [row["loss"] for row in run.rows if "loss" in row] == list(range(301))
+    # Each stands in the row of a later step: logged at the loop's step it would have been dropped or misplaced.
+    rows = [row for row in run.rows if "entropy/1" in row]
+    assert all(row["loss"] >= row["entropy/step"] + 30 for row in rows[:3])
 
 
-def test_tensorboard_gets_every_late_value_at_its_own_step(names: dict[str, Any]) -> None:
-    exec(RECIPES["TensorBoard"], names)
-    logged = [(step, value) for tag, value, step in Writer.made.rows if tag == "entropy/1"]
+def test_a_function_of_a_record_gets_every_late_value_with_its_own_step(names: dict[str, Any]) -> None:
+    exec(RECIPES["Another logger"], names)
+    logged = names["logged"]["entropy/1"]
     assert logged == [(record.step, record.normalized) for record in names["monitor"].history]
     assert [step for step, _ in logged] == [0, 100, 200, 300]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_wandb import FakeWandb
 from torch import Tensor
 
 import fastent
@@ -221,49 +222,13 @@ def test_trackio_without_a_run_stops_nothing(trackio: Any) -> None:
 # Weights & Biases
 
 
-class OfWandb:
-    """What W&B does with a log: a row is open until a later step or a commit; a step that has passed is refused."""
-
-    __module__ = "wandb.sdk.wandb_run"
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-        self.axes: dict[str, str] = {}
-        self._row: dict[str, float] = {}
-        self._step = 0
-        self._finished = False
-
-    def define_metric(self, name: str, step_metric: str) -> None:
-        self.axes[name] = step_metric
-
-    def log(self, values: dict[str, float], step: int | None = None, commit: bool | None = None) -> None:
-        if self._finished:
-            raise RuntimeError("the run is finished")
-        if step is not None and step < self._step:
-            return
-        if step is not None and step > self._step:
-            self._close(step)
-        self._row |= values
-        if commit or (step is None and commit is None):
-            self._close(self._step + 1)
-
-    def finish(self) -> None:
-        self._close(self._step)
-        self._finished = True
-
-    def _close(self, step: int) -> None:
-        if self._row:
-            self.rows.append(self._row)
-        self._row, self._step = {}, step
-
-
 @pytest.fixture(params=["modelled", pytest.param("real", marks=pytest.mark.nightly)])
 def wandb_run(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Any, Callable[[], Any]]:
     """A run, and what to call for its axes and rows once it is finished."""
     if request.param == "modelled":
-        modelled = OfWandb()
+        modelled = FakeWandb()
         return modelled, lambda: (modelled.axes, modelled.rows)
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
