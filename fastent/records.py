@@ -12,10 +12,11 @@ at most one for each step), since when the level is below the threshold, the fir
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Iterable, KeysView, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fastent.entropy import SpectralEntropy, Status
@@ -357,34 +358,41 @@ class Recording:
         self._ordered = None
 
     def state_dict(self) -> dict[str, Any]:
-        """State as plain JSON values."""
+        """State as plain JSON values, with the same keys whatever was recorded (`columns`)."""
+        layers = (
+            {
+                "name": name,
+                "d": layer.d,
+                "newest": layer.newest,
+                "crossed_at": layer.crossed_at,
+                **layer.course.state_dict(),
+            }
+            for name, layer in self._layers.items()
+        )
+        course = Course(self.threshold).state_dict()
         return {
             "threshold": self.threshold,
-            "layers": {
-                name: {
-                    "d": layer.d,
-                    "newest": layer.newest,
-                    "crossed_at": layer.crossed_at,
-                    "course": layer.course.state_dict(),
-                }
-                for name, layer in self._layers.items()
-            },
-            "history": [record.as_dict() for record in self.records],
+            "layers": columns(("name", "d", "newest", "crossed_at", *course), layers),
+            "history": columns(_RECORD, (record.as_dict() for record in self.records)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace everything kept, or nothing if it cannot be read.
 
-        Under another threshold, crossings are found again in the saved records. A state without courses (version 1)
-        gets them from its records.
+        Under another threshold, crossings are found again in the saved records. Versions 1 and 2 had a dictionary for
+        each layer and record; version 1 had no courses, which come from its records.
         """
-        records = [EntropyRecord.from_dict(values) for values in state["history"]]
+        history, saved = state["history"], state["layers"]
+        if isinstance(history, Mapping):
+            history = rows_of(history)
+            saved = {_name(row["name"]): {**row, "course": row} for row in rows_of(saved)}
+        records = [EntropyRecord.from_dict(values) for values in history]
         same_threshold = checked_number("threshold", state["threshold"]) == self.threshold
-        kept: dict[str, list[tuple[int, EntropyRecord]]] = {name: [] for name in state["layers"]}
+        kept: dict[str, list[tuple[int, EntropyRecord]]] = {name: [] for name in saved}
         for number, record in enumerate(records):
             kept[record.layer].append((number, record))
         layers: dict[str, _Layer] = {}
-        for name, values in state["layers"].items():
+        for name, values in saved.items():
             own = kept[name]
             course = Course(self.threshold)
             layer = _Layer(
@@ -414,6 +422,18 @@ class Recording:
         self._layers, self._expected, self._count = other._layers, other._expected, other._count
         self._ordered = None
 
+    def with_records(self, records: Iterable[EntropyRecord]) -> Recording:
+        """Make one that keeps `records` too; this one stays as it is."""
+        other = self.empty()
+        other._layers = {
+            name: replace(layer, course=copy.deepcopy(layer.course), records=layer.records.copy())
+            for name, layer in self._layers.items()
+        }
+        other._count = self._count
+        for record in records:
+            other.add(record)
+        return other
+
     def empty(self) -> Recording:
         """Make one of the same size and threshold."""
         return Recording(self._size, self.threshold)
@@ -433,6 +453,7 @@ def _evaluation(record: EntropyRecord) -> tuple[int, float]:
     return record.step, record.normalized if record.status.usable else math.nan
 
 
+_RECORD = tuple(field.name for field in fields(EntropyRecord))
 _FLOATS = ("normalized", "entropy", "effective_rank", "participation_ratio", "total_variance", "ceiling")
 
 
@@ -447,6 +468,22 @@ def _float(value: float | str | None) -> float:
     return math.nan if value is None else float(value)
 
 
+def columns(names: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Put rows into lists of the values of each name: as many keys, however many rows.
+
+    Tools for distributed checkpoints take what they load by the keys of an empty state.
+    """
+    rows = list(rows)
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def rows_of(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Take rows out of what `columns` gave; ValueError or TypeError for anything else."""
+    if not all(isinstance(values, list) for values in columns.values()):
+        raise TypeError(f"each of {', '.join(map(str, columns))} must be a list")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def checked_count(name: str, value: Any) -> int:
     """Give a saved count or step, or raise ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -459,6 +496,12 @@ def checked_number(name: str, value: Any) -> float | None:
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
     raise ValueError(f"{name} must be a number or null; got {value!r}")
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a layer's name must be a string; got {value!r}")
+    return value
 
 
 def _number(name: str, value: Any) -> float:

@@ -14,7 +14,7 @@ import fastent
 from fastent import Status, spectral_entropy
 from fastent.forecast.diagnosis import Phase
 from fastent.forecast.history import History, recent_change
-from fastent.records import MEDIAN, PATIENCE, WINDOW, Course, EntropyRecord, Recording
+from fastent.records import MEDIAN, PATIENCE, WINDOW, Course, EntropyRecord, Recording, rows_of
 
 
 def record(
@@ -131,7 +131,7 @@ def test_a_state_that_cannot_be_read_changes_nothing() -> None:
     recording.add(record(0, 0.4))
     state = recording.state_dict()
     del state["threshold"]
-    state["layers"], state["history"] = {}, []
+    state["layers"], state["history"] = ({name: [] for name in state[part]} for part in ("layers", "history"))
     with pytest.raises(KeyError, match="threshold"):
         recording.load_state_dict(state)
     assert recording.crossings == {"a": 0}
@@ -260,8 +260,8 @@ def test_a_state_of_version_1_gets_its_courses_from_its_records():
     for step in range(0, 4_000, 100):
         recording.add(record(step, float(np.interp(step, [2_000, 3_000], [0.9, 0.4]))))
     state = recording.state_dict()
-    old = {**state, "layers": {name: dict(values) for name, values in state["layers"].items()}}
-    del old["layers"]["a"]["course"]
+    old = {**state, "history": rows_of(state["history"])}
+    old["layers"] = {row.pop("name"): row for row in rows_of(state["layers"])}
     again = Recording(100, 0.6)
     again.load_state_dict(old)
     assert again.state_dict() == state

@@ -1126,6 +1126,14 @@ class DeferredEntropy:
                 raise FailedEvaluation(evaluation) from evaluation.error
             yield evaluation.step, evaluation.results
 
+    def to_come(self) -> Iterator[tuple[int, Mapping[str, Evaluated], bool]]:
+        """Show what `arrived` is still to hand out of what is there, and whether it failed."""
+        for evaluation in self._ordered:
+            if evaluation.error is not None:
+                yield evaluation.step, FailedEvaluation(evaluation).results, True
+            elif evaluation.done:
+                yield evaluation.step, evaluation.results, False
+
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was committed is there to be handed out.
 

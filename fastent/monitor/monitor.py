@@ -38,7 +38,7 @@ from fastent.monitor.deferred import DeferredEntropy, Evaluated, FailedEvaluatio
 from fastent.monitor.probe import Axes, Evaluator, Inputs, Layers, OnError, SamplesAxis, Watched
 from fastent.monitor.ranks import count_ranks
 from fastent.process import Interrupts, at_exit, interrupts_held, uncompiled, warn_user
-from fastent.records import Course, EntropyRecord, Recording, checked_count
+from fastent.records import Course, EntropyRecord, Recording, checked_count, columns, rows_of
 
 
 class Monitored(Protocol):
@@ -155,6 +155,15 @@ class Arrivals:
         self._waiting.clear()
         return records
 
+    def to_come(self) -> list[EntropyRecord]:
+        """Give the records of what is there and was not collected; it stays there."""
+        return [
+            record
+            for step, results, failed in self._evaluations.to_come()
+            if not failed or self._on_error == "record"
+            for record in _records(step, results)
+        ]
+
     def forget(self) -> None:
         """Wait for what is under way, and forget it and all that was not handed out."""
         self._evaluations.discard()
@@ -177,7 +186,7 @@ class Arrivals:
             self._keep(step, results, interrupts)
 
     def _keep(self, step: int, results: Mapping[str, Evaluated], interrupts: Interrupts) -> None:
-        records = [EntropyRecord.of(step, layer, *evaluated) for layer, evaluated in results.items()]
+        records = _records(step, results)
         for record in records:
             self._recording.add(record)
             self._waiting.append(record)
@@ -226,10 +235,14 @@ class Arrivals:
                 )
 
 
+def _records(step: int, results: Mapping[str, Evaluated]) -> list[EntropyRecord]:
+    return [EntropyRecord.of(step, layer, *evaluated) for layer, evaluated in results.items()]
+
+
 Mode = Literal["deferred", "sync"]
 
-STATE_VERSION = 2
-READ_VERSIONS = (1, 2)
+STATE_VERSION = 3
+READ_VERSIONS = (1, 2, 3)
 
 
 class SpectralEntropyMonitor:
@@ -709,28 +722,34 @@ class SpectralEntropyMonitor:
     def state_dict(self) -> dict[str, Any]:
         """State as plain JSON values; float64 survives a round trip through JSON bit for bit.
 
-        Waits for all that was asked for, so that it is in there; `step` or `flush` hands those records out as usual.
-        Raises what they would raise. The `cost` is not in there: another process may be on another machine.
+        Its keys are the same whatever was recorded, so that a monitor is a `Stateful` for
+        `torch.distributed.checkpoint`, and ``torch.load(weights_only=True)`` reads it. Asking for it changes nothing:
+        it waits for all that was asked for, so that it is in there, as are rows that are being merged, as if their step
+        ended now; the records come out of the monitor, and errors are raised, when they would without it. Of an
+        evaluation that failed there is no record. The `cost` is not in there: another process may be on another
+        machine.
         """
-        self._evaluator.end_merging()
         self._evaluations.flush()
-        self._arrivals.collect_all()
+        known = self._arrivals.to_come() + _records(*self._evaluator.merged_so_far())
+        recording = self._recording.with_records(known) if known else self._recording
+        ran = self._watched.ran if self._watched else {}
         return {
             "version": STATE_VERSION,
             "probe": self._digest,
             "last_step": self._last_step,
             "last_called": self._last_called,
             "unfinished": self._unfinished,
-            "ran": dict(self._watched.ran) if self._watched else {},
+            "ran": columns(("layer", "d"), ({"layer": layer, "d": d} for layer, d in ran.items())),
             "dropped": self.dropped,
-            **self._recording.state_dict(),
+            **recording.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a saved state; records made since are gone, so a replayed step is not there twice.
 
         With another threshold than the saved one, crossings are found again in the saved history. A state of version 1
-        knows no more of a long run than its records.
+        knows no more of a long run than its records. A layer whose rows were being merged has its record: further rows
+        of that step are ignored.
 
         Raises
         ------
@@ -741,8 +760,9 @@ class SpectralEntropyMonitor:
             self._watched.probe.check(content=True)
         try:
             if state["version"] not in READ_VERSIONS:
-                readable = " and ".join(map(str, READ_VERSIONS))
-                raise ValueError(f"the state has version {state['version']}; this release reads {readable}")
+                raise ValueError(
+                    f"the state has version {state['version']}; this release reads 1 to {STATE_VERSION}"
+                )
             digest = self._digest
             if state["probe"] != digest:
                 old, new = (f"probe {d[:12]}" if d else "no probe" for d in (state["probe"], digest))
@@ -756,7 +776,10 @@ class SpectralEntropyMonitor:
                 ran = {layer: values["d"] for layer, values in state["layers"].items() if layer in order}
             else:
                 called, unfinished = _step("last_called", state), _step("unfinished", state)
-                ran = {str(layer): checked_count("ran", d) for layer, d in state["ran"].items()}
+                pairs = state["ran"].items()
+                if state["version"] > 2:
+                    pairs = [(row["layer"], row["d"]) for row in rows_of(state["ran"])]
+                ran = {str(layer): checked_count("ran", d) for layer, d in pairs}
             dropped = checked_count("dropped", state.get("dropped", 0))
             recording = self._recording.empty()
             recording.load_state_dict(state)

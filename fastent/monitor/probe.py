@@ -51,7 +51,7 @@ from fastent.activations import Positions, RealTokens, Rows, Tokens, TooFewRows
 from fastent.entropy import SpectralEntropy, Status, checked, spectral_entropy, unmeasured
 from fastent.linalg import check_pool
 from fastent.moments import Moments
-from fastent.monitor.deferred import DeferredEntropy, Evaluation, described, failed
+from fastent.monitor.deferred import DeferredEntropy, Evaluated, Evaluation, described, failed
 from fastent.monitor.isolation import apart, fsdp1_modules, fsdp_modules, in_a_pass, undisturbed
 from fastent.monitor.ranks import Gathered, Ranks
 from fastent.process import interrupts_held, warn_user
@@ -1359,6 +1359,16 @@ class Evaluator:
             self._merged = Merged()
             with self._failing(merged.step, merged.moments):
                 self._evaluate(merged)
+
+    def merged_so_far(self) -> tuple[int, dict[str, Evaluated]]:
+        """Give the step that is being merged, and what its entropies would be if it ended now."""
+        merged = self._merged
+        with self._evaluations.clock.part("eigenvalues"):
+            results = {
+                layer: Evaluated(entropy_of(moments, merged.widths[layer]), mask=merged.masks[layer])
+                for layer, moments in merged.moments.items()
+            }
+        return merged.step, results
 
     def _evaluate(self, merged: Merged) -> None:
         evaluation = self._evaluations.open(merged.step, needs_room=False)

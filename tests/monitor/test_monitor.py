@@ -120,7 +120,12 @@ def test_an_evaluation_that_failed_is_repeated_at_its_step_and_not_at_each_one_a
 
 def test_a_state_of_version_1_goes_on_where_it_was(model: nn.Module) -> None:
     def old(last_step: int, last_probed: int) -> dict[str, Any]:
-        state = {**Monitor(model, inputs(), "2", every=10).state_dict(), "version": 1}
+        state = {
+            **Monitor(model, inputs(), "2", every=10).state_dict(),
+            "version": 1,
+            "layers": {},
+            "history": [],
+        }
         del state["last_called"], state["unfinished"]
         return {**state, "last_step": last_step, "last_probed": last_probed}
 
@@ -542,7 +547,7 @@ def test_state_of_another_probe_or_version_is_refused_and_nothing_is_loaded(mode
         other.load_state_dict(state)
     with pytest.raises(ValueError, match=f"recorded with probe {old}, this monitor has no probe"):
         Monitor().load_state_dict(state)
-    with pytest.raises(ValueError, match="the state has version 99; this release reads 1 and 2"):
+    with pytest.raises(ValueError, match="the state has version 99; this release reads 1 to 3"):
         monitor.load_state_dict({**state, "version": 99})
     assert other.history == []
     assert len(monitor.history) == 1

@@ -1,0 +1,180 @@
+"""The state of a monitor: asking for it changes nothing, its shape is fixed, and checkpoints of every kind take it."""
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from fake_device import FakeStreams
+from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
+
+from fastent import Status, spectral_entropy
+from fastent.monitor.deferred import Devices, Ring, TorchFormer
+from fastent.monitor.monitor import SpectralEntropyMonitor as Monitor
+from fastent.monitor.monitor import StopAfterCrossing
+from fastent.records import EntropyRecord
+
+
+def inputs(seed: int = 0, n: int = 48, d: int = 6) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStreams]:
+    """Every monitor's device, with a clock that the test turns."""
+    fake = FakeStreams()
+    slots = Ring(fake, TorchFormer())
+    monkeypatch.setattr(Devices, "of", lambda self, x: slots)
+    yield fake
+    fake.tick()
+
+
+# Asking for it changes nothing
+
+
+def test_a_state_in_the_middle_of_an_accumulation_leaves_it_whole() -> None:
+    monitor = Monitor()
+    monitor.observe(3, inputs(), layer="a", merge=True)
+    state = monitor.state_dict()
+    assert state == monitor.state_dict()
+    assert monitor.history == []
+    monitor.observe(3, inputs(1), layer="a", merge=True)
+    records = monitor.flush()
+    whole = spectral_entropy(torch.cat([inputs(), inputs(1)])).normalized
+    assert [(r.step, r.n, r.normalized) for r in records] == [(3, 96, pytest.approx(whole, abs=1e-13))]
+    resumed = Monitor()
+    resumed.load_state_dict(state)  # as if the step had ended where the state was taken
+    half = spectral_entropy(inputs()).normalized
+    assert [(r.step, r.n, r.normalized) for r in resumed.history] == [(3, 48, pytest.approx(half, abs=1e-13))]
+
+
+def test_a_state_holds_what_is_under_way_and_hands_none_of_it_out(streams: FakeStreams) -> None:
+    logged: list[EntropyRecord] = []
+    monitor = Monitor(threshold=0.5, stopping=StopAfterCrossing(0), on_record=logged.append)
+    monitor.observe(3, torch.outer(torch.arange(20.0), torch.ones(6)), layer="a")
+    threading.Timer(0.05, streams.tick).start()
+    state = monitor.state_dict()
+    assert (monitor.history, logged, monitor.pending) == ([], [], 1)
+    assert not monitor.crossed
+    assert not monitor.should_stop()
+    resumed = Monitor(threshold=0.5, stopping=StopAfterCrossing(0))
+    resumed.load_state_dict(state)
+    assert resumed.should_stop()
+    assert monitor.flush() == logged == monitor.history == resumed.history
+    assert monitor.should_stop()
+    assert monitor.state_dict() == state
+    monitor.close()
+
+
+@pytest.mark.filterwarnings("ignore:step 1 is recorded as failed")
+@pytest.mark.parametrize("on_error", ["raise", "record"])
+def test_a_state_raises_nothing_of_what_waits_to_be_raised(streams: FakeStreams, on_error: Any) -> None:
+    monitor = Monitor(on_error=on_error, on_nonfinite="raise")
+    for step in range(3):
+        monitor.observe(step, inputs(step) * (math.nan if step == 2 else 1.0), layer="a")
+    streams.events[1].error = RuntimeError("CUDA error: unspecified launch failure")
+    streams.tick()
+    history = monitor.state_dict()["history"]
+    failed = [Status.FAILED] if on_error == "record" else []
+    assert history["status"] == [Status.OK, *failed, Status.NONFINITE]
+    with pytest.raises(RuntimeError if on_error == "raise" else FloatingPointError):
+        monitor.flush()
+    streams.events[1].error = None
+    assert monitor.state_dict()["history"] == history
+    monitor.close()
+
+
+# Its shape
+
+
+def nesting(state: Any) -> Any:
+    return {key: nesting(value) for key, value in state.items()} if isinstance(state, dict) else None
+
+
+def leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict | list):
+        return [
+            leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in leaves(item)
+        ]
+    return [value]
+
+
+def recorded() -> Monitor:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    return Monitor(model, inputs(), ["2", "0"], every=2, threshold=0.9, history_size=3)
+
+
+def test_a_state_has_the_same_keys_whatever_was_recorded() -> None:
+    monitor = recorded()
+    empty = monitor.state_dict()
+    for step in range(9):
+        monitor.step(step)
+    monitor.observe(8, inputs() * math.nan, layer="other.name")
+    full = monitor.state_dict()
+    assert nesting(full) == nesting(empty) == nesting(Monitor().state_dict())
+    assert full["layers"]["name"] == ["2", "0", "other.name"]
+    assert full["history"]["step"] == [4, 4, 6, 6, 8, 8, 8]
+    assert {type(leaf) for leaf in leaves(full)} == {str, int, float, type(None)}
+
+
+def test_torch_load_reads_a_state_by_weights_alone(tmp_path: Path) -> None:
+    monitor, again = recorded(), recorded()
+    monitor.step(0)
+    torch.save({"monitor": monitor.state_dict()}, tmp_path / "checkpoint.pt")
+    again.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["monitor"])
+    assert again.state_dict() == monitor.state_dict()
+    assert again.history == monitor.history != []
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_a_distributed_checkpoint_saves_and_loads_a_monitor_as_it_does_a_model(tmp_path: Path) -> None:
+    monitor, again = recorded(), recorded()
+    assert isinstance(monitor, Stateful)
+    for step in range(5):
+        monitor.step(step)
+    dcp.save({"monitor": monitor}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load({"monitor": again}, checkpoint_id=tmp_path, no_dist=True)
+    assert again.state_dict() == monitor.state_dict()
+    assert again.history == monitor.history != []
+
+
+# Older ones
+
+VERSION_2 = """
+{"version": 2, "probe": null, "last_step": 10, "last_called": null, "unfinished": null, "ran": {}, "dropped": 0,
+ "threshold": 0.5, "layers": {"a": {"d": 2, "newest": 10, "crossed_at": 10, "course": {"first": 0, "peak": null,
+ "below_since": null, "recent": [[0, 1.0], [10, 0.0]], "usable": [1.0, 0.0], "peaks": []}}},
+ "history": [{"step": 0, "layer": "a", "normalized": 1.0, "entropy": 0.6931471805599453, "effective_rank": 2.0,
+ "participation_ratio": 2.0, "total_variance": 1.0, "ceiling": 1.0, "status": "ok", "flags": [], "message": "", "n": 4,
+ "d": 2, "bias": null, "standard_error": null, "mask": null}, {"step": 10, "layer": "a", "normalized": 0.0,
+ "entropy": 0.0, "effective_rank": 1.0, "participation_ratio": 1.0, "total_variance": 5.0, "ceiling": 0.0,
+ "status": "rank_limited", "flags": ["rank_limited"], "message": "2 samples in 2 dimensions: H cannot exceed 0.0000; 3 lift the ceiling",
+ "n": 2, "d": 2, "bias": null, "standard_error": null, "mask": null}]}
+"""  # noqa: E501  as that release wrote it
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_states_of_older_versions_are_read(version: int) -> None:
+    old = json.loads(VERSION_2)
+    if version == 1:
+        old.update(version=1, last_probed=None)
+        for name in ("last_called", "unfinished", "ran", "dropped"):
+            del old[name]
+        del old["layers"]["a"]["course"]
+    monitor, same = Monitor(threshold=0.5), Monitor(threshold=0.5)
+    monitor.load_state_dict(old)
+    same.observe(0, torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), layer="a")
+    same.observe(10, torch.tensor([[1.0, 2.0], [-1.0, -2.0]]), layer="a")
+    assert [record.as_dict() for record in monitor.history] == old["history"]
+    assert (monitor.crossings, monitor.last_step) == ({"a": 10}, 10)
+    state = monitor.state_dict()
+    assert state["layers"] == same.state_dict()["layers"]
+    monitor.load_state_dict(json.loads(json.dumps(state)))
+    assert monitor.state_dict() == state
