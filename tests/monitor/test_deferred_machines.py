@@ -305,7 +305,7 @@ def test_a_checkpoint_waits_for_the_device_and_holds_what_was_asked_for(machine:
     assert not machine.busy()
     resumed = Monitor(threshold=0.5)
     resumed.load_state_dict(state)
-    assert resumed.history == monitor.history == monitor.flush()
+    assert monitor.flush() == monitor.history == resumed.history
     assert_close(resumed.history[0], h)
     monitor.close()
 
