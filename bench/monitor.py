@@ -38,7 +38,9 @@ Each question gives its rows at the thread count of its process (`bench.suite`).
     from a run with a core to spare: the smallest width from which the loop with the worker takes less time at every
     width, by all of the interval (`worker_from`). A stand-in for training multiplies matrices in one thread, several
     times as long as an eigensolve takes, and asks for the entropy of (512, d) activations before each step; the cost of
-    an evaluation is what the loop, the flush at its end included, takes more than without.
+    an evaluation is what the loop, the flush at its end included, takes more than without. "worker" hands an idle one a
+    copy of the activations, as a monitor does; "worker, matrices" forms the matrices in the thread that trains. The
+    last case has 24 layers of (2048, 768) and is timed for the ratio of those two costs (``cost_ratio``).
 """
 
 from __future__ import annotations
@@ -79,14 +81,14 @@ from bench.harness import (
     write_rows,
 )
 from bench.providers import ENTROPIES, entropies
-from fastent.activations import Rows, Tokens
+from fastent.activations import Resolution, Rows, Tokens
 from fastent.covariance import centered_matrix
 from fastent.grokking.train.config import TrainConfig, preset
 from fastent.grokking.train.models import plain_model
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.tasks import Task, make_task, probe_index, split
 from fastent.linalg import eigenvalues
-from fastent.monitor.deferred import DeferredEntropy, Device, Host, in_line
+from fastent.monitor.deferred import DeferredEntropy, Host, Staged, in_line
 from fastent.monitor.probe import Watched
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -110,6 +112,7 @@ VOCABULARY, EARLY_LIMIT = 32_000, 0.6
 N = 512
 WIDTHS = (64, 128, 256, 512)
 STEPS = 8
+MANY_LAYERS = (2048, 768, 24)  # n, d, layers
 WORK = 3.0  # a step's work over an eigensolve's time
 
 
@@ -660,68 +663,85 @@ def operations(loop: TrainingLoop) -> dict[str, int]:
     return {"whole pass": whole, "early end": whole - 2 * loop.probe.numel() * loop.model.head.weight.numel()}
 
 
-def _steps(h: Tensor, work: int, evaluations: DeferredEntropy | None) -> Callable[[], None]:
-    """Make a loop of `STEPS` steps of `work` products each."""
+class Formed(Host):
+    """The CPU with all matrices formed by the thread that trains, whether the worker is idle or not."""
+
+    def stage(self, x: Tensor, resolution: Resolution, *, idle: bool = False) -> Staged | None:
+        """Form the matrix."""
+        return super().stage(x, resolution)
+
+
+def _steps(
+    inputs: list[Tensor], steps: int, work: int, evaluations: DeferredEntropy | None
+) -> Callable[[], None]:
+    """Make a loop of so many steps of `work` products each."""
     a = torch.randn(128, 128)
 
     def loop() -> None:
-        for step in range(STEPS):
+        for step in range(steps):
             if evaluations is not None:
                 opened = evaluations.open(step)
                 if opened is None:
                     raise RuntimeError("an evaluation was dropped")
                 with opened:
-                    opened.add("layer", h)
+                    for layer, h in enumerate(inputs):
+                        opened.add(str(layer), h)
             for _ in range(work):
                 a @ a
         if evaluations is not None:
             evaluations.flush()
-            if len(list(evaluations.arrived())) != STEPS:
+            if len(list(evaluations.arrived())) != steps:
                 raise RuntimeError("results are missing")
 
     return loop
 
 
-def _deferred_rows(d: int) -> list[Row]:
-    """Rows for one width: the cost of an evaluation on the training thread, in line and by the worker."""
-    host = Host()
-
-    def worker(x: Tensor) -> Device:
-        return host
-
-    h = torch.randn(N, d)
-    matrix = centered_matrix(h).matrix
+def _deferred_rows(n: int, d: int, layers: int, steps: int, rounds: int) -> list[Row]:
+    """Rows for one shape: the cost of an evaluation on the training thread, in line and by the worker."""
+    inputs = [torch.randn(n, d) for _ in range(layers)]
+    matrix = centered_matrix(inputs[0]).matrix
     a = torch.randn(128, 128)
-    solve = np.median(timeit.repeat(lambda: eigenvalues(matrix), number=1, repeat=5))
+    solve = layers * np.median(timeit.repeat(lambda: eigenvalues(matrix), number=1, repeat=5))
     work = max(1, round(WORK * solve / np.median(timeit.repeat(lambda: a @ a, number=1, repeat=200))))
+    loop = functools.partial(_steps, inputs, steps, work)
+    formed, host = Formed(), Host()
     providers = {
-        "none": _steps(h, work, None),
-        "in line": _steps(h, work, DeferredEntropy(device_of=in_line)),
-        "worker": _steps(h, work, DeferredEntropy(device_of=worker)),
+        "none": loop(None),
+        "in line": loop(DeferredEntropy(device_of=in_line)),
+        "worker, matrices": loop(DeferredEntropy(device_of=lambda x: formed)),
+        "worker": loop(DeferredEntropy(device_of=lambda x: host)),
     }
-    timings = interleaved(providers, rounds=15 if d < 256 else 7)
-    costs = {name: (timings[name] - timings["none"]) / STEPS for name in ("in line", "worker")}
+    timings = interleaved(providers, rounds=rounds)
+    costs = {name: (timings[name] - timings["none"]) / steps for name in providers if name != "none"}
     rows = []
     for name, cost in costs.items():
-        row = {"op": "deferred", "provider": name, "n": N, "d": d, "dtype": "float32"} | quantiles(cost)
-        row["us_step"] = round(float(np.median(timings["none"])) / STEPS * 1e6, 1)
+        row = {"op": "deferred", "provider": name, "n": n, "d": d, "layers": layers, "dtype": "float32"}
+        row |= quantiles(cost) | {"us_step": round(float(np.median(timings["none"])) / steps * 1e6, 1)}
+        if name != "in line":
+            row |= ratio_columns(timings[name], timings["in line"])
         if name == "worker":
-            row |= ratio_columns(timings["worker"], timings["in line"])
+            middle, low, high = median_interval(cost / costs["worker, matrices"])
+            row |= {"cost_ratio": round(middle, 4), "cost_low": round(low, 4), "cost_high": round(high, 4)}
         rows.append(row | environment())
     return rows
 
 
 def deferred(quick: bool) -> list[Row]:
-    """Rows of all widths; `quick`: of the first two. The edge from which on the worker gains is printed."""
-    rows = [row for d in (WIDTHS[:2] if quick else WIDTHS) for row in _deferred_rows(d)]
+    """Rows of all shapes; `quick`: of the first two. The edge from which on the worker gains is printed."""
+    rows = []
+    for d in WIDTHS[:2] if quick else WIDTHS:
+        rows += _deferred_rows(N, d, layers=1, steps=STEPS, rounds=15 if d < 256 else 7)
+    if not quick:
+        rows += _deferred_rows(*MANY_LAYERS, steps=3, rounds=5)
     print(f"the worker gains from d = {worker_from(rows)} on")
     return rows
 
 
 def worker_from(rows: list[Row]) -> int | None:
     """Smallest width from which on the worker gains at every width, the whole interval; None where it does not."""
+    of_worker = [row for row in rows if row["provider"] == "worker" and row["layers"] == 1]
     found = None
-    for row in sorted((row for row in rows if "ratio_high" in row), key=lambda row: row["d"], reverse=True):
+    for row in sorted(of_worker, key=lambda row: row["d"], reverse=True):
         if row["ratio_high"] >= 1.0:
             break
         found = row["d"]

@@ -268,20 +268,23 @@ def _threads(count: int) -> str:
 
 
 def deferred_table(rows: list[Row]) -> str:
-    """Cost of an evaluation in line and by the worker, a row for each width."""
-    by_width = _group(rows, lambda row: row["d"])
-    lines = []
-    for d, group in by_width.items():
+    """Cost of an evaluation in line and by the worker, a row for each shape."""
+    lines: list[list[object]] = []
+    costs: dict[str, Row] = {}
+    for (layers, n, d), group in _group(rows, lambda row: (row["layers"], row["n"], row["d"])).items():
         costs = {row["provider"]: row for row in group}
+        worker = costs["worker"]
         lines.append(
             [
-                d,
+                f"{layers} of {n} x {d}",
                 microseconds(group[0]["us_step"]),
-                *(microseconds(costs[name]["us_p50"]) for name in ("in line", "worker")),
-                interval(costs["worker"]),
+                *(microseconds(row["us_p50"]) for row in costs.values()),
+                interval(worker),
+                f"{worker['cost_ratio']:.2f} [{worker['cost_low']:.2f}, {worker['cost_high']:.2f}]",
             ]
         )
-    return markdown_table(["d", "step", "in line", "worker", "loop with the worker over in line"], lines)
+    names = [*costs, "loop with the worker over in line", "cost, copies over matrices"]
+    return markdown_table(["layers", "step", *names], lines)
 
 
 def microseconds(us: float) -> str:

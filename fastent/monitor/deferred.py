@@ -13,9 +13,10 @@ the memory on both sides: a side stream copies to pinned memory, and an event sa
 again: in the steady state nothing is allocated, and nothing waits, except `Streams.solve`, which is for the worker.
 `Streams` is all that this asks of a device, so that a test may stand in for its clock.
 
-On the CPU the worker solves large matrices. Small ones are evaluated in line and arrive at once: handing them over
-costs more than solving them (`Devices` has the rule, bench/NOTES.md the measurement). Records have the same bits either
-way.
+On the CPU the worker has large layers. An idle one gets a copy of the activations and does everything, a busy one the
+matrices, formed by the thread that trains (`Host`); layers of one evaluation are solved side by side where cores are
+free. Small ones are evaluated in line and arrive at once: handing them over costs more than solving them (`Devices`
+has the rule, bench/NOTES.md the measurement). Records have the same bits either way.
 
 A full ring drops the evaluation before anything is computed, counts it and warns once. What goes wrong in the worker is
 raised when its result is due, with the step named, and ends neither the thread nor the process. The worker ends with
@@ -1029,7 +1030,8 @@ class DeferredEntropy:
     ----------
     capacity : int
         Evaluations that may wait at once; each takes the memory of its matrices (m x m float64 for each layer, m the
-        smaller of samples and features), on the device and pinned on the host.
+        smaller of samples and features), on the device and pinned on the host; on the CPU one may have copies of up to
+        `MOST_COPIED` times that.
     on_full : {"drop", "block"}
         What to do with one more: drop and count it, or wait for room. On the CPU it always waits.
     device_of : callable, optional

@@ -6,9 +6,9 @@ without one (`fastent.monitor.isolation`). Bad activations are recorded with the
 never the end of training unless asked for. What is no mistake is a status too: a layer that ran before and is idle now,
 as a mixture's expert without tokens (`not_run`), or gave fewer than two rows (`too_few_rows`).
 
-The training thread forms the covariances; on CUDA the rest is done beside it (`fastent.monitor.deferred`) and a record
-arrives a little later. No threshold is built in: the entropy at grokking differs by model and must be calibrated from
-runs.
+On CUDA the training thread only queues the covariances, and the rest is done beside it; on the CPU a worker has large
+layers where there are cores to spare (`fastent.monitor.deferred`). A record then arrives a little later. No threshold
+is built in: the entropy at grokking differs by model and must be calibrated from runs.
 """
 
 from __future__ import annotations
@@ -319,10 +319,10 @@ class SpectralEntropyMonitor:
     on_record : callable, optional
         Gets every record, for a logger. If it raises, the monitor warns once and goes on.
     mode : {"deferred", "sync"}
-        "deferred": the training thread forms covariances and a worker takes the eigenvalues, so that records
-        arrive a little later, in order, at a later call of `step`, `observe` or `flush`. On the CPU that
-        is for large layers with cores to spare, all else arrives at once (`fastent.monitor.deferred.Devices`); the
-        records are the same to the bit. "sync": all at once, which on CUDA waits for the device. `standard_error`
+        "deferred": a worker takes the eigenvalues, and where it is idle on the CPU forms the covariances too, so that
+        records arrive a little later, in order, at a later call of `step`, `observe` or `flush`. On the CPU that is for
+        large layers with cores to spare, all else arrives at once (`fastent.monitor.deferred.Devices`); the records are
+        the same to the bit. "sync": all at once, which on CUDA waits for the device. `standard_error`
         makes every evaluation one in line.
     on_full : {"drop", "block"}
         What happens to an evaluation on CUDA while too many wait (`fastent.monitor.deferred`): dropped, counted and

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import monitor
+from bench import monitor, report
 from bench.monitor import TrainingLoop
+from fastent.monitor import deferred
 
 
 def test_the_overhead_of_a_run_is_that_of_its_probes_at_every_stride():
@@ -72,8 +73,38 @@ def test_what_a_call_adds_to_the_steps_after_it_is_a_difference_within_a_round()
     ],
 )
 def test_the_edge_is_the_smallest_from_which_on_every_interval_is_below_one(highest, edge):
-    rows = [row for d, high in highest.items() for row in ({"d": d}, {"d": d, "ratio_high": high})]
+    rows = [
+        {"provider": provider, "d": d, "layers": 1, "ratio_high": high if provider == "worker" else 0.5}
+        for d, high in highest.items()
+        for provider in ("in line", "worker, matrices", "worker")
+    ]
+    rows.append({"provider": "worker", "d": 768, "layers": 24, "ratio_high": 2.0})  # another question
     assert monitor.worker_from(rows) == edge
+
+
+def test_an_evaluation_of_many_layers_is_timed_in_line_with_matrices_and_with_copies(monkeypatch):
+    staged = []
+
+    def planted(calls, rounds):
+        for call in calls.values():
+            call()
+        return {name: np.array([1.0, 2.0]) + 3.0 * place for place, name in enumerate(calls)}
+
+    class Noted(deferred.Evaluation):
+        def __exit__(self, *error):
+            staged.append([type(one) for one in self.staged.values()])
+            super().__exit__(*error)
+
+    monkeypatch.setattr(monitor, "interleaved", planted)
+    monkeypatch.setattr(deferred, "Evaluation", Noted)
+    rows = monitor._deferred_rows(40, 12, layers=2, steps=1, rounds=2)
+    assert [row["provider"] for row in rows] == ["in line", "worker, matrices", "worker"]
+    assert staged == [[], [deferred.Staged] * 2, [deferred.Copied] * 2]
+    assert [row["us_p50"] for row in rows] == [3e6, 6e6, 9e6]
+    assert rows[2]["cost_ratio"] == 1.5
+    table = report.deferred_table(rows)
+    assert "| 2 of 40 x 12 |" in table
+    assert "1.50 [1.50, 1.50]" in table
 
 
 def test_the_pass_that_ends_early_leaves_the_projection_out_and_the_hooked_one_does_not(monkeypatch):
