@@ -500,7 +500,11 @@ def list_() -> int:
             if (value := getattr(config, field.name)) != field.default
         }
         print(
-            f"  {name:<6} " + (", ".join(f"{k} = {v}" for k, v in changes.items()) or "the paper's setting")
+            f"  {name:<6} "
+            + (
+                ", ".join(f"{k} = {v}" for k, v in changes.items())
+                or "what the others start from: the paper's values as far as its first version has them, and ours"
+            )
         )
     return 0
 

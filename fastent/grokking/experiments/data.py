@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from fastent.entropy import Status
 from fastent.grokking.experiments.statistics import Array, Mask, Times
 from fastent.grokking.train import milestones
-from fastent.grokking.train.config import PRESETS, TASK_SETTINGS, TrainConfig, completed
+from fastent.grokking.train.config import JUDGED, PRESETS, TASK_SETTINGS, TrainConfig, completed
 from fastent.grokking.train.milestones import SUSTAINED, TAU, WINDOW
 from fastent.grokking.train.storage import RunError, RunWarning, read_rows, write_atomically
 
@@ -158,7 +158,8 @@ class Runs:
     probe : str
         Column of the entropy: another one shows the runs as a monitor on another probe would have seen them.
     judged : bool, optional
-        Whether the paper's numbers are judged by them; None: if all were made with the preset `paper` as it is.
+        Whether the paper's numbers are judged by them; None: if all were made with
+        a preset that stands for its setting (`JUDGED`), as it is.
 
     Raises
     ------
@@ -214,7 +215,9 @@ class Runs:
     @property
     def comparable(self) -> bool:
         """Whether the paper's numbers are judged by them."""
-        return all(run.preset == ("paper", {}) for run in self.stored) if self.judged is None else self.judged
+        if self.judged is not None:
+            return self.judged
+        return all(name in JUDGED and not changes for name, changes in (run.preset for run in self.stored))
 
     def setting(self, name: str) -> Array:
         """Return a number of each run's configuration, (n,)."""

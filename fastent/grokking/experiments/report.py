@@ -288,11 +288,12 @@ def _setting(found: Sequence[tuple[Way, Sequence[StoredRun]]]) -> Text:
             "note",
         )
     ours = sum(source.startswith("ours") for source in SOURCES.values())
-    told = (
-        f" {ours} of the {len(SOURCES)} values of that preset are ours, as the paper gives none or we took another."
-        if (name, changes) == ("paper", {})
-        else " No number that belongs to the paper's setting is judged by it."
-    )
+    told = {
+        "paper": f" {ours} of the {len(SOURCES)} values of that preset are ours, as the paper gives none or we took "
+        "another.",
+        "nearest": " Of the 96 settings searched it is the one nearest to the paper's numbers, and misses some "
+        "(docs/search.md).",
+    }.get("" if changes else name, " No number that belongs to the paper's setting is judged by it.")
     return Text(f"True of one setting: {said[0]}.{told} {TERMS}", "note")
 
 
