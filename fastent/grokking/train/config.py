@@ -280,15 +280,37 @@ PRESETS: dict[str, TrainConfig] = {
         sampling="replacement",
         evaluate_every=100,
     ),
+    # What docs/search.md found nearest to the paper's numbers (bench/results/search.jsonl, point 44 of 96); it does not
+    # give them jointly. The train fractions, S5's too, are those of the paper's second version.
+    "nearest": dataclasses.replace(
+        _PAPER,
+        train_fraction=0.2,
+        activation="gelu",
+        norm_place="pre",
+        final_norm=True,
+        entropy_at="final_norm",
+        start="normal",
+        learning_rate=9.1e-4,
+        betas=(0.9, 0.999),
+        sampling="replacement",
+        evaluate_every=100,
+        memorised=0.95,
+        run_past_steps=1_200,
+        run_past_share=0.0,
+    ),
     **{f"paper-{name}": dataclasses.replace(_PAPER, **changes) for name, changes in CHOICES.items()},
 }
 """Named configurations."""
 
+JUDGED = ("paper", "nearest")
+"""Presets whose runs the paper's numbers are judged by: neither is known to be its setting, either could be."""
 
 TASK_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    name: {"s5": {"train_fraction": 0.5}} for name in PRESETS
+    # At 0.3 of its pairs S5 did not grok in 40,000 steps, at 0.5 in 5,800; the paper's second version says 0.1.
+    name: {"s5": {"train_fraction": 0.1 if name == "nearest" else 0.5}}
+    for name in PRESETS
 }
-"""What a task needs, by preset: at 0.3 of its pairs S5 did not grok in 40,000 steps, at 0.5 in 5,800."""
+"""What a task needs besides its name, by preset."""
 
 
 def own_fraction(config: TrainConfig, task: str, name: str) -> float:
