@@ -169,7 +169,7 @@ class SpectralEntropyCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Offer the newest values of a run that goes on: the Trainer has forgotten them."""
         assert self.monitor is not None
-        self._offer(trainer, self.monitor.history)
+        self._offer(trainer, trainer.strategy.broadcast(self.monitor.history))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -261,10 +261,14 @@ class SpectralEntropyCallback(Callback):
     def _offer(self, trainer: Trainer, records: Iterable[EntropyRecord]) -> None:
         """Put the newest values where callbacks look for them, as Lightning's `LearningRateMonitor` does."""
         newest = {self._key(record): record.normalized for record in records if record.status.usable}
-        device = trainer.strategy.root_device
-        trainer.callback_metrics.update(
-            {key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in newest.items()}
-        )
+        if newest:  # to ask for the metrics makes the Trainer reduce all that it holds
+            device = trainer.strategy.root_device
+            trainer.callback_metrics.update(
+                {
+                    key: torch.tensor(value, dtype=torch.float32, device=device)
+                    for key, value in newest.items()
+                }
+            )
 
     def _key(self, record: EntropyRecord) -> str:
         return f"{self._name}/{record.layer}" if record.layer else self._name

@@ -1,6 +1,7 @@
 """The callback in Lightning's own Trainer."""
 
 import copy
+import csv
 import json
 import os
 import pickle
@@ -189,17 +190,22 @@ def run(tmp_path: Path, *own: Any, resumed_from: str | None = None, **options: A
 
 
 @pytest.mark.parametrize("probe", [PROBE, "batch"])
-def test_training_is_the_same_to_the_bit_with_the_callback_and_without_it(probe: Any, tmp_path: Path) -> None:
-    options = {"max_epochs": 2, "accumulate_grad_batches": 2, "num_sanity_val_steps": 1}
-    without = run(tmp_path, **options)
-    with_it = run(tmp_path, entropy(every=1, layers=["net.*"], probe=probe), **options)
+def test_training_and_its_resumption_are_the_same_to_the_bit_with_the_callback_and_without_it(
+    probe: Any, tmp_path: Path
+) -> None:
+    options = {"accumulate_grad_batches": 2, "num_sanity_val_steps": 1}
+    watching = {"every": 1, "layers": ["net.*"], "probe": probe}
+    without = run(tmp_path, max_epochs=2, **options)
+    with_it = run(tmp_path, entropy(**watching), max_epochs=2, **options)
     assert with_it[:2] == without[:2]
     assert len(with_it[3].of("entropy/net.1")) == (4 if probe == "batch" else 5)
-    rows = [
-        [row for row in log.rows if not any("entropy" in key for key in row[1])]
-        for log in (with_it[3], without[3])
+    own = [[row for row in log.rows if "entropy" not in str(row)] for log in (with_it[3], without[3])]
+    assert own[0] == own[1] != []
+    resumed = [
+        run(tmp_path, *callback, max_epochs=3, resumed_from=before[2], **options)
+        for callback, before in (([entropy(**watching)], with_it), ([], without))
     ]
-    assert rows[0] == rows[1] != []
+    assert resumed[0][:2] == resumed[1][:2]
 
 
 def test_a_resumed_fit_goes_on_with_the_record_and_its_checkpoint_loads_with_weights_only(
@@ -706,3 +712,20 @@ def test_the_other_package_of_the_host_works_where_it_is_imported_first() -> Non
         [sys.executable, "-c", OTHER_PACKAGE], check=True, timeout=500, capture_output=True, text=True
     )
     assert done.stdout.splitlines() == ["[0, 2, 4, 6, 8]"] * 2
+
+
+@pytest.mark.nightly
+def test_the_loggers_of_the_host_hold_each_value_at_its_step(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    callback = entropy()
+    sheet, board = loggers.CSVLogger(tmp_path / "sheet"), loggers.TensorBoardLogger(tmp_path / "board")
+    trainer(callback, logger=[sheet, board], max_epochs=2, log_every_n_steps=50).fit(
+        Net(), loader(), loader()
+    )
+    expected = {step: value for (step, _), value in values(callback).items()}
+    with open(Path(sheet.log_dir, "metrics.csv")) as file:
+        rows = [row for row in csv.DictReader(file) if row["entropy/net.0"]]
+    assert {int(row["step"]): float(row["entropy/net.0"]) for row in rows} == expected
+    written = events.EventAccumulator(board.log_dir)
+    written.Reload()
+    assert {e.step: e.value for e in written.Scalars("entropy/net.0")} == pytest.approx(expected, rel=1e-6)
