@@ -630,6 +630,9 @@ out["resumed"] = [[step, layer, h] for (step, layer), h in values(again).items()
 for name, stops in (("rank 0 stops", 0), ("rank 1 alone stops", 1)):
     policy = lambda monitor: rank == stops and monitor.last_step == 3
     out[name] = fit(entropy(stopping=policy), max_epochs=2)[0].global_step
+together = entropy(probe="batch", across_ranks=True)
+fit(together, max_epochs=1)
+out["together"] = [[r.step, r.layer, r.n, r.normalized] for r in together.monitor.history]
 early = callbacks.EarlyStopping("entropy/net.1", mode="max", min_delta=1.0, patience=2)
 out["early"] = fit(entropy(), early, max_epochs=5)[0].global_step
 with open(f"{folder}/{rank}.json", "w") as file:
@@ -645,7 +648,7 @@ def test_two_processes_log_decide_and_resume_by_rank_0_and_train_as_without(tmp_
     done = subprocess.run(
         [sys.executable, script, tmp_path],
         env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
-        timeout=500,
+        timeout=600,
         capture_output=True,
         text=True,
     )
@@ -657,6 +660,8 @@ def test_two_processes_log_decide_and_resume_by_rank_0_and_train_as_without(tmp_
         assert out["rank 1 alone stops"] == 8
         assert out["early"] == 12  # after the first of five epochs, two without a gain
         assert out["offered"] == ranks[0]["offered"]
+        assert out["together"] == ranks[0]["together"]  # the rows of both ranks' batches of 4
+        assert [record[:3] for record in out["together"][::2]] == [[step, "net.0", 8] for step in (0, 3)]
     # Each rank's BatchNorm has seen rows of its own: the histories differ from then on.
     assert ranks[0]["history"][:2] == ranks[1]["history"][:2]
     assert ranks[0]["history"] != ranks[1]["history"]
@@ -709,7 +714,7 @@ for both in (False, True):
 def test_the_other_package_of_the_host_works_where_it_is_imported_first() -> None:
     pytest.importorskip("pytorch_lightning")
     done = subprocess.run(
-        [sys.executable, "-c", OTHER_PACKAGE], check=True, timeout=500, capture_output=True, text=True
+        [sys.executable, "-c", OTHER_PACKAGE], check=True, timeout=600, capture_output=True, text=True
     )
     assert done.stdout.splitlines() == ["[0, 2, 4, 6, 8]"] * 2
 
