@@ -4,11 +4,13 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_device import FakeStreams
 from torch import Tensor, nn
 
 import fastent
@@ -25,6 +27,7 @@ from transformers import (
 )
 
 from fastent.integrations.transformers import SpectralEntropyCallback
+from fastent.monitor.deferred import Devices, Ring, TorchFormer
 
 LAYERS = ["transformer.h.0", "transformer.h.1.mlp"]
 GENERATOR = torch.Generator().manual_seed(3)
@@ -139,6 +142,39 @@ def test_a_trainer_that_reports_and_is_not_attached_is_warned_of(tmp_path: Path)
     assert callback.attach(trainer) is callback
     assert trainer.callback_handler.callbacks.count(callback) == 1
     trainer.train()
+
+
+def test_a_late_record_is_reported_at_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    streams = FakeStreams()
+    slots = Ring(streams, TorchFormer())
+    monkeypatch.setattr(Devices, "of", lambda self, x: slots)
+    done = threading.Event()
+
+    def run_on() -> None:
+        while not done.wait(0.01):
+            streams.tick()
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:  # what began at step 0, 2 and 4 arrives at step 6
+                thread.start()
+                while any(not event.passed for event in streams.events):
+                    done.wait(0.01)
+
+    thread = threading.Thread(target=run_on)
+    trainer = trainer_of(tmp_path, Clock(), report_to=["tensorboard"])
+    callback = watch().attach(trainer)
+    trainer.train()
+    done.set()
+    thread.join()
+    events = EventAccumulator(next(tmp_path.rglob("*tfevents*")).parent.as_posix()).Reload()
+    for layer in LAYERS:
+        found = [(event.step, event.value) for event in events.Scalars(f"train/entropy/{layer}")]
+        assert found == [(step, pytest.approx(h)) for step, name, h in values(callback) if name == layer]
+        assert [step for step, _ in found] == [0, 2, 4, 6]
 
 
 def trained(folder: Path, *callbacks: TrainerCallback, **options: Any) -> dict[str, Any]:
@@ -486,6 +522,17 @@ out["stopped"] = trainer.state.global_step
 best = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "entropy/transformer.h.0"}
 trainer, _ = run(watch(every=1), EarlyStoppingCallback(1), save_strategy="no", **best, greater_is_better=True)
 out["best"], out["early"] = trainer.state.best_metric, trainer.state.global_step
+def shared():
+    layer = "transformer.h.1.mlp"
+    return SpectralEntropyCallback(layers=layer, probe="batch", tokens="flatten", every=1, across_ranks=True)
+
+def rows(callback):
+    return [[record.step, record.n, record.normalized] for record in callback.monitor.history]
+
+together, again = shared(), shared()
+run(together)
+run(again, resume=folder + "/checkpoint-2")
+out["together"], out["together, resumed"] = rows(together), rows(again)
 with open(f"{folder}/{rank}.json", "w") as file:
     json.dump(out, file)
 trainer.end()
@@ -513,5 +560,9 @@ def test_of_two_processes_the_first_records_and_both_get_its_values_and_decision
     assert [step for step, _, _ in first["whole"]] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert first["resumed"] == first["whole"]
     assert second["resumed"] == second["whole"] == []
+    assert (
+        first["together"] == second["together"] == first["together, resumed"] == second["together, resumed"]
+    )
+    assert [row[:2] for row in first["together"]] == [[step, 2 * 2 * 8] for step in (1, 2, 3, 4)]
     course = {step: h for step, layer, h in first["whole"] if layer == "transformer.h.0" and step}
     assert first["best"] in course.values()
