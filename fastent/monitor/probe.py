@@ -259,12 +259,12 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
         matches = matches or [path for path in first if _matches(path, wanted)]
         if not matches:
             close = difflib.get_close_matches(wanted, list(paths), n=3)
-            names = ", ".join(map(repr, close or list(once)[:10])) or "no submodules"
+            known = ", ".join(map(repr, close or list(once)[:10])) or "no submodules"
             deeper = [name for name in once if _matches(name, wanted.replace("**", "*").replace("*", "**"))]
             if deeper:
-                names += f"; * stays within one level, and ** would match {', '.join(map(repr, deeper[:3]))}"
+                known += f"; * stays within one level, and ** would match {', '.join(map(repr, deeper[:3]))}"
             raise ValueError(
-                f"no layer matches {asked!r}; {'close to it' if close else 'the model has'}: {names}"
+                f"no layer matches {asked!r}; {'close to it' if close else 'the model has'}: {known}"
             )
         layers_of = [name for name in matches if not _is_container(modules[name])]
         if not layers_of:

@@ -237,7 +237,8 @@ SAVING = {"save_strategy": "steps", "save_steps": 3}
 
 def test_a_resumed_run_has_the_records_of_one_that_was_never_cut(tmp_path: Path) -> None:
     whole, slow, resumed = watch(every=2), watch(every=3, name="slow"), watch(every=2)
-    trainer_of(tmp_path, whole, slow, **SAVING).train()
+    first = trainer_of(tmp_path, whole, slow, **SAVING)
+    first.train()
     assert (tmp_path / "checkpoint-3" / "slow.json").exists()
     assert not list(tmp_path.rglob("*.tmp"))
     slow_too = watch(every=3, name="slow")
@@ -245,6 +246,7 @@ def test_a_resumed_run_has_the_records_of_one_that_was_never_cut(tmp_path: Path)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert values(resumed) == values(whole)
     assert values(slow_too) == values(slow)
+    assert same(trainer.model.state_dict(), first.model.state_dict())
     assert [row["step"] for row in trainer.state.log_history if "entropy/transformer.h.0" in row] == [
         0,
         2,
@@ -493,7 +495,7 @@ TWO = """
 import json, os, sys
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 from test_transformers import LAYERS, PROBE, gpt2, same, trainer_of, values, watch
 import fastent
 from fastent.integrations.transformers import SpectralEntropyCallback
