@@ -258,7 +258,7 @@ def test_two_processes_give_the_entropy_of_all_rows_on_both(tmp_path: Any) -> No
         subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    printed = [[line.split() for line in rank.communicate(timeout=120)[0].splitlines()] for rank in ranks]
+    printed = [[line.split() for line in rank.communicate(timeout=300)[0].splitlines()] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert [[n for _, _, n in lines] for lines in printed] == [["33", "0", "1"], ["57", "90", "89"]]
     assert [value for value, _, _ in printed[0]] == [value for value, _, _ in printed[1]]
