@@ -29,6 +29,10 @@ Each question gives its rows at the thread count of its process (`bench.suite`).
     whatever that pool leaves spinning. So here every call comes between steps of a training run, and the steps after it
     are timed too: ``after_us`` is what they take more than the same steps after a probe that nothing was computed of,
     in the same round.
+`training_batch`
+    ``probe="batch"`` at every step and at every tenth, a fixed probe at every step and a run without a monitor, by
+    turns as in `monitor`. The monitor's work is in the forward pass then, so `share` compares steps of one run: what
+    one with an evaluation, and the one before it, at whose end the hooks are registered, take more than the others.
 `early_end`
     A probe of the language model with a vocabulary of 32,000, every block watched, whose pass ends with the last block,
     beside one whose pass is whole (`fastent.monitor.probe`), each after a step of its own run, by turns. The rows have
@@ -108,6 +112,10 @@ BEFORE, AFTER = 2, 10
 """Steps in a turn before the probe, and after it: together longer than a pool spins (0.1 s)."""
 
 VOCABULARY, EARLY_LIMIT = 32_000, 0.6
+
+PROBE_BEFORE = {"vision": 0.62388, "language": 0.68639}
+"""Overhead of a fixed probe at every step, on one thread, at commit 7689b28: before passes ended early."""
+BATCH_LIMIT, BATCH_TENTH_LIMIT = 0.15, 0.01  # of that; at every tenth step, of training
 
 N = 512
 WIDTHS = (64, 128, 256, 512)
@@ -353,16 +361,17 @@ def training(quick: bool) -> list[Row]:
 class TimedRun:
     """A training run with or without a monitor, timed step by step."""
 
-    def __init__(self, loop: TrainingLoop, stride: int) -> None:
-        self.loop, self.stride = loop, stride
+    def __init__(self, loop: TrainingLoop, stride: int, *, of_batch: bool = False) -> None:
+        self.loop, self.stride, self.of_batch = loop, stride, of_batch
         self.steps_done = 0
         self.step_seconds: list[float] = []
         self.probe_seconds: list[float] = []
+        self.by_phase: list[list[float]] = [[] for _ in range(stride)]  # whole steps, an evaluation's first
         self.blocks: list[float] = []
         self.monitor: fastent.SpectralEntropyMonitor | None = None
         if stride and loop.activations is None:
             self.monitor = fastent.SpectralEntropyMonitor(
-                loop.model, loop.probe, loop.layer, every=stride, tokens=loop.tokens
+                loop.model, "batch" if of_batch else loop.probe, loop.layer, every=stride, tokens=loop.tokens
             )
         elif stride:
             self.monitor = fastent.SpectralEntropyMonitor()
@@ -379,8 +388,11 @@ class TimedRun:
             self.observe()
             if count:
                 self.step_seconds.append(trained - start)
-                if self.stride and self.steps_done % self.stride == 0:
-                    self.probe_seconds.append(clock() - trained)
+                if self.stride:
+                    done, phase = clock(), self.steps_done % self.stride
+                    self.by_phase[phase].append(done - start)
+                    if phase == 0:
+                        self.probe_seconds.append(done - trained)
         if count:
             self.blocks.append(clock() - began)
 
@@ -403,7 +415,12 @@ class TimedRun:
     @property
     def share(self) -> float:
         """Time of a probe over that of a period: the median probe, `stride` median steps."""
-        probe, step = float(np.median(self.probe_seconds)), float(np.median(self.step_seconds))
+        if self.of_batch:  # in the pass, and the hooks at the end of the step before
+            due, *others, before = self.by_phase
+            step = float(np.median(np.concatenate(others))) if others else np.nan
+            probe = float(np.median(due) + np.median(before)) - 2 * step
+        else:
+            probe, step = float(np.median(self.probe_seconds)), float(np.median(self.step_seconds))
         return probe / (self.stride * step)
 
 
@@ -431,17 +448,21 @@ def compare(
         False on the ranks that have no monitor and make the same steps.
     """
     runs = [TimedRun(make(seed), stride if watched else 0) for seed, stride in enumerate((0, *strides))]
+    take_turns(runs, max(steps, round(periods * max(strides))))
+    return runs
+
+
+def take_turns(runs: list[TimedRun], steps: int) -> None:
+    """Train the runs for so many steps in turns of `BLOCK`, and close their monitors."""
     for run in runs:
         run.warm_up()
-    turns = max(steps, round(periods * max(strides))) // BLOCK
-    for turn in range(turns):
+    for turn in range(steps // BLOCK):
         # The order turns too: who comes after whom must not matter.
         for run in runs[turn % len(runs) :] + runs[: turn % len(runs)]:
             run.advance(BLOCK)
     for run in runs:
         if run.monitor is not None:
             run.monitor.close()
-    return runs
 
 
 def _monitor_rows(name: str, mode: str, runs: list[TimedRun]) -> list[Row]:
@@ -510,6 +531,29 @@ def monitor(quick: bool) -> list[Row]:
             rows += _monitor_rows(name, "compiled", compare(wrapped, *settings(quick, "compiled")))
         if dist.is_available() and dist.is_gloo_available():
             rows += distributed(name)
+    return rows
+
+
+def training_batch(quick: bool) -> list[Row]:
+    """Rows of a monitor of the training batch beside one with a fixed probe, at this process's thread count."""
+    rows = []
+    for name in PROBE_BEFORE:
+        ways = (0, False), (1, False), (1, True), (10, True)
+        runs = [
+            TimedRun(LOOPS[name](_as_it_is, seed), stride, of_batch=of_batch)
+            for seed, (stride, of_batch) in enumerate(ways)
+        ]
+        take_turns(runs, 200 if quick else 3000)
+        for run, row in zip(runs, _monitor_rows(name, "plain", runs), strict=True):
+            row |= {"op": "training batch"}
+            if run.of_batch:
+                limit = BATCH_TENTH_LIMIT if run.stride > 1 else round(BATCH_LIMIT * PROBE_BEFORE[name], 5)
+                row |= {"provider": "training batch", "limit": limit}
+            elif run.stride:
+                row |= {"provider": "fixed probe"}
+            if run.stride == 1:
+                del row["share"]  # no step without an evaluation
+            rows.append(row)
     return rows
 
 

@@ -567,6 +567,23 @@ CPU = {
         "Time of a run with a monitor over that of one without, less 1, with its 95 % interval.",
         draw=_overhead,
     ),
+    "training_batch": Chapter(
+        "A monitor of the training batch",
+        listed(
+            {
+                "loop": "loop",
+                "monitor": "provider",
+                "every": lambda row: row["stride"] or "",
+                "threads": "threads",
+                **_TIMES,
+                "overhead": lambda row: _percent(row) if row["stride"] else "",
+                "share": lambda row: f"{100 * row['share']:.2f} %" if "share" in row else "",
+                "held to": lambda row: f"{100 * row['limit']:.2f} %" if "limit" in row else "",
+            }
+        ),
+        "Time of a run with a monitor over that of one without, less 1, with its 95 % interval; share: of steps with "
+        "an evaluation against others of the same run. At every step held to 0.15 of what a fixed probe cost before.",
+    ),
     "early_end": Chapter(
         "A probe whose pass ends with the last watched layer",
         listed(

@@ -58,6 +58,7 @@ QUESTIONS = {
     "eigensolve": Question("entropy.eigensolve"),
     "in_training": Question("monitor.in_training"),
     "monitor": Question("monitor.monitor"),
+    "training_batch": Question("monitor.training_batch", (1,)),
     "early_end": Question("monitor.early_end"),
     "training": Question("monitor.training", (2, 1)),
     "forecast": Question("entropy.forecast", (1,)),

@@ -121,3 +121,26 @@ def test_the_pass_that_ends_early_leaves_the_projection_out_and_the_hooked_one_d
     per_token = 2 * 128 * 128 * (3 + 1 + 4 + 4)
     products = 2 * 2 * 64 * 128  # of attention, with every token
     assert flops["early end"] == 16 * 64 * 2 * (per_token + products)
+
+
+def test_the_share_of_the_training_batch_is_what_its_steps_take_beyond_the_others():
+    loop = types.SimpleNamespace(activations=lambda: None)
+    run = monitor.TimedRun(loop, 5, of_batch=True)
+    run.by_phase = [
+        [13.0] * 3,
+        [10.0] * 3,
+        [9.0] * 3,
+        [11.0] * 3,
+        [12.0] * 3,
+    ]  # 3 and the 2 of the step before
+    assert run.share == pytest.approx(5 / (5 * 10))
+
+
+def test_a_run_watches_its_training_batch():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    loop = TrainingLoop(model, lambda: model(torch.randn(20, 3)).sum().backward(), torch.randn(5, 3), "0")
+    run = monitor.TimedRun(loop, 4, of_batch=True)
+    run.warm_up()
+    run.advance(8)
+    assert [len(seconds) for seconds in run.by_phase] == [2] * 4
+    assert {record.n for record in run.monitor.history} == {20}
