@@ -416,8 +416,10 @@ class TimedRun:
     def share(self) -> float:
         """Time of a probe over that of a period: the median probe, `stride` median steps."""
         if self.of_batch:  # in the pass, and the hooks at the end of the step before
+            if self.stride < 3:
+                return float("nan")  # no step without an evaluation
             due, *others, before = self.by_phase
-            step = float(np.median(np.concatenate(others))) if others else np.nan
+            step = float(np.median(np.concatenate(others)))
             probe = float(np.median(due) + np.median(before)) - 2 * step
         else:
             probe, step = float(np.median(self.probe_seconds)), float(np.median(self.step_seconds))
