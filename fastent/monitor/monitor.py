@@ -458,27 +458,33 @@ class SpectralEntropyMonitor:
         self._across_ranks = across_ranks
         rows_from_tokens = tokens in ("flatten", "skip_first") or positions == "flatten"
         batch = None
-        if isinstance(probe, str) and probe == "batch":
+        if isinstance(probe, str):
+            if probe != "batch":
+                raise ValueError(f'probe must be an input of the model or "batch"; got {probe!r}')
             if batch_size is not None or autocast is not None:
                 raise ValueError(
                     'batch_size and autocast are for the pass of a probe, and probe="batch" makes none'
                 )
-            batch = WatchedBatch(model, layers)
-        self._watched: Watched | None = batch or Watched.of(
-            model,
-            probe,
-            layers,
-            fewest=0 if across_ranks else 1 if rows_from_tokens else 2,
-            batch_size=batch_size,
-            autocast=autocast,
-        )
+            self._watched: Watched | None = (batch := WatchedBatch(model, layers))
+        else:
+            self._watched = Watched.of(
+                model,
+                probe,
+                layers,
+                fewest=0 if across_ranks else 1 if rows_from_tokens else 2,
+                batch_size=batch_size,
+                autocast=autocast,
+            )
         axes = Axes(tokens, positions, channel_axis, samples_axis, mask, self._watched)
         self._evaluations = DeferredEntropy(on_full=on_full, device_of=in_line if mode == "sync" else None)
         self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite, on_error)
         asked = self._evaluations, self._recording
-        how = axes, standard_error, on_error, across_ranks
-        self._batch = None if batch is None else BatchEvaluator(*asked, batch, *how)
-        self._evaluator = self._batch or Evaluator(*asked, self._watched, *how)
+        self._batch = (
+            BatchEvaluator(*asked, batch, axes, standard_error, on_error, across_ranks) if batch else None
+        )
+        self._evaluator = self._batch or Evaluator(
+            *asked, self._watched, axes, standard_error, on_error, across_ranks
+        )
         self._last_called: int | None = None  # by `step`, not by `observe`
         self._unfinished: int | None = None  # the step whose evaluation failed: it may be repeated
         self._stride: int | None = None  # between the last two steps told of
