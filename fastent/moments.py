@@ -510,7 +510,7 @@ def _all_reduce(buffer: Tensor, group: dist.ProcessGroup | None) -> None:
 
     While all come in time, that takes nothing beyond the sum itself: no barrier, and no word to the group's store.
     """
-    name = (dist.group.WORLD if group is None else group).group_name
+    name = (dist.distributed_c10d._get_default_group() if group is None else group).group_name
     _calls[name] += 1
     ranks = _Present(f"fastent/{name}/{_calls[name]}", group)
     start = time.monotonic()

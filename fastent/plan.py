@@ -296,7 +296,8 @@ def measure(monitor: SpectralEntropyMonitor, *, budget: float = 2.0) -> Measured
         raise ValueError(
             "the monitor has no pass of its own to measure: make it with a model, a fixed probe and layers"
         )
-    forward, evaluation = [], []
+    forward: list[float] = []
+    evaluation: list[float] = []
     began = time.perf_counter()
     while len(forward) < _FEWEST or (time.perf_counter() - began < budget and len(forward) < _MOST):
         before = monitor.cost

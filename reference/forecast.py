@@ -146,7 +146,8 @@ def interval_across(
     ----------
     Barber, Candes, Ramdas and Tibshirani, "Predictive inference with the jackknife+", Annals of Statistics 49 (2021).
     """
-    lows, highs = (_float64(forecasts) - misses).tolist(), (_float64(forecasts) + misses).tolist()
+    found, missed = _float64(forecasts), _float64(misses)
+    lows, highs = (found - missed).tolist(), (found + missed).tolist()
     enough = level * (len(lows) + 1)
     if enough > len(lows):
         return None

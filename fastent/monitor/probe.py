@@ -432,7 +432,7 @@ def _collectives() -> list[int] | None:
         return []
     try:
         return [
-            group._get_backend(device)._get_sequence_number_for_group()
+            group._get_backend(device)._get_sequence_number_for_group()  # type: ignore[attr-defined]  # by the stubs
             for group in dist.distributed_c10d._world.pg_map
             for device in group._device_types
         ]
@@ -701,7 +701,7 @@ class Watched:
         widths: dict[str, int] = {}
         most = {} if callable(self._layers) else dict.fromkeys(self._layers, 0)
         try:
-            for rows in self._parts or [None]:
+            for rows in self._parts or (None,):
                 self.rows = rows
                 for name, count in self._pass(reduce, widths, whole).items():
                     most[name] = max(most[name], count)

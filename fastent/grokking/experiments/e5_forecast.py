@@ -192,9 +192,9 @@ def analyse(runs: Runs) -> Forecasts | None:
             if len(other) >= ELSEWHERE and (found := contest(other)) is not None
         },
         spans={
-            name: found
+            name: apart
             for name, other in {"E1": runs, **others}.items()
-            if (found := spans(_histories(other))) is not None
+            if (apart := spans(_histories(other))) is not None
         },
         after=after_grokking(runs),
     )
