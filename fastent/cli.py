@@ -206,10 +206,11 @@ def report(
     if check is None and fill is None:
         print(write_report(runs, out))
         return 0
-    chosen = list(named or documents(Path()))
+    chosen = list(named or documents(Path(), runs))
     if not chosen:
         raise ValueError(
-            "README.md and docs/ hold no part of the report: mark a place as <!-- fastent report: summary -->"
+            f"README.md and docs/ hold no part of the report on {runs}: mark a place as "
+            "<!-- fastent report: summary -->"
         )
     if fill is not None:
         fill_documents(runs, chosen)

@@ -335,10 +335,20 @@ def marked(text: str, tag: str, make: Callable[[str], str]) -> tuple[str, int]:
     )
 
 
-def documents(root: Path) -> list[Path]:
-    """Find the Markdown files of a project, README and docs, that take in parts of the report."""
+def documents(root: Path, runs: Path) -> list[Path]:
+    """Find the Markdown files of a project, README and docs, that take in parts of the report on the folder `runs`.
+
+    One that says of which runs it is, as in ``<!-- fastent report of bench/results/paper -->``, is of those alone.
+    """
     found = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
-    return [path for path in found if path.is_file() and f"<!-- {TAG}: " in path.read_text(encoding="utf-8")]
+    texts = {path: path.read_text(encoding="utf-8") for path in found if path.is_file()}
+    of = {path: re.search(rf"<!-- {TAG} of (\S+) -->", text) for path, text in texts.items()}
+    return [
+        path
+        for path, text in texts.items()
+        if f"<!-- {TAG}: " in text
+        and ((said := of[path]) is None or (root / said[1]).resolve() == runs.resolve())
+    ]
 
 
 def filled(path: Path, sections: Sequence[Section], figures: str) -> tuple[str, list[Figure]]:

@@ -274,7 +274,14 @@ def test_documents_are_the_readme_and_those_below_docs_that_have_a_place(tmp_pat
     (tmp_path / "docs" / "deep").mkdir()
     (tmp_path / "docs" / "deep" / "more.md").write_text(PLACE.format("e1"))
     (tmp_path / "docs" / "other.md").write_text("text\n")
-    assert documents(tmp_path) == [tmp_path / "docs" / "deep" / "more.md", document]
+    assert documents(tmp_path, tmp_path / "runs") == [tmp_path / "docs" / "deep" / "more.md", document]
+
+
+def test_a_document_that_names_its_runs_is_of_those_alone(tmp_path, document):
+    named = tmp_path / "docs" / "named.md"
+    named.write_text("<!-- fastent report of rows/nearest -->\n" + PLACE.format("e1"))
+    assert documents(tmp_path, tmp_path / "rows" / "nearest") == [named, document]
+    assert documents(tmp_path, tmp_path / "rows" / "paper") == [document]
 
 
 def test_the_command_fails_exactly_when_a_document_differs(
@@ -295,9 +302,12 @@ def test_the_command_fails_exactly_when_a_document_differs(
     assert "hold no part of the report" in capsys.readouterr().err
 
 
-def test_the_committed_tables_of_this_project_follow_from_its_committed_runs():
-    root = Path(__file__).parents[3]
-    runs, committed = root / "bench" / "results" / "paper", documents(root)
-    if not committed:
-        pytest.skip("no document takes in a part of the report yet")
+ROOT = Path(__file__).parents[3]
+RECORDED = [path.parent for path in sorted(ROOT.glob("bench/results/*/e1-baseline-add.parquet"))]
+
+
+@pytest.mark.parametrize("runs", RECORDED, ids=lambda runs: runs.name)
+def test_the_committed_tables_of_this_project_follow_from_its_committed_runs(runs):
+    committed = documents(ROOT, runs)
+    assert committed
     assert "\n".join(check_documents(runs, committed)) == ""
