@@ -274,7 +274,7 @@ def _unresolved(centered: CenteredMatrix, trace: float, rows: Tensor | None) -> 
     size, unit = _offset_and_unit(centered, trace)
     resolution, holder = centered.resolution, "its dtype"
     if centered.rounding is not None:
-        share, offset = centered.rounding / trace, size > 1.0
+        share, offset = float(centered.rounding) / trace, size > 1.0
     elif (
         COARSEST.share(size, unit) <= UNRESOLVED_SHARE
         and resolution.relative <= COARSEST.relative

@@ -257,21 +257,23 @@ class Moments:
         ValueError
             If fewer than two rows were seen, or d = 1.
         """
+        return entropy_of_matrix(self.centered())
+
+    def centered(self) -> CenteredMatrix:
+        """Covariance of all rows, and what else their entropy is made of, on their device.
+
+        Raises
+        ------
+        ValueError
+            As `spectral_entropy` does.
+        """
         shift, delta, products, rounding = self._at_least_two()
-        if len(shift) < 2:
+        d = len(shift)
+        if d < 2:
             raise ValueError("the normalised entropy divides by log d, so d must be at least 2; got d = 1")
-        return entropy_of_matrix(
-            CenteredMatrix(
-                products / self.n,
-                shift,
-                delta,
-                "covariance",
-                self.n,
-                len(shift),
-                Resolution(self._finest, 0.0),
-                float(rounding) / self.n,
-            )
-        )
+        resolution = Resolution(self._finest, 0.0)
+        matrix, added = products / self.n, rounding / self.n
+        return CenteredMatrix(matrix, shift, delta, "covariance", self.n, d, resolution, added)
 
     def pack(self) -> Tensor:
         """All rows in one vector, to send or to store; `unpack` reads it.

@@ -56,11 +56,11 @@ from fastent.monitor.probe import (
     Spread,
     Watched,
     check_width,
-    entropy_of,
     first_tensor,
     in_backward,
     is_sharded,
     plain_module,
+    put_merged,
     too_few,
 )
 from fastent.monitor.ranks import Gathered, Ranks
@@ -246,12 +246,10 @@ class _Layer:
         self.held = []
 
     def put(self, layer: str, evaluation: Evaluation) -> None:
-        """Ask for the entropy of what is held, or give that of the moments."""
+        """Ask for the entropy of what is held, or of the moments."""
         if self.moments is not None:
             evaluation.drop(layer)
-            with evaluation.clock.part("eigenvalues"):
-                entropy = entropy_of(self.moments, self.d)
-            evaluation.put(layer, entropy, mask_name=self.mask)
+            put_merged(evaluation, layer, self.moments, self.d, self.mask)
         elif self.rows < 2:
             evaluation.put(layer, too_few(self.rows, self.d), mask_name=self.mask)
         else:

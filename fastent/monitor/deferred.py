@@ -57,6 +57,7 @@ from fastent.entropy import (
     unmeasured,
 )
 from fastent.linalg import EPS, Side, fallbacks, use_one_thread
+from fastent.moments import Moments
 from fastent.monitor.cost import Clock
 from fastent.process import at_exit, warn_user
 from fastent.sampling import SamplingError
@@ -147,11 +148,14 @@ class TorchFormer:
         centered = centered_matrix(x)
         entries = x[0].to(torch.float64)
         delta = (centered.shift - entries) + centered.delta
-        parts = (centered.matrix, torch.stack((entries, delta)), spread_of(centered.matrix))
-        block = torch.cat([part.flatten() for part in parts])
-        pieces = block.split([part.numel() for part in parts])  # type: ignore[no-untyped-call]
-        matrix, centre, spread = (piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
-        return Formed(matrix, centre, spread, block)
+        return _in_one_block(centered.matrix, torch.stack((entries, delta)), spread_of(centered.matrix))
+
+
+def _in_one_block(*parts: Tensor) -> Formed:
+    block = torch.cat([part.flatten() for part in parts])
+    pieces = block.split([part.numel() for part in parts])  # type: ignore[no-untyped-call]
+    matrix, centre, spread = (piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
+    return Formed(matrix, centre, spread, block)
 
 
 def spread_of(matrix: Tensor) -> Tensor:
@@ -313,8 +317,8 @@ class Staged:
     ----------
     centered : CenteredMatrix
         On the host; meaningful once `ready`.
-    dtype : torch.dtype
-        Of the activations.
+    dtype : torch.dtype or None
+        Of the activations, if they came in one piece.
     source : Tensor or None
         The matrix on a device that could solve it.
     batched : Streams or None
@@ -327,7 +331,7 @@ class Staged:
     batched: Streams | None = None
     forming: Interval | None = None
 
-    def __init__(self, centered: CenteredMatrix, dtype: torch.dtype) -> None:
+    def __init__(self, centered: CenteredMatrix, dtype: torch.dtype | None) -> None:
         self.centered, self.dtype = centered, dtype
 
     def ready(self) -> bool:
@@ -376,14 +380,14 @@ class Slot(Staged):
         Where it goes back to.
     streams : Streams
         The device.
-    m, d : int
-        Edge of the matrix, and features.
+    key : tuple of int
+        Edge of the matrix, and features; of moments the features alone.
     memory
         What the ring's former writes to.
     """
 
-    def __init__(self, ring: Ring, streams: Streams, m: int, d: int, memory: Any) -> None:
-        self.key = (m, d)
+    def __init__(self, ring: Ring, streams: Streams, key: tuple[int, ...], memory: Any) -> None:
+        self.key = key
         self.memory = memory
         self.batched = streams if streams.batched else None
         self._ring = ring
@@ -395,8 +399,24 @@ class Slot(Staged):
         self, streams: Streams, formed: Formed, n: int, dtype: torch.dtype, resolution: Resolution
     ) -> None:
         """Queue the copy of what was formed from `n` rows of `dtype`."""
-        d = self.key[1]
+        d = self.key[-1]
         self.dtype = dtype
+        host = self._send(streams, formed)
+        side: Side = "gram" if n < d else "covariance"
+        shift, delta = host.centre[0], host.centre[1]
+        self.centered = CenteredMatrix(
+            host.matrix, shift, delta, side, n, d, resolution, entries=host.centre[:1]
+        )
+
+    def fill_merged(self, streams: Streams, formed: Formed, centered: CenteredMatrix) -> None:
+        """Queue the copy of `centered`, of moments, whose rounding is behind the spread."""
+        self.dtype = None
+        host = self._send(streams, formed)
+        self.centered = centered._replace(
+            matrix=host.matrix, shift=host.centre[0], delta=host.centre[1], rounding=host.spread[3]
+        )
+
+    def _send(self, streams: Streams, formed: Formed) -> Formed:
         if self._host is None:
             with torch.inference_mode(False):  # it is written to outside of inference mode too
                 self._host = formed.at(streams.pinned(len(formed.block)))
@@ -404,11 +424,7 @@ class Slot(Staged):
             streams.copy(formed.block, self._host.block)
             streams.record(self._event)
         self.source = formed.matrix if self.batched else None
-        side: Side = "gram" if n < d else "covariance"
-        shift, delta = self._host.centre[0], self._host.centre[1]
-        self.centered = CenteredMatrix(
-            self._host.matrix, shift, delta, side, n, d, resolution, entries=self._host.centre[:1]
-        )
+        return self._host
 
     def ready(self) -> bool:
         """Whether the copy has been made. Never waits."""
@@ -417,7 +433,7 @@ class Slot(Staged):
     def spread(self) -> tuple[float, float]:
         """Trace and participation ratio as the device found them."""
         assert self._host is not None
-        trace, _, ratio = self._host.spread.tolist()
+        trace, _, ratio = self._host.spread[:3].tolist()
         return trace, ratio
 
     def release(self) -> None:
@@ -446,16 +462,31 @@ class Ring:
 
     def __init__(self, streams: Streams, former: KernelFormer | TorchFormer) -> None:
         self._streams, self._former = streams, former
-        self._free: dict[tuple[int, int], deque[Slot]] = {}
+        self._free: dict[tuple[int, ...], deque[Slot]] = {}
         self.allocated = 0
 
     def stage(self, x: Tensor, resolution: Resolution) -> Staged:
         """Form the covariance (or Gram matrix) in the training stream and send it on its way."""
-        slot = self._take(x)
+        slot = self._take((min(x.shape), x.shape[1]), lambda: self._former.memory(x))
         try:
             with slot.forming:
                 formed = self._former.form(x, slot.memory, self._streams.current())
             slot.fill(self._streams, formed, x.shape[0], x.dtype, resolution)
+        except BaseException:
+            slot.release()
+            raise
+        return slot
+
+    def stage_merged(self, centered: CenteredMatrix) -> Staged:
+        """Send the matrix of moments on its way."""
+        slot = self._take((centered.d,), lambda: None)
+        try:
+            with slot.forming:
+                centre = torch.stack((centered.shift, centered.delta))
+                rounding = torch.as_tensor(centered.rounding, dtype=torch.float64, device=centre.device)
+                spread = torch.cat((spread_of(centered.matrix), rounding.reshape(1)))
+                formed = _in_one_block(centered.matrix, centre, spread)
+            slot.fill_merged(self._streams, formed, centered)
         except BaseException:
             slot.release()
             raise
@@ -469,16 +500,15 @@ class Ring:
         """Keep a slot for another use. Called by the worker too."""
         self._free.setdefault(slot.key, deque()).append(slot)
 
-    def _take(self, x: Tensor) -> Slot:
-        m, d = min(x.shape), x.shape[1]
-        free = self._free.get((m, d))
+    def _take(self, key: tuple[int, ...], memory: Callable[[], Any]) -> Slot:
+        free = self._free.get(key)
         if free:
             return free.popleft()
         if sum(map(len, list(self._free.values()))) > _MOST_FREE:
             self._free = {}
         self.allocated += 1
         with torch.inference_mode(False):  # its memory is written to outside of inference mode too
-            return Slot(self, self._streams, m, d, self._former.memory(x))
+            return Slot(self, self._streams, key, memory())
 
 
 class Host:
@@ -504,6 +534,10 @@ class Host:
             return None
         resolution = held_resolution(centered, trace, x)
         return Staged(centered._replace(resolution=resolution), x.dtype)
+
+    def stage_merged(self, centered: CenteredMatrix) -> Staged:
+        """Take the matrix of moments as it is."""
+        return Staged(centered, None)
 
 
 Device = Host | Ring
@@ -661,9 +695,25 @@ class Evaluation:
                 entropy = entropy_of_rows(x, resolution, centered=centered)
             self.put(layer, entropy, mask_name=mask_name)
         else:
-            self.staged[layer] = staged
-            self._masks[layer] = mask_name
-            self.widths[layer] = x.shape[-1]
+            self._expect(layer, staged, x.shape[-1], mask_name)
+
+    def add_moments(self, layer: str, moments: Moments, *, mask_name: str | None = None) -> None:
+        """Ask for the entropy of rows whose moments are at hand, two rows at least; in line where there is no room."""
+        assert self._owner is not None
+        centered = moments.centered()
+        device = self._owner._device_for(centered.matrix) if self._owner.has_room else None
+        if device is None:
+            with self.clock.part("eigenvalues"):
+                self.put(layer, entropy_of_matrix(centered), mask_name=mask_name)
+        else:
+            with self.clock.part("queueing" if isinstance(device, Ring) else "covariance"):
+                staged = device.stage_merged(centered)
+            self._expect(layer, staged, centered.d, mask_name)
+
+    def _expect(self, layer: str, staged: Staged, d: int, mask_name: str | None) -> None:
+        self.staged[layer] = staged
+        self._masks[layer] = mask_name
+        self.widths[layer] = d
 
     def put(
         self,
@@ -995,7 +1045,7 @@ def _entropy(staged: Staged, spectrum: Spectrum | None) -> SpectralEntropy:
         _fall_back("its eigenvalues do not sum to the trace")
         spectrum = None
     entropy = entropy_of_matrix(staged.centered, spectrum=spectrum)
-    if entropy.status is Status.NONFINITE:
+    if entropy.status is Status.NONFINITE and staged.dtype is not None:
         message = (
             f"{entropy.message} ({staged.dtype}); the activations are gone: mode='sync' counts the entries"
         )
@@ -1079,6 +1129,11 @@ class DeferredEntropy:
         """Evaluations committed whose results have not been handed out."""
         return len(self._ordered)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether another evaluation may wait."""
+        return self._worker is None or self._worker.unsolved < self._capacity
+
     def open(self, step: int, *, needs_room: bool = True) -> Evaluation | None:
         """Begin the evaluation of a step; use it in a ``with`` statement, which commits or discards it.
 
@@ -1087,7 +1142,7 @@ class DeferredEntropy:
         step : int
             What its results will be labelled with.
         needs_room : bool
-            False if only known results will be `put` in, so that a full ring does not matter.
+            False if only known results will be `put` in, or moments, so that a full ring does not matter.
 
         Returns
         -------
@@ -1100,7 +1155,7 @@ class DeferredEntropy:
             In a forked child of the process that has the worker.
         """
         self._check_process()
-        if needs_room and self._worker is not None and self._worker.unsolved >= self._capacity:
+        if needs_room and self._worker is not None and not self.has_room:
             if self._on_full == "drop" and not (self._device and self._device.waits_when_full):
                 self._drop(step)
                 return None

@@ -1532,15 +1532,21 @@ class Merged:
         }
 
     def put(self, layer: str, evaluation: Evaluation) -> None:
-        """Give the entropy of a layer's rows to `evaluation`."""
-        with evaluation.clock.part("eigenvalues"):
-            entropy = entropy_of(self.moments[layer], self.widths[layer])
-        evaluation.put(layer, entropy, mask_name=self.masks[layer])
+        """Have `evaluation` take the entropy of a layer's rows, however few they are."""
+        put_merged(evaluation, layer, self.moments[layer], self.widths[layer], self.masks[layer])
 
 
 def entropy_of(moments: Moments, d: int) -> SpectralEntropy:
-    """Entropy of merged rows of `d` features; however few they are."""
+    """Entropy of merged rows of `d` features, however few they are, in line."""
     return too_few(moments.n, d) if moments.n < 2 else moments.spectral_entropy()
+
+
+def put_merged(evaluation: Evaluation, layer: str, moments: Moments, d: int, mask: str | None) -> None:
+    """Have `evaluation` take the entropy of merged rows of `d` features, however few they are."""
+    if moments.n < 2:
+        evaluation.put(layer, too_few(moments.n, d), mask_name=mask)
+    else:
+        evaluation.add_moments(layer, moments, mask_name=mask)
 
 
 def check_width(d: int) -> None:

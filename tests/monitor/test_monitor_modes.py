@@ -105,6 +105,88 @@ def test_sampling_errors_need_the_activations_and_are_evaluated_in_line(streams:
     assert not streams.calls
 
 
+# Moments
+
+
+def in_parts(model: nn.Module, h: Tensor, **options: Any) -> Monitor:
+    """Four layers whose rows come in parts: a probe's, offset ones in 16 bits, bad ones and constant ones."""
+    monitor = Monitor(model, inputs(), ["0", "2"], every=1, batch_size=20, **options)
+    monitor.step(0)
+    for part in h.split(7):
+        monitor.observe(1, (1000 + part).half(), layer="half", merge=True)
+        monitor.observe(1, part / 0.0, layer="bad", merge=True)
+        monitor.observe(1, torch.ones_like(part), layer="constant", merge=True)
+        monitor.observe(1, part, layer="good", merge=True)
+    return monitor
+
+
+def test_the_worker_takes_moments_with_the_bits_of_an_evaluation_in_line(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deferred, "WORKER_FROM", 2)
+    monkeypatch.setattr(deferred, "_usable_cores", lambda: 2)
+    monitors = [in_parts(model, inputs(3), mode=mode) for mode in ("sync", "deferred")]
+    for monitor in monitors:
+        monitor.flush()
+    first, second = [json.dumps(monitor.state_dict()) for monitor in monitors]
+    assert first == second
+    assert [r.status.value for r in monitors[0].history if r.step] == [
+        "unresolved_offset", "nonfinite", "zero_variance", "ok",
+    ]  # fmt: skip
+    assert monitors[1].cost.worker > 0.0
+    monitors[1].close()
+
+
+def test_on_a_device_moments_go_their_way_without_a_wait_and_keep_what_rounding_adds(
+    model: nn.Module, streams: FakeStreams
+) -> None:
+    in_line = in_parts(model, inputs(3), mode="sync")
+    expected = in_line.flush()
+    monitor = in_parts(model, inputs(3))
+    assert (monitor.history, monitor.pending) == ([], 1)
+    with Operations():  # fails on an operation that stops the host
+        monitor._evaluator.end_merging()
+    streams.tick()
+    handed = monitor.flush()
+    assert steps(monitor.history) == steps(in_line.history)
+    for got, wanted in zip(monitor.history, in_line.history, strict=True):
+        assert (got.status, got.message, got.n, got.mask) == (
+            wanted.status,
+            wanted.message,
+            wanted.n,
+            wanted.mask,
+        )
+        assert got.normalized == pytest.approx(wanted.normalized, abs=1e-13, nan_ok=True)
+        assert got.participation_ratio == pytest.approx(wanted.participation_ratio, rel=1e-12, nan_ok=True)
+    assert len(handed) == len(expected) + 2
+    monitor.close()
+
+
+def test_slots_of_moments_are_used_again_beside_those_of_activations(streams: FakeStreams) -> None:
+    monitor = Monitor()
+    for step in range(3):
+        monitor.observe(step, inputs(step), layer="a", merge=True)
+        monitor.observe(step, inputs(step), layer="b")
+        monitor._evaluator.end_merging()
+        streams.tick()
+        monitor.flush()
+    assert streams.calls["pinned"] == 2
+    by_step = [[r.normalized for r in monitor.history if r.step == step] for step in range(3)]
+    assert all(pair[0] == pytest.approx(pair[1], abs=1e-13) for pair in by_step)
+    monitor.close()
+
+
+def test_moments_that_find_a_full_ring_are_evaluated_in_line(streams: FakeStreams) -> None:
+    monitor = Monitor()
+    for step in range(10):
+        monitor.observe(step, inputs(step), layer="a", merge=True)
+    monitor._evaluator.end_merging()
+    assert (monitor.dropped, streams.calls["copy"]) == (0, 8)
+    streams.tick()
+    assert [r.step for r in monitor.flush()] == list(range(10))
+    monitor.close()
+
+
 # What is known when
 
 
