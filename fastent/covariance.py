@@ -46,7 +46,7 @@ class CenteredMatrix(NamedTuple):
         Samples and features.
     resolution : Resolution
         Of the input's dtype: what it could not tell apart, this cannot either.
-    rounding : float or Tensor of shape (), optional
+    rounding : Tensor, shape (), optional
         Variance that rounding added, in units of the trace, where it is known from many parts.
     entries : Tensor, shape (k, d), optional
         Some of the input where the rest is gone, for `fastent.activations.held_dtype`.
@@ -59,7 +59,7 @@ class CenteredMatrix(NamedTuple):
     n: int
     d: int
     resolution: Resolution
-    rounding: float | Tensor | None = None
+    rounding: Tensor | None = None
     entries: Tensor | None = None
 
     @property

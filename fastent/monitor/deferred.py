@@ -479,12 +479,12 @@ class Ring:
 
     def stage_merged(self, centered: CenteredMatrix) -> Staged:
         """Send the matrix of moments on its way."""
+        assert centered.rounding is not None
         slot = self._take((centered.d,), lambda: None)
         try:
             with slot.forming:
                 centre = torch.stack((centered.shift, centered.delta))
-                rounding = torch.as_tensor(centered.rounding, dtype=torch.float64, device=centre.device)
-                spread = torch.cat((spread_of(centered.matrix), rounding.reshape(1)))
+                spread = torch.cat((spread_of(centered.matrix), centered.rounding.reshape(1)))
                 formed = _in_one_block(centered.matrix, centre, spread)
             slot.fill_merged(self._streams, formed, centered)
         except BaseException:
