@@ -168,26 +168,22 @@ def _refuse_replicas(model: nn.Module) -> None:
 
 def _refuse_compiled(model: nn.Module, name: str, path: str) -> None:
     """Refuse a layer whose hooks would be in a compiled graph. Those of what `torch.compile` wraps are outside."""
-    plain = plain_module(model)
-    above: list[nn.Module] = [] if model is plain else [*_wrappers(model, plain)]
-    module = plain
-    for part in path.split(".") if path else ():
-        above.append(module)
-        module = getattr(module, part)
-    if (
-        any(hasattr(outer, "_orig_mod") or hasattr(outer.forward, "_torchdynamo_orig_callable") for outer in above)
-        or any(inner._compiled_call_impl is not None for inner in (*above, module))
-    ):  # fmt: skip
+    if id(plain_module(model).get_submodule(path)) in _in_graphs(model):
         raise ValueError(
             f'layer {name!r} is in a compiled graph, which runs no hooks: with probe="batch" watch a layer outside, or '
             f"what torch.compile(module) returned as a whole; or {_FIXED}, whose pass runs the plain module"
         )
 
 
-def _wrappers(model: nn.Module, plain: nn.Module) -> Iterator[nn.Module]:
-    while model is not plain:
-        yield model
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+def _in_graphs(model: nn.Module) -> set[int]:
+    """Ids of the modules whose hooks a compiled graph would hold."""
+    found: set[int] = set()
+    for module in model.modules():
+        # Compiled in place, with its own hooks; or its forward pass alone, as of what torch.compile returns.
+        with_hooks = module._compiled_call_impl is not None
+        if with_hooks or hasattr(module.forward, "_torchdynamo_orig_callable"):
+            found |= {id(part) for part in module.modules() if with_hooks or part is not module}
+    return found
 
 
 class _Hook:
@@ -340,7 +336,8 @@ class BatchEvaluator(Evaluator):
         hooks = self._hooks
         hooks.registered = True
         if is_sharded(model):
-            hooks.spread = Spread(model)
+            in_graphs = _in_graphs(model)
+            hooks.spread = Spread(module for module in model.modules() if id(module) not in in_graphs)
             hooks.spread.__enter__()
         add = hooks.handles.append
         add(model.register_forward_pre_hook(_Hook(model, self._begin), with_kwargs=True))

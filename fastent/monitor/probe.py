@@ -735,7 +735,7 @@ class Watched:
         inputs, args, kwargs = (
             (probe.inputs, probe.args, probe.kwargs) if self.rows is None else probe.part(self.rows)
         )
-        with undisturbed(model) as interrupts, Spread(model) as spread, self._casting():
+        with undisturbed(model) as interrupts, Spread(model.modules()) as spread, self._casting():
             reduce = apart(reduce, interrupts)
             if callable(layers):
                 with interrupts.second_at_once():
@@ -1579,18 +1579,18 @@ class Spread:
 
     Parameters
     ----------
-    model : nn.Module
-        The plain module.
+    modules : iterable of nn.Module
+        Parts of the plain module that may be hooked.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = modules
         self._handles: list[RemovableHandle] = []
         self._groups: dict[str, Any] = {}
         self._outputs: dict[int, Tensor] = {}
 
     def __enter__(self) -> Spread:
-        for module in self._model.modules():
+        for module in self._modules:
             if any(hasattr(p, "full_tensor") for p in module.parameters(recurse=False)):
                 # First of its hooks: the layer's style has not cut the output yet. FSDP has gathered its own shards
                 # by then, so that only those of tensor parallelism are left.

@@ -572,6 +572,18 @@ def test_ddp_and_fsdp_are_watched_through_their_wrappers() -> None:
 # Compiled models
 
 
+class Affine(nn.Linear):  # torch.compile skips the code of torch's own modules, not of this one
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     return torch.compile(function, backend="eager")
 
@@ -614,6 +626,36 @@ def test_the_output_of_a_compiled_part_is_watched_outside_of_its_graph() -> None
         monitor.step(step)
     assert [record.step for record in monitor.history] == [0, 2, 4]
     assert len(graphs) == 1
+
+
+def test_compiled_blocks_of_an_fsdp2_model_are_left_as_they_are(process_group: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    graphs = []
+    for watched in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model, mesh = (
+            nn.Sequential(Affine(6, 6), Affine(6, 6), nn.Linear(6, 4)),
+            init_device_mesh("cpu", (1,)),
+        )
+        for block in model[:2]:
+            block.compile(backend="eager")
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        monitor = Monitor(model, "batch", "2", every=2) if watched else None
+        for step in range(4):
+            train(model, batch())
+            if monitor is not None:
+                monitor.step(step)
+        assert not torch._dynamo.utils.counters["graph_break"]
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert monitor is not None
+    assert [record.step for record in monitor.history] == [0, 2]
+    assert graphs[0] == graphs[1] > 0
+    with pytest.raises(ValueError, match=r"'1' is in a compiled graph"):
+        Monitor(model, "batch", "1")
 
 
 def test_a_graph_compiled_from_a_wrapper_that_was_not_given_is_not_broken_and_that_is_said() -> None:
