@@ -577,13 +577,6 @@ class Affine(nn.Linear):  # torch.compile skips the code of torch's own modules,
         return x @ self.weight.T + self.bias
 
 
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def compiled(function: Callable[..., Any]) -> Any:
     return torch.compile(function, backend="eager")
 
@@ -628,7 +621,9 @@ def test_the_output_of_a_compiled_part_is_watched_outside_of_its_graph() -> None
     assert len(graphs) == 1
 
 
-def test_compiled_blocks_of_an_fsdp2_model_are_left_as_they_are(process_group: None) -> None:
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it
+def test_compiled_blocks_of_an_fsdp2_model_are_left_as_they_are() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
