@@ -521,7 +521,7 @@ class BatchEvaluator(Evaluator):
         return self._axes.on_probe(layer, h) if known else self._axes.past_the_model(layer, h)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_gathered": _Gathered(0), "_hooks": self._hooks.registered}
+        return {**super().__getstate__(), "_gathered": _Gathered(0), "_hooks": self._hooks.registered}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _hooks=_Hooks())

@@ -1262,12 +1262,7 @@ class DeferredEntropy:
             self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._ordered:
-            raise TypeError(
-                f"{self.pending} deferred evaluations are under way, and a thread cannot be copied or "
-                "pickled: flush them and take what arrived() first"
-            )
-        return {"settings": self._settings, "dropped": self.dropped}
+        return {"settings": self._settings, "dropped": self.dropped}  # what is under way stays here
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__init__(**state["settings"])  # type: ignore[misc]

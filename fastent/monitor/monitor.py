@@ -17,7 +17,7 @@ import math
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Protocol, get_args
@@ -163,6 +163,10 @@ class Arrivals:
             if not failed or self._on_error == "record"
             for record in _records(step, results)
         ]
+
+    def hand_out(self, records: Iterable[EntropyRecord]) -> None:
+        """Have `take` give records that are kept and logged already."""
+        self._waiting.extend(records)
 
     def forget(self) -> None:
         """Wait for what is under way, and forget it and all that was not handed out."""
@@ -735,8 +739,7 @@ class SpectralEntropyMonitor:
         evaluation that failed there is no record. The `cost` is not in there: another process may be on another
         machine.
         """
-        self._evaluations.flush()
-        known = self._arrivals.to_come() + _records(*self._evaluator.merged_so_far())
+        known = self._to_come()
         recording = self._recording.with_records(known) if known else self._recording
         ran = self._watched.ran if self._watched else {}
         return {
@@ -843,15 +846,20 @@ class SpectralEntropyMonitor:
             error.add_note(f"closing the monitor failed too: {failure!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy holds what was asked for so far, as a checkpoint does; threads stay behind.
-        self._evaluator.end_merging()
-        self._evaluations.flush()
-        self._arrivals.collect_all()
-        return self.__dict__
+        # A copy holds what was asked for so far, as a checkpoint does: here nothing of it is taken out.
+        return {**self.__dict__, "_known": self._to_come()}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
+        known = self.__dict__.pop("_known")
+        self._recording.become(self._recording.with_records(known))
+        self._arrivals.hand_out(known)
         at_exit(self)
+
+    def _to_come(self) -> list[EntropyRecord]:
+        """Wait for what was asked for, and give the records of it and, as if their step ended now, of merged rows."""
+        self._evaluations.flush()
+        return self._arrivals.to_come() + _records(*self._evaluator.merged_so_far())
 
     def _evaluate(self, step: int) -> None:
         with interrupts_held():  # a step is evaluated and recorded, or it is not

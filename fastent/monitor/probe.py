@@ -1409,6 +1409,9 @@ class Evaluator:
         self._devices = {}
         self._merged = Merged()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_merged": Merged()}  # whose records the copy of the monitor has
+
     def _add(self, evaluation: Evaluation, layer: str, h: Tensor) -> int:
         """Put activations into `evaluation` and return their width."""
         with self._reading(layer, h) as reading:

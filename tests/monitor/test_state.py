@@ -1,9 +1,11 @@
 """The state of a monitor: asking for it changes nothing, its shape is fixed, and checkpoints of every kind take it."""
 
+import copy
 import json
 import math
+import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,73 @@ def test_a_state_raises_nothing_of_what_waits_to_be_raised(streams: FakeStreams,
     streams.events[1].error = None
     assert monitor.state_dict()["history"] == history
     monitor.close()
+
+
+# Nor does a copy
+
+
+def pickled(monitor: Monitor) -> Monitor:
+    return pickle.loads(pickle.dumps(monitor))  # type: ignore[no-any-return]
+
+
+copies = pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+
+
+@copies
+def test_a_copy_in_the_middle_of_an_accumulation_leaves_it_whole(
+    copied: Callable[[Monitor], Monitor],
+) -> None:
+    monitor = Monitor()
+    monitor.observe(3, inputs(), layer="a", merge=True)
+    state, twin = monitor.state_dict(), copied(monitor)
+    assert (monitor.history, monitor.state_dict(), twin.state_dict()) == ([], state, state)
+    monitor.observe(3, inputs(1), layer="a", merge=True)
+    assert [(r.step, r.n) for r in monitor.flush()] == [(3, 96)]
+    with pytest.warns(UserWarning, match="observed again at step 3"):  # as after a load_state_dict
+        twin.observe(3, inputs(1), layer="a", merge=True)
+    assert [(r.step, r.n) for r in twin.flush()] == [(r.step, r.n) for r in twin.history] == [(3, 48)]
+
+
+@copies
+def test_a_copy_holds_what_is_under_way_and_the_original_hands_it_out(
+    streams: FakeStreams, copied: Callable[[Monitor], Monitor]
+) -> None:
+    logged: list[EntropyRecord] = []
+    monitor = Monitor(threshold=0.5, stopping=StopAfterCrossing(0), on_record=logged.append)
+    monitor.observe(3, torch.outer(torch.arange(20.0), torch.ones(6)), layer="a")
+    threading.Timer(0.05, streams.tick).start()
+    twin = copied(monitor)
+    assert (monitor.history, logged, monitor.pending) == ([], [], 1)
+    assert not monitor.should_stop()
+    assert twin.should_stop()
+    held = twin.flush()
+    assert (logged, twin.pending) == ([], 0)  # once, by the original
+    assert monitor.flush() == logged == monitor.history == held == twin.history != []
+    assert twin.state_dict() == monitor.state_dict()
+    for one in (monitor, twin):
+        one.close()
+
+
+@copies
+@pytest.mark.parametrize("on_error", ["raise", "record"])
+@pytest.mark.filterwarnings("ignore:step 1 is recorded as failed")
+def test_a_copy_raises_nothing_and_what_waits_to_be_raised_stays_with_the_original(
+    streams: FakeStreams, on_error: Any, copied: Callable[[Monitor], Monitor]
+) -> None:
+    monitor = Monitor(on_error=on_error, on_nonfinite="raise")
+    for step in range(3):
+        monitor.observe(step, inputs(step) * (math.nan if step == 2 else 1.0), layer="a")
+    streams.events[1].error = RuntimeError("CUDA error: unspecified launch failure")
+    streams.tick()
+    twin = copied(monitor)
+    twin.flush()
+    failed = [Status.FAILED] if on_error == "record" else []
+    assert [record.status for record in twin.history] == [Status.OK, *failed, Status.NONFINITE]
+    with pytest.raises(RuntimeError if on_error == "raise" else FloatingPointError):
+        monitor.flush()
+    streams.events[1].error = None
+    for one in (monitor, twin):
+        one.close()
 
 
 # Its shape
