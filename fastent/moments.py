@@ -565,7 +565,7 @@ class _Present:
             self._logged = True
             with suppress(RuntimeError):
                 _log.warning(
-                    "for %.0f s a sum over the ranks waits for %s", waited, self._named(self._absent())
+                    "for %.0f s a sum over the ranks waits for %s", waited, named_ranks(self._absent())
                 )
 
     def missing(self, until: float) -> str | None:
@@ -578,13 +578,14 @@ class _Present:
                 absent = self._absent()
         except RuntimeError:
             return None
-        return self._named(absent) if absent else None
+        return named_ranks(absent) if absent else None
 
     def _absent(self) -> list[int]:
         ranks = dist.get_process_group_ranks(dist.group.WORLD if self._group is None else self._group)
         store = dist.distributed_c10d._get_default_store()
         return [rank for rank in ranks if not store.check([f"{self._key}/{rank}"])]
 
-    @staticmethod
-    def _named(ranks: list[int]) -> str:
-        return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+def named_ranks(ranks: Sequence[int]) -> str:
+    """Say which ranks these are."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -39,7 +39,7 @@ import sys
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -50,7 +50,7 @@ from torch.utils.hooks import RemovableHandle
 from fastent.activations import Positions, RealTokens, Rows, Tokens, TooFewRows
 from fastent.entropy import SpectralEntropy, Status, checked, spectral_entropy, unmeasured
 from fastent.linalg import check_pool
-from fastent.moments import Moments
+from fastent.moments import Moments, named_ranks
 from fastent.monitor.deferred import DeferredEntropy, Evaluated, Evaluation, described, failed
 from fastent.monitor.isolation import apart, fsdp1_modules, fsdp_modules, in_a_pass, undisturbed
 from fastent.monitor.ranks import Gathered, Ranks
@@ -1253,13 +1253,16 @@ class Evaluator:
         assert self._watched is not None
         evaluation = self._evaluations.open(step, needs_room=False)
         assert evaluation is not None
-        merged = Merged(step)
         with evaluation:
             for layer, rows in total.items():
                 self._watched.ran.setdefault(layer, rows.d)
                 if rows.ran:
-                    merged.add(layer, rows.moments, rows.d, rows.mask)
-                    merged.put(layer, evaluation)
+                    with evaluation.clock.part("eigenvalues"):
+                        entropy = entropy_of(rows.moments, rows.d)
+                    if entropy.status is Status.NONFINITE and rows.nonfinite_on:
+                        message = f"{entropy.message}, on {named_ranks(rows.nonfinite_on)}"
+                        entropy = replace(entropy, message=message)
+                    evaluation.put(layer, entropy, mask_name=rows.mask)
             idle = {layer: rows.d for layer, rows in total.items() if not rows.ran}
             self._finish(step, evaluation, idle, where)
 

@@ -23,6 +23,9 @@ def count_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+_NONFINITE = 2.0
+
+
 class Gathered(NamedTuple):
     """Rows of a layer: their moments, the features, the name of their mask, and whether the layer ran at all."""
 
@@ -30,6 +33,15 @@ class Gathered(NamedTuple):
     d: int
     mask: str | None = None
     ran: bool = True
+    nonfinite_on: tuple[int, ...] = ()
+    """Ranks whose rows hold NaN or Inf, of those that were added up."""
+
+    @property
+    def note(self) -> float:
+        """What the other ranks are told: whether it ran, and with finite numbers."""
+        if self.ran and self.moments.n and not bool(self.moments.mean.isfinite().all()):
+            return _NONFINITE
+        return float(self.ran)
 
 
 class Ranks:
@@ -78,7 +90,7 @@ class Ranks:
             Moments().merge(rows.moments) if rows.d == d else Moments()
             for rows, d in zip(mine, widths, strict=True)
         ]
-        notes = [float(step), float(knows), *(float(rows.ran) for rows in mine)]
+        notes = [float(step), float(knows), *(rows.note for rows in mine)]
         told = add_up(parts, widths, notes=notes) if count_ranks() > 1 else [notes]
         steps = [int(note[0]) for note in told]
         if len(set(steps)) > 1:
@@ -86,11 +98,10 @@ class Ranks:
                 f"with across_ranks every rank evaluates at the same steps; they are at {steps}, in the order of their "
                 "numbers: call step with the same counts on all"
             )
-        ran = [any(note[2 + i] for note in told) for i in range(len(parts))]
-        total = {
-            layer: Gathered(part, d, mask, one_ran)
-            for (layer, (d, mask)), part, one_ran in zip(self._agreed.items(), parts, ran, strict=True)
-        }
+        total = {}
+        for i, ((layer, (d, mask)), part) in enumerate(zip(self._agreed.items(), parts, strict=True), 2):
+            nonfinite = tuple(rank for rank, note in enumerate(told) if note[i] == _NONFINITE)
+            total[layer] = Gathered(part, d, mask, any(note[i] for note in told), nonfinite)
         return total, all(note[1] for note in told)
 
     def _exchange(self, step: int, own: Mapping[str, Gathered], error: Exception | None) -> None:

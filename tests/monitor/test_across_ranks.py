@@ -84,10 +84,13 @@ out["resumed"] = numbers(resumed.step(2))
 out["short"] = numbers(Monitor(make(), short.split((1, 0, 18, 1))[rank], ["0"], across_ranks=True).step(0))
 out["one row"] = numbers(Monitor(make(), short.split((0, 1, 0, 0, 19))[rank], ["0"], across_ranks=True).step(0))
 
-# NaN on one.
-mine = x.split((300, 212, 0, 0))[rank].clone()
-mine[7:8, 3] = torch.nan if rank == 1 else 0.0
-out["nan"] = [record.status for record in Monitor(make(), mine, ["2", "0"], across_ranks=True).step(0)]
+# NaN on some.
+out["nan"] = []
+for where in ((1,), (0, 1)):
+    mine = x.split((300, 212, 0, 0))[rank].clone()
+    mine[7:8, 3] = torch.nan if rank in where else 0.0
+    monitor = Monitor(make(), mine, ["2", "0"], across_ranks=True)
+    out["nan"].append([[r.layer, r.status, r.message] for r in monitor.step(0)])
 
 # An error on one.
 def fail(module, args, output):
@@ -222,10 +225,18 @@ def test_an_evaluation_is_one_sum_over_the_ranks_once_they_know_their_layers(ran
         assert out["sent second"] == [8 * (places + triangles)]
 
 
-def test_a_single_row_on_all_ranks_together_and_nan_on_one_have_their_status_on_all(ranks: Any) -> None:
+def test_a_single_row_on_all_ranks_together_has_its_status_on_all(ranks: Any) -> None:
     for out in ranks:
         assert [record[2:4] for record in out["one row"]] == [[1, "too_few_rows"]]
-        assert out["nan"] == ["nonfinite", "nonfinite"]
+
+
+def test_nan_on_some_ranks_has_its_status_on_all_and_a_message_that_names_them(ranks: Any) -> None:
+    message = "NaN, Inf or a sum beyond float64 in {0} of {0} features, the first is feature 0, on {1}"
+    for out in ranks:
+        for found, where in zip(out["nan"], ("rank 1", "ranks 0, 1"), strict=True):
+            assert found == [
+                [name, "nonfinite", message.format(d, where)] for name, d in (("2", 8), ("0", 32))
+            ]
 
 
 def test_an_error_on_one_rank_is_one_on_all_and_the_next_evaluation_is_right(ranks: Any) -> None:
