@@ -322,7 +322,7 @@ def made_by(place: str) -> SpectralEntropyMonitor:
     Raises
     ------
     ValueError
-        If there is no such function, or it makes something else.
+        If there is no such function, or it makes something else, or a monitor that has no fixed probe.
     """
     name, _, function = place.partition(":")
     if not name or not function:
@@ -342,6 +342,12 @@ def made_by(place: str) -> SpectralEntropyMonitor:
         raise ValueError(
             f"model={place!r} must return a fastent.SpectralEntropyMonitor, with the model, the probe and the layers "
             f"of the run that is planned; got {type(monitor).__name__}"
+        )
+    if monitor._watched is None or monitor._batch is not None:
+        raise ValueError(
+            f"model={place!r} must return a monitor with a fixed probe, whose pass is measured; got one that "
+            + ("has no model" if monitor._watched is None else "watches the training batch")
+            + ". What it takes of training is in its `cost`, after some steps of the run itself"
         )
     return monitor
 

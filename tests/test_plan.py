@@ -290,6 +290,24 @@ def test_what_cannot_be_measured_is_wrong_usage(monkeypatch, capsys, given, mess
     assert capsys.readouterr().err.startswith(f"fastent: {message}")
 
 
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (SpectralEntropyMonitor, "has no model"),
+        (lambda: SpectralEntropyMonitor(Slow(), probe="batch", layers="first"), "watches the training batch"),
+    ],
+)
+def test_a_monitor_without_a_fixed_probe_is_wrong_usage_of_the_plan(monkeypatch, capsys, make, what):
+    monkeypatch.setattr("fastent.plan.measure_rates", lambda: pytest.fail("measured"))
+    monkeypatch.setitem(sys.modules, "planned", type(sys)("planned"))
+    sys.modules["planned"].make = make
+    assert main(["plan", "--model", "planned:make"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "fastent: model='planned:make' must return a monitor with a fixed probe, whose pass is measured; got one that "
+        f"{what}. What it takes of training is in its `cost`"
+    )
+
+
 def test_a_monitor_without_a_pass_of_its_own_cannot_be_measured():
     with (
         pytest.warns(UserWarning, match="no forward pass"),
