@@ -1256,11 +1256,12 @@ class Evaluator:
         with evaluation:
             for layer, rows in total.items():
                 self._watched.ran.setdefault(layer, rows.d)
-                if rows.ran:
-                    with evaluation.clock.part("eigenvalues"):
-                        entropy = entropy_of(rows.moments, rows.d)
-                    if entropy.status is Status.NONFINITE and rows.nonfinite_on:
-                        message = f"{entropy.message}, on {named_ranks(rows.nonfinite_on)}"
+                if rows.ran and not rows.nonfinite_on:
+                    put_merged(evaluation, layer, rows.moments, rows.d, rows.mask)
+                elif rows.ran:  # no eigenvalues are to be found
+                    entropy = entropy_of(rows.moments, rows.d)
+                    message = f"{entropy.message}, on {named_ranks(rows.nonfinite_on)}"
+                    if entropy.status is Status.NONFINITE:
                         entropy = replace(entropy, message=message)
                     evaluation.put(layer, entropy, mask_name=rows.mask)
             idle = {layer: rows.d for layer, rows in total.items() if not rows.ran}

@@ -162,6 +162,15 @@ def test_on_a_device_moments_go_their_way_without_a_wait_and_keep_what_rounding_
     monitor.close()
 
 
+def test_the_sum_over_the_ranks_goes_the_same_way(model: nn.Module, streams: FakeStreams) -> None:
+    monitor = Monitor(model, inputs(), ["0", "2"], every=1, across_ranks=True)
+    assert monitor.step(0) == []
+    assert monitor.pending == 1
+    streams.tick()
+    assert steps(monitor.flush()) == [(0, "0"), (0, "2")]
+    monitor.close()
+
+
 def test_slots_of_moments_are_used_again_beside_those_of_activations(streams: FakeStreams) -> None:
     monitor = Monitor()
     for step in range(3):
