@@ -347,11 +347,14 @@ def conclusions(claims: Sequence[Judged]) -> tuple[Words, ...]:
 def _clause(said: Mapping[str, str], row: Judged | None) -> str:
     """Write what is to be believed of a claim, with the first of our figures where `said` has a place for them."""
     verdict = Verdict.NOT_RUN if row is None else row.verdict
-    undecided = verdict is Verdict.UNDECIDED
+    undecided, calibrated = verdict is Verdict.UNDECIDED, verdict is Verdict.CALIBRATED
     text = (
-        said.get(verdict.kind) or f"whether {said['open']} is {'' if undecided else 'open: '}{verdict.label}"
+        f"that {said['open']} is what the setting was chosen by"
+        if calibrated
+        else said.get(verdict.kind)
+        or f"whether {said['open']} is {'' if undecided else 'open: '}{verdict.label}"
     )
-    shown = verdict.kind != "none" or undecided
+    shown = verdict.kind != "none" or undecided or calibrated
     if row is None or not shown or "shows" not in said or row.ours == NONE:
         return text
     return f"{text}: {said['shows'].format(_first(row.ours))}"

@@ -313,7 +313,9 @@ def test_every_sentence_is_written_for_every_verdict_and_says_another_thing_for_
     assert len(found) == 5
     for sentence, names in zip(found, CONCLUSIONS, strict=True):
         clauses = [CLAIMS[name].said for name in names[: 1 if verdict is Verdict.NOT_RUN else None]]
-        if verdict.kind == "none":
+        if verdict is Verdict.CALIBRATED:
+            expected = [f"hat {said['open']} is what the setting was chosen by" for said in clauses]
+        elif verdict.kind == "none":
             state = "undecided" if verdict is Verdict.UNDECIDED else f"open: {verdict.label}"
             expected = [f"hether {said['open']} is {state}" for said in clauses]
         else:
@@ -321,7 +323,7 @@ def test_every_sentence_is_written_for_every_verdict_and_says_another_thing_for_
         assert all(words in sentence for words in expected)
         assert sentence[0].isupper()
         assert "{" not in sentence
-        shown = verdict.kind != "none" or verdict is Verdict.UNDECIDED
+        shown = verdict.kind != "none" or verdict in (Verdict.UNDECIDED, Verdict.CALIBRATED)
         figures = [
             said["shows"].format("9 of 10 runs (95 % CI 55 % to 100 %; n = 10)")
             for said in clauses
