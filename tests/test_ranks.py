@@ -32,6 +32,13 @@ def make():
 def entropies(records):
     return {record.layer: [record.normalized, record.d] for record in records}
 
+def in_training(net, layers):
+    monitor = fastent.SpectralEntropyMonitor(net, "batch", layers, every=1)
+    net(x).square().mean().backward()
+    found = attempt(lambda: entropies(monitor.step(0) + monitor.flush()))
+    monitor.close()
+    return found
+
 def attempt(function):
     try:
         return function()
@@ -80,6 +87,7 @@ for strategy in ("FULL_SHARD", "SHARD_GRAD_OP"):
             fsdp1[f"{strategy} {original} {when}"] = attempt(run)
 net = wrapped("FULL_SHARD", True)
 out["fsdp1"], out["named"] = fsdp1, entropies(fastent.SpectralEntropyMonitor(net, x, ["*", ""]).step(0))
+out["batch, FSDP1"] = in_training(wrapped("FULL_SHARD", True), ["first", "act", "head", ""])
 out["plain"] = entropies(fastent.SpectralEntropyMonitor(make(), x, ["first", "act", "head", ""]).step(0))
 """
 
@@ -100,6 +108,7 @@ mesh = init_device_mesh("cpu", (2,))
 net = parallel(make(), mesh)
 out["whole"] = probed(net, ["first", "head", ""])
 out["part"] = probed(net, "act")
+out["batch, whole"], out["batch, part"] = in_training(net, ["first", "head", ""]), in_training(net, "act")
 out["of a function"] = probed(net, lambda net, x: {"part": net.act(net.first(x))})
 out["kept as DTensor"] = probed(parallel(make(), mesh, local=False), ["first", "act", "head"])
 out["hooks"] = sum(len(module._forward_hooks) for module in net.modules())
@@ -108,7 +117,9 @@ net = parallel(make(), both["tp"])
 net = fully_shard(net, mesh=both["dp"])
 out["FSDP2 too"] = probed(net, ["first", "head"])
 out["FSDP2 too, part"] = probed(net, "act")
+out["batch, FSDP2 too"] = in_training(net, ["first", "head"])
 out["FSDP2 alone"] = probed(fully_shard(make(), mesh=mesh), ["first", "act", "head"])
+out["batch, FSDP2 alone"] = in_training(fully_shard(make(), mesh=mesh), ["first", "act", "head"])
 """
 
 STOP = """
@@ -177,7 +188,17 @@ def test_a_layer_under_tensor_parallelism_is_recorded_whole(ranks: Any, case: st
     assert ranks[0]["hooks"] == ranks[1]["hooks"] == 2  # those of the two parallel layers
 
 
-@pytest.mark.parametrize("case", ["part", "of a function", "FSDP2 too, part"])
+@pytest.mark.parametrize("case", ["whole", "FSDP1", "FSDP2 too", "FSDP2 alone"])
+def test_every_rank_records_what_its_batch_gives_of_a_sharded_model_and_a_parallel_layer_whole(
+    ranks: Any, case: str
+) -> None:
+    for out in ranks:  # the same batch on both
+        found = out[f"batch, {case}"]
+        assert len(found) == {"whole": 3, "FSDP1": 4, "FSDP2 too": 2, "FSDP2 alone": 3}[case]
+        assert same(found, out["plain"] or ranks[0]["plain"])
+
+
+@pytest.mark.parametrize("case", ["part", "of a function", "FSDP2 too, part", "batch, part"])
 def test_a_part_of_a_layer_that_nobody_can_put_together_is_refused_on_every_rank(
     ranks: Any, case: str
 ) -> None:

@@ -227,7 +227,6 @@ class _Layer:
     calls: int = 0
     held: list[tuple[Tensor, Resolution]] = field(default_factory=list)  # fewer rows than features
     moments: Moments | None = None
-    only_in_backward: bool = False
 
     @property
     def rows(self) -> int:
@@ -262,9 +261,16 @@ class _Gathered:
     evaluation: Evaluation | None = None  # of what was asked for at once
     dropped: bool = False
     layers: dict[str, _Layer] = field(default_factory=dict)
+    in_backward: dict[str, bool] = field(default_factory=dict)
+    """Whether a layer's first call was in a backward pass."""
     passes: list[bool] = field(default_factory=list)
     """Of those under way, the outermost first, whether they count; one that failed stays."""
     error: Exception | None = None
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether nothing more of it is wanted."""
+        return self.error is not None or self.dropped
 
     def drop(self) -> None:
         """Give back what was taken."""
@@ -385,13 +391,13 @@ class BatchEvaluator(Evaluator):
 
     def _counts(self, layer: str) -> bool:
         gathered = self._gathered
-        if gathered.error is not None or gathered.dropped or in_a_pass():
+        # Of a model that other ranks take part in they may wait for this one's part of a layer.
+        if (gathered.spoiled and self._hooks.spread is None) or in_a_pass():
             return False
         # By the pass that it is part of: reentrant checkpointing runs layers without gradients.
         if not (gathered.passes[0] if gathered.passes else self._is_training()):
             return False
-        known = gathered.layers.get(layer)
-        return not in_backward() or known is None or known.only_in_backward
+        return gathered.in_backward.setdefault(layer, in_backward()) or not in_backward()
 
     def _guarded(self, function: Callable[..., None], *args: Any) -> None:
         """Call it as outside of training's pass; what goes wrong is raised by `run`, not in the middle of training."""
@@ -399,13 +405,15 @@ class BatchEvaluator(Evaluator):
             with interrupts_held() as interrupts, torch.no_grad():
                 apart(function, interrupts)(*args)
         except Exception as error:
-            self._gathered.error = error
+            self._gathered.error = self._gathered.error or error
 
     def _reduce(self, layer: str, module: nn.Module, output: Any) -> None:
         check_pool()
         h = first_tensor(layer, output)
         if self._hooks.spread is not None:
             h = self._hooks.spread.whole(layer, h, module)
+        if self._gathered.spoiled:
+            return
         kind = h.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             self._gather(layer, h)
@@ -417,7 +425,7 @@ class BatchEvaluator(Evaluator):
             check_width(d)
             known = self._gathered.layers.get(layer)
             if known is None:
-                known = _Layer(d, reading.mask, only_in_backward=in_backward())
+                known = _Layer(d, reading.mask)
                 self._gathered.layers[layer] = known
             elif known.d != d:
                 raise ValueError(f"it gave d = {known.d} and d = {d} in one step")

@@ -676,7 +676,8 @@ class Watched:
         done : callable, optional
             Called when all has been passed, and before anything is noted as having run.
         whole : bool
-            Whether the pass must not end with the last of the layers, because other ranks take part in it.
+            Whether other ranks take part in the pass: then it does not end with the last of the layers, nor with an
+            error of `reduce`, which is raised when the pass is over, since it may be this rank's alone.
 
         Returns
         -------
@@ -700,13 +701,24 @@ class Watched:
         check_pool()
         widths: dict[str, int] = {}
         most = {} if callable(self._layers) else dict.fromkeys(self._layers, 0)
+        errors: list[Exception] = []
+
+        def reduce_to_the_end(name: str, h: Tensor) -> int:
+            try:
+                return reduce(name, h)
+            except Exception as error:
+                errors.append(error)
+                return 0
+
         try:
             for rows in self._parts or (None,):
                 self.rows = rows
-                for name, count in self._pass(reduce, widths, whole).items():
+                for name, count in self._pass(reduce_to_the_end if whole else reduce, widths, whole).items():
                     most[name] = max(most[name], count)
         finally:
             self.rows = None
+        if errors:
+            raise errors[0]
         return self._note(widths, most, done)
 
     def _note(
@@ -1201,7 +1213,7 @@ class Evaluator:
             with self._pass(
                 "the probe's pass failed at construction; check=False puts it off to the first evaluation"
             ):
-                self._run_probe(self._watched, None)
+                self._run_probe(self._watched, None, whole=self._watched.needs_every_rank)
 
     def run(self, step: int) -> bool:
         """Evaluate the layers of the model on its probe; a full ring may drop that, and then nothing is run.

@@ -294,9 +294,28 @@ def test_where_ranks_need_each_other_the_pass_is_whole_and_under_ddp_it_is_not(p
 
 def test_a_sharded_models_pass_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_module, "is_sharded", lambda module: True)
-    assert calls(Monitor(Model(), inputs(), BLOCKS, every=1), 0) == ALL
-    monkeypatch.setattr(probe_module, "_rank", lambda: 1)
-    assert calls(Monitor(Model(), inputs(), BLOCKS, every=1), 0) == ALL
+    for rank in range(2):
+        monkeypatch.setattr(probe_module, "_rank", lambda rank=rank: rank)
+        assert calls(Monitor(Model(), inputs(), BLOCKS, every=1), 0) == ALL
+        Counted.calls.clear()
+        monitor = Monitor(Model(), inputs(), BLOCKS, every=1, batch_size=8)
+        assert Counted.calls == 3 * ALL  # in the check at construction too
+        assert calls(monitor, 0) == 3 * ALL
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_error_of_this_rank_alone_does_not_end_its_part_of_a_sharded_models_pass(
+    parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe_module, "is_sharded", lambda module: True)
+    monitor = Monitor(Model(), inputs(), BLOCKS, every=1, batch_size=24 // parts)
+    monitor._evaluator._devices["blocks.0"] = torch.device("meta")
+    Counted.calls.clear()
+    with pytest.raises(ValueError, match=r"'blocks.0' on the probe: the activations moved from meta to cpu"):
+        monitor.step(0)
+    assert Counted.calls == parts * ALL
+    monitor._evaluator.forget()
+    assert len(monitor.step(0)) == 3
 
 
 def test_a_layer_in_a_thread_of_the_models_own_ends_no_pass() -> None:
