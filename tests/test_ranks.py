@@ -134,9 +134,14 @@ out["passes, FSDP2"], out["passes, TP"] = passes(fully_shard(make(), mesh=mesh))
 out["FSDP2 alone"] = probed(fully_shard(make(), mesh=mesh), ["first", "act", "head"])
 out["batch, FSDP2 alone"] = in_training(fully_shard(make(), mesh=mesh), ["first", "act", "head"])
 mine = x.split((40, 8))[rank]
-for case, part in (("a part each", mine), ("none on one", x if rank == 0 else x[:0])):
-    monitor = fastent.SpectralEntropyMonitor(fully_shard(make(), mesh=mesh), part, ["first", "act"], across_ranks=True)
-    out[case] = entropies(monitor.step(0))
+for case, net, part in (
+    ("FSDP1, a part each", wrapped("FULL_SHARD", True), mine),
+    ("FSDP2, a part each", fully_shard(make(), mesh=mesh), mine),
+    ("FSDP2, none on one", fully_shard(make(), mesh=mesh), x if rank == 0 else x[:0]),
+    ("TP, the same on both", parallel(make(), mesh), x),
+):
+    records = fastent.SpectralEntropyMonitor(net, part, ["first", "head"], across_ranks=True).step(0)
+    out[case] = [entropies(records), [record.n for record in records]]
 
 def failing_on_rank_0(net, probe):
     monitor = fastent.SpectralEntropyMonitor(net, probe, ["first", "head"], every=1, on_error="record")
@@ -256,13 +261,23 @@ def test_every_rank_records_what_its_batch_gives_of_a_sharded_model_and_a_parall
         assert same(found, out["plain"])
 
 
-@pytest.mark.parametrize("case", ["a part each", "none on one"])
+@pytest.mark.parametrize(
+    ("case", "n"),
+    [
+        ("FSDP1, a part each", 48),
+        ("FSDP2, a part each", 48),
+        ("FSDP2, none on one", 48),
+        ("TP, the same on both", 96),  # counted as often as they are held
+    ],
+)
 def test_a_sharded_model_evaluates_the_rows_of_every_rank_and_all_record_the_whole(
-    ranks: Any, case: str
+    ranks: Any, case: str, n: int
 ) -> None:
     assert ranks[0][case] == ranks[1][case]
-    assert len(ranks[0][case]) == 2
-    assert same(ranks[0][case], ranks[0]["plain"])
+    found, counts = ranks[0][case]
+    assert list(found) == ["first", "head"]
+    assert same(found, ranks[0]["plain"])
+    assert counts == [n, n]
 
 
 @pytest.mark.parametrize("case", ["part", "of a function", "FSDP2 too, part", "batch, part"])
