@@ -166,6 +166,9 @@ def test_the_wheel_holds_the_packages_and_no_top_level_module_but_fastent(wheel)
     data = (f"fastent/grokking/experiments/{name}" for name in ("claims.toml", "page.html.jinja"))
     code = ("fastent/py.typed", "fastent/kernels/covariance.py", "fastent/reference/entropy.py")
     assert {*code, *data} <= set(names)
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastent").rglob("*.py")}
+    assert "fastent/integrations/lightning.py" in modules
+    assert modules <= set(names)
 
 
 def test_the_wheel_works_where_the_tree_is_not(wheel, tmp_path):

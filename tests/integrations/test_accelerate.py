@@ -1,5 +1,8 @@
 """A monitor under Accelerate as it is: its checkpoints, its trackers, its compiled regions, its processes."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +170,88 @@ def test_compiled_regions_keep_their_graphs_their_bits_and_the_names_of_the_mode
     _, plain, _ = trained(True)
     assert [record[:2] for record in found] == [record[:2] for record in plain]
     assert [h for _, _, h in found] == pytest.approx([h for _, _, h in plain], rel=1e-5)
+
+
+TWO = """
+import json, sys
+sys.path[:0] = [sys.argv[1]]
+import torch
+from test_accelerate import INPUTS, LAYERS, PROBE, Tracker, accelerator_of, prepared, values
+import fastent
+torch.set_num_threads(1)
+folder, out = sys.argv[2], {}
+
+def run(steps, resumed_from=None, saved_at=None, **options):
+    tracker = Tracker()
+    accelerator = accelerator_of(log_with=tracker)
+    accelerator.init_trackers("two")
+    model, optimizer = prepared(accelerator)
+    own = INPUTS[accelerator.process_index :: 2]  # each process its half
+
+    def log(record):
+        accelerator.log({f"entropy/{record.layer}": record.normalized}, step=record.step)
+
+    monitor = None
+    if options:
+        monitor = fastent.SpectralEntropyMonitor(model, layers=LAYERS, every=1, on_record=log, **options)
+        accelerator.register_for_checkpointing(monitor)
+    if resumed_from is not None:
+        accelerator.load_state(resumed_from)
+    for step in steps:
+        optimizer.zero_grad()
+        accelerator.backward(model(own[step::4]).square().mean())
+        optimizer.step()
+        if monitor is not None:
+            monitor.step(step + 1)
+        if saved_at == step + 1:
+            accelerator.save_state(folder + "/state")
+    weights = [p.tolist() for p in accelerator.unwrap_model(model).parameters()] + [torch.get_rng_state().tolist()]
+    out["process"] = [accelerator.process_index, accelerator.num_processes, type(model).__name__]
+    return model, monitor, tracker.rows, weights
+
+_, _, _, without = run(range(4), saved_at=2)
+_, whole, out["logged"], weights = run(range(4), saved_at=2, probe=PROBE)
+out["bits"], out["weights"], out["whole"] = weights == without, weights[:-1], values(whole)
+_, resumed, _, again = run(range(2, 4), resumed_from=folder + "/state", probe=PROBE)
+out["resumed"], out["resumed bits"] = values(resumed), again == weights
+rank = out["process"][0]
+shard = PROBE[:13] if rank == 0 else PROBE[13:]
+model, sharded, _, _ = run(range(2), probe=shard, across_ranks=True)
+out["sharded"] = values(sharded)
+_, unsharded, _, _ = run(range(2), probe=PROBE)
+out["unsharded"] = values(unsharded)
+_, batch, _, _ = run(range(2), probe="batch", across_ranks=True)
+out["batch"] = [[r.step, r.layer, r.n, r.normalized] for r in batch.history]
+with open(f"{folder}/{rank}.json", "w") as file:
+    json.dump(out, file)
+"""
+
+
+@pytest.mark.nightly
+def test_two_processes_record_the_same_log_once_resume_and_train_as_without(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(script), str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for rank, out in enumerate(ranks):
+        assert out["process"] == [rank, 2, "DistributedDataParallel"]
+        assert out["bits"]
+        assert out["resumed bits"]
+        assert out["resumed"] == out["whole"]
+        for name in ("weights", "whole", "sharded", "batch"):
+            assert out[name] == ranks[0][name]
+        assert [record[:2] for record in out["whole"]] == [
+            [step, name] for step in (1, 2, 3, 4) for name in NAMES
+        ]
+        # The probe in shards of 13 and 27 rows is the whole probe; a batch is the 8 rows of each process.
+        assert [h for _, _, h in out["sharded"]] == pytest.approx(
+            [h for _, _, h in out["unsharded"]], abs=1e-6
+        )
+        assert [record[:3] for record in out["batch"]] == [
+            [step, name, 16] for step in (1, 2) for name in NAMES
+        ]
+    assert ranks[0]["logged"] == [[step, {f"entropy/{layer}": h}] for step, layer, h in ranks[0]["whole"]]
+    assert ranks[1]["logged"] == []

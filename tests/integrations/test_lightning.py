@@ -495,9 +495,12 @@ def test_a_stopping_policy_stops_the_trainer_as_early_stopping_does() -> None:
     t = trainer(entropy(**options), max_epochs=5, min_epochs=3)
     t.fit(Net(), loader())
     assert t.global_step == 12
-    t = trainer(entropy(**options | {"threshold": 1e-9}))
+    asked: list[int | None] = []
+    policy = {"threshold": 1e-9, "stopping": lambda monitor: asked.append(monitor.last_step)}
+    t = trainer(entropy(**options | policy))
     t.fit(Net(), loader())
     assert t.global_step == 4
+    assert asked == [0, 3]  # once each: a policy may count
 
 
 def test_an_unusable_record_is_kept_and_neither_logged_nor_offered_to_callbacks() -> None:
@@ -550,27 +553,41 @@ def test_the_search_for_a_learning_rate_before_the_fit_is_no_part_of_the_record(
         assert steps(callback) == [0, 2, 4]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"every": 1, "threshold": 1.0, "stopping": lambda monitor: len(monitor.history) == 9}, {"every": 4}],
+    ids=["a policy", "validation"],
+)
 def test_records_that_come_late_are_logged_at_their_own_step_and_are_there_when_something_decides(
-    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streams = FakeStreams()
     slots = Ring(streams, TorchFormer())
     monkeypatch.setattr(Devices, "of", lambda self, x: slots)
-    done, late = threading.Event(), []
+    done, waits, late = threading.Event(), threading.Event(), []
+    flush = fastent.SpectralEntropyMonitor.flush
 
-    def run_on() -> None:  # nothing is ready at once
-        while not done.wait(0.02):
-            streams.tick()
+    def flush_of_a_late_device(self: fastent.SpectralEntropyMonitor) -> list[fastent.EntropyRecord]:
+        waits.set()
+        try:
+            return flush(self)
+        finally:
+            waits.clear()
+
+    monkeypatch.setattr(fastent.SpectralEntropyMonitor, "flush", flush_of_a_late_device)
+
+    def run_on() -> None:  # nothing is ready before somebody waits
+        while not done.wait(0.002):
+            if waits.is_set():
+                streams.tick()
 
     def look(t: pl.Trainer, m: pl.LightningModule) -> None:
         late.append(t.callback_metrics["entropy/net.0"].item())
 
-    kept, callback = (
-        Kept(),
-        entropy(every=1, threshold=1.0, stopping=lambda monitor: len(monitor.history) == 9),
-    )
+    kept, callback = Kept(), entropy(**options)
     threading.Thread(target=run_on, daemon=True).start()
-    t = trainer(callback, During("on_validation_end", look), logger=kept, max_epochs=5)
+    epochs = 5 if "stopping" in options else 2
+    t = trainer(callback, During("on_validation_end", look), logger=kept, max_epochs=epochs)
     t.fit(Net(), loader(), loader())
     done.set()
     assert t.global_step == 8
