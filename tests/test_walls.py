@@ -1,6 +1,7 @@
 """Who may import whom: library <- study <- benchmarks, one way; kernels and reference stand alone; no circles."""
 
 import ast
+import functools
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -31,6 +32,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@functools.cache
 def imports(name: str, *, lazily: bool) -> set[str]:
     """Modules that `name` imports when it is imported, or `lazily` too: inside functions and for types alone."""
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
