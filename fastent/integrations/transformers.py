@@ -35,6 +35,17 @@ except ModuleNotFoundError as error:
     ) from None
 
 
+class _Metrics(TrainerCallback):
+    """What stands before all other callbacks, so that those which read an evaluation's metrics find the values."""
+
+    def __init__(self, callback: SpectralEntropyCallback) -> None:
+        self._callback = callback
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Put the newest values into the metrics."""
+        self._callback.on_evaluate(*args, **kwargs)
+
+
 class SpectralEntropyCallback(TrainerCallback):
     """A callback that records the spectral entropy of a model's layers while a `transformers.Trainer` trains it.
 
@@ -75,7 +86,7 @@ class SpectralEntropyCallback(TrainerCallback):
         For an option that the monitor does not have. What else is wrong with the arguments raises when training
         begins, since the monitor is made there.
     ValueError
-        If `name` is no name of a file.
+        If `name` is no name of a file. When training begins, if an attached callback shares it with another.
 
     Notes
     -----
@@ -105,11 +116,14 @@ class SpectralEntropyCallback(TrainerCallback):
         self._layers, self._probe, self._every, self._name = layers, probe, every, name
         self._stopping, self._options = stopping, options
         self._handler: Any = None
+        self._metrics = _Metrics(self)
         self._running = False
         self.monitor: SpectralEntropyMonitor | None = None
 
     def attach(self, trainer: Any) -> Self:
         """Join a trainer, in place of ``callbacks=[...]`` or beside it, and send the records to its `report_to`.
+
+        The other callbacks, whenever they joined it, find the values in an evaluation's metrics.
 
         Parameters
         ----------
@@ -124,12 +138,23 @@ class SpectralEntropyCallback(TrainerCallback):
         self._handler = trainer.callback_handler
         if self not in self._handler.callbacks:
             trainer.add_callback(self)
+        if self._metrics not in self._handler.callbacks:
+            self._handler.callbacks.insert(0, self._metrics)
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Make the monitor, load its records where training resumes, and take the first step."""
         if self.monitor is not None:  # of a `train()` that did not come to its end
             self.monitor.close()
+        others = () if self._handler is None else self._handler.callbacks
+        if any(
+            isinstance(other, SpectralEntropyCallback) and other is not self and other._name == self._name
+            for other in others
+        ):
+            raise ValueError(
+                f"two callbacks of one Trainer have the name {self._name!r}, under which each logs and saves: give one "
+                'of them another, name="entropy_train"'
+            )
         first = state.is_world_process_zero
         if first and self._handler is None and args.report_to:
             warn_user(

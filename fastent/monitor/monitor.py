@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
@@ -435,6 +435,8 @@ class SpectralEntropyMonitor:
         if threshold is None and law is not None:
             threshold = law.h_star
         for name, value in (("every", every), ("history_size", history_size), ("batch_size", batch_size)):
+            if not isinstance(value, SupportsIndex | None):
+                raise TypeError(f"{name} must be a whole number; got {value!r}")
             if value is not None and operator.index(value) < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if batch_size is not None and standard_error:
@@ -897,7 +899,10 @@ class SpectralEntropyMonitor:
     def _advance(self, step: int) -> int:
         if self._closed:
             raise RuntimeError("the monitor is closed")
-        step = operator.index(step)
+        try:
+            step = operator.index(step)
+        except TypeError:
+            raise TypeError(f"step must be a whole number; got {step!r}") from None
         if step < 0:
             raise ValueError(f"steps start at 0; got {step}")
         if self._last_step is not None and step < self._last_step:

@@ -323,6 +323,28 @@ def test_early_stopping_and_the_best_model_go_by_the_entropy(tmp_path: Path, gre
     assert trainer.state.global_step == min(6, best + 2)
 
 
+def test_early_stopping_that_the_trainer_had_before_finds_the_entropy(tmp_path: Path) -> None:
+    stopping = EarlyStoppingCallback(
+        early_stopping_patience=1, early_stopping_threshold=1.0
+    )  # no change is enough
+    trainer = trainer_of(tmp_path, stopping, **BEST)
+    callback = watch(every=1).attach(trainer).attach(trainer)
+    trainer.train()
+    assert steps(callback) == [0, 1, 2]
+    assert (
+        len(trainer.callback_handler.callbacks)
+        == len(trainer_of(tmp_path, stopping).callback_handler.callbacks) + 2
+    )
+
+
+def test_two_callbacks_of_one_name_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, watch(every=1))
+    watch().attach(trainer)
+    with pytest.raises(ValueError, match=r"the name 'entropy'.*: give one of them another, name="):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_callbacks_that_the_trainer_builds_anew_leave_this_one_as_it_is(tmp_path: Path) -> None:
     whole, resumed = watch(every=1), watch(every=1)
     options = BEST | {"greater_is_better": True}

@@ -144,7 +144,7 @@ def test_steps_that_go_back_are_negative_or_not_whole_are_errors(model: nn.Modul
         monitor.observe(4, inputs(), layer="x")
     with pytest.raises(ValueError, match="steps start at 0; got -1"):
         monitor.step(-1)
-    with pytest.raises(TypeError, match="float"):
+    with pytest.raises(TypeError, match=r"step must be a whole number; got 6\.0"):
         monitor.step(6.0)  # type: ignore[arg-type]
     assert monitor.last_step == 5
     assert [record.step for record in monitor.history] == [5]
@@ -216,6 +216,12 @@ def test_observe_takes_tokens_as_the_monitor_was_told() -> None:
 def test_bad_arguments_are_refused_when_the_monitor_is_built(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Monitor(**arguments)
+
+
+@pytest.mark.parametrize("name", ["every", "history_size", "batch_size"])
+def test_a_count_that_is_not_whole_is_refused_by_name(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a whole number; got 1.5"):
+        Monitor(**{name: 1.5})
 
 
 def test_a_model_that_is_not_a_module_is_refused() -> None:
