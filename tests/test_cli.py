@@ -312,7 +312,9 @@ def test_list_names_experiments_and_presets(capsys):
     printed = capsys.readouterr().out
     assert re.search(r"^  e1  Does the entropy collapse precede grokking\?$", printed, re.MULTILINE)
     assert len(re.findall(r"^  (?:e\d|choices|sham)  .*[.?]$", printed, re.MULTILINE)) == len(JOBS)
-    assert re.search(r"^  paper  the paper's setting$", printed, re.MULTILINE)
+    assert re.search(
+        r"^  paper  what the others start from: the paper's values .* and ours$", printed, re.MULTILINE
+    )
     assert re.search(r"^  quick  .*evaluate_every = 50", printed, re.MULTILINE)
 
 

@@ -79,7 +79,7 @@ class SpectralEntropy(Metric):
         self.num_features = num_features
         self.tokens, self.positions, self.channel_axis = tokens, positions, channel_axis
         size = 3 + 2 * num_features + num_features * (num_features + 1) // 2
-        self.add_state("moments", torch.zeros(size, dtype=torch.int64), dist_reduce_fx=_merged)
+        self.add_state("moments", torch.zeros(size, dtype=torch.int64, device="cpu"), dist_reduce_fx=_merged)
 
     def update(self, h: Tensor, *, mask: Tensor | None = None) -> None:
         """Add rows; `mask` leaves padding out."""
