@@ -125,6 +125,7 @@ raise ArithmeticError("training failed")
 def test_a_process_that_waits_for_a_dead_device_can_be_killed(name: str, code: int) -> None:
     process = start(
         """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 process.EXIT_SECONDS = 0.3
 evaluations = DeferredEntropy(capacity=1, on_full="block", device_of=lambda x: slots)
 ask(evaluations, 0)
