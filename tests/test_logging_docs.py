@@ -92,7 +92,8 @@ def test_wandb_keeps_every_late_value_at_its_own_step_and_every_row_of_the_loop(
     assert [row["loss"] for row in run.rows if "loss" in row] == list(range(301))
     # Each stands in the row of a later step: logged at the loop's step it would have been dropped or misplaced.
     rows = [row for row in run.rows if "entropy/1" in row]
-    assert all(row["loss"] >= row["entropy/step"] + 30 for row in rows[:3])
+    # Of evaluations that arrive together, as on a busy machine, the first have rows without one of the loop's losses.
+    assert all(row["loss"] >= row["entropy/step"] + 30 for row in rows[:3] if "loss" in row)
 
 
 def test_a_function_of_a_record_gets_every_late_value_with_its_own_step(names: dict[str, Any]) -> None:
