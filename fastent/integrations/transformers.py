@@ -23,8 +23,8 @@ from fastent.process import warn_user
 from fastent.records import EntropyRecord
 
 try:
+    import transformers  # before what it needs itself: one that is missing is named
     from accelerate.utils import broadcast_object_list, send_to_device
-    from transformers import TrainerCallback
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ModuleNotFoundError as error:
     if error.name not in ("transformers", "accelerate"):
@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 
-class _Metrics(TrainerCallback):
+class _Metrics(transformers.TrainerCallback):
     """What stands before all other callbacks, so that those which read an evaluation's metrics find the values."""
 
     def __init__(self, callback: SpectralEntropyCallback) -> None:
@@ -46,7 +46,7 @@ class _Metrics(TrainerCallback):
         self._callback.on_evaluate(*args, **kwargs)
 
 
-class SpectralEntropyCallback(TrainerCallback):
+class SpectralEntropyCallback(transformers.TrainerCallback):
     """A callback that records the spectral entropy of a model's layers while a `transformers.Trainer` trains it.
 
     Every `train()` makes a new monitor, of the model as the Trainer trains it then, and evaluates at multiples of

@@ -191,7 +191,11 @@ MEANINGS = (
         "entropy of the spectrum of the representation's covariance over a fixed probe of training inputs, "
         "divided by log d: 1 if the variance is spread evenly over all d directions, 0 if it lies along one",
     ),
-    ("T_mem", "first evaluation at which the train accuracy reaches 0.99: the model fits its training set"),
+    (
+        "T_mem",
+        "first evaluation at which the train accuracy reaches the setting `memorised`: 0.99, and 0.95 in the preset "
+        "`nearest`: the model fits its training set",
+    ),
     (
         "T_grok",
         "first evaluation at which the test accuracy reaches the criterion, 0.99; sustained: the first of "
