@@ -264,7 +264,7 @@ def correctness(session: Session) -> bool:
     if session.cuda:
         obstacle = triton_obstacle(session.device)
         if obstacle:
-            session.skip("correctness", f"the kernels cannot run here: {obstacle}", provider="triton")
+            session.skip("gate", f"the kernels cannot run here: {obstacle}", provider="triton")
             return False
         shapes = QUICK if session.quick else SHAPES
         for n, d in shapes:
@@ -282,7 +282,7 @@ def correctness(session: Session) -> bool:
             for dtype in DTYPES:
                 passed &= compare(session, n, d, dtype, "triton")
     else:
-        session.skip("correctness", "no CUDA device, and TRITON_INTERPRET is not 1", provider="triton")
+        session.skip("gate", "no CUDA device, and TRITON_INTERPRET is not 1", provider="triton")
     return passed
 
 
@@ -312,13 +312,14 @@ def compare(session: Session, n: int, d: int, dtype: torch.dtype, provider: str)
             passed = bool(error < 1.0) and same
             good &= passed
             session.add(
-                "correctness",
+                "gate",
                 provider=provider,
+                batch=1,
                 **columns(x),
                 side=side,
                 layout=layout,
                 entries=len(want),
-                error_over_gate=float(error),
+                matrix_over_gate=float(error),
                 same_bits_as_contiguous=same,
                 passed=passed,
             )
@@ -326,8 +327,14 @@ def compare(session: Session, n: int, d: int, dtype: torch.dtype, provider: str)
         want_h = fastent.spectral_entropy(x.cpu(), backend="torch").normalized
         difference = abs(fastent.spectral_entropy(x, backend=provider).normalized - want_h)  # type: ignore[arg-type]
         good &= difference <= 1e-12
-        passed = difference <= 1e-12
-        session.add("entropy", provider=provider, **columns(x), difference=difference, passed=passed)
+        session.add(
+            "gate",
+            provider=f"{provider}, entropy",
+            batch=1,
+            **columns(x),
+            entropy_over_gate=difference / 1e-12,
+            passed=difference <= 1e-12,
+        )
     return good
 
 
@@ -459,7 +466,8 @@ def slowdowns(
             with_probe, without = [], []
             deferred.discard()
             before = deferred.dropped
-            for _ in range(5 if session.quick else 15):
+            turns = 5 if session.quick else 15
+            for _ in range(turns):
                 without.append(seconds_for(session, step, steps, None, stride))
                 with_probe.append(seconds_for(session, step, steps, probe, stride))
             middle, low, high = ratio(np.array(with_probe), np.array(without))
@@ -473,6 +481,7 @@ def slowdowns(
                 d=WIDTH,
                 dtype="float32",
                 step_us=seconds_of_step * 1e6,
+                probes=turns * -(-steps // stride),
                 dropped=deferred.dropped - before,  # evaluations that found the ring full
                 slowdown=middle - 1.0,
                 slowdown_low=low - 1.0,

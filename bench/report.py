@@ -4,6 +4,9 @@
 ``DIR/report.md``, each with its pictures beside it. Rows decide everything: the same rows give the same files. What was
 skipped is listed with its reason, so that a rehearsal on a CPU cannot be mistaken for a measurement of a GPU.
 
+The GPU's report begins with a verdict on each target (`verdicts`); it is printed too. Of a file with several runs the
+newest counts, part by part.
+
 ``--readme`` writes the README's tables from the committed rows; they stand between ``<!-- bench: NAME -->`` and
 ``<!-- bench: end -->``. With ``--check`` nothing is written, and the exit status is 1 where a table does not follow
 from the rows.
@@ -18,7 +21,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -89,11 +92,10 @@ def write_cpu(folder: Path) -> list[Path]:
 
 
 def write_gpu(folder: Path) -> list[Path]:
-    """Report on the rows of `bench.gpu` in `folder`, written there."""
-    rows: dict[str, list[Row]] = {}
-    for row in read_rows(folder / "gpu.jsonl"):
-        name = "correctness" if row["part"] == "correctness" else row["op"]
-        rows.setdefault(name, []).append(row)
+    """Report on the rows of `bench.gpu` in `folder`, written there; print the verdicts."""
+    found = with_shares(newest(read_rows(folder / "gpu.jsonl")))
+    print(verdict_table(found))
+    rows = {"verdicts": found, **_group(found, lambda row: row["op"])}
     return write(
         "Benchmark of the entropy path",
         "Made by `python -m bench.report` from gpu.jsonl beside this file.",
@@ -312,24 +314,264 @@ def _group(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
     return groups
 
 
-def correctness_table(rows: list[Row]) -> str:
-    """List the gates: one line for each provider and dtype, the worst case named."""
+def gate_table(rows: list[Row]) -> str:
+    """List the gates: one line for each way and dtype, with the largest error of each quantity over its gate."""
     lines = []
     for (provider, dtype), found in _group(rows, lambda row: (row["provider"], row["dtype"])).items():
-        errors = [row["error_over_gate"] for row in found if row["op"] == "correctness"]
-        entropies = [row["difference"] for row in found if row["op"] == "entropy"]
-        values = (len(found), sum(not row["passed"] for row in found))
-        values = (*values, max(errors, default=None), max(entropies, default=None))
-        lines.append([provider, dtype, *map(_cell, values)])
-    header = (
-        "provider",
-        "dtype",
-        "cases",
-        "failed",
-        "largest error over its gate",
-        "largest difference of H",
-    )
+        worst = [max((row[gate] for row in found if gate in row), default=None) for gate in GATES]
+        batches = ", ".join(str(batch) for batch in sorted({row["batch"] for row in found}))
+        counts = (len(found), sum(not row["passed"] for row in found))
+        lines.append([provider, dtype, batches, *map(_cell, (*counts, *worst))])
+    header = ("way", "dtype", "matrices", "cases", "outside", *(gate.partition("_")[0] for gate in GATES))
     return markdown_table(header, lines)
+
+
+GATES = ("matrix_over_gate", "centre_over_gate", "spread_over_gate", "entropy_over_gate")
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """Of each part the rows of the last run that has it: rows are appended, so a file may hold several runs."""
+    last = {row["part"]: row.get("run") for row in rows}
+    return [row for row in rows if row.get("run") == last[row["part"]]]
+
+
+class NotMeasuredError(Exception):
+    """Why a figure cannot be had from the rows."""
+
+
+class Verdict(NamedTuple):
+    """What became of one target."""
+
+    target: str
+    limit: str
+    measured: str  # the figure, or why there is none
+    verdict: str  # "met", "missed" or "not measured"
+    card: str
+
+
+class Measured(NamedTuple):
+    """A figure, as it is written, and the row that it comes from."""
+
+    value: float
+    text: str
+    row: Row
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of a figure; `measure` raises NotMeasuredError where the rows do not say."""
+
+    name: str
+    limit: float
+    unit: str
+    measure: Callable[[list[Row]], Measured]
+    at_least: bool = False
+
+    def verdict(self, rows: list[Row]) -> Verdict:
+        """Hold the rows against it."""
+        limit = f"{'>=' if self.at_least else '<='} {self.limit:g} {self.unit}".strip()
+        try:
+            found = self.measure(rows)
+        except NotMeasuredError as reason:
+            return Verdict(self.name, limit, str(reason), "not measured", "")
+        met = found.value >= self.limit if self.at_least else found.value <= self.limit
+        return Verdict(
+            self.name, limit, found.text, "met" if met else "missed", str(found.row.get("device", ""))
+        )
+
+
+def verdicts(rows: list[Row]) -> list[Verdict]:
+    """Hold each target of the GPU path (`TARGETS`) against rows of `bench.gpu`.
+
+    Rows made without a GPU count for nothing. A figure that does not measure what its target asks for gives no verdict
+    but a reason: a time that is not the device's (`timing`), a slowdown whose evaluations were dropped, a step of
+    another length. Two times that are compared are of one run and one card.
+    """
+    of_gpu = [row for row in rows if "skipped" in row or row.get("capability")]
+    return [target.verdict(of_gpu) for target in TARGETS]
+
+
+def verdict_table(rows: list[Row]) -> str:
+    """Write the verdicts as a table."""
+    return markdown_table(Verdict._fields, [list(verdict) for verdict in verdicts(rows)])
+
+
+def _row(rows: list[Row], op: str, **wanted: object) -> Row:
+    """Return the newest measured row with these values; raise the reason why there is none."""
+    here = [row for row in rows if row["op"] == op]
+    for row in reversed(here):
+        if "skipped" not in row and all(row.get(key) == value for key, value in wanted.items()):
+            return row
+    for row in reversed(here):  # what was skipped as a whole has not all of the values
+        if "skipped" in row and all(row.get(key, value) == value for key, value in wanted.items()):
+            raise NotMeasuredError(row["skipped"])
+    raise NotMeasuredError("no row")
+
+
+def _device_row(rows: list[Row], op: str, **wanted: object) -> Row:
+    """Return such a row whose time is the device's and nothing else's."""
+    row = _row(rows, op, **wanted)
+    if row.get("timing") not in DEVICE_TIMINGS:
+        raise NotMeasuredError(f"timed by {row.get('timing')}: not the device's time alone")
+    return row
+
+
+DEVICE_TIMINGS = ("graph", "sleep")
+
+
+def _time(rows: list[Row], **wanted: object) -> Measured:
+    row = _device_row(rows, "kernel", dtype="bfloat16", cache="warm", **wanted)
+    span = " to ".join(f"{row[name]:.3g}" for name in ("us_p20", "us_p80"))
+    return Measured(row["us_p50"], f"{row['us_p50']:.3g} us ({span})", row)
+
+
+def _over(rows: list[Row], provider: str, n: int, d: int) -> Measured:
+    """Time of our covariance, memory at hand, over another's in the same run."""
+    shape = {"n": n, "d": d, "dtype": "bfloat16"}
+    ours = _device_row(rows, "covariance", provider="fastent, memory at hand", **shape)
+    same = {key: ours[key] for key in ("device", "run") if key in ours}
+    theirs = _device_row(rows, "covariance", provider=provider, **shape, **same)
+    value = ours["us_p50"] / theirs["us_p50"]
+    return Measured(
+        value, f"{value:.3g}: {microseconds(ours['us_p50'])} over {microseconds(theirs['us_p50'])}", ours
+    )
+
+
+def _rate(rows: list[Row]) -> Measured:
+    """Compare the float64 operations executed in a second with those of cuBLAS on the same card."""
+    row = _device_row(rows, "kernel", batch=1, n=8192, d=4096, dtype="bfloat16", cache="warm")
+    ours, most = row["flops"] / row["us_p50"] * 1e6, ceiling(rows, PRODUCT, row["device"])
+    return Measured(ours / most, f"{ours / most:.3g}: {ours / 1e12:.3g} of {most / 1e12:.3g} TFLOP/s", row)
+
+
+def _slowdown(rows: list[Row], provider: str, stride: int) -> Measured:
+    """Slowdown of a captured step of 0.15 ms in percent, of which nothing was dropped."""
+    row = _row(rows, "slowdown", step="graph step", provider=provider, stride=stride)
+    if not 135 <= row["step_us"] <= 165:
+        raise NotMeasuredError(f"the step took {row['step_us']:.0f} us instead of 150")
+    if row["dropped"]:
+        raise NotMeasuredError(f"{row['dropped']} of {row['probes']} evaluations were dropped")
+    middle, low, high = (100 * row[name] for name in ("slowdown", "slowdown_low", "slowdown_high"))
+    return Measured(middle, f"{middle:.2f} % [{low:.2f}, {high:.2f}]", row)
+
+
+def _thread(rows: list[Row]) -> Measured:
+    """Time that the direct way keeps the training thread over the time that a deferred evaluation does."""
+    ours = _row(rows, "probe on the thread", provider="deferred")
+    same = {key: ours[key] for key in ("device", "run") if key in ours}
+    theirs = _row(rows, "probe on the thread", provider="direct", **same)
+    value = theirs["us_p50"] / ours["us_p50"]
+    return Measured(
+        value, f"{value:.3g}: {microseconds(theirs['us_p50'])} over {microseconds(ours['us_p50'])}", ours
+    )
+
+
+def _waits(rows: list[Row]) -> Measured:
+    row = _row(rows, "host synchronisations", provider="deferred")
+    return Measured(row["calls"], str(row["calls"]), row)
+
+
+def _outside(rows: list[Row]) -> Measured:
+    last = _row(rows, "gate")
+    passed = [row["passed"] for row in rows if row["op"] == "gate" and "skipped" not in row]
+    outside = len(passed) - sum(passed)
+    return Measured(outside, f"{outside} of {len(passed)}", last)
+
+
+def _trainer(rows: list[Row]) -> Measured:
+    row = _row(rows, "e1", seeds=10)
+    ours, theirs = row["seed_steps_per_second"], row["cpu_seed_steps_per_second"]
+    return Measured(
+        ours / theirs, f"{ours / theirs:.3g}: {ours:,.0f} over {theirs:,.0f} seed-steps a second", row
+    )
+
+
+COPY, PRODUCT = "copy", "cuBLAS float64 product"
+"""Ceilings: what a copy moves and what the full product executes in a second, measured on the card."""
+
+TARGETS = (
+    Target("results outside their gates", 0, "", _outside),
+    Target("512 x 128, in the stream", 10, "us", functools.partial(_time, n=512, d=128, batch=1)),
+    Target(
+        "512 x 128, 32 in one launch, in the stream",
+        20,
+        "us",
+        functools.partial(_time, n=512, d=128, batch=32),
+    ),
+    Target("calls that wait for the device in a deferred evaluation", 0, "", _waits),
+    Target(
+        "512 x 128: time that the direct way keeps the thread, over that of a deferred evaluation (both by the "
+        "host's clock, the device idle before)",
+        50,
+        "",
+        _thread,
+        at_least=True,
+    ),
+    Target(
+        "slowdown of a captured 0.15 ms step, deferred evaluation every 10 steps, none dropped",
+        1,
+        "%",
+        functools.partial(_slowdown, provider="deferred", stride=10),
+    ),
+    Target(
+        "the same, matrix and participation ratio alone, every step",
+        8,
+        "%",
+        functools.partial(_slowdown, provider="matrix and participation ratio", stride=1),
+    ),
+    *(
+        Target(
+            f"{n} x {d}: time over that of cuBLAS's float64 product",
+            limit,
+            "",
+            functools.partial(_over, provider=PRODUCT, n=n, d=d),
+        )
+        for n, d, limit in ((8192, 4096, 0.55), (8192, 2048, 0.67), (8192, 1024, 0.6))
+    ),
+    Target(
+        "8192 x 4096: time over that of the kernel without Gluon, same run",
+        0.55,
+        "",
+        functools.partial(_over, provider="fastent, without Gluon", n=8192, d=4096),
+    ),
+    Target(
+        "8192 x 4096: executed float64 operations over the most that cuBLAS executes",
+        0.65,
+        "",
+        _rate,
+        at_least=True,
+    ),
+    Target("E1, 10 seeds: seed-steps a second over the CPU's", 30, "", _trainer, at_least=True),
+)
+
+
+def ceiling(rows: list[Row], name: str, card: str) -> float:
+    """Return the highest rate of a ceiling that was measured on a card, a second."""
+    here = [row for row in rows if row["op"] == "ceiling" and "skipped" not in row]
+    rates = [row["per_second"] for row in here if (row["provider"], row["device"]) == (name, card)]
+    if not rates:
+        raise NotMeasuredError(f"no ceiling of this card: {name}")
+    return max(rates)
+
+
+def with_shares(rows: list[Row]) -> list[Row]:
+    """Give rows of `kernel` their floor and their share of it.
+
+    The floor is what the bytes take at the rate of a copy, or the floating-point operations at that of cuBLAS's float64
+    product, whichever is longer; both measured on the same card. Where one is missing there is no share.
+    """
+
+    def shared(row: Row) -> Row:
+        if row["op"] != "kernel" or "skipped" in row:
+            return row
+        try:
+            rates = [ceiling(rows, name, row["device"]) for name in (COPY, PRODUCT)]
+        except NotMeasuredError:
+            return row
+        floor = 1e6 * max(row["bytes"] / rates[0], row["flops"] / rates[1])
+        return {**row, "floor_us": floor, "share_of_floor": floor / row["us_p50"]}
+
+    return [shared(row) for row in rows]
 
 
 LOOKS = ((LIGHT.entropy, "o"), (LIGHT.test, "s"), (LIGHT.norm, "D"), (LIGHT.signal, "^"))
@@ -638,28 +880,35 @@ CPU = {
         "Time of an evaluation on the thread that trains; below 1 the worker gains.",
     ),
 }
+_TIMING = (
+    "Timing: `graph`, many calls in one CUDA graph; `sleep`, queued behind a sleep that outlasted the host; `host`, "
+    "the call waits for the device or could not be kept behind a sleep: the time is the host's too; `clock`, no GPU."
+)
 _GPU_TABLES: dict[str, Table] = {
-    "correctness": correctness_table,
+    "verdicts": verdict_table,
+    "gate": gate_table,
+    "ceiling": columns("provider timing us_p20 us_p50 us_p80 per_second", per_second="in a second"),
     "kernel": columns(
-        "batch n d dtype side cache launches us_p20 us_p50 us_p80 tflops share_of_floor",
+        "batch n d dtype side cache launches timing us_p20 us_p50 us_p80 tflops share_of_floor",
         cache="L2",
         tflops="TFLOP/s",
     ),
-    "covariance": columns("n d provider us_p20 us_p50 us_p80 host_us over_fastent"),
-    "entropy": columns("n d provider us_p20 us_p50 us_p80 host_us over_fastent"),
+    "covariance": columns("n d provider timing us_p20 us_p50 us_p80 host_us over_fastent"),
+    "entropy": columns("n d provider timing us_p20 us_p50 us_p80 host_us over_fastent"),
     "eigensolve": columns("d provider batch us_p50 us_per_matrix"),
-    "probe forward": columns("n d us_p20 us_p50 us_p80"),
-    "probe in the stream": columns("batch n d us_p20 us_p50 us_p80"),
+    "probe forward": columns("n d timing us_p20 us_p50 us_p80"),
     "probe on the thread": columns("provider us_p20 us_p50 us_p80"),
     "slowdown": columns(
-        "step step_us provider stride slowdown slowdown_low slowdown_high dropped",
-        provider="probe",
+        "step step_us provider stride slowdown slowdown_low slowdown_high probes dropped",
+        provider="way",
         stride="every",
         slowdown_low="low",
         slowdown_high="high",
     ),
     "host synchronisations": columns("provider n d calls", calls="calls that wait"),
-    "blocked stream": columns("provider pause_us us_p50", pause_us="stream busy us", us_p50="back after us"),
+    "blocked stream": columns(
+        "provider pause_us us_p50 waited", pause_us="stream busy us", us_p50="back after us"
+    ),
     "peak memory": columns(
         "n d provider input_bytes extra_bytes held_bytes", extra_bytes="above it", held_bytes="held before"
     ),
@@ -670,7 +919,17 @@ _GPU_FIGURES: dict[str, Draw] = {
     "entropy": _over_fastent,
     "slowdown": _slowdowns,
 }
-GPU = {op: Chapter(op, table, draw=_GPU_FIGURES.get(op)) for op, table in _GPU_TABLES.items()}
+_GPU_NOTES = {
+    "verdicts": "Where a limit refers to two times, both are of one run on one card.",
+    "kernel": "Share of the floor: of what the bytes take at the rate of a copy, or the executed operations at that of "
+    "cuBLAS's float64 product, whichever is longer, both measured on this card; without them there is none.",
+    "covariance": _TIMING,
+    "entropy": _TIMING,
+    "slowdown": "A dropped evaluation costs next to nothing: where any was dropped, the row says what dropping costs.",
+}
+GPU = {
+    op: Chapter(op, table, _GPU_NOTES.get(op, ""), _GPU_FIGURES.get(op)) for op, table in _GPU_TABLES.items()
+}
 
 
 README = ROOT / "README.md"

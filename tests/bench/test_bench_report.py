@@ -104,3 +104,105 @@ def test_a_provider_that_nobody_gave_a_style_is_drawn_in_one_of_its_own():
     assert len(set(found.values())) == 3
     (axes,) = [ax for ax in report._accuracy(rows).axes if ax.axison]
     assert [line.get_label() for line in axes.lines[:3]] == ["new one", "fastent", "another"]
+
+
+CARD = {"device": "NVIDIA H100", "capability": "sm_90", "run": "1", "part": "all"}
+SMALL = {"op": "kernel", "n": 512, "d": 128, "dtype": "bfloat16", "cache": "warm", "timing": "graph", **CARD}
+TIMES = {"us_p20": 8.0, "us_p50": 8.5, "us_p80": 9.0}
+LARGE = {"op": "covariance", "n": 8192, "d": 4096, "dtype": "bfloat16", "timing": "graph", **CARD}
+SLOWDOWN = {
+    "op": "slowdown",
+    "step": "graph step",
+    "provider": "deferred",
+    "stride": 10,
+    "step_us": 151.0,
+    "probes": 800,
+    "dropped": 0,
+    "slowdown": 0.006,
+    "slowdown_low": 0.004,
+    "slowdown_high": 0.008,
+    **CARD,
+}
+
+
+def judged(name, *rows):
+    (found,) = (one for one in report.verdicts(list(rows)) if one.target.startswith(name))
+    return found
+
+
+def test_each_target_is_met_missed_or_not_measured_by_the_rows():
+    one, many = "512 x 128, in the stream", "512 x 128, 32 in one launch"
+    rows = [{**SMALL, "batch": 1, **TIMES}, {**SMALL, "batch": 32, **TIMES, "us_p50": 20.5}]
+    assert judged(one, *rows) == (one, "<= 10 us", "8.5 us (8 to 9)", "met", "NVIDIA H100")
+    assert judged(many, *rows)[2:] == ("20.5 us (8 to 9)", "missed", "NVIDIA H100")
+    assert {verdict.verdict for verdict in report.verdicts([])} == {"not measured"}
+    assert judged("slowdown of a captured", SLOWDOWN)[1:4] == ("<= 1 %", "0.60 % [0.40, 0.80]", "met")
+    host = {"op": "probe on the thread", **CARD}
+    ways = [{**host, "provider": "deferred", "us_p50": 100.0}, {**host, "provider": "direct", "us_p50": 2e3}]
+    assert judged("512 x 128: time that the direct way", *ways)[1:4] == (
+        ">= 50",
+        "20: 2 ms over 100 us",
+        "missed",
+    )
+    gates = [{"op": "gate", "provider": "resident", "passed": passed, **CARD} for passed in (True, False)]
+    assert judged("results outside", *gates)[2:4] == ("1 of 2", "missed")
+    ceiling = {"op": "ceiling", "provider": report.PRODUCT, "per_second": 5e13, **CARD}
+    rate = {**SMALL, "batch": 1, "n": 8192, "d": 4096, "flops": 1.5e11, **TIMES, "us_p50": 5e3}
+    assert judged("8192 x 4096: executed", ceiling, rate)[2:4] == ("0.6: 30 of 50 TFLOP/s", "missed")
+    e1 = {
+        "op": "e1",
+        "seeds": 10,
+        "seed_steps_per_second": 5e4,
+        "cpu_seed_steps_per_second": 1e3,
+        **CARD,
+    }
+    assert judged("E1, 10 seeds", e1)[2:4] == ("50: 50,000 over 1,000 seed-steps a second", "met")
+
+
+def test_a_figure_of_something_else_gives_no_verdict_but_the_reason():
+    small = {**SMALL, "batch": 1, **TIMES}
+    for change, reason in (
+        ({"timing": "host"}, "timed by host: not the device's time alone"),
+        ({"skipped": "outside its gate"}, "outside its gate"),
+        ({"capability": None}, "no row"),
+        ({"cache": "cold"}, "no row"),
+    ):
+        assert judged("512 x 128, in the stream", {**small, **change})[2:4] == (reason, "not measured")
+    for change, reason in (
+        ({"dropped": 30}, "30 of 800 evaluations were dropped"),
+        ({"step_us": 300.0}, "the step took 300 us instead of 150"),
+    ):
+        assert judged("slowdown of a captured", {**SLOWDOWN, **change})[2:4] == (reason, "not measured")
+    whole = {"op": "kernel", "skipped": "no CUDA device", "part": "kernel"}
+    assert judged("512 x 128, in the stream", whole).measured == "no CUDA device"
+
+
+def test_times_of_two_runs_or_cards_are_not_compared():
+    ours = {**LARGE, "provider": "fastent, memory at hand", "us_p50": 2500.0}
+    theirs = {**LARGE, "provider": report.PRODUCT, "us_p50": 5000.0}
+    name = "8192 x 4096: time over that of cuBLAS"
+    assert judged(name, ours, theirs)[1:4] == ("<= 0.55", "0.5: 2.5 ms over 5 ms", "met")
+    for change in ({"run": "2"}, {"device": "NVIDIA H200"}):
+        assert judged(name, ours, {**theirs, **change})[2:4] == ("no row", "not measured")
+
+
+def test_shares_are_of_the_ceilings_of_the_same_card_and_of_nothing_else():
+    row = {**SMALL, "batch": 1, **TIMES, "bytes": 3e6, "flops": 1e8}
+    ceilings = [
+        {"op": "ceiling", "provider": name, "per_second": rate, **CARD}
+        for name, rate in ((report.COPY, 3e12), (report.PRODUCT, 4e13), (report.PRODUCT, 5e13))
+    ]
+    *_, found = report.with_shares([*ceilings, row])
+    assert found["floor_us"] == pytest.approx(2.0, rel=1e-12)
+    assert found["share_of_floor"] == pytest.approx(2.0 / 8.5, rel=1e-12)
+    for other in (ceilings[:1], [{**ceiling, "device": "NVIDIA H200"} for ceiling in ceilings]):
+        *_, found = report.with_shares([*other, row])
+        assert "share_of_floor" not in found
+
+
+def test_of_each_part_the_newest_run_counts():
+    rows = [
+        {"part": part, "run": run, "us": us}
+        for part, run, us in (("a", "1", 1), ("b", "1", 2), ("a", "2", 3), ("a", "2", 4))
+    ]
+    assert [row["us"] for row in report.newest(rows)] == [2, 3, 4]
