@@ -100,22 +100,27 @@ def column_shift(h_ptr, n, cols, h_row, h_col, mask):
 
 
 @triton.jit
-def leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_ptr, EDGE: tl.constexpr):
-    """Store the product of one part and count it; whether it was the last of its tile to come.
+def last_to_come(counter_ptr, programs):
+    """Count this program at a counter; whether it is the last of the `programs` of one launch that come there.
 
     What the program stored before goes with it: release and acquire at the scope of the device, so whoever sees all
-    others counted sees their stores. The count is set back to 0 for the next evaluation.
+    others counted sees their stores. The counter (int64, which no device fills) is never set back: a launch adds
+    `programs` to it, whatever the order. Two launches that overlap, which they must not, so spoil their own
+    results and none after; arrivals between a last count and a reset would be lost for good.
     """
+    tl.debug_barrier()
+    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return before % programs == programs - 1
+
+
+@triton.jit
+def leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_ptr, EDGE: tl.constexpr):
+    """Store the product of one part and count it; whether it was the last of its tile to come."""
     r = tl.arange(0, EDGE)
     at = partial_ptr + ((batch * parts + part) * tiles + tile) * EDGE * EDGE
     tl.store(at + r[:, None] * EDGE + r[None, :], product)
-    tl.debug_barrier()
-    counter = counted_ptr + batch * tiles + tile
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
-    tl.debug_barrier()
-    if last:
-        tl.store(counter, 0)
-    return last
+    return last_to_come(counted_ptr + batch * tiles + tile, parts)
 
 
 @triton.jit
@@ -148,18 +153,14 @@ def add_spread(
     spread_ptr,  # (batch, 3) fp64 out
     shares_ptr,  # (batch, >= programs, 2) fp64
     shares_batch,  # elements from one matrix to the next
-    arrived_ptr,  # (batch,) int32
+    arrived_ptr,  # (batch,) int64
     BLOCK: tl.constexpr,
 ):
     """Leave the share of `program`; the last of `programs` to do so writes the spread."""
     shares_ptr += batch * shares_batch
     tl.store(shares_ptr + 2 * program, trace)
     tl.store(shares_ptr + 2 * program + 1, squares)
-    # Release and acquire at the scope of the device: whoever sees all others counted in sees their shares.
-    tl.debug_barrier()
-    before = tl.atomic_add(arrived_ptr + batch, 1, sem="acq_rel", scope="gpu")
-    if before == programs - 1:
-        tl.debug_barrier()
+    if last_to_come(arrived_ptr + batch, programs):
         lane = tl.arange(0, BLOCK)
         traces = tl.zeros((BLOCK,), tl.float64)
         sums = tl.zeros((BLOCK,), tl.float64)
@@ -175,7 +176,6 @@ def add_spread(
         tl.store(spread_ptr, total)
         tl.store(spread_ptr + 1, square)
         tl.store(spread_ptr + 2, total * total / square)
-        tl.store(arrived_ptr + batch, 0)
 
 
 @triton.jit

@@ -137,9 +137,9 @@ class Workspace(NamedTuple):
 
     partial: Tensor | None  # (batch, parts, tiles, edge, edge) float64, where the summed axis is split
     sums: Tensor | None  # (batch, parts, tiles, 2, edge) float64, the same on the covariance side
-    counted: Tensor | None  # (batch, tiles) int32, all 0 between evaluations: parts that have left theirs
+    counted: Tensor | None  # (batch, tiles) int64: parts that have left theirs, in all evaluations
     shares: Tensor | None  # (batch, tiles, 2) float64: what each tile adds to the spread
-    arrived: Tensor | None  # (batch,) int32, all 0 between evaluations: tiles that have added theirs
+    arrived: Tensor | None  # (batch,) int64: tiles that have added theirs, in all evaluations
 
     def nbytes(self) -> int:
         """Bytes of memory."""
@@ -168,12 +168,12 @@ def workspace(side: Side, batch: int, n: int, d: int, device: torch.device, *, s
     partial = sums = counted = shares = arrived = None
     if cut.parts > 1:
         partial = torch.empty((batch, cut.parts, cut.tiles, edge, edge), dtype=torch.float64, device=device)
-        counted = torch.zeros((batch, cut.tiles), dtype=torch.int32, device=device)
+        counted = torch.zeros((batch, cut.tiles), dtype=torch.int64, device=device)
         if side == "covariance":
             sums = torch.empty((batch, cut.parts, cut.tiles, 2, edge), dtype=torch.float64, device=device)
     if spread:
         shares = torch.empty((batch, cut.tiles, 2), dtype=torch.float64, device=device)
-        arrived = torch.zeros(batch, dtype=torch.int32, device=device)
+        arrived = torch.zeros(batch, dtype=torch.int64, device=device)
     return Workspace(partial, sums, counted, shares, arrived)
 
 

@@ -188,7 +188,7 @@ def test_what_a_program_leaves_is_stored_before_it_is_counted_and_read_after(tmp
         assert len(counts) == 2, row["kernel"]  # of the parts of a tile, of the tiles of a matrix
         for i in counts:
             # One thread counts for all of its program: release and acquire reach the others through barriers.
-            assert events[i] == "atom.global.gpu.acq_rel.add.u32"
+            assert events[i] == "atom.global.gpu.acq_rel.add.u64"
             before = [event for event in events[:i] if event != events[i]]
             assert before[-1] == "bar.sync"
             assert "st.global" in before

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
+from collections.abc import Callable, Generator
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
-from fastent.kernels.covariance import ResidentCovariance, covariance, gram
+from fastent.kernels.covariance import ResidentCovariance, covariance, gram, last_to_come
 from fastent.kernels.launch import Launch, Side, partition
 
 
@@ -141,6 +145,128 @@ def test_parts_may_come_in_any_order(side: Side, n: int, d: int, monkeypatch: py
             square = one.shape[-1] == one.shape[-2]
             assert torch.equal(one.tril() if square else one, two.tril() if square else two)
     assert any(seen)
+
+
+@pytest.mark.parametrize(("side", "n", "d"), [("covariance", 128, 33), ("gram", 33, 128)])
+def test_counters_are_never_set_back_and_any_multiple_is_a_start(
+    side: Side, n: int, d: int, device: torch.device
+) -> None:
+    h = activations(n, d).to(device)
+    evaluator = ResidentCovariance(n, d, device=device, side=side)
+    counted, arrived = evaluator.workspace.counted, evaluator.workspace.arrived
+    assert counted is not None
+    assert arrived is not None
+    _, tiles, parts, _ = partition(side, 33, 128)
+    assert (tiles, parts) == (3, 2)
+    want, got = evaluator.output(), evaluator.output()
+    evaluator(h, want)
+    assert counted.tolist() == [[parts] * tiles]
+    assert arrived.tolist() == [tiles]
+    for before in (2**31 // parts, 2**32 // tiles):  # evaluations, after which 32 bits are used up
+        counted.fill_(before * parts)
+        arrived.fill_(before * tiles)
+        got.block.fill_(math.nan)
+        evaluator(h, got)
+        assert torch.equal(got.lower.tril(), want.lower.tril())
+        for one, two in zip(got[1:3], want[1:3], strict=True):
+            assert torch.equal(one, two)  # type: ignore[arg-type]
+        assert counted.tolist() == [[(before + 1) * parts] * tiles]
+        assert arrived.tolist() == [(before + 1) * tiles]
+
+
+Rule = Callable[[Any, int], bool]
+
+
+class Memory:
+    """Memory of an evaluator, and what stands for `tl` in the code that counts: a plain store may come late."""
+
+    TILES, PARTS = 2, 4
+
+    def __init__(self) -> None:
+        self.counters: Counter[Any] = Counter()
+        self.late: dict[Any, int] = {}
+        self.parts = [[-1] * self.PARTS for _ in range(self.TILES)]
+        self.shares = [-1] * self.TILES
+
+    def debug_barrier(self) -> None:
+        """Of the threads of one program, which are one here."""
+
+    def atomic_add(self, counter: Any, value: int, *, sem: str, scope: str) -> int:
+        assert (sem, scope) == ("acq_rel", "gpu")
+        self.counters[counter] += value
+        return self.counters[counter] - value
+
+    def store(self, counter: Any, value: int) -> None:
+        self.late[counter] = value
+
+    def counting(self, rule: Rule, counter: Any, programs: int) -> Generator[None, None, bool]:
+        last = rule(counter, programs)
+        late, self.late = self.late, {}
+        yield
+        self.counters.update({counter: value - self.counters[counter] for counter, value in late.items()})
+        yield
+        return last
+
+    def program(
+        self, rule: Rule, launch: int, tile: int, part: int, seen: list[set[int]]
+    ) -> Generator[None, None, None]:
+        """One program of a launch, as the kernels run it; others go on wherever it yields."""
+        self.parts[tile][part] = launch
+        yield
+        if not (yield from self.counting(rule, tile, self.PARTS)):
+            return
+        self.shares[tile] = launch if {*self.parts[tile]} == {launch} else -1
+        yield
+        if (yield from self.counting(rule, "tiles", self.TILES)):
+            seen.append({*self.shares})
+
+    def launch(self, rule: Rule, launch: int, seen: list[set[int]]) -> list[Generator[None, None, None]]:
+        return [
+            self.program(rule, launch, tile, part, seen)
+            for tile in range(self.TILES)
+            for part in range(self.PARTS)
+        ]
+
+
+def wrong_after_an_overlap(rule: Callable[[Memory], Rule], interleavings: int) -> int:
+    """In how many interleavings of two launches any of three later ones, each alone, is wrong."""
+    wrong = 0
+    for seed in range(interleavings):
+        choose, memory = random.Random(seed), Memory()
+        after: list[set[int]] = []
+        for together in ((0, 1), (2,), (3,), (4,)):
+            seen: list[set[int]] = []
+            under_way = [
+                program for launch in together for program in memory.launch(rule(memory), launch, seen)
+            ]
+            while under_way:
+                program = choose.choice(under_way)
+                if next(program, memory) is memory:
+                    under_way.remove(program)
+            after += seen if len(together) == 1 else []
+        wrong += after != [{2}, {3}, {4}]
+    return wrong
+
+
+def test_launches_that_overlapped_spoil_none_that_comes_later() -> None:
+    # The kernels' own code counts, on memory of this process.
+    def kernels(memory: Memory) -> Rule:
+        return FunctionType(last_to_come.fn.__code__, {"tl": memory})  # type: ignore[return-value]
+
+    assert wrong_after_an_overlap(kernels, 500) == 0
+
+
+def test_a_counter_that_is_set_back_is_spoiled_by_an_overlap() -> None:
+    def set_back(memory: Memory) -> Rule:
+        def rule(counter: Any, programs: int) -> bool:
+            last = memory.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1
+            if last:
+                memory.store(counter, 0)
+            return last
+
+        return rule
+
+    assert wrong_after_an_overlap(set_back, 100) > 20
 
 
 @pytest.mark.parametrize(("n", "d", "side"), [(40, 8, "covariance"), (160, 8, "covariance"), (8, 40, "gram")])
