@@ -1,5 +1,7 @@
 """Exact spectral entropy of a network's representations, cheap enough to leave on while it trains."""
 
+__version__ = "0.1.0"
+
 from fastent.covariance import covariance
 from fastent.entropy import SpectralEntropy, Status, spectral_entropy
 from fastent.forecast.diagnosis import Diagnosis, diagnose
@@ -24,6 +26,7 @@ __all__ = [
     "SpectralEntropyMonitor",
     "Status",
     "StopAfterCrossing",
+    "__version__",
     "calibrate_threshold",
     "covariance",
     "diagnose",

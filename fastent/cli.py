@@ -29,6 +29,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import fastent
+from fastent.installation import conflict, install_command
+
+if not hasattr(fastent, "__version__"):
+    sys.exit(f"fastent: {conflict()}")
+
 from fastent import linalg
 from fastent.activations import Tokens
 from fastent.covariance import triton_obstacle
@@ -54,9 +60,6 @@ HOSTS = (
     "trackio",
 )
 """What `fastent.integrations` and its recipes are for; each is the user's own to install."""
-
-INSTALL = "pip install '.[train]' in a clone of fastent"
-"""How to get it. Not by the name alone: on the package index that is another project's."""
 
 
 def run(
@@ -531,7 +534,7 @@ def examine() -> list[tuple[str, str]]:
     from fastent.grokking.train.environment import commit, processor, version
 
     found = [
-        ("fastent", (version("fastent") or MISSING) + (f", commit {commit()}" if commit() else "")),
+        ("fastent", fastent.__version__ + (f", commit {commit()}" if commit() else "")),
         ("python", platform.python_version()),
         (
             "torch",
@@ -562,7 +565,9 @@ def examine() -> list[tuple[str, str]]:
         found.append((host, here or MISSING))
     missing = [name for name in EXTRA if versions[name] == MISSING]
     if missing:
-        found.append(("to do", f"{INSTALL}, for {', '.join(missing)}"))
+        found.append(("to do", f"{install_command('train')}, for {', '.join(missing)}"))
+    if trouble := conflict():
+        found.append(("conflict", trouble))
     return found
 
 
@@ -706,7 +711,7 @@ def check(subject: Literal["maths"], *, runs: Path | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (`sys.argv` if None); return the exit status.
+    """Run the command line `argv` (`sys.argv` if None), ``--version`` or a command; return the exit status.
 
     Raises
     ------
@@ -714,6 +719,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         For ``--help`` and wrong usage, from the parser.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"fastent {fastent.__version__}")
+        return 0
     try:
         with warnings.catch_warnings(), _any_encoding(), _files_only():
             warnings.showwarning = _show_warning
@@ -722,7 +730,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA:
             raise
-        _complain(f"this needs {package}, which is not installed: {INSTALL}")
+        _complain(f"this needs {package}, which is not installed: {install_command('train')}")
         return 1
 
 
@@ -745,6 +753,7 @@ def _dispatch(arguments: list[str]) -> int:
         status: int = tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="fastent",
+            description=f"fastent {fastent.__version__} (--version): spectral entropy of representations.",
             args=arguments,
             config=(
                 tyro.conf.PositionalRequiredArgs,

@@ -3,3 +3,7 @@
 The library's first user: it imports the library and `fastent.reference`; nothing of the library imports it but the
 command line, lazily.
 """
+
+from fastent.installation import refuse_another
+
+refuse_another()

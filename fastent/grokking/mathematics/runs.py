@@ -133,8 +133,8 @@ def displacement(
 
     # The fused attention has no forward derivative.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        # torch's own, at its first forward derivative
-        warnings.filterwarnings("ignore", "`torch.jit.script` is", DeprecationWarning)
+        # torch's own, at its first forward derivative; its category goes by the release.
+        warnings.filterwarnings("ignore", "`torch.jit.script` is")
         moved: Tensor = jvp(function, (parameters,), (tangents,))[1]
     result: NDArray[np.float64] = moved.detach().numpy()
     return result

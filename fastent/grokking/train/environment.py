@@ -30,7 +30,7 @@ def describe_environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     """
     device = torch.device(device)
     return {
-        "fastent": version("fastent"),
+        "fastent": fastent.__version__,
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
