@@ -11,7 +11,8 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 
 def install(session: nox.Session, *groups: str, extra: str = "train") -> None:
     """Put the project (editable) and dependency groups into the session's environment, in one resolution."""
-    session.install("-e", f".[{extra}]", *nox.project.dependency_groups(PROJECT, *groups))
+    project = f".[{extra}]" if extra else "."
+    session.install("-e", project, *nox.project.dependency_groups(PROJECT, "limits", *groups))
 
 
 @nox.session
@@ -103,7 +104,7 @@ def aot(session: nox.Session) -> None:
     Without a GPU. Arguments go to the compiler: ``-- --arch 90 --dtype bf16`` for a part; ``-- --write`` renews the
     table.
     """
-    session.install("-e", ".")
+    install(session, extra="")
     renew = "--write" in session.posargs
     chosen = [argument for argument in session.posargs if argument != "--write"]
     command = ("python", "-m", "fastent.kernels.compile")

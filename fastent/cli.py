@@ -25,15 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
 import fastent
 from fastent.installation import conflict, install_command
 
 if not hasattr(fastent, "__version__"):
     sys.exit(f"fastent: {conflict()}")
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from fastent import linalg
 from fastent.activations import Tokens

@@ -21,6 +21,7 @@ from fastent.grokking.experiments.jobs import JOBS, planned
 from fastent.grokking.train import environment, sweep
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.storage import RunWarning
+from fastent.installation import install_command
 
 TINY = (
     *("--modulus", "7", "--width", "8", "--feedforward", "8", "--heads", "2", "--batch-size", "8"),
@@ -361,7 +362,7 @@ def test_doctor_ends_with_the_remedy(monkeypatch):
     monkeypatch.setattr(cli, "EXTRA", ("tyro", "no-such-package"))
     assert cli.examine()[-1] == (
         "to do",
-        "pip install '.[train]' in a clone of fastent, for no-such-package",
+        f"{install_command('train')}, for no-such-package",
     )
 
 
@@ -379,7 +380,7 @@ def test_fastent_imports_without_its_extra_and_names_the_remedy_where_it_is_need
     command = [sys.executable, "-c", WITHOUT, str(tmp_path / "runs")]
     error = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     assert error == "".join(
-        f"fastent: this needs {name}, which is not installed: pip install '.[train]' in a clone of fastent\n1\n"
+        f"fastent: this needs {name}, which is not installed: {install_command('train')}\n1\n"
         for name in ("tyro", "safetensors", "rich")
     )
     assert not (tmp_path / "runs").exists()

@@ -6,13 +6,23 @@ type checkers follow.
 """
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
+
+import fastent
+from fastent import installation
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,7 +73,7 @@ def copy_of_the_tree(place: Path) -> Path:
 def built(kind: str, clone: Path, out: Path) -> Path:
     build = f"import sys, setuptools.build_meta as build; print(build.build_{kind}(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", build, str(out)], cwd=clone, check=True, capture_output=True)
-    (path,) = out.glob("fastent-*.whl")
+    (path,) = out.glob("fastent_torch-*.whl")
     return path
 
 
@@ -176,3 +186,134 @@ def test_the_wheel_works_where_the_tree_is_not(wheel, tmp_path):
     result = run(ALONE + USE, str(tmp_path / "site"), cwd=tmp_path, site=tmp_path / "site")
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) > 1.0
+
+
+INSTALL = re.compile(r"\b(?:pip3?|pipx|uv|conda|poetry)\b[^\n;&|]*\b(?:install|add)\b([^\n;&|`]*)")
+NAMED = re.compile(r"(?<![\w./-])fastent(?![\w-])(?!\.\w)|(?<![\w-])fastent\[")  # neither a path nor a module
+
+
+def installs_the_other_project(line: str) -> bool:
+    return any(NAMED.search(what.partition(" in a clone of ")[0]) for what in INSTALL.findall(line))
+
+
+def test_nothing_in_the_tree_says_to_install_the_other_project_of_this_name():
+    wrong = ("pip install fastent", "uv add 'fastent[train]'", 'pip install -U "fastent>=0.1" torch')
+    right = ("pip install 'fastent-torch[train]'", "pip install -e .", "pip uninstall --yes fastent")
+    assert [installs_the_other_project(line) for line in (*wrong, *right)] == [True] * 3 + [False] * 3
+    command = (
+        "git",
+        "grep",
+        "-I",
+        "--no-color",
+        "-E",
+        "(install|add).*fastent",
+        "--",
+        ":!tests/test_packaging.py",
+    )
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) > 5
+    assert [line for line in lines if installs_the_other_project(line)] == []
+
+
+def test_an_extra_is_installed_by_our_name_or_from_the_clone(monkeypatch):
+    monkeypatch.setattr(installation, "distribution", lambda name: {"fastent-torch": SimpleNamespace()}[name])
+    assert installation.install_command("train") == "pip install 'fastent-torch[train]'"
+
+    def nothing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(installation, "distribution", nothing)
+    assert installation.install_command("train") == "pip install '.[train]' in a clone of fastent"
+    assert installation.conflict() is None
+
+
+@pytest.fixture
+def both(wheel: Path, tmp_path: Path) -> Path:
+    """The wheel with the other project installed over it, as pip leaves the two."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "fastent" / "__init__.py").write_text("")  # all that the other one's holds
+    other = site / "fastent-0.7.3.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: fastent\nVersion: 0.7.3\n")
+    (other / "RECORD").write_text("fastent/__init__.py,,\nfastent/anotator.py,,\n")
+    return site
+
+
+RESTORE = "pip uninstall --yes fastent && pip install --force-reinstall --no-deps fastent-torch"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from fastent.cli import main; sys.exit(main(['list']))",
+        "import fastent.integrations.loggers",
+        "import fastent.grokking.train",
+    ],
+)
+def test_the_other_project_in_our_place_is_refused_in_a_sentence(program, both, tmp_path):
+    result = run(ALONE + program, cwd=tmp_path, site=both)
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith(
+        f"`import fastent` gives {both / 'fastent' / '__init__.py'}: another project of that name has replaced "
+        f"fastent-torch, or removed it. To have fastent-torch alone: {RESTORE}"
+    )
+    assert ("Traceback" in result.stderr) == ("cli" not in program)
+
+
+def test_a_package_whose_init_the_other_project_took_along_is_refused(both, tmp_path):
+    (both / "fastent" / "__init__.py").unlink()
+    shutil.rmtree(both / "fastent-0.7.3.dist-info")
+    result = run(ALONE + "import fastent.cli", cwd=tmp_path, site=both)
+    assert result.stderr.startswith("fastent: `import fastent` gives a folder without __init__.py")
+    assert result.stderr.strip().endswith("alone: pip install --force-reinstall --no-deps fastent-torch")
+
+
+def test_doctor_names_the_other_project_in_our_folder(monkeypatch):
+    def installed(name: str) -> SimpleNamespace:
+        url = '{"url": "file:///clone", "dir_info": {"editable": true}}'
+        files = ["fastent/__init__.py"] if name == "fastent" else []
+        return SimpleNamespace(version="0.7.3", files=files, read_text=lambda file: url)
+
+    monkeypatch.setattr(installation, "distribution", installed)
+    assert installation.conflict() == (
+        "another project called fastent (0.7.3) is installed in the folder of fastent-torch. To have fastent-torch "
+        "alone: pip uninstall --yes fastent && pip install --force-reinstall --no-deps -e file:///clone"
+    )
+
+
+def test_the_version_has_one_source(wheel):
+    assert wheel.name.startswith(f"fastent_torch-{fastent.__version__}-")
+    assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
+    assert f"\nversion: {fastent.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {fastent.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def groups(project: dict, *names: str) -> list[str]:
+    entries = [entry for name in names for entry in project["dependency-groups"][name]]
+    return [
+        each
+        for entry in entries
+        for each in ([entry] if isinstance(entry, str) else groups(project, entry["include-group"]))
+    ]
+
+
+def test_every_session_that_installs_the_project_keeps_to_the_torch_that_ci_has(monkeypatch):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    sessions: list[Callable[[object], None]] = []
+    nox = ModuleType("nox")
+    nox.Session, nox.options = object, SimpleNamespace()
+    nox.session = lambda function: sessions.append(function) or function
+    nox.project = SimpleNamespace(load_toml=lambda name: project, dependency_groups=groups)
+    monkeypatch.setitem(sys.modules, "nox", nox)
+    runpy.run_path(str(ROOT / "noxfile.py"))
+    installed: list[tuple[str, ...]] = []
+    fake = SimpleNamespace(posargs=[], install=lambda *names: installed.append(names), run=lambda *a, **k: 0)
+    for session in sessions:
+        session(fake)
+    (limit,) = project["dependency-groups"]["limits"]
+    with_project = [names for names in installed if "-e" in names]
+    assert len(with_project) > 5
+    assert [names for names in with_project if limit not in names] == []
+    kept = Requirement(limit).specifier
+    assert [kept.contains(release) for release in ("2.11.0", "2.13.0", "2.14.1")] == [True, True, False]
