@@ -9,6 +9,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("tyro")
+pytest.importorskip("safetensors")
 from safetensors.torch import save_file
 
 from fastent import cli, spectral_entropy

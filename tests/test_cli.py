@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("tyro")
+pytest.importorskip("safetensors")
 from fastent import cli, linalg, spectral_entropy
 from fastent.cli import main, parse_seeds
 from fastent.grokking.experiments.jobs import JOBS, planned

@@ -3,6 +3,9 @@
 The packages `fastent.kernels` and `fastent.reference` lie in the folders kernels and reference. The wheel maps them
 (pyproject.toml); in a clone fastent/kernels and fastent/reference are links to the folders, which Python, editors and
 type checkers follow.
+
+Without its extras a clone still collects all its tests: one module that cannot be imported would end ``pytest -m gpu``
+on a machine with torch and Triton alone before its first test.
 """
 
 import os
@@ -46,6 +49,7 @@ assert abs(ours - triton) < 1e-13
 print(ours)
 """
 PYTEST = ALONE + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+BARE = "import sys; sys.modules.update(dict.fromkeys({optional!r})); "  # no import of these succeeds
 PLACES = """
 import fastent, fastent.kernels.launch, fastent.reference.entropy
 for module in (fastent, fastent.kernels.launch, fastent.reference.entropy):
@@ -115,6 +119,32 @@ def installed_elsewhere(wheel: Path, site: Path) -> Path:
 def test_a_clone_tests_itself_with_nothing_installed(clone):
     result = run(PYTEST, *CHOSEN, cwd=clone)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def optional() -> set[str]:
+    """Packages that the extras bring, by the names that they are imported by."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    return {re.split(r"\W", requirement)[0] for extra in extras.values() for requirement in extra}
+
+
+def test_a_test_module_that_imports_an_optional_package_skips_where_that_is_missing():
+    assert {"tyro", "matplotlib", "lightning"} <= optional()
+    skip = re.compile(r'^pytest\.importorskip\("(\w+)', re.MULTILINE)
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        above = path.with_name("conftest.py")
+        skipped = skip.findall(path.read_text()) + (skip.findall(above.read_text()) if above.exists() else [])
+        imported = set(re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)) & optional()
+        assert imported <= set(skipped), path.relative_to(ROOT)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("missing", [{"tyro"}, optional()], ids=["tyro", "all extras"])
+def test_the_gpu_tests_are_collected_where_the_extras_are_not(missing):
+    options = ("-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider")
+    result = run(BARE.format(optional=sorted(missing)) + PYTEST, *options, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("kernels/test_gpu.py", "monitor/test_deferred_machines.py", "monitor/test_monitor.py"):
+        assert f"tests/{name}::" in result.stdout
 
 
 @pytest.mark.nightly

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
 from bench import monitor, report
 from bench.monitor import TrainingLoop
 from fastent.monitor import deferred

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+pytest.importorskip("matplotlib")
 from bench import harness, report
 from bench.report import README, README_TABLES, ROWS, fill
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("matplotlib")
 from bench import search
 from bench.search import (
     ARCHITECTURE,

@@ -4,6 +4,8 @@ import types
 
 import pytest
 
+pytest.importorskip("tyro")
+pytest.importorskip("matplotlib")
 from bench import report, suite
 from bench.harness import read_rows
 from fastent import cli

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("pyarrow")
+pytest.importorskip("matplotlib")
 from fastent.grokking.experiments.data import PRESETS_JSON, StoredRun
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.runs import Job

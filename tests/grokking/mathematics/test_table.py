@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+pytest.importorskip("matplotlib")
 from fastent import cli
 from fastent.grokking.mathematics import figures, runs, table
 from fastent.grokking.mathematics.checks import CheckResult

@@ -3,6 +3,8 @@ import os
 import warnings
 
 import pytest
+
+pytest.importorskip("safetensors")
 from toy_stack import CHECKPOINT_EVERY, JOB, ToyStack, contents
 
 from fastent.grokking.train import loop

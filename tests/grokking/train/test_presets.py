@@ -3,7 +3,6 @@ import json
 import math
 
 import pytest
-import tyro
 
 from fastent.grokking.train.config import PRESETS, SOURCES, TrainConfig, completed, own_fraction, preset
 
@@ -69,6 +68,7 @@ def test_a_record_that_lacks_a_younger_setting_means_the_value_that_it_was_train
 
 
 def test_the_command_line_sets_each_kind_of_field():
+    tyro = pytest.importorskip("tyro")
     arguments = ["--task", "s5", "--betas", "0.8", "0.9", "--hidden", "5", "6", "7", "--equals-token"]
     assert tyro.cli(TrainConfig, args=arguments) == TrainConfig(
         task="s5", betas=(0.8, 0.9), hidden=(5, 6, 7), equals_token=True
