@@ -22,12 +22,14 @@ A full ring drops the evaluation before anything is computed, counts it and warn
 raised when its result is due, with the step named, and ends neither the thread nor the process. The worker ends with
 its owner; at the end of the interpreter it is given `fastent.process.EXIT_SECONDS`, and then abandoned.
 
-A thread that queries events breaks the capture of a CUDA graph by another: before a capture wait for what is
-under way (``flush``), or capture with ``capture_error_mode="thread_local"``.
+A thread that queries events breaks the capture of a CUDA graph by another, in torch's default mode. The worker takes
+itself out of that before its first query (`ignore_captures`), so a capture needs no mode of its own. Not run on a
+device yet.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import logging
 import os
@@ -88,6 +90,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 5e-5, 1e-3
 _LAST_SECONDS = 0.1
 
 THREAD_NAME = "fastent-eigenvalues"
+
+_DRIVER = "libcuda.so.1"  # Linux, as Triton
+_CAPTURE_MODE_THREAD_LOCAL = 1  # CUstreamCaptureMode
 
 _log = logging.getLogger(__name__)
 
@@ -206,8 +211,41 @@ class Streams(Protocol):
     def record(self, event: torch.cuda.Event) -> None:
         """Put `event` behind all that is queued."""
 
+    def query(self, event: torch.cuda.Event) -> bool:
+        """Whether `event` has passed. For the worker: captures by other threads are none of its business."""
+
     def solve(self, matrices: list[Tensor]) -> Tensor:
         """Eigenvalues of lower triangles (m, m), all of one size, in one call: (count, m) on the host. Waits."""
+
+
+class _Thread(threading.local):
+    ignores_captures = False
+
+
+_thread = _Thread()
+
+
+def ignore_captures() -> None:
+    """Permit the calling thread what captures by other threads forbid it, queries of events among them; once.
+
+    While one thread captures in the mode "global", torch's default, such a call in another one fails and spoils the
+    capture, unless that other thread's own mode is "thread_local" (CUDA driver API, cuThreadExchangeStreamCaptureMode).
+    """
+    if _thread.ignores_captures:
+        return
+    _thread.ignores_captures = True
+    try:
+        exchange = ctypes.CDLL(_DRIVER).cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError) as error:  # no such library, or none with that function
+        _log.debug("captures by other threads are not ignored: %s", error)
+        return
+    failed = exchange(ctypes.byref(ctypes.c_int(_CAPTURE_MODE_THREAD_LOCAL)))
+    if failed:
+        _log.warning(
+            "cuThreadExchangeStreamCaptureMode returned %d: capture CUDA graphs with "
+            "capture_error_mode='thread_local' while evaluations are under way",
+            failed,
+        )
 
 
 class CudaStreams:
@@ -268,6 +306,11 @@ class CudaStreams:
         """Put `event` behind the copy."""
         event.record(self._side)
 
+    def query(self, event: torch.cuda.Event) -> bool:
+        """Whether `event` has passed; the calling thread ignores captures from its first query on."""
+        ignore_captures()
+        return event.query()  # type: ignore[no-any-return, no-untyped-call]
+
     def solve(self, matrices: list[Tensor]) -> Tensor:
         """Solve a batch by cuSOLVER, on a stream of its own; the calling thread waits."""
         with torch.cuda.device(self.device), torch.cuda.stream(self._solving):
@@ -302,7 +345,7 @@ class Interval:
     @property
     def passed(self) -> bool:
         """Whether `seconds` can be read."""
-        return self.ended.query()  # type: ignore[no-any-return, no-untyped-call]
+        return self._streams.query(self.ended)
 
     @property
     def seconds(self) -> float:
@@ -392,31 +435,31 @@ class Slot(Staged):
         self.batched = streams if streams.batched else None
         self._ring = ring
         self._host: Formed | None = None
+        self._streams = streams
         self._event = streams.event()
         self.forming: Interval = Interval(streams)
 
-    def fill(
-        self, streams: Streams, formed: Formed, n: int, dtype: torch.dtype, resolution: Resolution
-    ) -> None:
+    def fill(self, formed: Formed, n: int, dtype: torch.dtype, resolution: Resolution) -> None:
         """Queue the copy of what was formed from `n` rows of `dtype`."""
         d = self.key[-1]
         self.dtype = dtype
-        host = self._send(streams, formed)
+        host = self._send(formed)
         side: Side = "gram" if n < d else "covariance"
         shift, delta = host.centre[0], host.centre[1]
         self.centered = CenteredMatrix(
             host.matrix, shift, delta, side, n, d, resolution, entries=host.centre[:1]
         )
 
-    def fill_merged(self, streams: Streams, formed: Formed, centered: CenteredMatrix) -> None:
+    def fill_merged(self, formed: Formed, centered: CenteredMatrix) -> None:
         """Queue the copy of `centered`, of moments, whose rounding is behind the spread."""
         self.dtype = None
-        host = self._send(streams, formed)
+        host = self._send(formed)
         self.centered = centered._replace(
             matrix=host.matrix, shift=host.centre[0], delta=host.centre[1], rounding=host.spread[3]
         )
 
-    def _send(self, streams: Streams, formed: Formed) -> Formed:
+    def _send(self, formed: Formed) -> Formed:
+        streams = self._streams
         if self._host is None:
             with torch.inference_mode(False):  # it is written to outside of inference mode too
                 self._host = formed.at(streams.pinned(len(formed.block)))
@@ -428,7 +471,7 @@ class Slot(Staged):
 
     def ready(self) -> bool:
         """Whether the copy has been made. Never waits."""
-        return self._event.query()  # type: ignore[no-any-return, no-untyped-call]
+        return self._streams.query(self._event)
 
     def spread(self) -> tuple[float, float]:
         """Trace and participation ratio as the device found them."""
@@ -471,7 +514,7 @@ class Ring:
         try:
             with slot.forming:
                 formed = self._former.form(x, slot.memory, self._streams.current())
-            slot.fill(self._streams, formed, x.shape[0], x.dtype, resolution)
+            slot.fill(formed, x.shape[0], x.dtype, resolution)
         except BaseException:
             slot.release()
             raise
@@ -486,7 +529,7 @@ class Ring:
                 centre = torch.stack((centered.shift, centered.delta))
                 spread = torch.cat((spread_of(centered.matrix), centered.rounding.reshape(1)))
                 formed = _in_one_block(centered.matrix, centre, spread)
-            slot.fill_merged(self._streams, formed, centered)
+            slot.fill_merged(formed, centered)
         except BaseException:
             slot.release()
             raise

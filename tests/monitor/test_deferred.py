@@ -1,19 +1,21 @@
 """Deferred evaluation on a device whose clock the test turns: order, overflow, flush, exceptions, counters."""
 
 import copy
+import ctypes
 import gc
 import pickle
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
 import machines
 import pytest
 import torch
-from fake_device import FakeStreams, Operations
+from fake_device import FakeEvent, FakeStreams, Operations
 from machines import ask
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -25,6 +27,7 @@ from fastent.kernels.launch import Launch
 from fastent.linalg import fallbacks
 from fastent.monitor import deferred
 from fastent.monitor.deferred import (
+    CudaStreams,
     DeferredEntropy,
     Devices,
     Host,
@@ -76,6 +79,87 @@ def assert_same(ours: SpectralEntropy, theirs: SpectralEntropy, *, bits: bool = 
     assert torch.equal(ours.eigenvalues, theirs.eigenvalues)
     # Of the device's norms, not of the eigenvalues: the same to rounding.
     assert ours.participation_ratio == pytest.approx(theirs.participation_ratio, rel=1e-12)
+
+
+class Driver:
+    """Stands in for libcuda: notes the mode and the thread of each call."""
+
+    def __init__(self, answer: int = 0) -> None:
+        self.answer = answer
+        self.log: list[tuple[str, str]] = []
+
+    def load(self, name: str, real: Any = ctypes.CDLL) -> Any:
+        return self if name == "libcuda.so.1" else real(name)
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+        self.log.append((f"mode {mode._obj.value}", threading.current_thread().name))
+        return self.answer
+
+
+class Queried(FakeStreams):
+    query = CudaStreams.query  # type: ignore[assignment]
+
+
+# Captures
+
+
+def test_the_worker_ignores_captures_by_others_once_and_before_its_first_query(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver, streams = Driver(), Queried()
+    query = FakeEvent.query
+
+    def noted(event: FakeEvent) -> bool:
+        driver.log.append(("query", threading.current_thread().name))
+        return query(event)
+
+    monkeypatch.setattr(ctypes, "CDLL", driver.load)
+    monkeypatch.setattr(FakeEvent, "query", noted)
+    rings = [Ring(streams, TorchFormer()), Ring(Queried(), TorchFormer())]  # a host may have two devices
+    places = [Host(), *rings, rings[0]]
+    evaluations = DeferredEntropy(device_of=lambda x: places.pop(0))
+    with closing(evaluations):
+        for step in range(4):
+            ask(evaluations, step, a=activations(step))
+            for ring in rings:
+                ring._streams.tick()  # type: ignore[attr-defined]
+            evaluations.flush()
+    calls, threads = zip(*driver.log, strict=True)
+    assert calls == ("mode 1", *["query"] * (len(calls) - 1))
+    assert len(calls) > 4
+    assert set(threads) == {deferred.THREAD_NAME}
+
+
+@pytest.mark.parametrize(
+    ("library", "level", "words"),
+    [
+        (OSError("libcuda.so.1: no such file"), "DEBUG", "libcuda.so.1: no such file"),
+        (SimpleNamespace(), "DEBUG", "has no attribute 'cuThreadExchangeStreamCaptureMode'"),
+        (
+            Driver(answer=3),
+            "WARNING",
+            "returned 3: capture CUDA graphs with capture_error_mode='thread_local'",
+        ),
+    ],
+    ids=["missing", "old", "refused"],
+)
+def test_a_driver_that_cannot_ignore_captures_is_logged_and_queries_go_on(
+    library: Any, level: str, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(name: str) -> Any:
+        if isinstance(library, OSError):
+            raise library
+        return library
+
+    event = FakeEvent(threading.Lock())
+    monkeypatch.setattr(deferred, "_thread", deferred._Thread())  # this thread's own is not touched
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    with caplog.at_level("DEBUG", "fastent.monitor.deferred"):
+        assert Queried().query(event)
+        assert Queried().query(event)
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert words in record.getMessage()
 
 
 # Order

@@ -66,7 +66,7 @@ def capture_cuda_graph(function: Callable[[], T], state: Sequence[Tensor] = ()) 
     for tensor, before in zip(state, saved, strict=True):
         tensor.copy_(before)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may query events meanwhile, as a monitor's worker does.
+    # Other threads may use the device meanwhile, as one that pins memory does.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result
