@@ -135,7 +135,7 @@ def _planned(
 ) -> list[Job]:
     """Return the stacks to train, each rule checked that can be checked before the first of them starts."""
     from fastent.grokking.experiments.jobs import JOBS, planned
-    from fastent.grokking.train.runs import plan_stacks
+    from fastent.grokking.train.runs import named_as_before, plan_stacks
     from fastent.grokking.train.sweep import check_jobs
 
     if experiment not in (*JOBS, "all"):
@@ -149,6 +149,7 @@ def _planned(
             runs.update(map(job.run_name, new))
             if new:
                 asked.append(dataclasses.replace(job, seeds=new))
+    asked = named_as_before(asked, out)
     check_jobs(asked, out, workers=workers, device=device, force=force)
     return [stack for job in asked for stack in plan_stacks(job, out, workers)]
 
@@ -221,6 +222,53 @@ def report(
     differing = check_documents(runs, chosen)
     print("\n".join(differing) or f"{', '.join(map(str, chosen))}: as the runs say")
     return 1 if differing else 0
+
+
+def runs_(path: Path, *, json: bool = False) -> int:
+    """Print what the runs in a folder are doing: state, steps, T_mem, T_grok, H, and when each was last written.
+
+    A run is running, waiting (its command is at another), interrupted (the command that began it goes on with it),
+    failed, damaged or complete. Nothing is written to the folder, and it may be in use.
+
+    For example:
+        fastent runs runs/quick
+        fastent runs bench/results/paper
+        fastent runs runs/quick --json
+
+    Parameters
+    ----------
+    path : Path
+        The --out of `fastent run`, one run's folder, or a folder of packed runs.
+    json : bool
+        One JSON object for programs; times are in UTC.
+    """
+    from fastent.grokking.experiments.watch import print_runs
+
+    print_runs(path, as_json=json)
+    return 0
+
+
+def watch(path: Path, *, once: bool = False) -> int:
+    """Watch runs in training: progress, H as a curve, the forecast of T_grok, and what failed.
+
+    It ends by itself once nobody trains in the folder: exit status 0 if all runs are complete, 1 if not. Without a
+    terminal it prints a line for each run that moves on. Ctrl-C ends it; the runs go on.
+
+    For example:
+        fastent watch runs/quick
+        fastent watch runs/quick --once
+        fastent watch runs/quick >> progress.log &
+
+    Parameters
+    ----------
+    path : Path
+        The --out of `fastent run`.
+    once : bool
+        Print one frame and end.
+    """
+    from fastent.grokking.experiments.watch import watch as show
+
+    return show(path, once=once)
 
 
 def entropy(activations: Path, *, tokens: Tokens | None = None, convention: Convention = "relative") -> int:
@@ -743,6 +791,8 @@ def _dispatch(arguments: list[str]) -> int:
         commands: dict[str, Callable[..., int]] = {
             "run": functools.partial(run, config=_default_settings(arguments)),
             "report": report,
+            "runs": runs_,
+            "watch": watch,
             "entropy": entropy,
             "list": list_,
             "check": check,

@@ -29,6 +29,8 @@ TINY = (
     *("--modulus", "7", "--width", "8", "--feedforward", "8", "--heads", "2", "--batch-size", "8"),
     *("--probe-size", "8", "--evaluate-every", "10", "--max-steps", "40"),
 )
+CHANGES = "modulus=7,width=8,heads=2,feedforward=8,batch_size=8,max_steps=40,evaluate_every=10,probe_size=8"
+NAME = f"e1-baseline-add-{CHANGES}-seed"
 
 
 def test_run_trains_every_seed_and_prints_a_row_for_each(tmp_path, capsys):
@@ -39,7 +41,7 @@ def test_run_trains_every_seed_and_prints_a_row_for_each(tmp_path, capsys):
     for word in ("seed", "T_mem", "T_grok", "T_cross", "lead"):
         assert word in captured.out
     assert re.findall(r"^ +(\d) .* 40 +max_steps", captured.out, re.MULTILINE) == ["0", "3"]
-    config = json.loads((tmp_path / "runs" / "e1-baseline-add-seed3" / "config.json").read_text())
+    config = json.loads((tmp_path / "runs" / f"{NAME}3" / "config.json").read_text())
     assert config["stack"] == [0, 3]
     assert config["config"]["modulus"] == 7
     assert config["config"]["learning_rate"] == preset("quick").learning_rate == 2e-3
@@ -182,9 +184,7 @@ def test_runs_of_another_preset_do_not_join_a_folder_unless_forced(monkeypatch, 
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith(
-        f"fastent: {tmp_path} holds e1-baseline-add-seed0 with other settings (train_fraction 0.4, "
-    )
+    assert error.startswith(f"fastent: {tmp_path} holds {NAME}0 with other settings (train_fraction 0.4, ")
     assert error.endswith("give another --out, or --force to have them side by side\n")
     assert sorted(tmp_path.rglob("*")) == before
     assert main([*arguments, "--force"]) == 0
@@ -233,22 +233,50 @@ def test_figures_are_drawn_into_files_whatever_backend_a_notebook_named():
 
 def test_another_configuration_fails_with_the_diff_and_force_goes_on(tmp_path, capsys):
     arguments = ["run", "e1", "--seeds", "0", "--out", str(tmp_path), *TINY]
-    assert main(arguments) == 0
+    assert main([*arguments, "--preset", "paper"]) == 0
     capsys.readouterr()
-    assert main([*arguments, "--learning-rate", "0.5"]) == 1
+    other = [*arguments, "--preset", "paper-gelu"]
+    assert main(other) == 1
     captured = capsys.readouterr()
-    assert "config.learning_rate: 0.002 in the folder, 0.5 now" in captured.err
+    assert "config.activation: relu in the folder, gelu now" in captured.err
     assert "fastent: 1 of 1 jobs failed" in captured.err
     assert captured.out == ""
-    (tmp_path / "e1-baseline-add-seed0" / "DONE").unlink()
+    name = tmp_path / f"{NAME}0"
+    (name / "DONE").unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("always", RunWarning)
-        assert main([*arguments, "--learning-rate", "0.5", "--force"]) == 0
-    name = tmp_path / "e1-baseline-add-seed0"
+        assert main([*other, "--force"]) == 0
     assert capsys.readouterr().err == (
         f"fastent: warning: {name}: --force ignores that the folder has\n"
-        "  config.learning_rate: 0.002 in the folder, 0.5 now\n"
+        "  config.activation: relu in the folder, gelu now\n"
     )
+
+
+def test_a_run_with_another_setting_has_a_folder_that_says_which(tmp_path, capsys):
+    arguments = ["run", "e1", "--seeds", "0", "--out", str(tmp_path), *TINY]
+    assert main(arguments) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main([*arguments, "--learning-rate", "5e-4"]) == 0
+    names = [NAME, NAME.replace("batch", "learning_rate=0.0005,batch")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}0" for name in names)
+    assert {path: path.read_bytes() for path in before} == before
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 1
+    error = capsys.readouterr().err
+    assert all(f"{name}0" in error for name in names)
+    assert "one seed under 2 settings, and a report would mix them" in error
+
+
+def test_a_folder_from_before_names_carried_settings_goes_on_under_its_name(tmp_path):
+    arguments = ["run", "e1", "--seeds", "0", "--out", str(tmp_path), *TINY]
+    assert main(arguments) == 0
+    old = (tmp_path / f"{NAME}0").rename(tmp_path / "e1-baseline-add-seed0")
+    (old / "DONE").unlink()
+    assert main([*arguments[:3], "0-1", *arguments[4:]]) == 0
+    assert (old / "DONE").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {f"e1-baseline-add-seed{seed}" for seed in (0, 1)}
+    assert main([*arguments, "--learning-rate", "0.5"]) == 0  # of another setting
+    assert (tmp_path / f"{NAME.replace('batch', 'learning_rate=0.5,batch')}0").is_dir()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -259,7 +287,8 @@ def test_a_signal_ends_the_command_with_its_status_and_the_same_command_goes_on(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastent.cli", *arguments]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        metrics = tmp_path / "e1-baseline-add-seed1" / "metrics.jsonl"
+        name = NAME.replace("max_steps=40", "max_steps=6000")
+        metrics = tmp_path / f"{name}1" / "metrics.jsonl"
         while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
             assert process.poll() is None
             time.sleep(0.02)
@@ -269,9 +298,7 @@ def test_a_signal_ends_the_command_with_its_status_and_the_same_command_goes_on(
     assert re.search(
         rf"fastent: {number.name}: stopped after step \d+, saved; the same command goes on", error
     )
-    stopped = json.loads(next((tmp_path / "e1-baseline-add-seed1").glob("checkpoint-*.json")).read_text())[
-        "step"
-    ]
+    stopped = json.loads(next((tmp_path / f"{name}1").glob("checkpoint-*.json")).read_text())["step"]
     assert 30 <= stopped < 6000
 
 

@@ -3,11 +3,11 @@
 What a folder holds is told in `fastent.grokking.train.runs`; it may belong to a run that is still training. The last
 line of a live log may be half written; it is left out here with a warning, and left alone on disk.
 
-Packed runs are one file for each experiment, condition and task, its runs by seed. A row is a line of a run's metrics
-or of its timing (column ``log``) with the run's ``seed``; configurations, environments and ends are JSON in the file's
-metadata under ``fastent``. Numbers are kept to the last bit, so a report from packed runs has the bytes of a report
-from their folders. Only complete runs are packed, by ``python -m fastent.grokking.experiments.data RUNS FOLDER``:
-beside what is there, a run of the same name in the place of the one packed before.
+Packed runs are one file for each experiment, condition, task and change of settings, its runs by seed. A row is a line
+of a run's metrics or of its timing (column ``log``) with the run's ``seed``; configurations, environments and ends are
+JSON in the file's metadata under ``fastent``. Numbers are kept to the last bit, so a report from packed runs has the
+bytes of a report from their folders. Only complete runs are packed, by ``python -m fastent.grokking.experiments.data
+RUNS FOLDER``: beside what is there, a run of the same name in the place of the one packed before.
 """
 
 from __future__ import annotations
@@ -435,7 +435,7 @@ def pack(runs: Iterable[StoredRun], folder: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        The files written, one for each experiment, condition and task.
+        The files written, one for each experiment, condition, task and change of settings.
 
     Raises
     ------
@@ -447,7 +447,8 @@ def pack(runs: Iterable[StoredRun], folder: Path) -> list[Path]:
     groups: dict[str, dict[str, StoredRun]] = defaultdict(dict)
     for run in runs:
         if run.done is not None:
-            groups[f"{run.experiment}-{run.condition}-{run.config['task']}"][run.name] = run
+            # A file tells its runs apart by their seeds, so it is of one setting.
+            groups[run.name.rpartition("-seed")[0]][run.name] = run
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, group in sorted(groups.items()):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastent.grokking.train.config import CHOICES, MeasureName, TrainConfig, own_fraction
+from fastent.grokking.train.config import preset as preset_called
 from fastent.grokking.train.runs import Job
 
 ALPHA = 0.1
@@ -174,6 +175,8 @@ JOBS: dict[str, Jobs] = {
 def planned(experiment: str, config: TrainConfig, preset: str, seeds: Sequence[int]) -> list[Job]:
     """Jobs of an experiment under settings made from a preset, each task trained on its own share of the pairs.
 
+    The names of their folders carry what `config` changes in the preset, beside the task and what is measured.
+
     Parameters
     ----------
     experiment : str
@@ -186,6 +189,13 @@ def planned(experiment: str, config: TrainConfig, preset: str, seeds: Sequence[i
         In the order of their importance.
     """
     few = {variant.condition for variant in FEW_PAIRS}  # a share of the pairs is what those are about
+    base = preset_called(preset, task=config.task)
+    changed = tuple(
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in ("task", "measures") and getattr(config, field.name) != getattr(base, field.name)
+    )
+    asked = [dataclasses.replace(job, changed=changed) for job in JOBS[experiment](config, seeds)]
     return [
         job
         if job.condition in few
@@ -195,7 +205,7 @@ def planned(experiment: str, config: TrainConfig, preset: str, seeds: Sequence[i
                 job.config, train_fraction=own_fraction(config, job.config.task, preset)
             ),
         )
-        for job in JOBS[experiment](config, seeds)
+        for job in asked
     ]
 
 

@@ -67,7 +67,7 @@ from fastent.grokking.experiments.document import (
 from fastent.grokking.experiments.jobs import JOBS, planned
 from fastent.grokking.experiments.leads import left_out_threshold
 from fastent.grokking.train.config import SOURCES, TASK_SETTINGS, TrainConfig
-from fastent.grokking.train.storage import write_atomically
+from fastent.grokking.train.storage import RunError, write_atomically
 
 __all__ = ["EXPERIMENTS", "check_documents", "fill_documents", "write_report"]
 
@@ -143,6 +143,7 @@ def make_sections(runs: Path, out: Path = Path("report")) -> list[Section]:
     `out` is the folder that the command in it names.
     """
     stored = read_runs(runs)
+    _check_seeds(stored, runs)
     known = tuple(run for each in EXPERIMENTS for run in stored if run.experiment == each.id)
     found = settings([run for run in known if run.done is not None] or stored)
     parts = {
@@ -171,6 +172,20 @@ def make_sections(runs: Path, out: Path = Path("report")) -> list[Section]:
         coverage(parts, stored, ask),
         origin_section(stored, runs, out),
     ]
+
+
+def _check_seeds(stored: Sequence[StoredRun], runs: Path) -> None:
+    """See that a seed of one kind is there once: two of them are of two settings, and pairs by seed would mix them."""
+    kinds: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for run in stored:
+        kinds[run.experiment, run.condition, run.config["task"], run.seed].append(run.name)
+    for names in kinds.values():
+        if len(names) > 1:
+            raise RunError(
+                f"{runs} holds {' and '.join(names)}, one seed under {len(names)} settings, and a report would mix "
+                f"them: move the runs of one setting to a folder of their own; `fastent compare {runs}` sets them side "
+                "by side"
+            )
 
 
 FIRST_FIGURE = "e1-dynamics"
@@ -617,8 +632,7 @@ def provenance(stored: Sequence[StoredRun], runs: Path) -> Text:
     """Name the complete runs that one experiment's section rests on, and the commands that make them."""
     groups: dict[str, set[int]] = {}
     for run in stored:
-        name = f"{run.experiment}-{run.condition}-{run.config['task']}"
-        groups.setdefault(name, set()).add(run.seed)
+        groups.setdefault(run.name.rpartition("-seed")[0], set()).add(run.seed)
     named = ", ".join(f"`{name}-seed{{{ranges(seeds)}}}`" for name, seeds in groups.items())
     made = ", ".join(f"`{each}`" for each in commands(stored, run_folder(stored, runs)))
     return Text(f"Runs of this section: {named}. Made by {made}.", "note")

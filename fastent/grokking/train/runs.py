@@ -2,7 +2,8 @@
 
 ::
 
-    <out>/<experiment>-<condition>-<task>-seed<k>/
+    <out>/sweep-<host>-<pid>.json   the runs that a process is to train one after the other, while it does
+    <out>/<experiment>-<condition>-<task>[-<changes>]-seed<k>/
         config.json         schema, experiment, condition, seed, seeds trained as one stack, every setting
         environment.json    machine and software of the first start
         metrics.jsonl       one row an evaluation; a function of the configuration alone, so equal after a resume
@@ -16,14 +17,21 @@
 Seeds that started together are resumed together, because a batched matrix product may round differently with the
 number of matrices. What a run has is its own all the same: a seed that lost its folder or its checkpoints is trained
 again, and the files of the others stay as they are.
+
+A name carries the settings that were changed from the preset's, as in ``e1-baseline-add-learning_rate=0.0005-seed0``,
+so runs of several settings lie side by side. Folders from before names did keep theirs, and go on under them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import os
+import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +56,7 @@ from fastent.grokking.train.storage import (
     RunLock,
     RunWarning,
     dump_json,
+    may_live,
     read_rows,
     remove_temporaries,
     write_atomically,
@@ -72,16 +81,20 @@ class Job:
         Every setting.
     seeds : tuple of int
         Trained as one stack.
+    changed : tuple of str
+        Fields of `config` that the names of the folders carry with their values: those that somebody asked for.
     """
 
     experiment: str
     condition: str
     config: TrainConfig
     seeds: tuple[int, ...]
+    changed: tuple[str, ...] = ()
 
     def run_name(self, seed: int) -> str:
         """Name of the folder of one seed."""
-        return f"{self.experiment}-{self.condition}-{self.config.task}-seed{seed}"
+        parts = (self.experiment, self.condition, self.config.task, _changes(self.config, self.changed))
+        return "-".join((*filter(None, parts), f"seed{seed}"))
 
     def settings(self) -> dict[str, Any]:
         """Return the configuration as JSON gives it back."""
@@ -90,7 +103,12 @@ class Job:
 
     @classmethod
     def of_settings(
-        cls, experiment: str, condition: str, settings: dict[str, Any], seeds: Sequence[int]
+        cls,
+        experiment: str,
+        condition: str,
+        settings: dict[str, Any],
+        seeds: Sequence[int],
+        changed: Sequence[str] = (),
     ) -> Self:
         """Make a job from what `settings` gave.
 
@@ -100,7 +118,44 @@ class Job:
             If `settings` has fields or values that `TrainConfig` does not take.
         """
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        return cls(experiment, condition, TrainConfig(**values), tuple(seeds))
+        return cls(experiment, condition, TrainConfig(**values), tuple(seeds), tuple(changed))
+
+
+LONGEST = 120
+"""Letters of the changes in a name: file systems take 255 bytes with all the rest."""
+
+
+def _changes(config: TrainConfig, fields: Sequence[str]) -> str:
+    """Write fields of `config` with their values for a name; what is too long is cut, and told apart by its hash."""
+    words = [f"{field}={_value(getattr(config, field))}" for field in fields]
+    whole = ",".join(words)
+    while len(",".join(words)) > LONGEST:
+        words.pop()
+    if cut := len(fields) - len(words):
+        words.append(f"{cut}-more={hashlib.sha256(whole.encode()).hexdigest()[:8]}")
+    return ",".join(words)
+
+
+def _value(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def named_as_before(jobs: Sequence[Job], out: Path) -> list[Job]:
+    """Return `jobs` under the names without changes, where one of them was begun in `out` under such a name."""
+    plain = [dataclasses.replace(job, changed=()) for job in jobs]
+    return plain if any(_begun(job, out) for job in plain) else list(jobs)
+
+
+def _begun(job: Job, out: Path) -> bool:
+    asked = job.settings() | {"measures": []}
+    for seed in job.seeds:
+        path = out / job.run_name(seed)
+        try:
+            if read_settings(path) | {"measures": []} == asked and what_counts(path):
+                return True
+        except (OSError, ValueError, KeyError, TypeError, RunError):
+            continue  # a run that cannot be read is refused where it is asked for
+    return False
 
 
 def plan_stacks(job: Job, out: Path, workers: int = 1) -> list[Job]:
@@ -352,6 +407,35 @@ class Run:
         done = {"schema_version": SCHEMA_VERSION, "steps": steps, "reason": reason, **quantities}
         write_atomically(self.path / "DONE", dump_json(done))
         self.done = done
+
+
+@contextlib.contextmanager
+def announced(jobs: Sequence[Job], out: Path) -> Iterator[None]:
+    """Leave a file in `out`, while open, that names the runs of `jobs`: who watches sees what is still to come."""
+    host, pid = socket.gethostname(), os.getpid()
+    path = out / f"sweep-{host}-{pid}.json"
+    limits = {job.run_name(seed): job.config.max_steps for job in jobs for seed in job.seeds}
+    with contextlib.suppress(OSError):  # a folder that takes no file is refused where a run needs it
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump_json({"pid": pid, "host": host, "limits": limits}))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def awaited(out: Path) -> dict[str, int]:
+    """Name the runs that living processes announced in `out`, each with its limit of steps."""
+    found: dict[str, int] = {}
+    for path in out.glob("sweep-*.json"):
+        try:
+            sweep = json.loads(path.read_bytes())
+            if may_live(int(sweep["pid"]), str(sweep["host"])):
+                found |= {str(name): int(limit) for name, limit in sweep["limits"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # it went away meanwhile, or is no such file
+    return found
 
 
 def mark_failed(out: Path, job: Job, attempts: int, reason: str) -> None:

@@ -298,7 +298,7 @@ class RunLock:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             holder = _read_holder(descriptor)
-            if holder is not None and _may_live(*holder):
+            if holder is not None and may_live(*holder):
                 raise RunLocked(self._refusal(holder)) from error
             warnings.warn(
                 f"{self.path.parent}: this file system has no locks ({error.strerror}); two processes that "
@@ -336,6 +336,19 @@ class RunLock:
         self.release()
 
 
+def holder(folder: Path) -> tuple[int, str] | None:
+    """Process that has `folder`, pid and host, as its lock names it; None if none does, or it is dead.
+
+    The lock itself is left alone, so that looking at a folder keeps nobody from taking it. A process on another host
+    counts as alive.
+    """
+    try:
+        named = _parsed_holder((folder / LOCK_NAME).read_bytes())
+    except FileNotFoundError:
+        return None
+    return named if named is not None and may_live(*named) else None
+
+
 def _same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
@@ -350,14 +363,19 @@ def _write_holder(descriptor: int) -> None:
 
 
 def _read_holder(descriptor: int) -> tuple[int, str] | None:
+    return _parsed_holder(os.pread(descriptor, 4096, 0))
+
+
+def _parsed_holder(data: bytes) -> tuple[int, str] | None:
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        holder = json.loads(data)
         return int(holder["pid"]), str(holder["host"])
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _may_live(pid: int, host: str) -> bool:
+def may_live(pid: int, host: str) -> bool:
+    """Whether a process may be alive that is not this one; on another host it may always."""
     if host != socket.gethostname():
         return True
     if pid == os.getpid():

@@ -39,7 +39,7 @@ from fastent.grokking.train.conditions import sources
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.loop import Observer, Observers, train
 from fastent.grokking.train.measures import Measures
-from fastent.grokking.train.runs import Job, mark_failed, read_settings, what_counts
+from fastent.grokking.train.runs import Job, announced, mark_failed, read_settings, what_counts
 from fastent.grokking.train.storage import Interrupted, RunError, StopRequest, read_rows
 from fastent.grokking.train.tasks import make_task
 
@@ -54,6 +54,7 @@ def order(job: Job, out: Path, *, device: str, threads: int, force: bool) -> str
         "condition": job.condition,
         "config": job.settings(),
         "seeds": list(job.seeds),
+        "changed": list(job.changed),
         "out": str(out),
         "device": device,
         "threads": threads,
@@ -68,7 +69,9 @@ def worker() -> int:
         task: dict[str, Any] = json.loads(sys.stdin.readline())
         threading.Thread(target=_stop_at_end_of, args=(sys.stdin.fileno(),), daemon=True).start()
         torch.set_num_threads(task["threads"])
-        job = Job.of_settings(*(task[name] for name in ("experiment", "condition", "config", "seeds")))
+        job = Job.of_settings(
+            *(task[name] for name in ("experiment", "condition", "config", "seeds", "changed"))
+        )
         try:
             train(job, Path(task["out"]), device=task["device"], force=task["force"], stop=stop)
         except Interrupted as interruption:
@@ -289,9 +292,10 @@ def run_jobs(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1; got {workers}")
-    if workers == 1:
-        return [_run_here(job, out, device, force, observers, stop) for job in jobs]
-    return _WorkerPool(jobs, out, workers, device, force, observers, stop).run()
+    with announced(jobs, out):
+        if workers == 1:
+            return [_run_here(job, out, device, force, observers, stop) for job in jobs]
+        return _WorkerPool(jobs, out, workers, device, force, observers, stop).run()
 
 
 def _run_here(

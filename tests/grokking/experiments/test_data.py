@@ -276,3 +276,15 @@ def test_steps_that_do_not_increase_are_refused_by_name():
     twice = dataclasses.replace(run, rows=(run.rows[0], run.rows[0]))
     with pytest.raises(ValueError, match="steps must increase from row to row; in seed0 step 0 follows 0"):
         _ = Runs((twice,)).step
+
+
+def test_packed_runs_of_two_settings_are_two_files_and_share_no_row(tmp_path, writer):
+    first = writer(tmp_path / "runs", 0, t_grok=1500)
+    second = writer(tmp_path / "other", 0, t_grok=1600, last_step=2600)
+    second.rename(tmp_path / "runs" / "e1-baseline-add-width=64-seed0")
+    pack(read_runs(tmp_path / "runs"), tmp_path / "packed")
+    again = {run.name: run.rows for run in read_runs(tmp_path / "packed")}
+    assert {name: len(rows) for name, rows in again.items()} == {
+        first.name: 51,
+        "e1-baseline-add-width=64-seed0": 53,
+    }

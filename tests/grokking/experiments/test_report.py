@@ -574,7 +574,7 @@ def test_what_a_task_had_for_itself_is_named_and_two_of_it_are_two_settings(tmp_
     assert sixth == (
         f"fastent run e6 --preset paper --weight-decay 0.5 --seeds 0-1 --out {tmp_path}  # s5 had train_fraction 0.1"
     )
-    path = tmp_path / "e6-baseline-s5-seed1" / "config.json"
+    path = tmp_path / "e6-baseline-s5-weight_decay=0.5-seed1" / "config.json"
     path.write_text(path.read_text().replace('"train_fraction": 0.1', '"train_fraction": 0.2'))
     assert not report.of_one_setting(read_runs(tmp_path))
 

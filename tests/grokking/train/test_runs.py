@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from toy_stack import JOB, contents
+from toy_stack import CONFIG, JOB, contents
 
 from fastent.grokking.train import environment
 from fastent.grokking.train.environment import describe_environment
@@ -223,3 +223,15 @@ def test_a_seed_of_a_stack_that_was_trained_anew_alone_stays_by_itself(toy, half
     assert alone.items() <= now.items()
     config = f"{JOB.run_name(1)}/config.json"
     assert now[config] == uninterrupted[config]  # it says with whom it began
+
+
+def test_a_name_carries_the_changed_settings_and_stays_below_what_a_file_system_takes():
+    job = dataclasses.replace(JOB, changed=("hidden", "learning_rate"))
+    assert job.run_name(3) == f"e1-baseline-add-hidden=512+128,learning_rate={CONFIG.learning_rate}-seed3"
+    every = tuple(field.name for field in dataclasses.fields(CONFIG))
+    long = dataclasses.replace(job, changed=every)
+    other = dataclasses.replace(long, config=dataclasses.replace(CONFIG, run_past_share=0.25))
+    assert len(long.run_name(0)) < 180
+    assert long.run_name(0).startswith("e1-baseline-add-task=add,modulus=")
+    assert long.run_name(0) != other.run_name(0)
+    assert Job.of_settings("e1", "baseline", job.settings(), job.seeds, ["hidden", "learning_rate"]) == job

@@ -1,0 +1,357 @@
+"""What is in a folder of runs: the state of each, read from the ends of its files, and never written to.
+
+`Folder.look` may be called again and again; each look reads what was written since the last. Of a run that is complete
+``DONE`` has its times, and the last line of its metrics the rest, so a thousand of them take a second or two; of others
+all lines are read once, for T_mem and T_grok. Packed runs (`fastent.grokking.experiments.data`) are complete.
+
+A last line that is not whole is one that is being written, or that a crash cut short and the run drops when it goes on:
+it is left out. A line that is not whole and has others after it, and a file that cannot be read, make a run `DAMAGED`.
+Whether somebody trains is told by the run's lock, whose process is looked for on this host; on another host it counts
+as alive, and the time of the last line says how far to believe that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastent.grokking.experiments.data import Runs, StoredRun, unpack
+from fastent.grokking.train.runs import awaited
+from fastent.grokking.train.storage import RunError, holder, read_rows
+
+REMEDY = "give the --out of `fastent run`, or a folder of packed runs"
+
+
+class State(StrEnum):
+    """What a run is doing, in the order in which it is told."""
+
+    RUNNING = "running"
+    """A process has its lock."""
+    WAITING = "waiting"
+    """A process that trains others has announced it."""
+    INTERRUPTED = "interrupted"
+    """Nobody trains it; the command that began it goes on with it."""
+    FAILED = "failed"
+    """A sweep gave it up: FAILED says why."""
+    DAMAGED = "damaged"
+    """One of its files cannot be read, or misses what it must hold."""
+    COMPLETE = "complete"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run as it was found.
+
+    Attributes
+    ----------
+    name : str
+        Of its folder.
+    state : State
+    step, limit : int or None
+        Last step that was evaluated, and the step at which the run ends at the latest.
+    t_mem, t_grok : int or None
+        First steps with the train and the test accuracy that count; None where it has not come to them.
+    entropy, test_accuracy : float or None
+        At `step`; None where there is none, or its status forbids its use.
+    written : float or None
+        When its metrics were last written, seconds since 1970.
+    detail : str
+        What there is to say of it, as why it failed.
+    stored : StoredRun or None
+        With all its lines, where these were read.
+    """
+
+    name: str
+    state: State
+    step: int | None = None
+    limit: int | None = None
+    t_mem: int | None = None
+    t_grok: int | None = None
+    entropy: float | None = None
+    test_accuracy: float | None = None
+    written: float | None = None
+    detail: str = ""
+    stored: StoredRun | None = field(default=None, repr=False, compare=False)
+
+
+class Folder:
+    """A folder of runs, a single run's folder, or a file of packed runs.
+
+    Parameters
+    ----------
+    path : Path
+    whole : bool
+        Read all lines of complete runs too.
+
+    Attributes
+    ----------
+    foreign : list of str
+        Names of what lies there beside runs, as of the last look.
+
+    Raises
+    ------
+    RunError
+        If there is no such folder.
+    """
+
+    def __init__(self, path: Path, *, whole: bool = False) -> None:
+        if not path.exists():
+            raise RunError(f"{path} does not exist: {REMEDY}")
+        if not path.is_dir() and path.suffix != ".parquet":
+            raise RunError(f"{path} is a file and no folder of runs: {REMEDY}")
+        self.path = path
+        self.foreign: list[str] = []
+        self._whole = whole
+        self._logs: dict[Path, _Log] = {}
+        self._settled: dict[Path, list[RunState]] = {}
+
+    def look(self) -> list[RunState]:
+        """Return its runs by name, seeds in the order of their numbers.
+
+        Raises
+        ------
+        RunError
+            If there is none, and none announced: what is there instead.
+        """
+        self.foreign = []
+        alone = self.path.is_file() or _is_run(self.path)
+        found = {
+            each.name: each
+            for path in ([self.path] if alone else sorted(self.path.iterdir()))
+            for each in self._of(path)
+        }
+        if not alone:
+            for name, limit in awaited(self.path).items():
+                known = found.get(name, RunState(name, State.WAITING, limit=limit))
+                if known.state in (State.WAITING, State.INTERRUPTED):
+                    found[name] = RunState(**{**vars(known), "state": State.WAITING})
+        if not found:
+            raise RunError(self._nothing())
+        return sorted(found.values(), key=_order)
+
+    def _of(self, path: Path) -> list[RunState]:
+        if path in self._settled:
+            return self._settled[path]
+        if path.suffix == ".parquet" and path.is_file():
+            self._settled[path] = _packed(path)
+            return self._settled[path]
+        if not (path.is_dir() and _is_run(path)):
+            if not path.name.startswith((".", "sweep-")):
+                self.foreign.append(path.name + ("/" if path.is_dir() else ""))
+            return []
+        state = self._judge(path)
+        if state.state is State.COMPLETE:
+            self._settled[path] = [state]
+        return [state]
+
+    def _judge(self, path: Path) -> RunState:
+        try:
+            return self._read(path)
+        except (RunError, OSError, ValueError, KeyError, TypeError) as error:
+            said = str(error) if isinstance(error, RunError | OSError) else f"{path} is damaged: {error!r}"
+            return RunState(path.name, State.DAMAGED, written=_written(path), detail=said)
+
+    def _read(self, path: Path) -> RunState:
+        trained_by = holder(path)  # before the files: a run that ends meanwhile is complete, not interrupted
+        done, failed = _json(path / "DONE", "steps"), _json(path / "FAILED", "reason")
+        record = _json(path / "config.json", "config", "experiment", "condition", "seed")
+        if record is None:
+            if trained_by is not None:
+                return RunState(path.name, State.RUNNING, written=_written(path))  # it is about to begin
+            raise RunError(
+                f"{path / 'config.json'} is missing: put it back from a copy (another seed's, with this one's number "
+                "in it), or move the folder away to train the seed anew"
+            )
+        log = self._logs.setdefault(path, _Log(path / "metrics.jsonl"))
+        known = done is not None and {"t_mem", "t_grok"} <= done.keys() and not self._whole
+        log.read(last=known)
+        if done is not None and (not log.rows or log.rows[-1]["step"] != done["steps"]):
+            at = f"end at step {log.rows[-1]['step']:,}" if log.rows else "are none"
+            raise RunError(
+                f"{log.path}: its rows {at}, and DONE says {done['steps']:,}: put them back from a copy, or move the "
+                "folder away to train the seed anew"
+            )
+        stored = StoredRun(path, record, {}, tuple(log.rows), (), done, failed)
+        told = _told(stored, done if known else None)
+        told["stored"] = None if known else stored
+        told["written"] = _written(path)
+        if done is not None:
+            return RunState(path.name, State.COMPLETE, detail=str(done.get("reason", "")), **told)
+        if trained_by is not None:
+            return RunState(path.name, State.RUNNING, **told)
+        if failed is not None:
+            return RunState(path.name, State.FAILED, detail=str(failed["reason"]), **told)
+        torn = f"line {len(log.rows) + 1} of its metrics is torn, and is dropped when it goes on"
+        return RunState(path.name, State.INTERRUPTED, detail=torn if log.torn else "", **told)
+
+    def _nothing(self) -> str:
+        inside = [
+            each for each in self.path.iterdir() if each.is_dir() and any(map(_is_run, each.glob("*/")))
+        ]
+        if inside:
+            return f"{self.path} holds no run itself: give {' or '.join(map(str, sorted(inside)))}"
+        if not self.foreign:
+            return f"{self.path} is empty: {REMEDY}"
+        return f"{self.path} holds no run, only {_some(self.foreign)}: {REMEDY}"
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def skipped(foreign: list[str]) -> str:
+    """Say what was passed over, in a line; empty where nothing was."""
+    return f"no runs, skipped: {_some(foreign)}" if foreign else ""
+
+
+def _is_run(path: Path) -> bool:
+    names = ("config.json", "metrics.jsonl", "DONE", "FAILED", "lock")
+    return any((path / name).is_file() for name in names)
+
+
+def _order(state: RunState) -> tuple[str, int]:
+    name, _, seed = state.name.rpartition("-seed")
+    return (name, int(seed)) if seed.isdecimal() else (state.name, 0)
+
+
+def _json(path: Path, *needed: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error}): put it back from a copy") from error
+    if not isinstance(value, dict) or not value.keys() >= set(needed):
+        raise RunError(f"{path} does not say {', '.join(needed)}: put it back from a copy")
+    return value
+
+
+def _written(path: Path) -> float | None:
+    for name in ("metrics.jsonl", "config.json", "lock"):
+        try:
+            return (path / name).stat().st_mtime
+        except OSError:
+            continue
+    return None
+
+
+def _told(run: StoredRun, done: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a run's lines say; its times by `done`, where only the last line was read."""
+    found: dict[str, Any] = {"limit": int(run.config["max_steps"])}
+    if run.rows:
+        runs = Runs((run,))
+        found["step"] = int(runs.end[0])
+        found["entropy"], found["test_accuracy"] = (
+            _number(column[0, -1]) for column in (runs.entropy, runs.test_accuracy)
+        )
+        if done is None:
+            found["t_mem"], found["t_grok"] = (_step(each[0]) for each in (runs.t_mem, runs.t_grok))
+    if done is not None:
+        found["t_mem"], found["t_grok"] = done["t_mem"], done["t_grok"]
+    return found
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _step(value: float) -> int | None:
+    return None if np.isnan(value) else int(value)
+
+
+def _packed(path: Path) -> list[RunState]:
+    try:
+        runs = unpack(path)
+        return [
+            RunState(
+                run.name,
+                State.COMPLETE,
+                detail=str((run.done or {}).get("reason", "")),
+                written=max((row["time"] for row in run.timing if "time" in row), default=None),
+                stored=run,
+                **_told(run, None),
+            )
+            for run in runs
+        ]
+    except (RunError, OSError, ValueError, KeyError, TypeError) as error:
+        return [RunState(path.name, State.DAMAGED, detail=str(error))]
+
+
+END = 1 << 14
+"""Bytes read from the end of a file at first: several lines with every measure."""
+
+
+@dataclass
+class _Log:
+    """The lines of a run's metrics, read on from where the last reading ended."""
+
+    path: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    torn: bool = False
+    _offset: int = 0
+
+    def read(self, *, last: bool) -> None:
+        """Read what is new; the `last` line alone, where that is enough."""
+        if last:
+            self.rows = list(_last_row(self.path))
+            return
+        if self._offset and self.path.stat().st_size < self._offset:
+            self._begin_anew()  # a run that goes on drops what its checkpoint does not know
+        if not self._read_on() and self._offset:
+            self._begin_anew()  # it was dropped, and written again to more than there was
+            self._read_on()
+        if self.torn and _lines_after(self.path, self._offset):
+            raise RunError(
+                f"{self.path}: line {len(self.rows) + 1} is damaged, and rows follow it: put the file back from a copy"
+            )
+
+    def _begin_anew(self) -> None:
+        self.rows, self._offset = [], 0
+
+    def _read_on(self) -> bool:
+        """Whether what was read continues what is there."""
+        rows, end = read_rows(self.path, self._offset)
+        follows = [row["step"] for row in [*self.rows[-1:], *rows]]
+        self.rows += rows
+        self._offset = end
+        self.torn = self.path.exists() and self.path.stat().st_size > end
+        whole = not (self.torn and _lines_after(self.path, end))
+        return whole and all(a < b for a, b in pairwise(follows))
+
+
+def _lines_after(path: Path, offset: int) -> bool:
+    """Whether a line that does not parse begins at `offset`, and has an end."""
+    if read_rows(path, offset)[0]:
+        return False  # it was being written
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return b"\n" in file.read()
+
+
+def _last_row(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the last whole line of a log, without those before it."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        size, length = path.stat().st_size, END
+        while True:
+            file.seek(max(0, size - length))
+            lines = re.split(rb"(?<=\n)", file.read())
+            # The first piece may be the end of a line; a last one without an end is torn.
+            whole = [line for line in (lines if length >= size else lines[1:]) if line.endswith(b"\n")]
+            if whole or length >= size:
+                break
+            length *= 4
+    if whole:
+        row = json.loads(whole[-1])
+        if not isinstance(row, dict) or "step" not in row:
+            raise RunError(f"{path}: its last line is no row of metrics: put the file back from a copy")
+        yield row
