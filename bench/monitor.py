@@ -668,6 +668,7 @@ def early_end(quick: bool) -> list[Row]:
             loop.step()
             start = time.perf_counter()
             monitor.step(turn + 1)
+            monitor.flush()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     flops = operations(runs["whole pass"][0])

@@ -71,9 +71,9 @@ if TYPE_CHECKING:
 _MOST_EVALUATORS = 64
 # Slots that wait for another use; with more than that, shapes no longer come back.
 _MOST_FREE = 256
-# From this edge on a hand-over to the worker costs nothing that could be measured even where no core is idle, and
-# hides 10 ms and more where one is (bench/NOTES.md).
-WORKER_FROM = 512
+# From this edge on the worker surely gains where a core is idle, and costs at most some 1 % where none is
+# (bench/NOTES.md).
+WORKER_FROM = 128
 # Memory of a copy of activations over that of their matrix. Only the evaluation that an idle worker begins with has
 # copies, so a full ring of `CAPACITY` takes at most half more.
 MOST_COPIED = 4

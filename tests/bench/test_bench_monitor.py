@@ -115,7 +115,8 @@ def test_the_pass_that_ends_early_leaves_the_projection_out_and_the_hooked_one_d
         loop, watching = monitor._probed_blocks(whole=whole)
         calls = []
         loop.model.head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        assert [record.layer for record in watching.step(0)] == ["blocks.0", "blocks.1"]
+        records = watching.step(0) + watching.flush()
+        assert [record.layer for record in records] == ["blocks.0", "blocks.1"]
         assert len(calls) == whole
     flops = monitor.operations(loop)
     assert flops["whole pass"] - flops["early end"] == 2 * 16 * 64 * 128 * 50

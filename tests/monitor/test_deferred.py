@@ -554,10 +554,10 @@ def test_the_cpu_takes_the_worker_for_large_matrices_of_one_thread_with_cores_to
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(deferred, "_usable_cores", lambda: 2)
-    large, wide, small = torch.zeros(600, 512), torch.zeros(520, 600), torch.zeros(1000, 511)
+    large, wide, small = torch.zeros(600, 128), torch.zeros(130, 600), torch.zeros(1000, 127)
     of = Devices().of
     assert isinstance(of(large), Host)
-    assert isinstance(of(wide), Host)  # its Gram matrix is 520 x 520
+    assert isinstance(of(wide), Host)  # its Gram matrix is 130 x 130
     assert of(small) is None
     assert in_line(large) is None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
