@@ -248,6 +248,30 @@ def runs_(path: Path, *, json: bool = False) -> int:
     return 0
 
 
+def compare(paths: tuple[Path, ...], *, out: Path | None = None) -> int:
+    """Set runs of several settings side by side: what differs, T_mem, T_grok, H* with intervals, and curves.
+
+    Runs of the same experiment, condition and task are compared, as of two folders; else all settings that are there.
+    Complete runs count; others are named. The first setting is what the rest is compared with.
+
+    For example:
+        fastent compare bench/results/paper bench/results/nearest --out compare.html
+        fastent compare runs/quick
+        fastent compare runs/lr/e1-baseline-add-seed* runs/lr/e1-baseline-add-learning_rate=0.0005-seed*
+
+    Parameters
+    ----------
+    paths : paths
+        Folders of runs, single runs' folders, or files of packed runs.
+    out : Path, optional
+        Write one self-contained page (.html), or the curves alone (.png).
+    """
+    from fastent.grokking.experiments.compare import compare as side_by_side
+
+    side_by_side(paths, out)
+    return 0
+
+
 def watch(path: Path, *, once: bool = False) -> int:
     """Watch runs in training: progress, H as a curve, the forecast of T_grok, and what failed.
 
@@ -793,6 +817,7 @@ def _dispatch(arguments: list[str]) -> int:
             "report": report,
             "runs": runs_,
             "watch": watch,
+            "compare": compare,
             "entropy": entropy,
             "list": list_,
             "check": check,

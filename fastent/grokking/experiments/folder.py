@@ -200,16 +200,17 @@ class Folder:
             return f"{self.path} holds no run itself: give {' or '.join(map(str, sorted(inside)))}"
         if not self.foreign:
             return f"{self.path} is empty: {REMEDY}"
-        return f"{self.path} holds no run, only {_some(self.foreign)}: {REMEDY}"
+        return f"{self.path} holds no run, only {some(self.foreign)}: {REMEDY}"
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def some(names: list[str], most: int = 5) -> str:
+    """Write the first few of many names, and how many there are besides."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def skipped(foreign: list[str]) -> str:
     """Say what was passed over, in a line; empty where nothing was."""
-    return f"no runs, skipped: {_some(foreign)}" if foreign else ""
+    return f"no runs, skipped: {some(foreign)}" if foreign else ""
 
 
 def _is_run(path: Path) -> bool:

@@ -78,8 +78,12 @@ def print_runs(path: Path, *, as_json: bool = False, console: Console | None = N
     if as_json:
         print(json.dumps({"path": str(path), "runs": [*map(_as_json, states)], "skipped": folder.foreign}))
         return
-    table = _table(
-        "run", "state", *(">step", ">of", ">T_mem", ">T_grok", ">H"), "written", wide=_width(console) >= ROOM
+    table = new_table(
+        "run",
+        "state",
+        *(">step", ">of", ">T_mem", ">T_grok", ">H"),
+        "written",
+        wide=width_of(console) >= ROOM,
     )
     now = time.time()
     for state in states:
@@ -90,7 +94,7 @@ def print_runs(path: Path, *, as_json: bool = False, console: Console | None = N
             decimal(state.entropy),
             _ago(state.written, now),
         )
-    _print(console, Group(table, Text(), *_remarks(states, folder.foreign)))
+    show(console, Group(table, Text(), *_remarks(states, folder.foreign)))
 
 
 def _as_json(state: RunState) -> dict[str, Any]:
@@ -127,12 +131,12 @@ def watch(path: Path, *, once: bool = False, console: Console | None = None) -> 
     states = folder.look()
     if not once:
         with StopRequest() as stop:
-            show = _show_live if console.is_terminal else _show_lines
-            states = show(console, folder, forecasts, states, stop)
+            follow = _show_live if console.is_terminal else _show_lines
+            states = follow(console, folder, forecasts, states, stop)
         if stop.signal is not None:
             return 128 + stop.signal
     if once or console.is_terminal:
-        _print(console, frame(folder, states, forecasts, console))
+        show(console, frame(folder, states, forecasts, console))
     return 0 if once or all(state.state is State.COMPLETE for state in states) else 1
 
 
@@ -157,9 +161,9 @@ def _show_lines(
         for state in states:
             if told.get(state.name) != (state.state, state.step):
                 told[state.name] = (state.state, state.step)
-                _print(console, Text(_line(state, forecasts.of(state, states))))
+                show(console, Text(_line(state, forecasts.of(state, states))))
         if not _going_on(states):
-            _print(console, Group(*_remarks(states, folder.foreign)))
+            show(console, Group(*_remarks(states, folder.foreign)))
             return states
         if _stopped_within(LINES_EVERY, stop):
             return states
@@ -197,7 +201,7 @@ def frame(
     most: int | None = None,
 ) -> Group:
     """Make what `console` shows of a folder at one time: `most` rows at most, runs in training first."""
-    wide, blocks = _width(console) >= ROOM, BLOCKS if console.encoding.startswith("utf") else PLAIN
+    wide, blocks = width_of(console) >= ROOM, blocks_of(console)
     order = list(State)
     shown = sorted(states, key=lambda state: order.index(state.state))[:most]
     curves = {state.name: state.stored for state in shown if state.stored is not None and state.stored.rows}
@@ -222,7 +226,7 @@ def frame(
     if not wide:
         for name in ("progress", ">of", ">test", ">T_mem"):
             del columns[name]
-    table = _table(*columns, wide=wide)
+    table = new_table(*columns, wide=wide)
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     lines = [Text(f"and {len(states) - len(shown)} more")] if len(states) > len(shown) else []
@@ -350,7 +354,12 @@ def _progress(state: RunState) -> tuple[int | None, int | None]:
     return state.step, state.step if state.state is State.COMPLETE else state.limit
 
 
-def _table(*columns: str, wide: bool) -> Table:
+def blocks_of(console: Console) -> str:
+    """Return what curves are drawn with there."""
+    return BLOCKS if console.encoding.startswith("utf") else PLAIN
+
+
+def new_table(*columns: str, wide: bool = True) -> Table:
     """Make an empty table without lines; a ">" before a heading aligns its column right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="bold")
     for column in columns:
@@ -380,11 +389,12 @@ def _ago(written: float | None, now: float) -> str:
     return f"{datetime.fromtimestamp(written):%Y-%m-%d}"
 
 
-def _width(console: Console) -> int:
+def width_of(console: Console) -> int:
+    """Return the columns of a terminal; where there is none there are enough."""
     return console.width if console.is_terminal else WIDE
 
 
-def _print(console: Console, shown: Any) -> None:
+def show(console: Console, shown: Any) -> None:
     """Print on a terminal as wide as it is; else as plain text that is neither folded nor padded."""
     if console.is_terminal:
         console.print(shown)
