@@ -69,6 +69,18 @@ class CenteredMatrix(NamedTuple):
             self.matrix.trace() if self.matrix.ndim == 2 else self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         )
 
+    def where_solved(self) -> CenteredMatrix:
+        """Return it where its eigenvalues are taken: for LAPACK on the host, by one copy and one wait."""
+        if not self.matrix.is_cuda or self.matrix.shape[-1] > linalg.LAPACK_TO:
+            return self
+        parts = [self.matrix, self.shift, self.delta, *([] if self.rounding is None else [self.rounding])]
+        block = torch.cat([part.flatten() for part in parts]).cpu()
+        pieces = block.split([part.numel() for part in parts])  # type: ignore[no-untyped-call]
+        names = ("matrix", "shift", "delta", "rounding")
+        return self._replace(
+            **{name: piece.view(part.shape) for name, piece, part in zip(names, pieces, parts, strict=False)}
+        )
+
 
 @uncompiled
 def covariance(

@@ -141,6 +141,7 @@ def entropy_of_matrix(
         With status `out_of_range` where the squares left float64's range: without the activations
         they cannot be scaled and squared again. Of NaN and Inf the features are known, not the entries.
     """
+    centered = centered.where_solved()
     value = float(centered.trace)
     if TINY <= value < math.inf:
         found = spectrum or eigenvalues(centered.matrix)
@@ -384,7 +385,8 @@ def spectral_entropy(
     Returns
     -------
     SpectralEntropy
-        Floats, or tensors of shape (batch,). On CUDA this waits for the device.
+        Floats, or tensors of shape (batch,). On CUDA this waits for the device, once for matrices that LAPACK solves
+        (`fastent.linalg.eigenvalues`).
 
     Raises
     ------
@@ -431,6 +433,7 @@ def entropy_of_rows(
     """
     if centered is None:
         centered = centered_matrix(x, backend=backend, resolution=resolution)
+    centered = centered.where_solved()
     if x.ndim == 2:
         trace = float(centered.trace)
         if TINY <= trace < math.inf:
@@ -439,7 +442,7 @@ def entropy_of_rows(
     traces = centered.trace.tolist()
     good = [TINY <= trace < math.inf for trace in traces]
     if not all(good):  # a NaN would stop the solver for the whole batch
-        kept = torch.tensor(good, dtype=torch.bool, device=x.device)[:, None, None]
+        kept = torch.tensor(good, dtype=torch.bool, device=centered.matrix.device)[:, None, None]
         centered = centered._replace(matrix=torch.where(kept, centered.matrix, 0.0))
     values, solver = eigenvalues(centered.matrix)
     items = []
@@ -478,7 +481,7 @@ def _of_extreme_values(x: Tensor, centered: CenteredMatrix, backend: Backend) ->
     scaled = scaled._replace(
         shift=_times_power_of_two(small[0], -second),
         resolution=given._replace(absolute=_ldexp(given.absolute, -exponent)),
-    )
+    ).where_solved()
     again = summarize(scaled, *eigenvalues(scaled.matrix), float(scaled.trace))
     total = _times_power_of_two(scaled.trace.cpu(), 2 * exponent)
     values = _times_power_of_two(again.eigenvalues, 2 * exponent)

@@ -15,9 +15,10 @@ both libraries have one thread: two pools on the same cores fight. No number of 
 ``torch.set_num_threads(1)`` alone is not. Which of the two computes is a function of the machine, of the numbers of
 threads and of the shape; their last bits differ.
 
-**Eigenvalues** come from cuSOLVER on CUDA, which stops the host until the device is done, and from LAPACK on the CPU
-and where cuSOLVER fails; a solve whose eigenvalues do not sum to the trace is a failed one. NaN must be kept out by the
-caller: solvers hang or fail on it.
+**Eigenvalues** come from LAPACK on the CPU, of matrices up to `LAPACK_TO` on CUDA too, for which they are copied, a
+batch at once; of larger ones from cuSOLVER, and from LAPACK where that fails: a solve whose eigenvalues do not sum to
+the trace is a failed one. Either way the host waits for the device. NaN must be kept out by the caller: solvers hang
+or fail on it.
 
 **Forks.** A fork copies one thread. If that thread has run torch's operations on several, its copy waits for ever for
 those that were left behind, at the first operation that wants them: in torch, not here, but a silent hang all the
@@ -397,6 +398,9 @@ def _add_lower_product(lower: Tensor, a: Tensor, scale: float, *, first: bool = 
 
 
 EPS = torch.finfo(torch.float64).eps
+# Edge up to which a matrix goes from a CUDA device to LAPACK: cuSOLVER takes a batch one by one before torch 2.12, some
+# 2 to 5 ms each at 128, where LAPACK takes 0.35 (on other machines; not yet measured side by side on one).
+LAPACK_TO = 512
 
 fallbacks: list[str] = []
 """Reasons of the eigensolves that failed on a GPU and were done again on the CPU, in order."""
@@ -418,11 +422,17 @@ def eigenvalues(matrix: Tensor) -> tuple[Tensor, str]:
         float64 on the CPU, ascending.
     solver : str
         "cusolver" or "lapack".
+
+    Notes
+    -----
+    LAPACK solves a batch one by one, each with the threads of torch's operations (`torch.get_num_threads`); for one
+    thread see OpenBLAS above. So where only the matrices are formed on a device, records of a run there and of one on
+    the CPU of the same machine differ by the order of the sums in the matrices, and no longer by the solver.
     """
     check_pool()
     # LAPACK is column-major: the upper triangle of the transpose is our lower one, and needs no copy.
     matrix = matrix.mT
-    if matrix.is_cuda:
+    if matrix.is_cuda and matrix.shape[-1] > LAPACK_TO:
         try:
             values = torch.linalg.eigvalsh(matrix, UPLO="U").cpu()
             if _sums_to_trace(values, matrix):
@@ -432,6 +442,7 @@ def eigenvalues(matrix: Tensor) -> tuple[Tensor, str]:
             reason = str(error)
         fallbacks.append(reason)
         _log.warning("eigvalsh failed on the GPU (%s): solved on the CPU, %d so far", reason, len(fallbacks))
+    if matrix.is_cuda:
         matrix = matrix.cpu()
     if matrix.shape[-1] >= SOLVE_FROM and openblas_preferred(matrix):
         return openblas_eigenvalues(matrix.mT), "lapack"

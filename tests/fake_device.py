@@ -6,10 +6,12 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 
 class FakeEvent:
@@ -98,6 +100,36 @@ class FakeStreams:
                     count = None if count is None else count - 1
                 else:
                     item()
+
+
+class OnDevice(Tensor):
+    """A tensor that says it is on CUDA, and computes on the CPU; `waits` counts what would stop the host, by name."""
+
+    waits: ClassVar[Counter[str]] = Counter()
+    is_cuda = True
+    content: Tensor
+
+    @staticmethod
+    def __new__(cls, content: Tensor) -> OnDevice:
+        made: OnDevice = Tensor._make_wrapper_subclass(
+            cls, content.shape, content.stride(), content.storage_offset(), dtype=content.dtype
+        )
+        made.content = content
+        return made
+
+    def cpu(self) -> Tensor:  # type: ignore[override]
+        self.waits["copy"] += 1
+        return self.content
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if (name := func.overloadpacket.__name__) in Operations.WAIT:
+            cls.waits[name] += 1
+        args, kwargs = tree_map_only(OnDevice, lambda tensor: tensor.content, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, func(*args, **kwargs))
 
 
 class Operations(TorchDispatchMode):

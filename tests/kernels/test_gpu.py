@@ -87,6 +87,19 @@ def test_entropy_is_that_of_the_cpu_to_1e_12(
     assert got.status == want.status
 
 
+def test_entropies_of_stacked_matrices_stop_the_host_once() -> None:
+    x = activations(512, 128, torch.float32, batch=10)
+    fastent.spectral_entropy(x, batch_dims=1)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as stops:
+            result = fastent.spectral_entropy(x, batch_dims=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(stops) == 1
+    assert result.solver == "lapack (covariance)"
+
+
 @pytest.mark.parametrize(("n", "d"), [(512, 128), (65536, 64), (64, 2048), (2000, 1600)])
 def test_many_runs_beside_other_work_have_the_same_bits(n: int, d: int) -> None:
     x = activations(n, d, batch=2)

@@ -264,6 +264,7 @@ def test_in_line_on_a_gpu_lapack_takes_over_where_cusolver_fails(monkeypatch: py
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
     monkeypatch.setattr(sys.modules["fastent.linalg"], "fallbacks", fallbacks := [])
+    monkeypatch.setattr(sys.modules["fastent.linalg"], "LAPACK_TO", 39)
     h = torch.randn(300, 40, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     result = spectral_entropy(h)
     assert result.solver == "lapack (covariance)"

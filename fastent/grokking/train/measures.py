@@ -57,6 +57,7 @@ from fastent.grokking.train.config import MeasureName, TrainConfig
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.stacked import add_in_order
 from fastent.grokking.train.tasks import Task, generator, make_task, probe_index, split
+from fastent.linalg import LAPACK_TO
 
 PARTITIONS = ((5,), (4, 1), (3, 2), (3, 1, 1), (2, 2, 1), (2, 1, 1, 1), (1, 1, 1, 1, 1))
 """Irreducible representations of S5 by their partitions: trivial, ..., sign; of dimension 1 4 5 6 5 4 1."""
@@ -267,7 +268,10 @@ def leading_projections(h: Tensor, count: int) -> Tensor:
     """Centred `h` (S, N, d) along the `count` leading eigenvectors of its covariance: (S, N, count), float64."""
     h = h.double()
     h = h - h.mean(1, keepdim=True)
-    return torch.matmul(h, torch.linalg.eigh(torch.matmul(h.mT, h)).eigenvectors[:, :, -count:])
+    products = torch.matmul(h.mT, h)
+    if products.shape[-1] <= LAPACK_TO:
+        products = products.cpu()  # in one copy, to where they are solved sooner
+    return torch.matmul(h, torch.linalg.eigh(products).eigenvectors[:, :, -count:].to(h.device))
 
 
 def leading_alignment(projections: Tensor, characters: Tensor, block: Tensor) -> Tensor:
