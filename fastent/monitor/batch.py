@@ -2,7 +2,9 @@
 
 Hooks on the watched layers take what they give, reduce it at the moment it appears and keep nothing of it; no pass is
 made beside those of training. They are registered only while the next step that the monitor will be told of is
-expected to be due (`BatchEvaluator.arm`), so that other steps run the model as it is without a monitor.
+expected to be due, and for one more step, in which they take nothing and notice whether the step that was recorded
+goes on (`BatchEvaluator.arm`); other steps run the model as it is without a monitor. A layer that was replaced in the
+model is found in its place when the pass begins.
 
 What counts: a pass of the model that begins in training mode with gradients recorded, and everything in it, frozen
 layers and what runs without gradients included; and, where a training script calls the layers past the model's own
@@ -19,6 +21,9 @@ evaluation is put off to the next step; and where one comes after that, its reco
 A step that gave nothing to evaluate makes the next one due: no forward pass that counts came before it, the hooks were
 not registered since the steps went on otherwise than before, or a pass failed on its way. Rows of a pass that was
 completed count, whatever became of it later.
+
+A step is over when `step` is called with it: its rows have gone to the evaluation by then, and a record is not opened
+again. Passes of training between two calls with one step are warned of, since the second call comes too late for them.
 
 A compiled graph holds what was there when it was compiled, so layers within one cannot be watched this way: that is
 refused where the model says that it is compiled. Where it does not (a wrapper that the monitor was not given), the
@@ -260,17 +265,46 @@ class _Gathered:
     step: int  # as far as is known: for a warning
     evaluation: Evaluation | None = None  # of what was asked for at once
     dropped: bool = False
+    recorded: bool = False
+    """Whether a step was evaluated already, and nothing is to be taken until the next one."""
     layers: dict[str, _Layer] = field(default_factory=dict)
     in_backward: dict[str, bool] = field(default_factory=dict)
     """Whether a layer's first call was in a backward pass."""
     passes: list[bool] = field(default_factory=list)
     """Of those under way, the outermost first, whether they count; one that failed stays."""
+    passed: bool = False
+    """Whether there was one that counts, or a call of a layer past the model."""
+    in_eval: bool = False
+    without_gradients: bool = False
     error: Exception | None = None
 
     @property
     def spoiled(self) -> bool:
         """Whether nothing more of it is wanted."""
         return self.error is not None or self.dropped
+
+    @property
+    def why_nothing(self) -> str:
+        """Reason why no layer gave anything, and the remedy."""
+        if self.passes:
+            return "the forward pass before it did not come to its end"
+        if self.passed:
+            return "no watched layer ran in the forward passes before it"
+        if self.in_eval:
+            return (
+                "the model was in eval mode in each forward pass before it (model.training is False), and passes in "
+                f"training mode count: call model.train() before training, or {_FIXED}"
+            )
+        if self.without_gradients:
+            return (
+                "each forward pass before it was made without gradients (torch.no_grad, inference_mode), and those of "
+                f"training count: call step after a training step, or {_FIXED}"
+            )
+        return (
+            "no forward pass of the model was seen before it. Call step after a training step; where another model "
+            "trains, such as a copy, give that one to the monitor; and where it runs compiled, "
+            f"{_FIXED}, since a compiled graph runs no hooks"
+        )
 
     def drop(self) -> None:
         """Give back what was taken."""
@@ -301,23 +335,41 @@ class BatchEvaluator(Evaluator):
         self._model = watched.model
         self._in_training = watched
         self._gathered = _Gathered(0)
+        self._modules = {name: layer.module(watched.model, name) for name, layer in watched.found.items()}
         self._most_calls: dict[str, int] = {}  # of a layer in one step, so far
-        self._warned_of_nothing = False
+        self._warned_of_nothing = self._warned_of_more = False
         self._hooks = _Hooks()
         weakref.finalize(self, self._hooks.remove)
 
     def check(self) -> None:
         """Nothing can be checked without a pass."""
 
-    def arm(self, step: int | None) -> None:
-        """Forget what was gathered, and register the hooks for `step`; None removes them."""
+    def arm(self, step: int | None, *, recorded: bool = False) -> None:
+        """Forget what was gathered, and register the hooks for `step`; None removes them.
+
+        With `recorded` they take nothing, and notice whether the step before goes on; once that was warned of, they are
+        not needed.
+        """
         self._gathered.drop()
-        self._gathered = _Gathered(step or 0)
+        self._gathered = _Gathered(step or 0, recorded=recorded)
         self._in_training.batch.end()
-        if step is None:
+        if step is None or (recorded and self._warned_of_more):
             self._hooks.remove()
         elif not self._hooks.registered:
             self._register()
+        else:
+            self._guarded(self._follow)
+
+    def told_again(self, step: int) -> None:
+        """Warn once if training went on between two calls with one step: what it gave is in no record."""
+        if self._gathered.passed and not self._warned_of_more:
+            self._warned_of_more = True
+            warn_user(
+                f"step {step} was told of again after further passes of training, which are in no record: a step is "
+                "over at the first call. Call step once for each optimizer step, after it: it takes all micro-batches "
+                "since the last call together. Said once",
+                UserWarning,
+            )
 
     def run(self, step: int) -> bool:
         """Ask for the entropies of what the passes since the last step gave; False if there is nothing."""
@@ -338,8 +390,7 @@ class BatchEvaluator(Evaluator):
         self._most_calls = {}
 
     def _register(self) -> None:
-        model, take = self._model, self._take_from
-        hooks = self._hooks
+        model, hooks = self._model, self._hooks
         hooks.registered = True
         if is_sharded(model):
             in_graphs = _in_graphs(model)
@@ -347,23 +398,38 @@ class BatchEvaluator(Evaluator):
             hooks.spread.__enter__()
         add = hooks.handles.append
         add(model.register_forward_pre_hook(_Hook(model, self._begin), with_kwargs=True))
+        self._guarded(self._follow)
+        add(model.register_forward_hook(_Hook(model, self._end)))
+
+    def _follow(self) -> None:
+        """Have the hooks of the layers where these are now: a module may have been replaced since."""
+        hooked = self._hooks.layers
         for name, layer in self._in_training.found.items():
-            module = model.get_submodule(layer.path)
+            module = layer.module(self._model, name)
+            if name in hooked and hooked[name][1] is module:
+                continue
+            if name in hooked:
+                hooked.pop(name)[0].remove()
+            if self._modules[name] is not module:
+                _refuse_compiled(self._model, name, layer.path)
+                self._modules[name] = module
             if layer.of_input:
                 hook = _Hook(module, self._take_from_input, name)
-                add(module.register_forward_pre_hook(hook, with_kwargs=True))
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             else:
-                add(module.register_forward_hook(_Hook(module, take, name)))
-        add(model.register_forward_hook(_Hook(model, self._end)))
+                handle = module.register_forward_hook(_Hook(module, self._take_from, name))
+            hooked[name] = handle, module
 
     def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_a_pass():
             return
+        gathered, counts = self._gathered, self._is_training()
         if (
             not in_backward()
         ):  # there, checkpointing ends a pass by an exception once it has all that it needs
-            self._gathered.passes.append(self._is_training())
-        if self._is_training() and len(self._gathered.passes) <= 1:
+            gathered.passes.append(counts)
+        if counts and len(gathered.passes) <= 1 and not gathered.recorded:
+            self._guarded(self._follow)
             self._in_training.batch.begin(args, kwargs)
             if self._axes.needs_mask:
                 self._guarded(self._axes.read_mask)
@@ -373,12 +439,17 @@ class BatchEvaluator(Evaluator):
         if in_a_pass():
             return
         if passes and not in_backward():
-            passes.pop()
+            counted = passes.pop()
+            self._gathered.passed |= counted and not passes
         if not passes:
             self._in_training.batch.end()
 
     def _is_training(self) -> bool:
-        return self._model.training and torch.is_grad_enabled()
+        """Whether what begins now counts; why it does not is noted."""
+        training, gradients = self._model.training, torch.is_grad_enabled()
+        self._gathered.in_eval |= not training
+        self._gathered.without_gradients |= training and not gradients
+        return training and gradients
 
     def _take_from_input(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -387,7 +458,9 @@ class BatchEvaluator(Evaluator):
 
     def _take_from(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._counts(name):
-            self._guarded(self._reduce, name, module, output)
+            self._gathered.passed = True
+            if not self._gathered.recorded:
+                self._guarded(self._reduce, name, module, output)
 
     def _counts(self, layer: str) -> bool:
         gathered = self._gathered
@@ -476,7 +549,7 @@ class BatchEvaluator(Evaluator):
         }
         total = self._add_up(step, ranks, own, gathered.error)
         if not any(rows.ran for rows in total.values()):
-            self._warn_of_nothing(step)
+            self._warn_of_nothing(step, gathered)
             return False
         self._in_training.note({name: rows.d for name, rows in total.items() if rows.ran})
         self._put_together(step, total, "in the forward passes of this step")
@@ -489,14 +562,15 @@ class BatchEvaluator(Evaluator):
         if gathered.dropped:  # counted and warned of
             return True
         layers = gathered.layers
-        if not layers:
-            self._warn_of_nothing(step)
+        nothing = not layers and (bool(gathered.passes) or not gathered.passed)
+        if nothing:
+            self._warn_of_nothing(step, gathered)
         surprised = False
         for name, layer in layers.items():
             asked = gathered.evaluation is not None and name in gathered.evaluation.widths
             surprised |= layer.calls > 1 and asked and self._most_calls.get(name) == 1
             self._most_calls[name] = max(layer.calls, self._most_calls.get(name, 0))
-        if not layers or gathered.passes or surprised:
+        if nothing or gathered.passes or surprised:
             gathered.drop()
             return False
         evaluation = gathered.evaluation or self._evaluations.open(step, needs_room=False)
@@ -510,13 +584,12 @@ class BatchEvaluator(Evaluator):
             self._finish(step, evaluation, idle, "in the forward passes of this step")
         return True
 
-    def _warn_of_nothing(self, step: int) -> None:
+    def _warn_of_nothing(self, step: int, gathered: _Gathered) -> None:
         if not self._warned_of_nothing and self._hooks.registered:
             self._warned_of_nothing = True
             warn_user(
-                f"no forward pass of the model in training mode and with gradients was seen before step {step}, so the "
-                "next step is due instead. Call step after a training step; and where the model runs compiled, "
-                f"{_FIXED}, since a compiled graph runs no hooks. Said once",
+                f"there is nothing to record at step {step}, and the next step is due instead: {gathered.why_nothing}. "
+                "Said once",
                 UserWarning,
             )
 
@@ -542,6 +615,8 @@ class _Hooks:
 
     def __init__(self) -> None:
         self.handles: list[RemovableHandle] = []
+        self.layers: dict[str, tuple[RemovableHandle, nn.Module]] = {}
+        """Handles of the layers' hooks, and the modules that these are on."""
         self.spread: Spread | None = None
         self.registered = False
 
@@ -549,6 +624,9 @@ class _Hooks:
         """Take them off."""
         while self.handles:
             self.handles.pop().remove()
+        while self.layers:
+            handle, _ = self.layers.popitem()[1]
+            handle.remove()
         if self.spread is not None:
             self.spread.__exit__()
         self.spread, self.registered = None, False

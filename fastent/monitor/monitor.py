@@ -365,13 +365,15 @@ class SpectralEntropyMonitor:
 
     With ``probe="batch"`` the rows are those of the training batch: each record is of another sample, in training mode
     (dropout on), by the weights before the step's update. It is noisier than that of a fixed probe, and one threshold
-    does not serve both. In return no pass is made, and the model has hooks at due steps only. All forward passes since
-    the last call count together, as if their rows had come in one batch (gradient accumulation); passes in eval mode or
-    without gradients do not, what checkpointing runs again counts once, and a layer that is called several times in a
-    pass gives the rows of all calls. The mask is that of each pass. Call `step` once after each optimizer step. Where a
-    step that was due gave nothing to evaluate, the next one is due: no pass came before it, one failed, or the steps
-    went on in another stride than before. Each rank records its own batch. Layers in a compiled graph are refused
-    (`fastent.monitor.batch`).
+    does not serve both. In return no pass is made, and the model has hooks at due steps and, idle, at the one after.
+    All forward passes since the last call count together, as if their rows had come in one batch (gradient
+    accumulation); passes in eval mode or without gradients do not, what checkpointing runs again counts once, and a
+    layer that is called several times in a pass gives the rows of all calls. The mask is that of each pass. Call `step`
+    once after each optimizer step, not after each micro-batch: at the first call with a step it is over, and what
+    training passes before it is told of the same step again is in no record, which is warned of once. Where a step that
+    was due gave nothing to evaluate, the next one is due: no pass came before it, one failed, or the steps went on in
+    another stride than before. A layer that is replaced in the model is followed to its place. Each rank records its
+    own batch. Layers in a compiled graph are refused (`fastent.monitor.batch`).
 
     Under FSDP or tensor parallelism every rank must call `step`, since the forward pass needs them all, and rank 0
     alone records. Under DDP each rank that calls `step` records for itself. In both, ``should_stop(agree=True)`` on
@@ -495,6 +497,7 @@ class SpectralEntropyMonitor:
         self._unfinished: int | None = None  # the step whose evaluation failed: it may be repeated
         self._stride: int | None = None  # between the last two steps told of
         self._told: int | None = None  # the last of them
+        self._evaluated: int | None = None  # the last step that was
         self._closed = False
         if check:
             self._evaluator.check()
@@ -540,6 +543,8 @@ class SpectralEntropyMonitor:
             self._arrivals.collect()
             if self._is_due(step):
                 self._evaluate(step)
+            elif self._batch is not None and step == self._last_called:
+                self._batch.told_again(step)
             self._last_called = step
         finally:
             if self._batch is not None:
@@ -867,6 +872,7 @@ class SpectralEntropyMonitor:
         with interrupts_held():  # a step is evaluated and recorded, or it is not
             self._last_called, self._unfinished = step, None if self._batch else step
             self._unfinished = None if self._evaluator.run(step) else step
+            self._evaluated = step
             self._arrivals.collect()
 
     def _arm(self, batch: BatchEvaluator) -> None:
@@ -876,7 +882,12 @@ class SpectralEntropyMonitor:
             self._stride = last - told
         self._told = last
         following = 0 if last is None else last + (self._stride or 1)
-        batch.arm(following if self._stride is None or self._is_due(following) else None)
+        if self._stride is None or self._is_due(following):
+            batch.arm(following)
+        elif last == self._evaluated:
+            batch.arm(following, recorded=True)
+        else:
+            batch.arm(None)
 
     @property
     def _digest(self) -> str | None:

@@ -206,6 +206,16 @@ class FoundLayer(NamedTuple):
     named: bool
     of_input: bool = False
 
+    def module(self, model: nn.Module, name: str) -> nn.Module:
+        """Find the module in this place of `model` now; ValueError, with the layer's `name`, if there is none."""
+        try:
+            return model.get_submodule(self.path)
+        except AttributeError:
+            raise ValueError(
+                f"layer {name!r} is not in the model any more, which was changed after the monitor was made: make a "
+                "new one of the model as it is"
+            ) from None
+
 
 def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, FoundLayer]:
     """Resolve names and patterns to submodules.
@@ -780,7 +790,7 @@ class Watched:
             handles = []
             try:
                 for name, layer in layers.items():
-                    handles.append(_hook(model.get_submodule(layer.path), name, take, layer.of_input))
+                    handles.append(_hook(layer.module(model, name), name, take, layer.of_input))
                 with interrupts.second_at_once(), suppress(_Over):
                     # Context variables that the model sets and would reset behind the end stay in the copy.
                     contextvars.copy_context().run(model, *args, **kwargs)

@@ -142,8 +142,8 @@ def test_hooks_are_there_for_due_steps_only_and_no_pass_is_added() -> None:
         armed.append(hooks(model) > before)
         train(model, batch())
         monitor.step(step)
-    # Before the second step nobody knows how far the steps go.
-    assert armed == [True, True, False, False, True, False, False, False, True]
+    # Before the second step nobody knows how far the steps go; after a record they notice a step that goes on.
+    assert armed == [True, True, False, False, True, True, False, False, True]
     assert len(passes) == 9
     assert len(monitor.history) == 3
     monitor.close()
@@ -184,6 +184,86 @@ def test_steps_that_go_on_otherwise_than_before_make_the_next_one_due() -> None:
         train(model, batch())
         monitor.step(step)
     assert [record.step for record in monitor.history] == [0, 13, 21, 38, 46, 54]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_step_told_of_after_each_micro_batch_is_warned_of_once_and_its_record_is_the_first_ones(
+    first: int, every: int
+) -> None:
+    model = network()
+    monitor = Monitor(model, "batch", "1", every=every)
+    if first:  # as with a fixed probe
+        with pytest.warns(UserWarning, match="nothing to record at step 0"):
+            monitor.step(0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(first, 8):
+            for i in range(3):
+                train(model, batch(20, i))
+                monitor.step(step)
+    (warning,) = said
+    assert f"step {first} was told of again after" in str(warning.message)
+    assert "Call step once for each optimizer step" in str(warning.message)
+    assert {record.n for record in monitor.history} == {20}
+
+
+def test_accumulation_that_begins_late_is_noticed_and_a_repeated_step_without_training_is_not() -> None:
+    model = network()
+    monitor = Monitor(model, "batch", "1", every=3)
+    other = Monitor(model, batch(30), "1", every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(9):
+            train(model, batch(20), batch(20, 1))
+            monitor.step(step)
+            other.step(step)
+            model.eval()
+            model(batch(100))  # a validation, after which a host tells of its step again
+            model.train()
+            monitor.step(step)
+    train(model, batch(20))
+    monitor.step(9)
+    train(model, batch(20))
+    with pytest.warns(UserWarning, match="step 9 was told of again after further passes"):
+        monitor.step(9)
+    assert hooks(model) == 0
+
+
+def test_a_layer_that_is_replaced_is_followed_to_its_place() -> None:
+    model = network()
+    monitor = Monitor(model, "batch", ["0", "3:input"], every=2)
+    for step in range(7):
+        if step in (0, 4, 5):
+            model[0], model[3] = nn.Linear(6, 8), nn.Linear(8, 4)
+        taken = [Taken(model[0]), Taken(model[2])]
+        train(model, batch(20, step))
+        records = monitor.step(step)
+        assert len(records) == (0 if step % 2 else 2)
+        assert all(same(record, take()) for record, take in zip(records, taken, strict=False))
+    monitor.close()
+    assert not model[0]._forward_pre_hooks
+    assert not model[3]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("probe", ["fixed", "batch"])
+def test_a_layer_that_left_the_model_is_named_with_the_remedy(probe: str) -> None:
+    model = network()
+    monitor = Monitor(model, batch() if probe == "fixed" else "batch", "3", every=1)
+    del model[3]
+    train(model, batch())
+    with pytest.raises(ValueError, match=r"layer '3' is not in the model any more, .* make a new one"):
+        monitor.step(0)
+
+
+def test_a_layer_replaced_by_a_compiled_one_is_refused_at_the_step() -> None:
+    model = network()
+    monitor = Monitor(model, "batch", "1", every=1)
+    model[1] = nn.Tanh()
+    model[1]._compiled_call_impl = model[1]._call_impl  # as Module.compile has it, without its compiler
+    train(model, batch())
+    with pytest.raises(ValueError, match="layer '1' is in a compiled graph"):
+        monitor.step(0)
 
 
 def test_nothing_is_left_when_the_monitor_is_gone() -> None:
@@ -445,7 +525,9 @@ def test_an_error_in_a_hook_is_raised_by_step_and_not_in_training() -> None:
 def test_a_step_without_a_pass_is_warned_of_once_and_the_next_is_due() -> None:
     model = network()
     monitor = Monitor(model, "batch", "1", every=10)
-    with pytest.warns(UserWarning, match=r"no forward pass of the model in training mode .* step 0"):
+    with pytest.warns(
+        UserWarning, match=r"nothing to record at step 0, .*: no forward pass of the model was seen"
+    ):
         assert monitor.step(0) == []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -454,6 +536,34 @@ def test_a_step_without_a_pass_is_warned_of_once_and_the_next_is_due() -> None:
     assert [record.step for record in monitor.step(2)] == [2]
     train(model, batch())
     assert monitor.step(3) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("eval", r"the model was in eval mode in each .*: call model\.train\(\)"),
+        ("no_grad", r"without gradients \(torch\.no_grad, inference_mode\)"),
+        ("unwatched", "no forward pass of the model was seen"),
+        ("failed", "did not come to its end"),
+    ],
+)
+@pytest.mark.parametrize("past", [False, True])
+def test_a_step_without_anything_says_what_was_wrong_with_the_passes(
+    wrong: str, said: str, past: bool
+) -> None:
+    model = network()
+    monitor = Monitor(model, "batch", ["0", "1"], every=1)
+    model.train(wrong != "eval")
+    used = copy.deepcopy(model) if wrong == "unwatched" else model
+    with torch.set_grad_enabled(wrong != "no_grad"):
+        if wrong == "failed":
+            with pytest.raises(RuntimeError):
+                model(batch()[:, :5])
+        else:
+            (used[1](used[0](batch())) if past else used(batch())).sum()
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert monitor.step(0) == []
+    assert len(warned) == 1
 
 
 class Optional(nn.Module):
@@ -473,6 +583,16 @@ def test_a_named_layer_must_run_at_first_and_is_idle_later() -> None:
     model(batch()).sum().backward()
     with pytest.raises(RuntimeError, match=r"layer 'blocks.1' did not run in the forward pass of training"):
         named.step(0)
+    unused = Monitor(model, "batch", "blocks.1", every=1)
+    model(batch()).sum().backward()
+    with pytest.raises(RuntimeError, match=r"layer 'blocks.1' did not run in the forward pass of training"):
+        unused.step(0)
+    model.both = True
+    model(batch()).sum().backward()
+    assert [record.status for record in unused.step(1)] == [Status.OK]
+    model.both = False
+    model(batch()).sum().backward()
+    assert [record.status for record in unused.step(2)] == [Status.NOT_RUN]
     by_pattern = Monitor(model, "batch", "blocks", every=1)
     for step, both in enumerate([False, True, False]):
         model.both = both
