@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastent.grokking.train import storage
-from fastent.grokking.train.environment import describe_environment, version
+from fastent.grokking.train.environment import commit, describe_environment, version
 from fastent.grokking.train.storage import write_atomically
 
 Row = dict[str, Any]
@@ -31,6 +31,8 @@ POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # Seconds for which the threads of an idle pool may go on spinning, with room: OpenBLAS's for 2^28 cycles, 0.1 s.
 SPINNING = 0.25
 FAR = 5.0
+# Ceilings of a GPU: what a copy moves, and what the full product executes; the second is a peer of the kernels too.
+COPY, PRODUCT = "copy", "cuBLAS float64 product"
 # A library that was told to use another processor's kernels is not at its best.
 OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
@@ -187,8 +189,14 @@ def environment(*packages: str | None) -> Row:
         **{package: version(package) for package in packages if package},
         "threads": known["threads"],
         "load": round(os.getloadavg()[0], 2),  # above the threads of the benchmark: others were running
-        "commit": known["commit"] and known["commit"][:7],
+        "commit": recorded_commit(),
     }
+
+
+def recorded_commit() -> str | None:
+    """Seven digits of the checkout's commit, or of the variable COMMIT where there is no checkout; "-dirty" if so."""
+    known = commit() or os.environ.get("COMMIT")
+    return known and known[:7] + ("-dirty" if known.endswith("-dirty") else "")
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
@@ -208,20 +216,10 @@ def pinned(threads: int) -> dict[str, str]:
     return kept | dict.fromkeys(POOLS, str(threads))
 
 
-def nvidia_smi(fields: str) -> list[str]:
-    """Ask the driver's tool for `fields`: a line for each device, without units.
-
-    Raises
-    ------
-    OSError, subprocess.SubprocessError
-        If it is not there, or fails.
-    """
-    command = ("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
-
-
 def _driver() -> str | None:
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     try:
-        return "\n".join(nvidia_smi("driver_version"))
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()

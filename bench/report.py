@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from bench.harness import ROOT, Row, read_rows
+from bench.harness import COPY, PRODUCT, ROOT, Row, read_rows
 from bench.providers import ENTROPIES
 from fastent.grokking.experiments.document import markdown_table, marked
 from fastent.grokking.experiments.figures import LIGHT, WIDTH, save_png
@@ -485,9 +485,6 @@ def _trainer(rows: list[Row]) -> Measured:
         ours / theirs, f"{ours / theirs:.3g}: {ours:,.0f} over {theirs:,.0f} seed-steps a second", row
     )
 
-
-COPY, PRODUCT = "copy", "cuBLAS float64 product"
-"""Ceilings: what a copy moves and what the full product executes in a second, measured on the card."""
 
 TARGETS = (
     Target("results outside their gates", 0, "", _outside),

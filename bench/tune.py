@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu import Session, activations, device_times
-from bench.harness import Row, quantiles, write_rows
+from bench.harness import Row, write_rows
 from fastent.kernels import launch
 from fastent.kernels.compile import DTYPES, LAYOUTS, Resources, _launches_of, measure
 from fastent.kernels.covariance import ResidentCovariance
@@ -150,7 +150,7 @@ def time_of(
     try:
         h = activations(n, d, torch.bfloat16, session.device)
         evaluator = ResidentCovariance(n, d, device=session.device, side=side)
-        seconds = device_times(session, functools.partial(evaluator, h, evaluator.output()), graph=True)
+        found = device_times(session, functools.partial(evaluator, h, evaluator.output()))
     except Exception as error:  # out of resources: a candidate that is none
         session.skip(
             "tune", f"{type(error).__name__}: {error}"[:200], side=side, tile=dataclasses.asdict(tile)
@@ -159,8 +159,8 @@ def time_of(
     finally:
         TABLE[side], launch._PROGRAMS, launch._SHORTEST_PART = kept
     shape = {"side": side, "n": n, "d": d, "programs": programs, "shortest": shortest}
-    session.add("tune", tile=dataclasses.asdict(tile), **shape, **quantiles(seconds))
-    return float(sorted(seconds)[len(seconds) // 2])
+    session.add("tune", tile=dataclasses.asdict(tile), **shape, **found.columns())
+    return float(sorted(found.seconds)[len(found.seconds) // 2])
 
 
 def main() -> None:

@@ -74,3 +74,15 @@ def test_rows_come_back_as_they_were_and_say_where_they_were_made(tmp_path):
     assert row["scipy"]
     assert row["not-installed"] is None
     assert list(row)[3:9] == ["device", "driver", "cores", "python", "torch", "numpy"]
+
+
+def test_the_commit_is_that_of_the_checkout_else_of_the_environment_and_says_if_it_is_dirty(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("COMMIT", "b" * 40)
+    for found, recorded in (("a" * 40, "a" * 7), ("a" * 40 + "-dirty", "aaaaaaa-dirty"), (None, "b" * 7)):
+        monkeypatch.setattr(harness, "commit", lambda found=found: found)
+        assert harness.recorded_commit() == recorded
+        assert harness.environment()["commit"] == recorded
+    monkeypatch.delenv("COMMIT")
+    assert harness.recorded_commit() is None
