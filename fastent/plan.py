@@ -23,6 +23,7 @@ rows over ranks
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import math
 import os
@@ -35,6 +36,7 @@ from statistics import median
 from typing import Literal
 
 import torch
+from torch import nn
 
 from fastent import linalg
 from fastent.covariance import centered_matrix
@@ -337,6 +339,15 @@ def made_by(place: str) -> SpectralEntropyMonitor:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # one that the module itself needs
         raise ValueError(f"model={place!r}: {error}; looked for in {os.getcwd()} too") from error
+    if isinstance(make, SpectralEntropyMonitor | nn.Module) or not callable(make):
+        raise ValueError(
+            f"model={place!r} is a {type(make).__name__} and no function: write one without arguments that makes the "
+            "model and returns its monitor, and name that"
+        )
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise ValueError(f"model={place!r} is called without arguments, and it has: {error}") from error
     monitor = make()
     if not isinstance(monitor, SpectralEntropyMonitor):
         raise ValueError(

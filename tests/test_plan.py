@@ -275,6 +275,18 @@ def test_the_plan_of_a_monitor_has_the_share_that_it_takes_in_the_loop(clock, mo
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (
+            ["--model", "planned:LAYERS"],
+            "model='planned:LAYERS' is a list and no function: write one without arguments that makes the model",
+        ),
+        (
+            ["--model", "planned:network"],
+            "model='planned:network' is a Sequential and no function: write one",
+        ),
+        (
+            ["--model", "planned:takes_one"],
+            "model='planned:takes_one' is called without arguments, and it has: missing a required argument: 'x'",
+        ),
         (["--model", "planned"], "model is MODULE:FUNCTION, such as train:make_monitor; got 'planned'"),
         (["--model", "planned:other"], "model='planned:other': module 'planned' has no attribute 'other'"),
         (["--model", "nowhere:make"], "model='nowhere:make': No module named 'nowhere'; looked for in "),
@@ -285,7 +297,8 @@ def test_the_plan_of_a_monitor_has_the_share_that_it_takes_in_the_loop(clock, mo
 def test_what_cannot_be_measured_is_wrong_usage(monkeypatch, capsys, given, message):
     monkeypatch.setattr("fastent.plan.measure_rates", lambda: pytest.fail("measured"))
     monkeypatch.setitem(sys.modules, "planned", type(sys)("planned"))
-    sys.modules["planned"].make = lambda: (Slow(), torch.randn(48, 6))
+    planned = {"LAYERS": ["first"], "network": nn.Sequential(), "takes_one": lambda x: x}
+    vars(sys.modules["planned"]).update(planned, make=lambda: (Slow(), torch.randn(48, 6)))
     assert main(["plan", *given]) == 2
     assert capsys.readouterr().err.startswith(f"fastent: {message}")
 

@@ -252,7 +252,8 @@ class SpectralEntropyCallback(transformers.TrainerCallback):
     def _newest(self) -> dict[str, float]:
         values = dict.fromkeys(self._open.layers, math.nan)
         for record in self._open.history:
-            values[record.layer] = record.normalized if record.status.usable else math.nan
+            if record.layer in values:  # a resumed run may have begun with other layers
+                values[record.layer] = record.normalized if record.status.usable else math.nan
         return {f"eval_{self._name}/{layer}": value for layer, value in values.items()}
 
     def _saved(self, args: Any, step: int) -> Any:

@@ -17,10 +17,10 @@ import math
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, SupportsIndex, get_args
+from typing import Any, Literal, NoReturn, Protocol, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
@@ -499,6 +499,7 @@ class SpectralEntropyMonitor:
         self._told: int | None = None  # the last of them
         self._evaluated: int | None = None  # the last step that was
         self._closed = False
+        self._gone: dict[str, int] = {}  # features of layers in the state that was loaded and watched no more
         if check:
             self._evaluator.check()
         if self._batch is not None:
@@ -607,10 +608,12 @@ class SpectralEntropyMonitor:
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that are recorded: of the model in the order asked for, then those only observed.
 
-        Those that a pattern matched or a function returns are known once they have run.
+        Those that a pattern matched or a function returns are known once they have run. Those that only a loaded state
+        has are in the `history` alone.
         """
         watched = self._watched.names if self._watched is not None else ()
-        return tuple(dict.fromkeys((*watched, *self._recording.layers)))
+        recorded = (layer for layer in self._recording.layers if layer not in self._gone)
+        return tuple(dict.fromkeys((*watched, *recorded)))
 
     @property
     def needs_every_rank(self) -> bool:
@@ -748,7 +751,7 @@ class SpectralEntropyMonitor:
         """
         known = self._to_come()
         recording = self._recording.with_records(known) if known else self._recording
-        ran = self._watched.ran if self._watched else {}
+        ran = (self._watched.ran if self._watched else {}) | self._gone
         return {
             "version": STATE_VERSION,
             "probe": self._digest,
@@ -763,14 +766,21 @@ class SpectralEntropyMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a saved state; records made since are gone, so a replayed step is not there twice.
 
-        With another threshold than the saved one, crossings are found again in the saved history. A state of version 1
-        knows no more of a long run than its records. A layer whose rows were being merged has its record: further rows
-        of that step are ignored.
+        A state of other layers is loaded too, since a run may go on with more of them or with fewer: the new ones'
+        records begin here, and those of layers that are watched no more stay in the `history` and decide nothing. With
+        another threshold than the saved one, crossings are found again in the saved history. A state of version 1 knows
+        no more of a long run than its records. A layer whose rows were being merged has its record: further rows of
+        that step are ignored.
 
         Raises
         ------
         ValueError
             If the state is damaged, or of another version or probe, or the probe changed. Nothing is loaded then.
+
+        Warns
+        -----
+        UserWarning
+            If the state is of other layers than those watched, with the names.
         """
         if self._watched is not None:
             self._watched.probe.check(content=True)
@@ -799,6 +809,7 @@ class SpectralEntropyMonitor:
             dropped = checked_count("dropped", state.get("dropped", 0))
             recording = self._recording.empty()
             recording.load_state_dict(state)
+            gone, new = self._watched.compare(ran) if self._watched else ({}, [])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"nothing is loaded: {_reason(error)}") from error
         with interrupts_held():
@@ -807,11 +818,14 @@ class SpectralEntropyMonitor:
             self._last_step, self._last_called, self._unfinished = last_step, called, unfinished
             if self._watched is not None:
                 self._watched.restore(ran)
+            self._gone, self._evaluated = gone, None
             self._evaluator.forget()
             self._evaluations.dropped = dropped
             if self._batch is not None:
                 self._stride = self._told = None
                 self._arm(self._batch)
+        if gone or new:
+            warn_user(_of_other_layers(gone, new), UserWarning)
 
     @uncompiled
     def flush(self) -> list[EntropyRecord]:
@@ -851,6 +865,12 @@ class SpectralEntropyMonitor:
             if error is None:
                 raise
             error.add_note(f"closing the monitor failed too: {failure!r}")
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "a shallow copy would share this monitor's records and hooks: take copy.deepcopy(monitor), which copies "
+            "the model too, or for a second monitor of the same model make one and give it the state_dict() of this one"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy holds what was asked for so far, as a checkpoint does: here nothing of it is taken out.
@@ -897,7 +917,7 @@ class SpectralEntropyMonitor:
     @property
     def _same_on_all_ranks(self) -> bool:
         """Whether every rank has the records that this one has: none comes from `observe`."""
-        own = self._recording.layers - set(self._watched.names) if self._watched else ()
+        own = self._recording.layers - {*self._watched.names, *self._gone} if self._watched else ()
         return self._across_ranks and not own
 
     def _is_due(self, step: int) -> bool:
@@ -909,7 +929,10 @@ class SpectralEntropyMonitor:
 
     def _advance(self, step: int) -> int:
         if self._closed:
-            raise RuntimeError("the monitor is closed")
+            raise RuntimeError(
+                "the monitor is closed: its records can be read, and no more are made. To go on, make a new monitor "
+                "and give it the state_dict() of this one by load_state_dict"
+            )
         try:
             step = operator.index(step)
         except TypeError:
@@ -940,6 +963,18 @@ class SpectralEntropyMonitor:
 
 def _step(name: str, state: Mapping[str, Any]) -> int | None:
     return None if state[name] is None else checked_count(name, state[name])
+
+
+def _of_other_layers(gone: Collection[str], new: Collection[str]) -> str:
+    said = {
+        "in it and not watched, so without further records": gone,
+        "watched and not in it, so new from here on": new,
+    }
+    parts = [f"{what}: {', '.join(map(repr, layers))}" for what, layers in said.items() if layers]
+    return (
+        f"the state is of other layers than this monitor's ({'; '.join(parts)}). If that is not meant, watch the "
+        "layers of the state, or leave it out"
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -450,6 +450,21 @@ def _collectives() -> list[int] | None:
         return None
 
 
+def _call_that_does_not_fit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Say what a probe should be like, if the model's forward pass has no such arguments."""
+    try:
+        signature = inspect.signature(model.forward)
+        signature.bind(*args, **kwargs)
+    except ValueError:  # it has no signature
+        return None
+    except TypeError as error:
+        return (
+            f"the probe does not fit {type(model).__name__}.forward{signature}: {error}. A tuple is its arguments and "
+            "a dict its keyword arguments: of a batch (x, y) give x alone, where y are labels"
+        )
+    return None
+
+
 def _mark(t: Tensor) -> tuple[torch.device, int, int | None]:
     return t.device, t.data_ptr(), None if t.is_inference() else t._version
 
@@ -606,6 +621,18 @@ class Watched:
         found = self._layers
         self.ran = {layer: d for layer, d in ran.items() if callable(found) or layer in found}
         self._sequence = None
+
+    def compare(self, ran: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
+        """Find layers that had run elsewhere and are not watched, with their features, and watched ones that had not.
+
+        What is not known without a pass is in neither.
+        """
+        if not ran or (self.by_function and not self.ran):
+            return {}, []
+        watched = set(self.order)
+        return {layer: d for layer, d in ran.items() if layer not in watched}, [
+            layer for layer in self.names if layer not in ran
+        ]
 
     @property
     def names(self) -> Iterable[str]:
@@ -794,6 +821,11 @@ class Watched:
                 with interrupts.second_at_once(), suppress(_Over):
                     # Context variables that the model sets and would reset behind the end stay in the copy.
                     contextvars.copy_context().run(model, *args, **kwargs)
+            except TypeError as error:
+                note = _call_that_does_not_fit(model, args, kwargs)
+                if note is not None:
+                    error.add_note(note)
+                raise
             finally:
                 for handle in handles:
                     handle.remove()

@@ -94,6 +94,25 @@ def test_an_expert_that_is_idle_at_the_first_evaluation_is_an_error_where_it_was
     assert monitor.history == []
 
 
+@pytest.mark.parametrize("probe", [(torch.zeros(8, 6), torch.zeros(8)), {"x": torch.zeros(8, 6)}])
+def test_a_probe_that_the_forward_pass_has_no_arguments_for_is_said_to_be_one(probe: Any) -> None:
+    with pytest.raises(TypeError) as info:
+        Monitor(nn.Sequential(nn.Linear(6, 8)), probe, "0")
+    (note,) = [note for note in info.value.__notes__ if "does not fit" in note]
+    assert note.startswith("the probe does not fit Sequential.forward(input)")
+    assert "of a batch (x, y) give x alone" in note
+
+
+def test_a_type_error_within_a_pass_that_fits_has_no_such_note() -> None:
+    class Wrong(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return len(3)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError) as info:
+        Monitor(Wrong(6, 8), torch.zeros(8, 6), "")
+    assert not [note for note in info.value.__notes__ if "does not fit" in note]
+
+
 def test_the_check_at_construction_is_a_first_evaluation_for_an_expert_that_is_idle_at_step_0() -> None:
     model = Mixture()
     monitor = Monitor(model, inputs(), NAMES)

@@ -193,6 +193,60 @@ def test_a_state_has_the_same_keys_whatever_was_recorded() -> None:
     assert {type(leaf) for leaf in leaves(full)} == {str, int, float, type(None)}
 
 
+def other_layers(layers: Any, **options: Any) -> Monitor:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    return Monitor(model, inputs(), layers, every=2, threshold=0.99, **options)
+
+
+def test_a_run_that_goes_on_with_other_layers_says_which_and_decides_by_those_it_watches() -> None:
+    before = other_layers(["0", "1"])
+    before.observe(0, torch.outer(torch.arange(20.0), torch.ones(6)), layer="seen")
+    before.step(0)
+    with pytest.warns(UserWarning, match="of other layers") as said:
+        (after := other_layers(["1", "2"])).load_state_dict(before.state_dict())
+    assert [str(warning.message) for warning in said] == [
+        "the state is of other layers than this monitor's (in it and not watched, so without further records: '0'; "
+        "watched and not in it, so new from here on: '2'). If that is not meant, watch the layers of the state, or "
+        "leave it out"
+    ]
+    assert after.layers == ("1", "2", "seen")
+    assert after.history == before.history
+    assert not after.crossed
+    for step in (1, 2):
+        after.step(step)
+    assert [(record.step, record.layer) for record in after.history[3:]] == [(2, "1"), (2, "2")]
+    assert after.crossed
+    # What was watched once is not taken for observed in the next resume either, and is back where it is watched.
+    with pytest.warns(UserWarning, match="without further records: '0'\\)"):
+        (again := other_layers(["1", "2"])).load_state_dict(json.loads(json.dumps(after.state_dict())))
+    assert again.crossed
+    assert again.state_dict() == after.state_dict()
+    (whole := other_layers(["0", "1", "2"])).load_state_dict(after.state_dict())
+    assert whole.layers == ("0", "1", "2", "seen")
+
+
+@pytest.mark.filterwarnings("error")
+def test_layers_that_are_the_same_or_not_known_yet_are_no_difference() -> None:
+    def first(model: nn.Module, probe: Tensor) -> dict[str, Tensor]:
+        return {"first": model[0](probe)}
+
+    for layers in (["0", "1"], "*", first):
+        before = other_layers(layers)
+        before.step(0)
+        for check in (False, True):
+            for state in (before.state_dict(), other_layers(layers).state_dict()):
+                other_layers(layers, check=check).load_state_dict(state)
+    Monitor(other_layers("0")._watched.model, "batch", "*").load_state_dict(  # type: ignore[union-attr]
+        {**before.state_dict(), "probe": "batch", "ran": {"layer": ["1"], "d": [8]}}
+    )
+
+
+def test_a_shallow_copy_is_refused_with_the_two_that_there_are() -> None:
+    with pytest.raises(TypeError, match=r"copy\.deepcopy\(monitor\).*state_dict\(\) of this one"):
+        copy.copy(recorded())
+
+
 def test_torch_load_reads_a_state_by_weights_alone(tmp_path: Path) -> None:
     monitor, again = recorded(), recorded()
     monitor.step(0)
