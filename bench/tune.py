@@ -27,26 +27,24 @@ import torch
 
 from bench.gpu import Session, activations, device_times
 from bench.harness import Row, write_rows
-from fastent.kernels import launch
-from fastent.kernels.compile import DTYPES, LAYOUTS, Resources, _launches_of, measure
+from fastent.kernels.compile import DTYPES, LAYOUTS, Resources, _launches_of, measure, resident
 from fastent.kernels.covariance import ResidentCovariance
-from fastent.kernels.launch import TABLE, Entry, Side, Tile
+from fastent.kernels.launch import TABLE, Entry, Side, Tile, partition
 
-REGISTERS, WARPS, SHARED = 65536, 64, 233472  # of a multiprocessor
 # m and length of each range of the table, to time.
 SHAPES: dict[Side, tuple[tuple[int, int], ...]] = {
     "covariance": ((64, 512), (128, 512), (256, 4096), (512, 4096), (1024, 4096), (2048, 8192), (4096, 8192)),
     "gram": ((128, 1024), (256, 4096), (512, 4096), (512, 8192), (2048, 8192)),
 }
-PROGRAMS, SHORTEST = (64, 128, 264), (32, 64, 128)
+BLOCKS = (1, 2, 3, 4, 6, 8)  # programs of a multiprocessor that the split counts on
 
 
 def candidates(side: Side) -> Iterator[Tile]:
-    """Tiles to try."""
+    """Tiles to try, all with the same split: one program to a multiprocessor."""
     for edge, step, warps in itertools.product((32, 64, 128), (16, 32), (4, 8, 16)):
         if 512 <= edge * edge // warps <= 4096 or (edge, warps) == (32, 4):
             for first in (False, True) if side == "covariance" else (False,):
-                yield Tile(edge, step, warps, means_first=first)
+                yield Tile(edge, step, warps, blocks=1, means_first=first)
 
 
 def compile_candidate(side: Side, tile: Tile, arch: int, dtype: str, layout: str) -> Resources | None:
@@ -72,8 +70,7 @@ def model(row: Resources, step: int) -> dict[str, float]:
         "casts": row.warps * row.loop.casts * 32 / 16,
         "adds": row.warps * row.loop.adds * 32 / 64,
     }
-    per_block = 32 * row.warps * ((row.registers + 7) // 8 * 8)  # registers are given out in eights
-    blocks = min(REGISTERS // per_block, WARPS // row.warps, SHARED // (row.shared + 1024), 32)
+    blocks = resident(row.registers, row.shared, row.warps)
     return {
         **cycles,
         "blocks": blocks,
@@ -133,21 +130,18 @@ def timed(out: Path) -> None:
                 f"{side:<11} m = {m:<5} length = {length:<6} {1e6 * best[0]:9.1f} us  {best[2]}", flush=True
             )
             if m <= 256:
-                for programs, shortest in itertools.product(PROGRAMS, SHORTEST):
-                    seconds = time_of(session, side, m, length, best[2], programs, shortest)
-                    print(
-                        f"  split to {programs} programs, parts of {shortest} or more: {1e6 * seconds:.1f} us"
-                    )
+                for blocks in BLOCKS:
+                    seconds = time_of(session, side, m, length, dataclasses.replace(best[2], blocks=blocks))
+                    print(f"  split for {blocks} on a multiprocessor: {1e6 * seconds:.1f} us")
 
 
-def time_of(
-    session: Session, side: Side, m: int, length: int, tile: Tile, programs: int = 128, shortest: int = 64
-) -> float:
-    """Median seconds of an evaluation with this tile and split; infinite where it does not run."""
-    kept = TABLE[side], launch._PROGRAMS, launch._SHORTEST_PART
-    TABLE[side], launch._PROGRAMS, launch._SHORTEST_PART = (Entry(None, tile),), programs, shortest
+def time_of(session: Session, side: Side, m: int, length: int, tile: Tile) -> float:
+    """Median seconds of an evaluation with this tile; infinite where it does not run."""
+    kept = TABLE[side]
+    TABLE[side] = (Entry(None, tile),)
     n, d = (length, m) if side == "covariance" else (m, length)
     try:
+        parts = partition(side, m, length).parts
         h = activations(n, d, torch.bfloat16, session.device)
         evaluator = ResidentCovariance(n, d, device=session.device, side=side)
         found = device_times(session, functools.partial(evaluator, h, evaluator.output()))
@@ -157,9 +151,8 @@ def time_of(
         )
         return float("inf")
     finally:
-        TABLE[side], launch._PROGRAMS, launch._SHORTEST_PART = kept
-    shape = {"side": side, "n": n, "d": d, "programs": programs, "shortest": shortest}
-    session.add("tune", tile=dataclasses.asdict(tile), **shape, **found.columns())
+        TABLE[side] = kept
+    session.add("tune", tile=dataclasses.asdict(tile), side=side, n=n, d=d, parts=parts, **found.columns())
     return float(sorted(found.seconds)[len(found.seconds) // 2])
 
 

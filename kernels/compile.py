@@ -169,7 +169,7 @@ def measure(launch: Launch, arch: int, *, layout: str, seen: set[str]) -> Resour
         layout=layout,
         edge=arguments.get("EDGE"),
         warps=launch.options["num_warps"],
-        stage="whole" if arguments.get("partial_ptr") is None else "part",
+        stage="whole" if arguments.get("partial_ptr", arguments.get("sums_ptr")) is None else "part",
         spread=arguments.get("spread_ptr") is not None,
         arch=arch,
         registers=usage["REG"],
@@ -245,6 +245,15 @@ def _bytes(name: str) -> int:
     if name == "LDGDEPBAR":
         return 0
     return 4 * next((bits[modifier] for modifier in modifiers if modifier in bits), 32)
+
+
+def resident(registers: int, shared: int, warps: int) -> int:
+    """Programs that a multiprocessor of an H100 or H200 holds at once.
+
+    It has 65,536 registers, given out to a warp in 256s, 64 warps and 228 KiB of shared memory, of which each program
+    takes 1 KiB more than it uses.
+    """
+    return min(65536 // (32 * warps * (-(-registers // 8) * 8)), 64 // warps, 233472 // (shared + 1024), 32)
 
 
 def spills(sass: list[str]) -> int:

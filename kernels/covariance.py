@@ -46,6 +46,7 @@ from .launch import (
     Output,
     Side,
     Workspace,
+    means_partition,
     memory_arguments,
     output,
     partition,
@@ -124,23 +125,32 @@ def leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_pt
 
 
 @triton.jit
-def add_parts(tile, tiles, batch, parts, partial_ptr, EDGE: tl.constexpr):
-    """Sum of the products of all parts of a tile, in the order of the parts, not of their arrival."""
-    # Parts that are under way at once; more spill under triton 3.6 and 3.7 for sm_80 (bench/NOTES.md).
-    AHEAD: tl.constexpr = 128 // EDGE
+def add_parts(tile, tiles, batch, parts, partial_ptr, sums_ptr, EDGE: tl.constexpr, AHEAD: tl.constexpr):
+    """Add up all parts of a tile, in the order of the parts, not of their arrival.
+
+    The products, and where there is `sums_ptr` the column sums: for the rows of the tile, and for its columns.
+    """
     r = tl.arange(0, EDGE)
     at = partial_ptr + (batch * parts * tiles + tile) * EDGE * EDGE + r[:, None] * EDGE + r[None, :]
     total = tl.zeros((EDGE, EDGE), tl.float64)
+    total_i = tl.zeros((EDGE,), tl.float64)
+    total_j = tl.zeros((EDGE,), tl.float64)
+    if sums_ptr is not None:
+        at_sums = sums_ptr + (batch * parts * tiles + tile) * 2 * EDGE + r
     stride = tl.full((), EDGE * EDGE, tl.int64) * tiles
-    part = tl.zeros((1, 1), tl.int32)
+    part = tl.zeros((1,), tl.int32)
     for _ in range(0, parts, AHEAD):
         # Unrolled, so that the loads need not wait for the additions; these stay in order.
         for _ in tl.static_range(AHEAD):
             # Not through the first-level cache, which may hold what another evaluation left here.
-            total += tl.load(at, mask=part < parts, other=0.0, cache_modifier=".cg")
+            total += tl.load(at, mask=(part < parts)[:, None], other=0.0, cache_modifier=".cg")
+            if sums_ptr is not None:
+                total_i += tl.load(at_sums, mask=part < parts, other=0.0, cache_modifier=".cg")
+                total_j += tl.load(at_sums + EDGE, mask=part < parts, other=0.0, cache_modifier=".cg")
+                at_sums += tiles * 2 * EDGE
             at += stride
             part += 1
-    return total
+    return total, total_i, total_j
 
 
 @triton.jit
@@ -190,68 +200,77 @@ def tile_shares(values, i, j, rows, cols):
     return trace, tl.where(i == j, squares, 2.0 * squares)
 
 
-# Rows and columns that one program of the column means holds at once.
-_ROWS, _COLUMNS, _WARPS = 128, 32, 8
-
-
-@triton.jit(do_not_specialize=["n", "blocks"])
+@triton.jit(do_not_specialize=["n", "blocks", "chunk"])
 def _mean_kernel(
     h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
     centre_ptr,  # (batch, 3, d) fp64 out: shift, mean - shift, mean
+    sums_ptr,  # see Workspace; None where there is one part
+    counted_ptr,
     n,
     d,
     h_batch,
     h_row,
     h_col,
     blocks,  # blocks of columns
+    chunk,  # rows of a part
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    block = tl.program_id(0) % blocks
     batch = (tl.program_id(0) // blocks).to(tl.int64)
-    cols = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    lane = tl.arange(0, COLUMNS)
+    cols = block * COLUMNS + lane
     inside = cols < d
     h_ptr += batch * h_batch
     shift = column_shift(h_ptr, n, cols, h_row, h_col, inside)
+    # Rows are counted from the start of the part: a part never has 2^31 of them.
+    start = part.to(tl.int64) * chunk
+    length = tl.minimum(n - start, chunk).to(tl.int32)
     rows = tl.arange(0, ROWS)
-    at = h_ptr + rows.to(tl.int64)[:, None] * h_row + cols.to(tl.int64)[None, :] * h_col
+    at = h_ptr + start * h_row + rows.to(tl.int64)[:, None] * h_row + cols.to(tl.int64)[None, :] * h_col
     stride = tl.full((), ROWS, tl.int64) * h_row
-    total = tl.zeros((ROWS, COLUMNS), tl.float64)
-    for _ in range(0, n, ROWS):
-        live = (rows < n)[:, None]
+    sums = tl.zeros((ROWS, COLUMNS), tl.float64)
+    for _ in range(0, length, ROWS):
+        live = (rows < length)[:, None]
         x = tl.load(at, mask=live & inside[None, :], other=0.0).to(tl.float64)
-        total += tl.where(live, x - shift[None, :], 0.0)
+        sums += tl.where(live, x - shift[None, :], 0.0)
         rows += ROWS
         at += stride
-    delta = fold(total, ROWS, COLUMNS) / n.to(tl.float64)
-    at_centre = centre_ptr + 3 * batch * d + cols
-    tl.store(at_centre, shift, mask=inside)
-    tl.store(at_centre + d, delta, mask=inside)
-    tl.store(at_centre + 2 * d, shift + delta, mask=inside)
+    total = fold(sums, ROWS, COLUMNS)
+    last = True
+    if sums_ptr is not None:
+        at_sums = sums_ptr + (batch * parts * blocks + block) * COLUMNS + lane
+        tl.store(at_sums + part.to(tl.int64) * blocks * COLUMNS, total)
+        last = last_to_come(counted_ptr + batch * blocks + block, parts)
+    if last:
+        if sums_ptr is not None:
+            total = tl.zeros((COLUMNS,), tl.float64)
+            other = tl.zeros((1,), tl.int32)
+            for _ in range(0, parts, 8):
+                for _ in tl.static_range(8):  # see add_parts
+                    total += tl.load(at_sums, mask=other < parts, other=0.0, cache_modifier=".cg")
+                    at_sums += blocks * COLUMNS
+                    other += 1
+        delta = total / n.to(tl.float64)
+        at_centre = centre_ptr + 3 * batch * d + cols
+        tl.store(at_centre, shift, mask=inside)
+        tl.store(at_centre + d, delta, mask=inside)
+        tl.store(at_centre + 2 * d, shift + delta, mask=inside)
 
 
-def means_launch(h: Tensor, centre: Tensor) -> Launch:
-    """Return the launch that fills `centre` (batch, 3, d) from `h` (n, d) or (batch, n, d)."""
+def means_launch(h: Tensor, out: Output, work: Workspace) -> Launch:
+    """Return the launch that fills `out.centre` from `h` (n, d) or (batch, n, d)."""
     n, d = h.shape[-2:]
-    blocks = -(-d // _COLUMNS)
+    cut = means_partition(n, d)
+    memory = (h, out.centre, work.mean_sums, work.mean_counted)
     return Launch(
         _mean_kernel,
-        (blocks * centre.shape[0], 1),
-        (h, centre, n, d, *strides(h), blocks, _ROWS, _COLUMNS),
-        {"num_warps": _WARPS, "num_stages": 1, **OPTIONS},
+        (cut.tiles * out.centre.shape[0], cut.parts),
+        (*memory, n, d, *strides(h), cut.tiles, cut.chunk, cut.tile.step, cut.tile.edge),
+        {"num_warps": cut.tile.warps, "num_stages": 1, **OPTIONS},
     )
-
-
-@triton.jit
-def _add_sums(tile, tiles, batch, parts, sums_ptr, EDGE: tl.constexpr):
-    """Column sums of all parts of a tile, of its rows' columns and of its columns', in the order of the parts."""
-    at = sums_ptr + (batch * parts * tiles + tile) * 2 * EDGE + tl.arange(0, EDGE)
-    total_i = tl.zeros((EDGE,), tl.float64)
-    total_j = tl.zeros((EDGE,), tl.float64)
-    for _ in range(parts):
-        total_i += tl.load(at, cache_modifier=".cg")
-        total_j += tl.load(at + EDGE, cache_modifier=".cg")
-        at += tiles * 2 * EDGE
-    return total_i, total_j
 
 
 @triton.jit(do_not_specialize=["n", "tiles", "chunk", "shares_batch"])
@@ -259,7 +278,7 @@ def _covariance_kernel(
     h_ptr,  # (batch, n, d) fp16, bf16, fp32 or fp64, any strides
     lower_ptr,  # (batch, d, d) fp64 out
     centre_ptr,  # (batch, 3, d) fp64: shift, mean - shift, mean; in with MEANS_FIRST, else out
-    sums_ptr,  # see Workspace; None where there is one part
+    sums_ptr,  # see Workspace; None where there is one part, or with MEANS_FIRST
     partial_ptr,
     counted_ptr,
     spread_ptr,  # (batch, 3) fp64 out; None: not wanted
@@ -276,7 +295,8 @@ def _covariance_kernel(
     scale: tl.float64,
     EDGE: tl.constexpr,
     STEP: tl.constexpr,
-    MEANS_FIRST: tl.constexpr,  # then there is one part
+    MEANS_FIRST: tl.constexpr,
+    AHEAD: tl.constexpr,  # parts that are under way at once
     BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
@@ -334,19 +354,24 @@ def _covariance_kernel(
     if not MEANS_FIRST:
         total_i = fold(sum_i, STEP, EDGE)
         total_j = fold(sum_j, STEP, EDGE)
-        if partial_ptr is not None:
+        if sums_ptr is not None:
             at_sums = sums_ptr + ((batch * parts + part) * tiles + tile) * 2 * EDGE + tl.arange(0, EDGE)
             tl.store(at_sums, total_i)
             tl.store(at_sums + EDGE, total_j)
-            last = leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_ptr, EDGE)
+    if partial_ptr is not None:
+        last = leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_ptr, EDGE)
     if last:
+        if partial_ptr is not None:
+            product, added_i, added_j = add_parts(
+                tile, tiles, batch, parts, partial_ptr, sums_ptr, EDGE, AHEAD
+            )
+            if not MEANS_FIRST:
+                total_i = added_i
+                total_j = added_j
         if MEANS_FIRST:
             delta_i = tl.load(at_centre + d + cols_i, mask=in_i, other=0.0)
             delta_j = tl.load(at_centre + d + cols_j, mask=in_j, other=0.0)
         else:
-            if partial_ptr is not None:
-                product = add_parts(tile, tiles, batch, parts, partial_ptr, EDGE)
-                total_i, total_j = _add_sums(tile, tiles, batch, parts, sums_ptr, EDGE)
             delta_i = total_i / n.to(tl.float64)
             delta_j = total_j / n.to(tl.float64)
             owner = in_i & (cols_i == cols_j)  # one tile on the diagonal writes for its columns
@@ -373,9 +398,9 @@ def covariance_launches(h: Tensor, out: Output, work: Workspace, scale: float) -
     tile = cut.tile
     memory = (h, out.lower, out.centre, work.sums, *memory_arguments(out, work))
     shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale)
-    constants = (tile.edge, tile.step, tile.means_first, GROUP)
+    constants = (tile.edge, tile.step, tile.means_first, tile.ahead, GROUP)
     product = product_launch(_covariance_kernel, out, cut, (*memory, *shape, *constants))
-    return [means_launch(h, out.centre), product] if tile.means_first else [product]
+    return [means_launch(h, out, work), product] if tile.means_first else [product]
 
 
 @triton.jit(do_not_specialize=["n", "tiles", "chunk", "shares_batch"])
@@ -399,6 +424,7 @@ def _gram_kernel(
     scale: tl.float64,
     EDGE: tl.constexpr,
     STEP: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
@@ -448,7 +474,7 @@ def _gram_kernel(
         last = leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_ptr, EDGE)
     if last:
         if partial_ptr is not None:
-            product = add_parts(tile, tiles, batch, parts, partial_ptr, EDGE)
+            product, _, _ = add_parts(tile, tiles, batch, parts, partial_ptr, None, EDGE, AHEAD)
         at = lower_ptr + (batch * n + rows_i[:, None]) * n + rows_j[None, :]
         inside = in_i[:, None] & in_j[None, :]
         result = product * scale
@@ -466,8 +492,10 @@ def gram_launches(h: Tensor, out: Output, work: Workspace, scale: float) -> list
     cut = partition("gram", n, d)
     memory = (h, out.centre, out.lower, *memory_arguments(out, work))
     shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale)
-    product = product_launch(_gram_kernel, out, cut, (*memory, *shape, cut.tile.edge, cut.tile.step, GROUP))
-    return [means_launch(h, out.centre), product]
+    tile = cut.tile
+    constants = (tile.edge, tile.step, tile.ahead, GROUP)
+    product = product_launch(_gram_kernel, out, cut, (*memory, *shape, *constants))
+    return [means_launch(h, out, work), product]
 
 
 LAUNCHES: dict[Side, Callable[[Tensor, Output, Workspace, float], list[Launch]]] = {

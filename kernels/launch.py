@@ -12,6 +12,7 @@ and matrix instructions. No entry has been timed on a GPU yet (bench/NOTES.md).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -26,10 +27,13 @@ Side = Literal["covariance", "gram"]
 OPTIONS = {"enable_fp_fusion": False}
 # Shares of the spread added at once.
 GROUP = 256
-# Programs to stay at or below when an axis is split: one wave on an H100 or H200 (132 multiprocessors).
-_PROGRAMS = 128
-# Shortest part of a split axis: four steps, so that the first load is paid back. Not timed yet.
-_SHORTEST_PART = 64
+# Of the chip that a split is to fill, an H100 or H200. Any other gets the same split: the bits are the shape's alone.
+MULTIPROCESSORS = 132
+# Steps of the loop that take as long as what a program of a split does beside it (folding, storing, counting itself);
+# parts that are added in the time of one step. Estimates from the machine code (bench/NOTES.md), not timed.
+_BESIDE, _ADDED = 4, 3
+# Bytes of partial sums of a matrix that a split may take.
+MOST_PARTIAL = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,17 @@ class Tile:
     edge: int  # the output tile is edge x edge
     step: int  # rows (columns, on the Gram side) taken per iteration
     warps: int
+    blocks: int  # programs that a multiprocessor holds at once, by their registers, with the dtype that takes most
     stages: int = 1  # the kernels prefetch by hand: the compiler's pipelining stays off
     means_first: bool = False  # column means from a launch of their own, so that the loop keeps no sums
     registers: int | None = (
         None  # of a thread; None: the assembler's choice, which may spill to fit one more block
     )
+
+    @property
+    def ahead(self) -> int:
+        """Parts under way at once when they are added: 64 registers of a thread; more spill (bench/NOTES.md)."""
+        return max(1, 1024 * self.warps // self.edge**2)
 
 
 class Entry(NamedTuple):
@@ -72,22 +82,26 @@ class Launch(NamedTuple):
 # and 3.7 and for sm_80, on the Gram side everywhere (bench/NOTES.md).
 TABLE: dict[Side, tuple[Entry, ...]] = {
     "covariance": (
-        Entry(256, Tile(edge=32, step=16, warps=4)),
-        Entry(1536, Tile(edge=64, step=16, warps=8, registers=255)),
-        Entry(None, Tile(edge=64, step=16, warps=4, means_first=True, registers=255)),
+        Entry(256, Tile(edge=32, step=16, warps=4, blocks=3)),
+        Entry(1536, Tile(edge=64, step=16, warps=8, blocks=1, registers=255)),
+        Entry(None, Tile(edge=64, step=16, warps=4, blocks=2, means_first=True, registers=255)),
     ),
     "gram": (
-        Entry(256, Tile(edge=32, step=16, warps=4, registers=255)),
-        Entry(None, Tile(edge=64, step=16, warps=8, registers=255)),
+        Entry(256, Tile(edge=32, step=16, warps=4, blocks=3, registers=255)),
+        Entry(None, Tile(edge=64, step=16, warps=8, blocks=1, registers=255)),
     ),
 }
 
 
+# The column means: a program takes 128 rows of 32 columns at once.
+_MEANS = Tile(edge=32, step=128, warps=8, blocks=3)
+
+
 class Partition(NamedTuple):
-    """How the lower triangle of an m x m product over a summed axis is cut up."""
+    """How a result and the axis summed over are cut up."""
 
     tile: Tile
-    tiles: int  # tiles on and below the diagonal
+    tiles: int  # of the result: of a matrix those on and below the diagonal
     parts: int  # of the summed axis, each with its own partial sums
     chunk: int  # length of a part, a multiple of `tile.step`
 
@@ -112,11 +126,52 @@ def partition(side: Side, m: int, length: int) -> Partition:
     tile = next(tile for largest, tile in TABLE[side] if largest is None or m <= largest)
     across = -(-m // tile.edge)
     tiles = across * (across + 1) // 2
-    # Entries without sums in the loop serve long products of many tiles, which a split could only slow down.
-    wanted = 1 if tile.means_first else max(1, min(_PROGRAMS // tiles, length // _SHORTEST_PART))
-    steps = -(-length // tile.step)
-    chunk = -(-steps // wanted) * tile.step
-    return Partition(tile, tiles, -(-length // chunk), chunk)
+    most = max(1, MOST_PARTIAL // (8 * tiles * tile.edge**2))
+    parts, steps = split(tiles, -(-length // tile.step), tile.blocks, most)
+    return Partition(tile, tiles, parts, steps * tile.step)
+
+
+def means_partition(n: int, d: int) -> Partition:
+    """Cut the column means of (n, d) into programs: blocks of columns, and parts of the rows."""
+    blocks = -(-d // _MEANS.edge)
+    parts, steps = split(blocks, -(-n // _MEANS.step), _MEANS.blocks, n)
+    return Partition(_MEANS, blocks, parts, steps * _MEANS.step)
+
+
+@functools.cache
+def split(programs: int, steps: int, blocks: int, most: int) -> tuple[int, int]:
+    """Split a walk that each of some programs makes into the parts that take the least time by a model.
+
+    Each wave of programs that fill the chip takes the walk of a part and what is done beside it; in the end the last
+    one to come adds all parts. So there is a split where filling the last wave, or a shorter walk, saves more than
+    it costs.
+
+    Parameters
+    ----------
+    programs : int
+        Programs without a split.
+    steps : int
+        Length of the whole walk.
+    blocks : int
+        Programs that a multiprocessor holds at once.
+    most : int
+        Parts at most.
+
+    Returns
+    -------
+    parts, steps : int
+        Parts, none of them empty, and steps of each (of the last: at most).
+    """
+    wave = MULTIPROCESSORS * blocks
+    best = (_ADDED * -(-programs // wave) * steps, 1, steps)
+    for wanted in range(2, min(most, steps) + 1):
+        if wanted >= best[0]:
+            break
+        walk = -(-steps // wanted)
+        parts = -(-steps // walk)
+        waves = -(-programs * parts // wave)
+        best = min(best, (_ADDED * waves * (walk + _BESIDE) + parts, parts, walk))
+    return best[1:]
 
 
 class Output(NamedTuple):
@@ -136,10 +191,12 @@ class Workspace(NamedTuple):
     """Scratch memory of one evaluation at a time."""
 
     partial: Tensor | None  # (batch, parts, tiles, edge, edge) float64, where the summed axis is split
-    sums: Tensor | None  # (batch, parts, tiles, 2, edge) float64, the same on the covariance side
+    sums: Tensor | None  # (batch, parts, tiles, 2, edge) float64, the same where the product sums columns too
     counted: Tensor | None  # (batch, tiles) int64: parts that have left theirs, in all evaluations
     shares: Tensor | None  # (batch, tiles, 2) float64: what each tile adds to the spread
     arrived: Tensor | None  # (batch,) int64: tiles that have added theirs, in all evaluations
+    mean_sums: Tensor | None  # (batch, parts, blocks, columns) float64, where the means come first, in parts
+    mean_counted: Tensor | None  # (batch, blocks) int64: as counted
 
     def nbytes(self) -> int:
         """Bytes of memory."""
@@ -162,19 +219,23 @@ def output(side: Side, batch: int, n: int, d: int, device: torch.device, *, spre
 
 def workspace(side: Side, batch: int, n: int, d: int, device: torch.device, *, spread: bool) -> Workspace:
     """Take the scratch memory of an evaluation, for any dtype and strides."""
-    m, length = (d, n) if side == "covariance" else (n, d)
-    cut = partition(side, m, length)
-    edge = cut.tile.edge
-    partial = sums = counted = shares = arrived = None
+    cut = partition(side, *((d, n) if side == "covariance" else (n, d)))
+    tile, means_first = cut.tile, side == "gram" or cut.tile.means_first
+    floats = functools.partial(torch.empty, dtype=torch.float64, device=device)
+    counters = functools.partial(torch.zeros, dtype=torch.int64, device=device)
+    partial = sums = counted = shares = arrived = mean_sums = mean_counted = None
     if cut.parts > 1:
-        partial = torch.empty((batch, cut.parts, cut.tiles, edge, edge), dtype=torch.float64, device=device)
-        counted = torch.zeros((batch, cut.tiles), dtype=torch.int64, device=device)
-        if side == "covariance":
-            sums = torch.empty((batch, cut.parts, cut.tiles, 2, edge), dtype=torch.float64, device=device)
+        partial = floats((batch, cut.parts, cut.tiles, tile.edge, tile.edge))
+        counted = counters((batch, cut.tiles))
+        if not means_first:
+            sums = floats((batch, cut.parts, cut.tiles, 2, tile.edge))
     if spread:
-        shares = torch.empty((batch, cut.tiles, 2), dtype=torch.float64, device=device)
-        arrived = torch.zeros(batch, dtype=torch.int64, device=device)
-    return Workspace(partial, sums, counted, shares, arrived)
+        shares = floats((batch, cut.tiles, 2))
+        arrived = counters(batch)
+    if means_first and (means := means_partition(n, d)).parts > 1:
+        mean_sums = floats((batch, means.parts, means.tiles, means.tile.edge))
+        mean_counted = counters((batch, means.tiles))
+    return Workspace(partial, sums, counted, shares, arrived, mean_sums, mean_counted)
 
 
 def strides(h: Tensor) -> tuple[int, int, int]:

@@ -1,13 +1,27 @@
-"""The launch plan: every term summed once, one wave of programs, a function of the shape alone."""
+"""The launch plan: every term summed once, the chip filled, a function of the shape alone, its memory bounded."""
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import pytest
 
-from fastent.kernels.launch import TABLE, Side, partition
+from fastent.kernels.compile import resident
+from fastent.kernels.launch import (
+    MOST_PARTIAL,
+    MULTIPROCESSORS,
+    TABLE,
+    Partition,
+    Side,
+    Tile,
+    partition,
+    split,
+)
 
 EDGES = (1, 2, 31, 32, 33, 128, 255, 256, 257, 512, 1000, 4096, 8192)
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 127, 128, 129, 512, 1000, 4096, 65536, 1_000_003)
+COMMITTED = Path(__file__).parents[2] / "bench" / "results" / "aot.txt"
 
 
 sides = pytest.mark.parametrize("side", TABLE)
@@ -31,19 +45,52 @@ def test_parts_cover_the_summed_axis_once_and_none_is_empty(m: int, side: Side) 
         assert cut.chunk % cut.tile.step == 0
 
 
+def filled(cut: Partition, length: int) -> float:
+    """Steps that all programs make over those for which the chip has room in the waves that they take."""
+    wave = MULTIPROCESSORS * cut.tile.blocks
+    waves = -(-cut.tiles * cut.parts // wave)
+    steps = cut.chunk // cut.tile.step
+    return cut.tiles * -(-length // cut.tile.step) / (waves * wave * steps)
+
+
+@pytest.mark.parametrize(
+    ("side", "m", "length"),
+    [
+        *(("covariance", d, 8192) for d in (768, 1024, 1280, 1536, 2048, 2304, 4096)),
+        ("covariance", 128, 65536),
+        ("covariance", 256, 4096),
+        ("covariance", 768, 4096),
+        ("gram", 512, 4096),
+        ("gram", 512, 8192),
+        ("gram", 2048, 8192),
+    ],
+)
+def test_long_sums_leave_at_most_a_tenth_of_the_chip_idle(side: Side, m: int, length: int) -> None:
+    assert filled(partition(side, m, length), length) >= 0.9
+
+
 @sides
-@pytest.mark.parametrize("m", EDGES)
-def test_a_split_stays_within_one_wave_and_its_parts_are_not_short(m: int, side: Side) -> None:
-    for length in LENGTHS:
+def test_a_split_fills_no_less_than_none_and_its_memory_is_bounded(side: Side) -> None:
+    for m, length in itertools.product(EDGES, LENGTHS):
         cut = partition(side, m, length)
-        assert cut.parts == 1 or (cut.tiles * cut.parts <= 128 and cut.chunk >= 64), length
+        if cut.parts > 1:
+            assert filled(cut, length) > filled(cut._replace(parts=1, chunk=-(-length // 16) * 16), length)
+            assert 8 * cut.parts * cut.tiles * cut.tile.edge**2 <= MOST_PARTIAL
 
 
-def test_few_tiles_and_many_rows_are_split_and_many_tiles_are_not() -> None:
+def test_a_short_walk_is_not_split_for_less_than_it_costs() -> None:
+    assert split(1, 7, 1, 1000) == (1, 7)
+    assert split(10, 32, 3, 1000) == (8, 4)
+    assert split(MULTIPROCESSORS, 1000, 1, 1000) == (1, 1000)  # a full wave
+    assert split(MULTIPROCESSORS + 1, 1000, 1, 1000) == (13, 77)  # 14 waves of 77 steps, not 2 of 1,000
+    assert split(MULTIPROCESSORS + 1, 1000, 1, 5)[0] <= 5
+
+
+def test_few_tiles_and_long_sums_are_split_and_full_waves_are_not() -> None:
     assert partition("covariance", 128, 512)[1:] == (10, 8, 64)
-    assert partition("covariance", 32, 65536)[1:] == (1, 128, 512)
-    assert partition("gram", 512, 4096)[1:] == (36, 3, 1376)
-    assert partition("covariance", 2048, 65536).parts == 1
+    assert partition("covariance", 128, 65536)[1:] == (10, 39, 1696)
+    assert partition("gram", 512, 4096)[1:] == (36, 7, 592)
+    assert partition("covariance", 2048, 65536)[1:] == (528, 1, 65536)
 
 
 @sides
@@ -57,10 +104,17 @@ def test_table_ends_with_an_entry_for_every_size_and_grows(side: Side) -> None:
         assert partition(side, limit + 1, 512).tile != entry.tile
 
 
-def test_means_come_first_where_no_split_was_left_to_lose() -> None:
-    # From 1,153 columns on (edge 64) there are more tiles than a wave holds: one part anyway.
-    first = min(entry.largest for entry in TABLE["covariance"][1:-1] if entry.largest)
-    before = partition("covariance", first, 65536)
-    after = partition("covariance", first + 1, 65536)
-    assert (before.tile.means_first, before.parts) == (False, 1)
-    assert (after.tile.means_first, after.parts) == (True, 1)
+@pytest.mark.parametrize(
+    ("side", "tile"), [(side, entry.tile) for side, entries in TABLE.items() for entry in entries], ids=str
+)
+def test_programs_of_a_multiprocessor_are_those_that_the_compiled_registers_allow(
+    side: Side, tile: Tile
+) -> None:
+    fields = [line.split()[:12] for line in COMMITTED.read_text().splitlines()[2:]]
+    fit = min(  # with the dtype that takes most
+        resident(int(registers), int(shared), tile.warps)
+        for kernel, _, _, edge, warps, _, _, arch, registers, _, _, shared in fields
+        if (kernel, edge, warps, arch) == (side, str(tile.edge), str(tile.warps), "sm_90")
+    )
+    # The oldest Triton takes some registers more than that of the table: one program less at most.
+    assert fit - 1 <= tile.blocks <= fit

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 from fastent.kernels.covariance import ResidentCovariance, covariance, gram, last_to_come
-from fastent.kernels.launch import Launch, Side, partition
+from fastent.kernels.launch import TABLE, Launch, Side, means_partition, partition
 
 
 class Allocations(TorchDispatchMode):
@@ -91,7 +91,7 @@ def test_the_counter_of_allocations_sees_one() -> None:
     assert len(allocations.seen) == 2
 
 
-def test_from_1537_columns_on_the_means_take_a_launch_and_there_is_no_split() -> None:
+def test_from_1537_columns_on_the_means_take_a_launch() -> None:
     for d, count in ((1536, 1), (1537, 2), (8192, 2)):
         h = torch.empty((65536, d), dtype=torch.bfloat16, device="meta")
         evaluator = ResidentCovariance(*h.shape, device=h.device)
@@ -111,13 +111,28 @@ def test_an_evaluation_has_the_bits_of_the_plain_functions(
     assert torch.equal(out.centre[:, 2], mean)
 
 
+def test_means_in_parts_are_those_of_all_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TABLE, "covariance", TABLE["covariance"][-1:])
+    n, d = 1100, 33
+    assert (TABLE["covariance"][0].tile.means_first, means_partition(n, d)[1:]) == (True, (2, 5, 256))
+    h = torch.randint(-99, 99, (2, n, d), generator=torch.Generator().manual_seed(0)).float().to(device)
+    evaluator = ResidentCovariance(n, d, batch=2, device=device)
+    out = evaluator.output()
+    means, _ = evaluator.launches(h, out)
+    means.run()
+    x = h.double()  # integers: every sum is exact
+    shift = x[:, [0, n // 2, n - 1]].median(1).values
+    delta = (x - shift[:, None]).sum(1) / n
+    assert torch.equal(out.centre, torch.stack((shift, delta, shift + delta), 1))
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("side", "n", "d"), [("covariance", 700, 40), ("gram", 40, 700)])
+@pytest.mark.parametrize(("side", "n", "d"), [("covariance", 200, 33), ("gram", 33, 200)])
 def test_parts_may_come_in_any_order(side: Side, n: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter runs programs in order, so the last part would always be the last to come.
     h = activations(n, d, batch=2)
     evaluator = ResidentCovariance(n, d, batch=2, device=h.device, side=side)
-    parts = partition(side, 40, 700).parts
+    parts = partition(side, 33, 200).parts
     assert parts > 5
     want, got = evaluator.output(), evaluator.output()
     evaluator(h, want)
@@ -147,7 +162,7 @@ def test_parts_may_come_in_any_order(side: Side, n: int, d: int, monkeypatch: py
     assert any(seen)
 
 
-@pytest.mark.parametrize(("side", "n", "d"), [("covariance", 128, 33), ("gram", 33, 128)])
+@pytest.mark.parametrize(("side", "n", "d"), [("covariance", 160, 33), ("gram", 33, 160)])
 def test_counters_are_never_set_back_and_any_multiple_is_a_start(
     side: Side, n: int, d: int, device: torch.device
 ) -> None:
@@ -156,8 +171,8 @@ def test_counters_are_never_set_back_and_any_multiple_is_a_start(
     counted, arrived = evaluator.workspace.counted, evaluator.workspace.arrived
     assert counted is not None
     assert arrived is not None
-    _, tiles, parts, _ = partition(side, 33, 128)
-    assert (tiles, parts) == (3, 2)
+    _, tiles, parts, _ = partition(side, 33, 160)
+    assert (tiles, parts) == (3, 5)
     want, got = evaluator.output(), evaluator.output()
     evaluator(h, want)
     assert counted.tolist() == [[parts] * tiles]
