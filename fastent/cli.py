@@ -73,8 +73,17 @@ def run(
     device: str = "cpu",
     quiet: bool = False,
     force: bool = False,
+    dry_run: bool = False,
 ) -> int:
     """Train an experiment's runs, or go on with those that are not complete.
+
+    A run's folder is named by experiment, condition, task, the settings that are not the preset's, and seed; so several
+    settings may lie in one --out. Stop it at any time: the same command goes on.
+
+    For example:
+        fastent run e1 --preset quick --seeds 0-2 --out runs/quick
+        fastent run e1 --preset quick --learning-rate 5e-4 --out runs/quick
+        fastent run all --preset paper --workers 2 --out runs/paper --dry-run
 
     Parameters
     ----------
@@ -97,6 +106,9 @@ def run(
         No progress bar.
     force : bool
         Go on with runs of another configuration or of a newer fastent, saying what is ignored.
+    dry_run : bool
+        Train nothing: print how many runs there are and the time to expect, by runs recorded in the folder or by a
+        trial of a few seconds.
     """
     from fastent.grokking.experiments.report import print_summary
     from fastent.grokking.train.progress import ProgressBar
@@ -107,6 +119,13 @@ def run(
         if workers is None:
             workers = 1 if device.startswith("cuda") else min(torch.get_num_threads(), most_workers())
         jobs = _planned(experiment, config, preset, parse_seeds(seeds), out, workers, device, force)
+    if dry_run:
+        from fastent.grokking.train.estimate import describe, expect
+
+        found = expect(jobs, out, workers=workers, device=device)
+        count = sum(len(job.seeds) for job in jobs)
+        print("\n".join(describe(found, runs=count, stacks=len(jobs), workers=workers, out=out)))
+        return 0
     with StopRequest() as stop, ProgressBar(jobs, quiet=quiet) as bar:
         outcomes = run_jobs(
             jobs, out, workers=workers, device=device, force=force, observers=[bar], stop=stop
