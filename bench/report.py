@@ -1,4 +1,4 @@
-"""Figures and tables from rows, of a CPU and of a GPU; and the README's: ``python -m bench.report DIR``.
+"""Figures and tables from rows, of a CPU and of a GPU, and those of the documents: ``python -m bench.report DIR``.
 
 ``DIR/cpu/<question>.jsonl`` (`bench.suite`) gives ``DIR/cpu/report.md``, ``DIR/gpu.jsonl`` (`bench.gpu`)
 ``DIR/report.md``, each with its pictures beside it. Rows decide everything: the same rows give the same files. What was
@@ -7,9 +7,9 @@ skipped is listed with its reason, so that a rehearsal on a CPU cannot be mistak
 The GPU's report begins with a verdict on each target (`verdicts`); it is printed too. Of a file with several runs the
 newest counts, part by part.
 
-``--readme`` writes the README's tables from the committed rows; they stand between ``<!-- bench: NAME -->`` and
-``<!-- bench: end -->``. With ``--check`` nothing is written, and the exit status is 1 where a table does not follow
-from the rows.
+``--docs`` writes the tables of README.md and docs/benchmarks.md from the committed rows; they stand between
+``<!-- bench: NAME -->`` and ``<!-- bench: end -->``. With ``--check`` nothing is written, and the exit status is 1
+where a table does not follow from the rows.
 """
 
 from __future__ import annotations
@@ -165,11 +165,12 @@ def ratio_table(rows: list[Row]) -> str:
 
 
 def interval(row: Row) -> str:
-    """Write a ratio with its 95 % interval, marked where a limit was missed or the other was surely faster."""
+    """Write a ratio with its 95 % interval, bold where fastent is surely faster, and with a limit that it is above."""
     text = f"{_short(row['ratio'])} [{_short(row['ratio_low'])}, {_short(row['ratio_high'])}]"
-    if row["ratio_low"] > 1:
+    if row["ratio_high"] < 1:
         text = f"**{text}**"
-    return text + (" (limit missed)" if row["ratio"] > row.get("limit", math.inf) else "")
+    limit = row.get("limit", math.inf)
+    return text + (f" (above our limit, {limit:g})" if row["ratio"] > limit else "")
 
 
 def accuracy_table(rows: list[Row]) -> str:
@@ -594,8 +595,8 @@ def styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
     return {name: style for name, style in (STYLES | others).items() if name in names}
 
 
-SMALLEST = 1e-17  # errors of 0 are drawn here
-WRONG = 3.0  # and answers that are no number here
+SMALLEST = 1e-18  # errors of 0 are drawn here
+WRONG = 1e3  # and answers that are no number here
 
 
 def _accuracy(rows: list[Row]) -> Figure:
@@ -607,10 +608,13 @@ def _accuracy(rows: list[Row]) -> Figure:
             error = WRONG if row["error"] is None else max(row["error"], SMALLEST)
             colour, marker = drawn[row["provider"]]
             ax.plot(row["us_p50"] / 1e3, error, marker, color=colour, label=row["provider"], markersize=6)
-        ax.set(xscale="log", yscale="log", ylim=(SMALLEST / 3, 10), title=name)
+        ax.set(xscale="log", yscale="log", ylim=(SMALLEST / 10, 10 * WRONG), title=name)
         _plain_ticks(ax.xaxis)
-        ax.axhline(1e-12, color=LIGHT.ink, linewidth=0.8, linestyle="--")
-        ax.set_yticks([1e-16, 1e-12, 1e-8, 1e-4, 1])
+        ax.axhline(1e-12, color=LIGHT.ink, linewidth=0.8, linestyle="--", label="what fastent is held to")
+        ax.set_yticks(
+            [SMALLEST, 1e-16, 1e-12, 1e-8, 1e-4, 1, WRONG],
+            ["exactly 0", *(f"$10^{{{power}}}$" for power in (-16, -12, -8, -4)), "1", "no number"],
+        )
     for ax in axes[len(inputs) :]:
         ax.set_axis_off()
     for ax in axes[-3:]:
@@ -635,7 +639,7 @@ def _overhead(rows: list[Row]) -> Figure:
                 continue
             x = np.array([row["stride"] for row in points])
             share = 100 * np.array([row["share"] for row in points])
-            ax.plot(x, share, color=colour, marker=marker, markersize=5, label=f"{loop}: time of the probes")
+            ax.plot(x, share, color=colour, marker=marker, markersize=5, label=loop)
             middle = 100 * np.array([row["overhead"] for row in points])
             low = 100 * np.array([row["overhead_low"] for row in points])
             high = 100 * np.array([row["overhead_high"] for row in points])
@@ -645,13 +649,23 @@ def _overhead(rows: list[Row]) -> Figure:
             ax.errorbar(
                 shift, middle, [middle - low, high - middle], fmt=".", color=colour, alpha=0.6, capsize=2
             )
-        ax.axhline(1.0, color=LIGHT.ink, linewidth=0.8, linestyle="--")
-        ax.axvline(200, color=LIGHT.ink, linewidth=0.8, linestyle=":", zorder=0)
+        explained: dict[str, Any] = {"color": LIGHT.ink, "linewidth": 1.0}
+        ax.plot([], [], marker="o", markersize=5, label="probes, by their time", **explained)
+        ax.errorbar(
+            *([math.nan], [math.nan], [math.nan]),
+            fmt=".",
+            capsize=2,
+            label="slowdown against a run without, 95 % interval",
+            **explained,
+        )
+        ax.axhline(1.0, linestyle="--", label="1 %", **explained)
+        ax.axvline(200, linestyle=":", zorder=0, label="the default stride", **explained)
         ax.set(xscale="log", yscale="log", xlabel="steps between probes", ylim=(0.01, 300))
         _plain_ticks(ax.yaxis, 1.0)
+        ax.yaxis.set_major_formatter(lambda value, _: f"{'≤ ' if value == 0.01 else ''}{value:g}")
         _plain_ticks(ax.xaxis, 1.0)
-        ax.set_title(f"{mode}, {_threads(threads)}")
-    axes[0].set_ylabel("overhead [%]; dashed: 1 %")
+        ax.set_title(f"{mode}, {_threads(threads)}", fontsize=9)
+    axes[0].set_ylabel("share of the training time [%]")
     return _with_legend(figure, columns=4)
 
 
@@ -778,8 +792,8 @@ CPU = {
     "entropy": Chapter(
         "Entropy: fastent's time over the others'",
         ratio_table,
-        "Ratio and its 95 % interval, round by round; below 1 fastent is faster. **Bold**: the other is "
-        "surely faster. RankMe computes another quantity, in float32. Every call is made twice before the"
+        "Ratio and its 95 % interval, round by round; below 1 fastent is faster, in **bold** surely so. "
+        "RankMe computes another quantity, in float32. Every call is made twice before the"
         " clock starts; with several threads, once more before each measurement, after a pause in which "
         "all pools come to rest.",
         draw=_cost,
@@ -929,34 +943,49 @@ GPU = {
 }
 
 
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 ROWS = ROOT / "bench" / "results" / "cpu"
 
 
 def fill(text: str, folder: Path) -> str:
     """Return `text` with each marked table made anew from the rows in `folder`."""
-    return marked(
-        text, "bench", lambda name: f"{README_TABLES[name](read_rows(folder / f'{name}.jsonl'))}\n"
-    )[0]
+
+    def table(name: str) -> str:
+        question, made = TABLES[name]
+        return f"{made(read_rows(folder / f'{question}.jsonl'))}\n"
+
+    return marked(text, "bench", table)[0]
 
 
-def _readme_entropy(rows: list[Row]) -> str:
+def _cost_of_loops(rows: list[Row]) -> str:
+    """Give what a monitor costs in a line for each plain loop on one thread, at the strides that people choose."""
+    strides, lines = (100, 200, 1000), []
+    chosen = [row for row in rows if row["mode"] == "plain" and row["threads"] == 1]
+    for loop, group in _group(chosen, lambda row: row["loop"]).items():
+        by_stride = {row["stride"]: row for row in group}
+        times = (by_stride[0]["us_p50"], by_stride[0]["probe_us"])
+        shares = (f"{100 * by_stride[stride]['share']:.2f} %" for stride in strides)
+        lines.append([loop, *map(microseconds, times), *shares])
+    return markdown_table(["loop", "a step", "a probe", *(f"every {s:,} steps" for s in strides)], lines)
+
+
+def _entropy_against(rows: list[Row]) -> str:
     """Fastent's time over the direct way's and over the fastest exact peer's, float32 input, a row for each shape."""
     return _against(rows, {row["provider"] for row in rows if row.get("exact")})
 
 
-def _readme_covariance(rows: list[Row]) -> str:
+def _covariance_against(rows: list[Row]) -> str:
     """Fastent's time for the covariance matrix alone over the same two."""
     # What these three compute is the same, exactly centred in float64.
     return _against(rows, {"torch, direct", "torch.cov", "numpy.cov"})
 
 
-def _readme_monitor(rows: list[Row]) -> str:
+def _plain_monitor(rows: list[Row]) -> str:
     """Overhead of a monitor in loops that are neither compiled nor distributed, one thread."""
     return monitor_table([row for row in rows if row["mode"] == "plain" and row["threads"] == 1])
 
 
-def _readme_in_training(rows: list[Row]) -> str:
+def _exact_in_training(rows: list[Row]) -> str:
     """List the calls of the exact providers, and of the direct way, between the steps of the first loop."""
     exact = {provider.name for provider in ENTROPIES if provider.exact} | {"torch, direct"}
     loop = rows[0]["loop"] if rows else None
@@ -982,32 +1011,34 @@ def _against(rows: list[Row], exact: set[str]) -> str:
     return markdown_table(header, lines)
 
 
-README_TABLES: dict[str, Table] = {
-    "entropy": _readme_entropy,
-    "covariance": _readme_covariance,
-    "in_training": _readme_in_training,
-    "monitor": _readme_monitor,
+TABLES: dict[str, tuple[str, Table]] = {
+    "cost": ("monitor", _cost_of_loops),
+    "entropy": ("entropy", _entropy_against),
+    "covariance": ("covariance", _covariance_against),
+    "in_training": ("in_training", _exact_in_training),
+    "monitor": ("monitor", _plain_monitor),
 }
+"""Of the documents: the question whose rows a table is made from, and how."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the reports of a folder, or the README's tables, or compare these."""
+    """Write the reports of a folder, or the tables of the documents, or compare these."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="DIR", nargs="?")
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args(argv)
-    if given.readme or given.check:
-        text = README.read_text()
-        filled = fill(text, ROWS)
+    if given.docs or given.check:
+        filled = {path: fill(path.read_text(), ROWS) for path in DOCUMENTS}
         if given.check:
-            return int(filled != text)
-        README.write_text(filled)
+            return int(any(path.read_text() != text for path, text in filled.items()))
+        for path, text in filled.items():
+            path.write_text(text)
         return 0
     if given.folder is None:
-        parser.error("say which: DIR, --readme or --check")
+        parser.error("say which: DIR, --docs or --check")
     files = write_cpu(given.folder / "cpu") if (given.folder / "cpu").is_dir() else []
     if (given.folder / "gpu.jsonl").exists():
         files += write_gpu(given.folder)

@@ -1,24 +1,56 @@
-"""The README's Python runs as it stands, and its commands are those of the check."""
+"""The Python of the README and of docs/monitoring.md runs as it stands, and its commands are those of the check.
+
+``python tests/test_readme.py`` runs the README's lines to their end and writes the picture that it shows of them.
+"""
 
 import contextlib
 import io
+import os
 import re
+import shutil
+import tempfile
+import tomllib
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PICTURE = ROOT / "docs" / "figures" / "watch.png"
+STEPS = "range(2001)"
 
 
-def test_the_examples_run_and_show_what_they_say():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def executed(code: list[str]) -> tuple[dict, list[str]]:
     names: dict = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        for block in blocks:
+        for block in code:
             exec(block, names)
-    assert [line.split()[0] for line in printed.getvalue().splitlines()] == ["0", "100", "200", "300"]
-    assert all(line.endswith("ok") for line in printed.getvalue().splitlines())
+    return names, printed.getvalue().splitlines()
+
+
+def test_the_lines_of_the_readme_run_and_draw_what_they_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    watch, draw = blocks(README)
+    assert watch.count(STEPS) == 1
+    names, printed = executed([watch.replace(STEPS, "range(61)"), draw])
+    assert [line.split()[0] for line in printed] == ["0", "20", "40", "60"]
+    assert all(line.endswith(" ok") for line in printed)
+    assert [len(names["records"][layer]) for layer in ("1", "3")] == [4, 4]
+    assert (tmp_path / "entropy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_examples_on_monitoring_run():
+    code = blocks((ROOT / "docs" / "monitoring.md").read_text())
+    assert len(code) == 3
+    names, _ = executed(code)
+    assert names["result"].status == "ok"
     assert names["forecast"].step > 600
 
 
@@ -28,22 +60,42 @@ def test_the_check_is_the_second_command():
     assert all(part.strip() in script.replace("--quiet", "-q") for part in second.split("&&"))
 
 
-def test_links_point_to_files_that_exist():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert targets
-    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+def test_the_releases_of_torch_are_those_that_are_admitted():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (torch,) = (each for each in project["dependencies"] if each.startswith("torch"))
+    first, last = re.search(r"needs torch 2\.(\d+) to 2\.(\d+),", README).groups()
+    admitted = [minor for minor in range(30) if Requirement(torch).specifier.contains(f"2.{minor}.0")]
+    assert admitted == list(range(int(first), int(last) + 1))
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+)
+def test_links_point_to_files_that_exist(page):
+    text = (ROOT / page).read_text()
+    targets = [target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target]
+    assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
+    assert len(targets) > 10 or page != "README.md"
 
 
 def numbers(text: str) -> list[str]:
     return [each.rstrip(".,") for each in re.findall(r"-?\d[\d,]*\.?\d*", text.replace("\u2212", "-"))]
 
 
-def test_every_number_of_a_bullet_about_the_paper_is_in_the_recorded_results():
-    bullets = README.partition("## What is not so in the paper")[2].partition("[docs/mathematics.md]")[0]
-    paper, cut, nearest = bullets.partition("- **No setting of 96")
-    assert cut
-    for text, page, least in ((paper, "results.md", 15), (nearest, "results-nearest.md", 7)):
-        found = numbers(re.sub(r"`[^`]*`|\([^()]*\.md\)", "", text))
-        assert len(found) > least
+def test_every_number_of_a_finding_about_the_paper_is_in_the_recorded_results():
+    found = README.partition("### What we found")[2].partition("The claims one by one")[0]
+    items = re.findall(r"^(\d)\. (.*?)(?=^\d\. |\Z)", found, re.DOTALL | re.MULTILINE)
+    assert [number for number, _ in items] == ["1", "2", "3", "4", "5"]
+    for chosen, page, least in (("123", "results.md", 15), ("4", "results-nearest.md", 7)):
+        text = " ".join(item for number, item in items if number in chosen)
+        said = numbers(re.sub(r"`[^`]*`|\([^()]*\.md\)", "", text))
+        assert len(said) > least
         known = set(numbers((ROOT / "docs" / page).read_text()))
-        assert [each for each in found if each not in known] == []
+        assert [each for each in said if each not in known] == []
+
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"
+    os.chdir(tempfile.mkdtemp())
+    print("\n".join(executed(blocks(README))[1]))
+    shutil.move("entropy.png", PICTURE)

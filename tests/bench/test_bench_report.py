@@ -1,30 +1,33 @@
-"""Reports from rows: the committed ones follow from theirs, and so do the README's tables."""
+"""Reports from rows: the committed ones follow from theirs, and so do the tables of the documents."""
 
 import json
+import re
 
 import pytest
 
 pytest.importorskip("matplotlib")
 from bench import harness, report
-from bench.report import README, README_TABLES, ROWS, fill
+from bench.report import DOCUMENTS, ROWS, TABLES, fill
 
 
 def test_the_tables_are_those_of_the_committed_rows():
-    text = README.read_text()
-    assert [name for name in README_TABLES if f"<!-- bench: {name} -->" not in text] == []
-    assert fill(text, ROWS) == text
+    texts = [path.read_text() for path in DOCUMENTS]
+    marked = [name for text in texts for name in re.findall(r"<!-- bench: (?!end)(\w+) -->", text)]
+    assert sorted(marked) == sorted(TABLES)
+    assert [fill(text, ROWS) for text in texts] == texts
 
 
 def test_a_changed_row_changes_the_table(tmp_path):
-    for name in README_TABLES:
-        rows = [json.loads(line) for line in (ROWS / f"{name}.jsonl").read_text().splitlines()]
+    for question in {question for question, _ in TABLES.values()}:
+        rows = [json.loads(line) for line in (ROWS / f"{question}.jsonl").read_text().splitlines()]
         for row in rows:
-            row |= {key: 2 * row[key] for key in ("ratio", "overhead") if key in row}
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = README.read_text()
-    changed = fill(text, tmp_path)
-    assert changed != text
-    assert fill(changed, ROWS) == text
+            row |= {key: 2 * row[key] for key in ("ratio", "overhead", "share") if key in row}
+        (tmp_path / f"{question}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in DOCUMENTS:
+        text = path.read_text()
+        changed = fill(text, tmp_path)
+        assert changed != text
+        assert fill(changed, ROWS) == text
 
 
 def test_the_fastest_exact_peer_is_named_beside_the_direct_way():
@@ -39,7 +42,7 @@ def test_the_fastest_exact_peer_is_named_beside_the_direct_way():
             ("ssrlib, streaming", 1),
         )
     ]
-    _, _, line = README_TABLES["covariance"](rows).splitlines()
+    _, _, line = TABLES["covariance"][1](rows).splitlines()
     assert (
         line == "| 512 x 64 | " + " | ".join(2 * ["0.50 [0.40, 1.50]", "1.25 [0.40, 1.50] numpy.cov"]) + " |"
     )
@@ -52,22 +55,25 @@ def test_the_committed_report_follows_from_the_committed_rows(tmp_path):
     assert (tmp_path / "report.md").read_text() == (ROWS / "report.md").read_text()
 
 
-def test_check_compares_the_readme_and_writes_nothing(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(README.read_text())
-    monkeypatch.setattr(report, "README", readme)
+def test_check_compares_the_documents_and_writes_nothing(tmp_path, monkeypatch):
+    copies = tuple(tmp_path / path.name for path in DOCUMENTS)
+    for path, copy in zip(DOCUMENTS, copies, strict=True):
+        copy.write_text(path.read_text())
+    monkeypatch.setattr(report, "DOCUMENTS", copies)
     assert report.main(["--check"]) == 0
-    wrong = readme.read_text().replace("<!-- bench: entropy -->\n", "<!-- bench: entropy -->\nwrong\n")
-    readme.write_text(wrong)
-    assert report.main(["--check"]) == 1
-    assert readme.read_text() == wrong
-    assert report.main(["--readme"]) == 0
-    assert readme.read_text() == README.read_text()
+    for copy, name in zip(copies, ("cost", "entropy"), strict=True):
+        right = copy.read_text()
+        wrong = right.replace(f"<!-- bench: {name} -->\n", f"<!-- bench: {name} -->\nwrong\n")
+        copy.write_text(wrong)
+        assert report.main(["--check"]) == 1
+        assert copy.read_text() == wrong
+        assert report.main(["--docs"]) == 0
+        assert copy.read_text() == right
     with pytest.raises(SystemExit):
         report.main([])
 
 
-def test_the_report_marks_a_peer_that_wins_and_a_limit_that_was_missed(tmp_path):
+def test_the_report_marks_where_fastent_wins_and_names_a_limit_that_was_missed(tmp_path):
     common = {"op": "entropy", "n": 512, "d": 128, "dtype": "float32", "threads": 1, "us_p50": 800.0}
     rows = [
         {**common, "provider": "fastent", "floor_us": 500.0},
@@ -80,12 +86,12 @@ def test_the_report_marks_a_peer_that_wins_and_a_limit_that_was_missed(tmp_path)
             "limit": 1.05,
         },
         {**common, "provider": "numpy", "ratio": 1.1, "ratio_low": 1.05, "ratio_high": 1.15},
+        {**common, "provider": "ssrlib", "ratio": 0.7, "ratio_low": 0.6, "ratio_high": 0.8, "limit": 1.05},
     ]
     harness.write_rows(tmp_path / "entropy.jsonl", rows)
     files = report.write_cpu(tmp_path)
     text = files[0].read_text()
-    assert "1.20 [0.90, 1.30] (limit missed)" in text
-    assert "**1.10 [1.05, 1.15]**" in text
+    assert "| 1.20 [0.90, 1.30] (above our limit, 1.05) | 1.10 [1.05, 1.15] | **0.70 [0.60, 0.80]** |" in text
     assert [path.name for path in files[1:]] == ["entropy.png"]
     assert files[1].read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "entropy.jsonl").read_text().splitlines()[0])["provider"] == "fastent"
