@@ -40,9 +40,9 @@ def test_the_lines_of_the_readme_run_and_draw_what_they_say(tmp_path, monkeypatc
     watch, draw = blocks(README)
     assert watch.count(STEPS) == 1
     names, printed = executed([watch.replace(STEPS, "range(61)"), draw])
-    assert [line.split()[0] for line in printed] == ["0", "20", "40", "60"]
-    assert all(line.endswith(" ok") for line in printed)
-    assert [len(names["records"][layer]) for layer in ("1", "3")] == [4, 4]
+    assert all(re.fullmatch(r"\d+ [13] 0\.\d+ ok", line) for line in printed)  # the rest arrives at the flush
+    for layer in ("1", "3"):
+        assert [record.step for record in names["records"][layer]] == list(names["steps"]) == [0, 20, 40, 60]
     assert (tmp_path / "entropy.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -72,7 +72,7 @@ def test_the_releases_of_torch_are_those_that_are_admitted():
     "page", ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 )
 def test_links_point_to_files_that_exist(page):
-    text = (ROOT / page).read_text()
+    text = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
     targets = [target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target]
     assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
     assert len(targets) > 10 or page != "README.md"
