@@ -89,7 +89,7 @@ def test_every_number_of_a_finding_about_the_paper_is_in_the_recorded_results():
     for chosen, page, least in (("123", "results.md", 15), ("4", "results-nearest.md", 7)):
         text = " ".join(item for number, item in items if number in chosen)
         said = numbers(re.sub(r"`[^`]*`|\([^()]*\.md\)", "", text))
-        assert len(said) > least
+        assert len(said) >= least
         known = set(numbers((ROOT / "docs" / page).read_text()))
         assert [each for each in said if each not in known] == []
 
