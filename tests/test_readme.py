@@ -35,6 +35,7 @@ def executed(code: list[str]) -> tuple[dict, list[str]]:
 
 
 def test_the_lines_of_the_readme_run_and_draw_what_they_say(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     watch, draw = blocks(README)

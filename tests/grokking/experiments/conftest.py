@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
 from fastent.grokking.experiments.data import PRESETS_JSON, StoredRun
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.runs import Job
