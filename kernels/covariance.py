@@ -474,7 +474,7 @@ def _gram_kernel(
         last = leave_part(product, tile, tiles, batch, part, parts, partial_ptr, counted_ptr, EDGE)
     if last:
         if partial_ptr is not None:
-            product, _, _ = add_parts(tile, tiles, batch, parts, partial_ptr, None, EDGE, AHEAD)
+            product, _i, _j = add_parts(tile, tiles, batch, parts, partial_ptr, None, EDGE, AHEAD)
         at = lower_ptr + (batch * n + rows_i[:, None]) * n + rows_j[None, :]
         inside = in_i[:, None] & in_j[None, :]
         result = product * scale
