@@ -95,7 +95,8 @@ def write_gpu(folder: Path) -> list[Path]:
     """Report on the rows of `bench.gpu` in `folder`, written there; print the verdicts."""
     found = with_shares(newest(read_rows(folder / "gpu.jsonl")))
     print(verdict_table(found))
-    rows = {"verdicts": found, **_group(found, lambda row: row["op"])}
+    judged = [verdict._asdict() for verdict in verdicts(found)]
+    rows = {"verdicts": judged, **_group(found, lambda row: row["op"])}
     return write(
         "Benchmark of the entropy path",
         "Made by `python -m bench.report` from gpu.jsonl beside this file.",
@@ -406,7 +407,7 @@ def _row(rows: list[Row], op: str, **wanted: object) -> Row:
     for row in reversed(here):  # what was skipped as a whole has not all of the values
         if "skipped" in row and all(row.get(key, value) == value for key, value in wanted.items()):
             raise NotMeasuredError(row["skipped"])
-    raise NotMeasuredError("no row")
+    raise NotMeasuredError("no row of a GPU")
 
 
 def _device_row(rows: list[Row], op: str, **wanted: object) -> Row:
@@ -896,7 +897,7 @@ _TIMING = (
     "the call waits for the device or could not be kept behind a sleep: the time is the host's too; `clock`, no GPU."
 )
 _GPU_TABLES: dict[str, Table] = {
-    "verdicts": verdict_table,
+    "verdicts": columns("target limit measured verdict card"),
     "gate": gate_table,
     "ceiling": columns("provider timing us_p20 us_p50 us_p80 per_second", per_second="in a second"),
     "kernel": columns(

@@ -17,8 +17,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+pytest.importorskip("matplotlib")
 
 from bench import gpu
+from bench.report import TARGETS
 from fastent.kernels.launch import output
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +78,10 @@ def test_the_report_has_a_table_for_each_measurement_and_lists_what_was_skipped(
     for op in MEASURED:
         assert f"\n## {op}\n" in text
     assert "\n## kernel\n" not in text
-    not_measured = text.split("## Not measured")[1]
-    assert not_measured.count("no CUDA device") >= len(NEEDS_A_GPU)
+    verdicts, not_measured = (text.split(f"## {title}\n")[1] for title in ("verdicts", "Not measured"))
+    assert verdicts.split("##")[0].count("| not measured |") == len(TARGETS)
+    assert verdicts.split("##")[0].count("no CUDA device") >= 5
+    assert not_measured.count("\n|") - 2 == sum("skipped" in row for row in rows)
     assert (folder / "slowdown.png").stat().st_size > 10_000
 
 

@@ -171,8 +171,8 @@ def test_a_figure_of_something_else_gives_no_verdict_but_the_reason():
     for change, reason in (
         ({"timing": "host"}, "timed by host: not the device's time alone"),
         ({"skipped": "outside its gate"}, "outside its gate"),
-        ({"capability": None}, "no row"),
-        ({"cache": "cold"}, "no row"),
+        ({"capability": None}, "no row of a GPU"),
+        ({"cache": "cold"}, "no row of a GPU"),
     ):
         assert judged("512 x 128, in the stream", {**small, **change})[2:4] == (reason, "not measured")
     for change, reason in (
@@ -190,7 +190,7 @@ def test_times_of_two_runs_or_cards_are_not_compared():
     name = "8192 x 4096: time over that of cuBLAS"
     assert judged(name, ours, theirs)[1:4] == ("<= 0.55", "0.5: 2.5 ms over 5 ms", "met")
     for change in ({"run": "2"}, {"device": "NVIDIA H200"}):
-        assert judged(name, ours, {**theirs, **change})[2:4] == ("no row", "not measured")
+        assert judged(name, ours, {**theirs, **change})[2:4] == ("no row of a GPU", "not measured")
 
 
 def test_shares_are_of_the_ceilings_of_the_same_card_and_of_nothing_else():
