@@ -137,6 +137,14 @@ def test_a_test_module_that_imports_an_optional_package_skips_where_that_is_miss
         assert imported <= set(skipped), path.relative_to(ROOT)
 
 
+def test_a_test_module_that_calls_the_command_line_says_that_this_takes_tyro():
+    called = re.compile(r"^from fastent(\.cli)? import (.*\b)?(cli|main)\b", re.MULTILINE)
+    texts = {path.relative_to(ROOT): path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    modules = [name for name, text in texts.items() if called.search(text)]
+    assert Path("tests/test_cli.py") in modules
+    assert [name for name in modules if 'importorskip("tyro")' not in texts[name]] == []
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("missing", [{"tyro"}, optional()], ids=["tyro", "all extras"])
 def test_the_gpu_tests_are_collected_where_the_extras_are_not(missing):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("tyro")
 from fastent import SpectralEntropyMonitor
 from fastent.cli import main
 from fastent.linalg import SLAB

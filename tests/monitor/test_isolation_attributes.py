@@ -1,5 +1,6 @@
 """What a forward pass leaves in a model's attributes, containers, generators and caches is put back."""
 
+import contextlib
 import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -463,11 +464,8 @@ def test_a_large_buffer_stays_where_it_is_when_the_model_keeps_its_copy() -> Non
     assert kept[0].unique().tolist() == [1.0]
 
 
-class Graph(torch.cuda.CUDAGraph):
+class Graph:
     """Stands for one that was captured: it reads and writes tensors by their addresses."""
-
-    def __new__(cls, *args: Any) -> "Graph":
-        return object.__new__(cls)
 
     def __init__(self, read: Tensor, write: Tensor) -> None:
         self.read, self.write = read, write
@@ -476,7 +474,12 @@ class Graph(torch.cuda.CUDAGraph):
         self.write.copy_(2 * self.read)
 
 
-def test_a_module_that_replays_a_cuda_graph_keeps_the_tensors_that_the_graph_knows() -> None:
+def test_a_module_that_replays_a_cuda_graph_keeps_the_tensors_that_the_graph_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # One of torch's own is not to be made here, and where torch has CUDA not without a device.
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+
     class Graphed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -509,7 +512,7 @@ def test_large_tensors_on_a_gpu_stay_where_they_are() -> None:
     assert model.written.unique().tolist() == [1.0]
 
 
-def test_a_large_buffer_that_grows_in_place_ends_the_pass_and_is_as_before() -> None:
+def test_a_large_buffer_that_grows_in_place_is_as_before_whether_or_not_torch_ends_the_pass() -> None:
     class Grows(Large):
         def forward(self, x: Tensor) -> Tensor:
             self.read.resize_(LARGE).zero_()
@@ -517,7 +520,7 @@ def test_a_large_buffer_that_grows_in_place_ends_the_pass_and_is_as_before() -> 
 
     model = Grows()
     address = model.read.data_ptr()
-    with pytest.raises(RuntimeError, match="COW"):
+    with contextlib.suppress(RuntimeError):  # of torch's "COW", up from some release after 2.11
         SpectralEntropyMonitor(model, probe(), "").step(0)
     assert model.read.unique().tolist() == [1.0]
     assert (model.read.data_ptr(), model.read.shape) == (address, (LARGE // 4,))

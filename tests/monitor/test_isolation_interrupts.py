@@ -95,6 +95,7 @@ class Interrupting:
 
     def run(self, call: Callable[[], object]) -> None:
         before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for one such frame when it begins to trace
         sys.settrace(self)
         try:
             call()

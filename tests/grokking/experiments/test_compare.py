@@ -5,6 +5,8 @@ import re
 
 import numpy as np
 import pytest
+
+pytest.importorskip("tyro")
 from matplotlib.figure import Figure
 
 from fastent.cli import main

@@ -287,6 +287,7 @@ def test_a_document_that_names_its_runs_is_of_those_alone(tmp_path, document):
 def test_the_command_fails_exactly_when_a_document_differs(
     three_runs, document, capsys, monkeypatch, tmp_path
 ):
+    pytest.importorskip("tyro")
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(three_runs), "--check"]) == 0
     assert capsys.readouterr().out == f"{Path('docs/results.md')}: as the runs say\n"

@@ -443,6 +443,7 @@ def write(out, job):
     ids=lambda value: value if isinstance(value, str) else ", ".join(value) or "as it is",
 )
 def test_every_command_asks_for_the_runs_it_stands_for(tmp_path, monkeypatch, name, given):
+    pytest.importorskip("tyro")
     made = {}
     for experiment in JOBS:
         for job in planned(experiment, preset(name, **given), name, (0, 1, 3, 4, 5, 8)):

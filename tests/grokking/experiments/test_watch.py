@@ -7,6 +7,9 @@ import signal
 
 import numpy as np
 import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("rich")
 from rich.console import Console
 
 from fastent.cli import main

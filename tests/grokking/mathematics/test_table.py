@@ -39,6 +39,7 @@ def test_every_item_of_table_6_is_checked_and_every_finding_confirmed():
 def test_command_prints_the_table_and_fails_when_a_finding_is_not_confirmed(
     monkeypatch, capsys, holds, status
 ):
+    pytest.importorskip("tyro")
     rows = [
         Item("Lemma 1", "full proof", "holds", (CheckResult(True, "ratio 0.99"),)),
         Item(
