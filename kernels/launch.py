@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -63,17 +64,32 @@ class Entry(NamedTuple):
     tile: Tile
 
 
+class Again(NamedTuple):
+    """A launch that was made before, for other activations: nothing is left to find out or to compile."""
+
+    start: Callable[..., None]  # hands its arguments to the driver
+    rest: tuple[Any, ...]  # those after the address of the activations; tensors as addresses
+
+    def run(self, address: int) -> None:
+        """Launch for activations at `address`, on the device it was made for and the current stream."""
+        self.start(address, *self.rest)
+
+
 class Launch(NamedTuple):
     """One kernel launch, as the launcher runs it and as the ahead-of-time compiler sees it."""
 
     kernel: Any
     grid: tuple[int, int]
-    args: tuple[Any, ...]
+    args: tuple[Any, ...]  # the activations first
     options: dict[str, Any]
 
-    def run(self) -> None:
-        """Launch on the current device and stream."""
-        self.kernel[self.grid](*self.args, **self.options)
+    def run(self) -> Again | None:
+        """Launch on the current device and stream; return what does so again, None from the interpreter."""
+        compiled = self.kernel[self.grid](*self.args, **self.options)
+        if compiled is None:
+            return None
+        rest = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in self.args[1:])
+        return Again(compiled[(*self.grid, 1)], rest)
 
 
 # 32 x 32 gives a small matrix tiles to fill the chip. 64 x 64 with column sums in the loop spills at 4 warps, and at a

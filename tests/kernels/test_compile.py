@@ -196,6 +196,70 @@ def test_what_a_program_leaves_is_stored_before_it_is_counted_and_read_after(tmp
             assert "ld.global.cg" in events[i + 1 :]
 
 
+STAND_IN = """
+import json
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from fastent.kernels.covariance import ResidentCovariance
+
+loaded, launched = [], []
+
+class Utils:
+    def load_binary(self, name, *rest):
+        loaded.append(name)
+        return 1, 2, 100, 0, 1024
+
+    def unload_module(self, module):
+        pass
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448}
+
+class Driver:
+    utils = Utils()
+
+    def launcher_cls(self, src, metadata):
+        def launch(x, y, z, stream, function, packed, hooks, enter, exit, *args):
+            args = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+            launched.append([src.fn.arg_names, x, y, z, stream, function, *args])
+        return launch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 7
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+triton.runtime.driver.set_active(Driver())
+evaluator = ResidentCovariance(64, 600, device=torch.device("cpu"))
+out = evaluator.output()
+one, two = torch.zeros((2, 1, 64, 600), dtype=torch.bfloat16)
+evaluator(one, out)
+triton.runtime.jit.JITFunction.run = None
+evaluator(two, out)
+print(json.dumps({"loaded": loaded, "launched": launched, "addresses": [one.data_ptr(), two.data_ptr()]}))
+"""
+
+
+@needs_tools
+@pytest.mark.nightly
+def test_a_second_call_hands_the_driver_what_triton_would(tmp_path: Path) -> None:
+    (found,) = finish(start("-c", STAND_IN, cache=tmp_path))
+    launched, (one, two) = found["launched"], found["addresses"]
+    assert found["loaded"] == ["_mean_kernel", "_gram_kernel"]
+    assert len(launched) == 4
+    for first, again in zip(launched[:2], launched[2:], strict=True):
+        assert first[0][0] == "h_ptr"
+        assert (first[6], again[6]) == (one, two)
+        assert first[:6] + first[7:] == again[:6] + again[7:]
+
+
 def loop(**changes: Any) -> Loop:
     counts = {field.name: 0 for field in fields(Loop) if field.name != "matrix"}
     return Loop(**{"matrix": {"DMMA.884": 16}, **counts, **changes})

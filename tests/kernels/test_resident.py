@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
-from fastent.kernels.covariance import ResidentCovariance, covariance, gram, last_to_come
+from fastent.kernels.covariance import LAUNCHES, ResidentCovariance, covariance, gram, last_to_come
 from fastent.kernels.launch import TABLE, Launch, Side, means_partition, partition
 
 
@@ -89,6 +89,56 @@ def test_the_counter_of_allocations_sees_one() -> None:
         h + 1
         torch.empty(3)
     assert len(allocations.seen) == 2
+
+
+class Compiled:
+    """What stands for a kernel before it is compiled and after, and records what it is called with."""
+
+    def __init__(self, after: Compiled | None = None) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.after = after
+
+    def __getitem__(self, grid: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Compiled | None:
+            at = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+            self.calls.append((tuple(grid)[:2], *at))
+            return self.after
+
+        return call
+
+
+@pytest.mark.parametrize(("side", "n", "d", "count"), CASES)
+def test_a_call_like_an_earlier_one_leaves_the_jit_out_and_passes_the_same(
+    side: Side | None, n: int, d: int, count: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = Compiled()
+    jit = Compiled(ready)
+    evaluator = ResidentCovariance(n, d, batch=3, device=device, side=side)
+    launches = LAUNCHES[evaluator.side]
+    monkeypatch.setitem(
+        LAUNCHES, evaluator.side, lambda *args: [launch._replace(kernel=jit) for launch in launches(*args)]
+    )
+    one, two = torch.empty((2, 4, n, d + 1), device=device)
+    ring = [evaluator.output() for _ in range(2)]
+    evaluator(one[:3, :, :d], ring[0])
+    assert (len(jit.calls), len(ready.calls)) == (count, 0)
+    evaluator(two[:3, :, :d], ring[0])
+    assert (len(jit.calls), len(ready.calls)) == (count, count)
+    for first, again in zip(jit.calls, ready.calls, strict=True):
+        assert first[0] == again[0]
+        assert (first[1], again[1]) == (one.data_ptr(), two.data_ptr())
+        assert first[2:] == again[2:]
+    for other, out in (
+        (two[:3, :, :d], ring[1]),
+        (two[:3, :, :d].double(), ring[0]),
+        (two[:3, :, 1:], ring[0]),  # not aligned
+        (two[:3, :, :d].contiguous(), ring[0]),  # other strides
+    ):
+        jit.calls.clear()
+        ready.calls.clear()
+        evaluator(other, out)
+        evaluator(other, out)
+        assert (len(jit.calls), len(ready.calls)) == (count, count)
 
 
 def test_from_1537_columns_on_the_means_take_a_launch() -> None:
