@@ -113,6 +113,30 @@ def test_a_provider_that_nobody_gave_a_style_is_drawn_in_one_of_its_own():
     assert [line.get_label() for line in axes.lines[:3]] == ["new one", "fastent", "another"]
 
 
+def test_figures_name_what_is_drawn_on_their_edges_and_every_kind_of_point():
+    common = {"op": "accuracy", "input": "plain", "us_p50": 10.0}
+    rows = [
+        {**common, "provider": "fastent", "error": 0.0},
+        {**common, "provider": "numpy", "error": None, "answer": "nan"},
+    ]
+    (axes,) = [ax for ax in report._accuracy(rows).axes if ax.axison]
+    named = dict(zip((text.get_text() for text in axes.get_yticklabels()), axes.get_yticks(), strict=True))
+    edges = [named["exactly 0"], named["no number"]]
+    assert [line.get_ydata()[0] for line in axes.lines[:2]] == edges
+    assert axes.get_ylim()[0] < min(axes.get_yticks()) == edges[0]
+
+    spans = {"overhead": 0.004, "overhead_low": -0.001, "overhead_high": 0.01, "share": 0.003}
+    loop = {"op": "monitor", "loop": "vision", "mode": "plain", "threads": 1}
+    (legend,) = report._overhead([{**loop, "stride": 0}, {**loop, "stride": 200, **spans}]).legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "vision",
+        "probes, by their time",
+        "1 %",
+        "the default stride",
+        "slowdown against a run without, 95 % interval",
+    ]
+
+
 CARD = {"device": "NVIDIA H100", "capability": "sm_90", "run": "1", "part": "all"}
 SMALL = {"op": "kernel", "n": 512, "d": 128, "dtype": "bfloat16", "cache": "warm", "timing": "graph", **CARD}
 TIMES = {"us_p20": 8.0, "us_p50": 8.5, "us_p80": 9.0}

@@ -396,7 +396,7 @@ def side_by_side(result: Sufficiency) -> Figure:
         "alignment, max |r| (no unit)",
         {"alignment": (LIGHT.norm, "solid"), "its null, labels permuted": (LIGHT.train, DOTTED)},
     )
-    return _with_legend(figure, grid)
+    return _with_legends(figure, grid)
 
 
 def spectra(result: Sufficiency) -> Figure:
@@ -426,7 +426,7 @@ def spectra(result: Sufficiency) -> Figure:
             "test loss": (LIGHT.train, DOTTED),
         },
     )
-    return _with_legend(figure, grid)
+    return _with_legends(figure, grid)
 
 
 def settings(models: Sequence[ModelRuns], h_star: Estimate, columns: int = 3) -> Figure:
@@ -481,10 +481,11 @@ def _named(axes: Axes, label: str, series: dict[str, tuple[str, Any]]) -> None:
         axes.plot([], [], color=colour, linestyle=dash, label=name)
 
 
-def _with_legend(figure: Figure, grid: Any) -> Figure:
-    """Put what the first panel of each row names above them all."""
-    handles = [handle for axes in grid[:, 0] for handle in axes.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
+def _with_legends(figure: Figure, grid: Any) -> Figure:
+    """Put what the first panel of each row names at the end of that row: two rows may use one colour."""
+    for axes in grid:
+        handles = axes[0].get_legend_handles_labels()[0]
+        axes[-1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
     return figure
 
 

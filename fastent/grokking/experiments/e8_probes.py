@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from fastent.grokking.experiments import leads
 from fastent.grokking.experiments.claims import (
@@ -299,7 +300,7 @@ def two_probes(result: Probes) -> Figure:
 
 
 def probe_sizes(result: Probes) -> Figure:
-    """Deficit of H, its spread over the runs, and the entropy of each size along the first run."""
+    """Deficit of H by the size of the probe, and its spread over the runs."""
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     a, b = figure.subplots(1, 2)
     sampled = [p for p in result.sized if p.name not in WHOLE]
@@ -326,6 +327,9 @@ def probe_sizes(result: Probes) -> Figure:
     b.set(title="B  Its spread", ylabel="standard deviation (no unit)")
     for axes in (a, b):
         _sizes_axis(axes, n)
+    if b.get_yscale() == "log":  # within two powers of ten: these alone would leave one tick
+        b.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        b.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     return figure
 
 

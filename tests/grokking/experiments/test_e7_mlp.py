@@ -107,6 +107,22 @@ def test_mlps_that_grok_do_not(transformers):
     assert claims["e7.alignment"].verdict == Verdict.NOT_REPRODUCED
     assert "T_grok 800 on average" in claims["e7.mlp"].ours
     assert "6 of 6 MLP runs grok" in e7_mlp.headline(result)
+    figure = e7_mlp.spectra(result)
+    legends = [axes.get_legend() for axes in figure.axes]
+    assert [index for index, legend in enumerate(legends) if legend] == [
+        2,
+        5,
+    ]  # at the end of each row, of that row
+    assert figure.legends == []
+    assert [text.get_text() for text in legends[2].get_texts()] == [
+        "share between labels",
+        "of it, five frequencies",
+    ]
+    assert [text.get_text() for text in legends[5].get_texts()] == [
+        "restricted loss",
+        "excluded loss",
+        "test loss",
+    ]
 
 
 def test_one_setting_in_which_some_runs_collapse_without_generalising_is_sufficiency_in_part(transformers):
