@@ -208,6 +208,10 @@ def report(
 ) -> int:
     """Write the report on a folder of runs; or see whether committed documents follow from it.
 
+    For example:
+        fastent report runs/quick --out report
+        fastent report bench/results/paper --check
+
     Parameters
     ----------
     runs : Path
@@ -316,6 +320,10 @@ def watch(path: Path, *, once: bool = False) -> int:
 
 def entropy(activations: Path, *, tokens: Tokens | None = None, convention: Convention = "relative") -> int:
     """Print the spectral entropy of activations in a file; exit status 1 where there is none (NaN or Inf in them).
+
+    For example:
+        fastent entropy activations.npy
+        fastent entropy hidden.safetensors --tokens last
 
     Parameters
     ----------
@@ -574,7 +582,11 @@ def _safetensors(path: Path) -> Iterator[Stored]:
 
 
 def list_() -> int:
-    """Print the experiments and the presets."""
+    """Print the experiments and the presets.
+
+    For example:
+        fastent list
+    """
     from fastent.grokking.experiments.jobs import JOBS
     from fastent.grokking.experiments.report import EXPERIMENTS
     from fastent.grokking.train.config import PRESETS
@@ -605,7 +617,11 @@ def list_() -> int:
 
 
 def doctor() -> int:
-    """Print what fastent would use on this machine, and why."""
+    """Print what fastent would use on this machine, and why.
+
+    For example:
+        fastent doctor
+    """
     for name, value in examine():
         print(f"{name:<12} {value}")
     return 0
@@ -696,8 +712,12 @@ def plan(
 
     Rates are those of this machine's CPU, measured for some two seconds; sizes beyond the measured are extrapolated.
     The forward pass of the probe, as a rule most of the cost, is in it where --model or --probe-time says what it
-    takes: `fastent plan --model train:make_monitor --step-time 0.02 --stride 10`, with a train.py that has
+    takes. In the second example train.py has
     `def make_monitor(): return fastent.SpectralEntropyMonitor(model, probe, layers="blocks.*")`.
+
+    For example:
+        fastent plan --layers 24 --d 1024 --step-time 0.3
+        fastent plan --model train:make_monitor --step-time 0.02 --stride 10
 
     Parameters
     ----------
@@ -759,6 +779,10 @@ def plan(
 def bench(*, quick: bool = False, out: Path = Path("bench/results"), only: tuple[str, ...] = ()) -> int:
     """Run the benchmarks of a checkout: rows, figures and tables.
 
+    For example:
+        fastent bench --quick
+        fastent bench --only entropy monitor --out rows
+
     Parameters
     ----------
     quick : bool
@@ -788,6 +812,10 @@ def _checkout() -> Path:
 
 def check(subject: Literal["maths"], *, runs: Path | None = None) -> int:
     """Check the paper's mathematics anew, a minute or two, and print its Table 6 beside what was found.
+
+    For example:
+        fastent check maths
+        fastent check maths --runs bench/results/paper
 
     Parameters
     ----------
@@ -844,6 +872,9 @@ def _dispatch(arguments: list[str]) -> int:
             "plan": plan,
             "bench": bench,
         }
+        if arguments and arguments[0] not in commands:
+            # No command will run: the help of all of them says what each is, in a sentence.
+            commands = {name: _named(command) for name, command in commands.items()}
         status: int = tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="fastent",
@@ -865,6 +896,17 @@ def _dispatch(arguments: list[str]) -> int:
         _complain(str(error))
         return 1
     return status
+
+
+def _named(command: Callable[..., int]) -> Callable[[], int]:
+    """Return a function that is only described, by the first sentence of a command."""
+    function = command.func if isinstance(command, functools.partial) else command
+
+    def described() -> int:
+        raise NotImplementedError
+
+    described.__doc__ = (function.__doc__ or "").partition("\n")[0]
+    return described
 
 
 def _default_settings(arguments: Sequence[str]) -> TrainConfig:

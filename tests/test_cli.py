@@ -177,6 +177,35 @@ def test_s5_trains_at_its_own_fraction_however_it_is_chosen_unless_a_fraction_is
     assert set(by_task.values()) == {0.3}
 
 
+def help_of(capsys, *command):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_help_of_every_command_has_examples_whose_options_it_has(capsys):
+    commands = re.findall(r"• (\w+)", help_of(capsys))
+    assert {"run", "runs", "watch", "compare", "report", "entropy", "doctor"} <= set(commands)
+    for command in commands:
+        text = help_of(capsys, command)
+        examples = re.findall(
+            r"^ +(fastent .*)", text.partition("For example:\n")[2].partition("\n\n")[0], re.M
+        )
+        assert examples, command
+        for example in examples:
+            assert example.split()[1] == command
+            for option in re.findall(r"--[\w-]+", example):
+                assert re.search(rf"(?m)^\W*{option}\b", text), (command, option)
+
+
+def test_the_help_of_all_commands_is_a_line_or_two_for_each(capsys):
+    text = help_of(capsys)
+    assert "For example" not in text
+    assert "• watch    Watch runs in training" in text
+    assert text.count("\n") < 45
+
+
 def test_runs_of_another_preset_do_not_join_a_folder_unless_forced(monkeypatch, tmp_path, capsys):
     assert main(["run", "e1", "--seeds", "0", "--out", str(tmp_path), *TINY]) == 0
     before = sorted(tmp_path.rglob("*"))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fastent.grokking.experiments.data import pack, read_runs
 from fastent.grokking.experiments.statistics import over, welch
 from fastent.grokking.train.storage import RunError
 
+ROOT = Path(__file__).parents[3]
 H_STAR = [0.65, 0.64, 0.63]
 """Of the planted seeds 0, 1, 2 at 1,500, 1,600 and 1,700; 100 steps later each is lower by 0.02."""
 
@@ -169,3 +171,12 @@ def test_the_curves_are_those_of_the_runs_and_their_mean(three_runs, other):
         assert mean.get_ydata()[0] == pytest.approx(value)
     dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in h.lines[4:7]]
     assert dots == list(zip([1500, 1600, 1700], H_STAR, strict=True))
+
+
+def test_the_page_of_the_docs_shows_what_the_recorded_runs_give(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "runs.md").read_text()
+    command = re.search(r"fastent (compare .*) --out docs/figures/compare.png", text)[1]
+    assert main(command.split()) == 0
+    assert f"```\n{capsys.readouterr().out.rstrip()}\n```" in text
+    assert (ROOT / "docs" / "figures" / "compare.png").is_file()
