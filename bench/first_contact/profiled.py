@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             "--clock-control",
             "none",
             "-k",
-            "regex:^_[a-z_]+$",
+            "regex:(covariance|gram|mean)_kernel",
             *sections,
             "--metrics",
             ",".join(METRICS),
