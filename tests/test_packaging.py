@@ -219,6 +219,7 @@ def test_the_wheel_holds_the_packages_and_no_top_level_module_but_fastent(wheel)
     assert modules <= set(names)
 
 
+@pytest.mark.interpreter
 def test_the_wheel_works_where_the_tree_is_not(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     result = run(ALONE + USE, str(tmp_path / "site"), cwd=tmp_path, site=tmp_path / "site")

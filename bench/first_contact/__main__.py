@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     run(chosen, out, end=float(os.environ.get("END", "3600" if rehearse else "470")), start=start)
     print(f"----- {time.monotonic() - start:.0f} s, {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
     print((out / "summary.txt").read_text(), end="", flush=True)
-    print(_run(known[LAST], VERDICTS, out / "log.txt")[1], end="")
+    print(_run(known[LAST], 3600 if rehearse else VERDICTS, out / "log.txt")[1], end="")
     return 0
 
 

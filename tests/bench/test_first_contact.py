@@ -162,4 +162,5 @@ def test_a_rehearsal_walks_all_stages_without_a_gpu(tmp_path: Path) -> None:
         done.stdout
     )
     assert len(list(tmp_path.iterdir())) <= 8
+    assert "not measured" in done.stdout.splitlines()[-1]
     assert all(json.loads(line)["passed"] for line in (tmp_path / "smoke.jsonl").read_text().splitlines())
