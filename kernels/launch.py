@@ -35,6 +35,8 @@ MULTIPROCESSORS = 132
 _BESIDE, _ADDED = 4, 3
 # Bytes of partial sums of a matrix that a split may take.
 MOST_PARTIAL = 64 * 2**20
+# What a thread can have.
+_MOST_REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,8 @@ class Tile:
     blocks: int  # programs that a multiprocessor holds at once, by their registers, with the dtype that takes most
     stages: int = 1  # the kernels prefetch by hand: the compiler's pipelining stays off
     means_first: bool = False  # column means from a launch of their own, so that the loop keeps no sums
-    registers: int | None = (
-        None  # of a thread; None: the assembler's choice, which may spill to fit one more block
-    )
+    # Of a thread, at most. None: the assembler chooses, which may spill to fit one more block (see product_launch).
+    registers: int | None = None
 
     @property
     def ahead(self) -> int:
@@ -268,6 +269,8 @@ def memory_arguments(out: Output, work: Workspace) -> tuple[Any, ...]:
 
 def product_launch(kernel: Any, out: Output, cut: Partition, args: tuple[Any, ...]) -> Launch:
     """Return the launch of a product: one program for each tile, matrix and part."""
-    tile = cut.tile
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, **OPTIONS}
+    tile, h = cut.tile, args[0]
+    # Columns apart take so many registers for their addresses that the assembler's choice spills.
+    registers = tile.registers or (None if h.stride(-1) == 1 else _MOST_REGISTERS)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": registers, **OPTIONS}
     return Launch(kernel, (cut.tiles * out.lower.shape[0], cut.parts), args, options)

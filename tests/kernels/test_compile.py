@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 
 from fastent.kernels.compile import (
@@ -28,6 +29,7 @@ from fastent.kernels.compile import (
     count_loop,
     differences,
     inner_loop,
+    launches,
 )
 from fastent.kernels.launch import TABLE
 
@@ -135,6 +137,19 @@ def test_gates_hold_for_every_layout_of_the_input(layout: str, tmp_path: Path) -
     found = [row for process in processes for row in finish(process)]
     assert {row["layout"] for row in found} == {layout}
     assert [row for row in found if row["faults"]] == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_other_layouts_are_compiled_with_the_spread_where_no_address_need_be_aligned(layout: str) -> None:
+    found = set()
+    for launch in launches(torch.float32, layout):
+        arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=True))
+        assert arguments["d"] % 16 != 0
+        if "EDGE" in arguments:
+            stage = "whole" if arguments.get("partial_ptr") is None else "part"
+            found.add((arguments["EDGE"], launch.options["num_warps"], stage))
+            assert arguments["spread_ptr"] is not None
+    assert found == {product[1:4] for product in PRODUCTS}
 
 
 SPILL = """

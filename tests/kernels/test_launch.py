@@ -6,8 +6,10 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastent.kernels.compile import resident
+from fastent.kernels.covariance import ResidentCovariance
 from fastent.kernels.launch import (
     MOST_PARTIAL,
     MULTIPROCESSORS,
@@ -118,3 +120,16 @@ def test_programs_of_a_multiprocessor_are_those_that_the_compiled_registers_allo
     )
     # The oldest Triton takes some registers more than that of the table: one program less at most.
     assert fit - 1 <= tile.blocks <= fit
+
+
+@pytest.mark.parametrize(("columns", "limit"), [("side by side", None), ("apart", 255)])
+def test_columns_apart_may_take_all_registers_of_a_thread(columns: str, limit: int | None) -> None:
+    # 512 x 127 in float32 spilled under triton 3.6, to fit one more block.
+    x = (
+        torch.empty(512, 127, device="meta")
+        if columns == "side by side"
+        else torch.empty(127, 512, device="meta").T
+    )
+    evaluator = ResidentCovariance(512, 127, device=x.device)
+    (launch,) = evaluator.launches(x, evaluator.output())
+    assert launch.options["maxnreg"] == limit
