@@ -41,6 +41,8 @@ TESTED = (
     (300, 20),
     (65536, 64),
 )
+# Of the test that draws its shapes: both sides, whole and in parts, no multiple of anything.
+DRAWN = ((601, 101), (41, 35), (101, 241), (35, 41))
 
 
 def variants() -> Iterator[gpu.Variant]:
@@ -49,9 +51,12 @@ def variants() -> Iterator[gpu.Variant]:
     yield from gpu.timed_variants(session)
     yield from gpu.table_variants(session)
     yield from smoke.variants(session.device)
-    for n, d in TESTED:
-        for dtype in gpu.DTYPES:
+    for dtype in gpu.DTYPES:
+        for n, d in TESTED:
             yield gpu.Variant("ResidentCovariance", n, d, dtype)
+        for n, d in DRAWN:
+            for layout in ("contiguous", "transposed"):
+                yield gpu.Variant("centered_matrix", n, d, dtype, layout=layout)
 
 
 def launches(variant: gpu.Variant) -> Iterator[Launch]:

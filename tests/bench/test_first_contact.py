@@ -78,6 +78,23 @@ def test_both_calls_name_stages_that_are_there_and_leave_the_benchmark_time() ->
     assert 'COMMIT=<hash> END=150 STAGES="' + SECOND + '"' in (contact.__doc__ or "")
 
 
+def test_the_smoke_test_has_each_entry_of_the_launch_table_whole_and_in_parts() -> None:
+    pytest.importorskip("triton")
+    from bench.first_contact import smoke
+    from fastent.kernels.launch import TABLE, partition
+
+    cuts = [
+        (side, partition(side, *((d, n) if side == "covariance" else (n, d)))) for side, n, d in smoke.cases()
+    ]
+    found = {(side, cut.tile, cut.parts > 1) for side, cut in cuts}
+    assert found == {
+        (side, entry.tile, split)
+        for side, entries in TABLE.items()
+        for entry in entries
+        for split in (False, True)
+    }
+
+
 def test_the_verdicts_are_the_last_that_is_printed_whatever_became_of_the_stages(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
