@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, then train; 1 where a run did not end well or the bits differ."""
     folder, name = [*(sys.argv[1:] if argv is None else argv), "cuda"][:2]
     out, device = Path(folder), torch.device(name)
+    out.mkdir(parents=True, exist_ok=True)
     cuda = device.type == "cuda"
     steps = 300 if cuda else 3
     found: dict[str, Any] = {}
