@@ -68,7 +68,7 @@ class SpectralEntropyCallback(Callback):
         Policy such as `fastent.StopAfterCrossing`, asked after each evaluation. The Trainer stops as it does for
         `EarlyStopping`, not before its `min_epochs` and `min_steps`.
     name : str
-        First part of what is logged. Two callbacks for the same layers need two names.
+        First part of what is logged. Two callbacks that share a layer need two names.
     module : str
         Submodule that takes the probe, for a LightningModule without `forward`; "" is the LightningModule itself.
     **options
@@ -85,6 +85,8 @@ class SpectralEntropyCallback(Callback):
     TypeError
         For an option that the monitor does not have. What else is wrong with the arguments raises when a fit starts,
         before its first batch, since the monitor is made there.
+    ValueError
+        When a fit starts, if another callback of the Trainer would log under the same name and layer.
 
     Notes
     -----
@@ -161,6 +163,7 @@ class SpectralEntropyCallback(Callback):
                 'the probe passes through the forward method: name the submodule that has one, such as module="net"'
             )
             raise
+        self._refuse_shared_names(trainer)
         self._records = []
         state, self._loaded = self._loaded, None
         if state is not None:
@@ -169,7 +172,8 @@ class SpectralEntropyCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Offer the newest values of a run that goes on: the Trainer has forgotten them."""
         assert self.monitor is not None
-        self._offer(trainer, trainer.strategy.broadcast(self.monitor.history))
+        known = [record for record in self.monitor.history if record.layer in self.monitor.layers]
+        self._offer(trainer, trainer.strategy.broadcast(known))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -255,12 +259,12 @@ class SpectralEntropyCallback(Callback):
         for record in records:
             if record.status.usable:
                 for logger in trainer.loggers:
-                    logger.log_metrics({self._key(record): record.normalized}, step=record.step)
+                    logger.log_metrics({self._key(record.layer): record.normalized}, step=record.step)
         self._offer(trainer, records)
 
     def _offer(self, trainer: Trainer, records: Iterable[EntropyRecord]) -> None:
         """Put the newest values where callbacks look for them, as Lightning's `LearningRateMonitor` does."""
-        newest = {self._key(record): record.normalized for record in records if record.status.usable}
+        newest = {self._key(record.layer): record.normalized for record in records if record.status.usable}
         if newest:  # to ask for the metrics makes the Trainer reduce all that it holds
             device = trainer.strategy.root_device
             trainer.callback_metrics.update(
@@ -270,8 +274,24 @@ class SpectralEntropyCallback(Callback):
                 }
             )
 
-    def _key(self, record: EntropyRecord) -> str:
-        return f"{self._name}/{record.layer}" if record.layer else self._name
+    def _refuse_shared_names(self, trainer: Trainer) -> None:
+        """Refuse what another callback of the Trainer, whose monitor is made already, logs too."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined]  # set in its constructor
+            if isinstance(other, SpectralEntropyCallback) and other is not self:
+                shared = sorted(self._keys & other._keys)
+                if shared:
+                    raise ValueError(
+                        f"two callbacks of one Trainer would log {', '.join(shared[:3])}: give one of them another "
+                        f'name, name="{self._name}_train"'
+                    )
+
+    @property
+    def _keys(self) -> set[str]:
+        watched = None if self.monitor is None else self.monitor._watched
+        return set() if watched is None else {self._key(layer) for layer in watched.order}
+
+    def _key(self, layer: str) -> str:
+        return f"{self._name}/{layer}" if layer else self._name
 
 
 def _steps(trainer: Trainer) -> int:

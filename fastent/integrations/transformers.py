@@ -134,7 +134,16 @@ class SpectralEntropyCallback(transformers.TrainerCallback):
         -------
         SpectralEntropyCallback
             This one.
+
+        Raises
+        ------
+        TypeError
+            For anything else.
         """
+        if not isinstance(trainer, transformers.Trainer):
+            raise TypeError(
+                f"attach takes the transformers.Trainer that will train; got {type(trainer).__name__}"
+            )
         self._handler = trainer.callback_handler
         if self not in self._handler.callbacks:
             trainer.add_callback(self)

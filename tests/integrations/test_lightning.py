@@ -295,6 +295,25 @@ def test_several_callbacks_keep_apart_by_layers_or_by_name(tmp_path: Path) -> No
         trainer(entropy(), entropy(every=7))
 
 
+@pytest.mark.parametrize("probe", [PROBE, "batch"])
+def test_two_callbacks_of_one_name_that_share_a_layer_are_refused_before_the_first_batch(probe: Any) -> None:
+    first, second = entropy(layers=["net.3", "net.0"]), entropy(layers="net.*", probe=probe, every=4)
+    net, t = Net(), trainer(first, second)
+    with pytest.raises(
+        ValueError, match=r'would log entropy/net\.0, entropy/net\.3: .* name="entropy_train"'
+    ):
+        t.fit(net, loader())
+    assert t.global_step == hooks(net) == 0
+    assert first.monitor.closed
+    assert second.monitor.closed
+    first, second = (
+        entropy(layers="net.0"),
+        entropy(layers=["0", "1"], module="net"),
+    )  # entropy/0 is another name
+    trainer(first, second).fit(net, loader())
+    assert {layer for _, layer in values(first) | values(second)} == {"net.0", "0", "1"}
+
+
 def test_a_second_fit_of_a_trainer_goes_on_and_another_trainer_begins_anew() -> None:
     callback, net, kept = entropy(), Net(), Kept()
     t = trainer(callback, logger=kept)

@@ -144,6 +144,35 @@ def test_a_trainer_that_reports_and_is_not_attached_is_warned_of(tmp_path: Path)
     trainer.train()
 
 
+def test_what_is_no_trainer_cannot_be_attached_to() -> None:
+    with pytest.raises(TypeError, match=r"attach takes the transformers\.Trainer .*; got GPT2LMHeadModel"):
+        watch().attach(gpt2())
+
+
+def test_a_run_that_goes_on_with_other_layers_puts_those_into_the_metrics(tmp_path: Path) -> None:
+    trainer_of(tmp_path, watch(), **SAVING).train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    callback = SpectralEntropyCallback(
+        layers=["transformer.h.0", "transformer.h.1"], probe=PROBE, tokens="mean"
+    )
+    seen: dict[str, float] = {}
+
+    class Seen(TrainerCallback):
+        def on_evaluate(
+            self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+        ) -> None:
+            seen.update({key: value for key, value in metrics.items() if "entropy" in key})
+
+    trainer = trainer_of(tmp_path, callback, Seen(), eval_strategy="steps", eval_steps=6)
+    with pytest.warns(
+        UserWarning, match=r"not watched, .*: 'transformer\.h\.1\.mlp'; watched .*: 'transformer\.h\.1'"
+    ):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    newest = {f"eval_entropy/{layer}": h for step, layer, h in values(callback) if step == 6}
+    assert seen == newest
+    assert len(newest) == 2
+
+
 def test_a_late_record_is_reported_at_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
