@@ -141,21 +141,21 @@ def _value(value: Any) -> str:
 
 
 def named_as_before(jobs: Sequence[Job], out: Path) -> list[Job]:
-    """Return `jobs` under the names without changes, where one of them was begun in `out` under such a name."""
+    """Return `jobs` under the names without changes, where that is how they were begun in `out`."""
     plain = [dataclasses.replace(job, changed=()) for job in jobs]
-    return plain if any(_begun(job, out) for job in plain) else list(jobs)
+    there = [same for job in plain for seed in job.seeds if (same := _begun(job, out / job.run_name(seed)))]
+    return plain if there and all(same == "same" for same in there) else list(jobs)
 
 
-def _begun(job: Job, out: Path) -> bool:
-    asked = job.settings() | {"measures": []}
-    for seed in job.seeds:
-        path = out / job.run_name(seed)
-        try:
-            if read_settings(path) | {"measures": []} == asked and what_counts(path):
-                return True
-        except (OSError, ValueError, KeyError, TypeError, RunError):
-            continue  # a run that cannot be read is refused where it is asked for
-    return False
+def _begun(job: Job, path: Path) -> str:
+    """Whether a folder holds a run of the "same" settings as `job` or of "others"; "" where it holds none."""
+    try:
+        recorded = read_settings(path) if what_counts(path) else None
+    except (OSError, ValueError, KeyError, TypeError, RunError):
+        return "others"  # what it is cannot be read, and is said where it is asked for
+    if recorded is None:
+        return ""
+    return "same" if {**recorded, "measures": []} == {**job.settings(), "measures": []} else "others"
 
 
 def plan_stacks(job: Job, out: Path, workers: int = 1) -> list[Job]:

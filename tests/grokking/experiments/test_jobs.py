@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastent.grokking.experiments.jobs import FEW_PAIRS, FEWER, JOBS, MLPS, controls
+from fastent.grokking.experiments.jobs import FEW_PAIRS, FEWER, JOBS, MLPS, controls, planned
 from fastent.grokking.train.conditions import make_condition, sources
 from fastent.grokking.train.config import TrainConfig, preset
 from fastent.grokking.train.loop import train
@@ -188,3 +188,17 @@ def test_every_kind_of_run_can_be_trained(name, tmp_path):
             assert 0 < rows[1]["label_share"] <= 1
         if job.experiment == "e1":
             assert rows[1]["entropy_all_status"] in ("ok", "rank_limited")
+
+
+def test_names_carry_what_is_changed_and_runs_that_follow_others_find_them_under_it():
+    config = preset("quick", task="s5", learning_rate=5e-4, measures=("fourier",))
+    jobs = planned("e3", config, "quick", (0, 1))
+    names = {job.run_name(seed) for job in jobs for seed in job.seeds}
+    assert {job.changed for job in jobs} == {
+        ("learning_rate",)
+    }  # S5 has its own share of the pairs, asked for or not
+    assert "e1-baseline-s5-learning_rate=0.0005-seed0" in names
+    followed = {each.run_name(seed) for job in jobs for each in sources(job) for seed in job.seeds}
+    assert followed
+    assert followed <= names
+    assert {job.changed for job in planned("e3", preset("quick"), "quick", (0,))} == {()}

@@ -13,7 +13,7 @@ from toy_stack import CONFIG, JOB, contents
 
 from fastent.grokking.train import environment
 from fastent.grokking.train.environment import describe_environment
-from fastent.grokking.train.runs import Job, plan_stacks
+from fastent.grokking.train.runs import Job, named_as_before, plan_stacks
 from fastent.grokking.train.storage import RunError, RunWarning
 from fastent.grokking.train.sweep import _check_folder as check_folder
 
@@ -235,3 +235,17 @@ def test_a_name_carries_the_changed_settings_and_stays_below_what_a_file_system_
     assert long.run_name(0).startswith("e1-baseline-add-task=add,modulus=")
     assert long.run_name(0) != other.run_name(0)
     assert Job.of_settings("e1", "baseline", job.settings(), job.seeds, ["hidden", "learning_rate"]) == job
+
+
+def test_names_from_before_are_kept_only_where_all_that_has_them_is_of_the_settings_asked_for(half, tmp_path):
+    out = half(27)
+    asked = dataclasses.replace(JOB, changed=("learning_rate",))
+    other = dataclasses.replace(OTHER, experiment="e5", changed=("learning_rate",))
+    assert named_as_before([asked, other], tmp_path / "elsewhere") == [asked, other]
+    assert named_as_before([asked, other], out) == [JOB, dataclasses.replace(other, changed=())]
+    # The plain names are those of other settings, whatever else of the command may be there by chance.
+    changed = dataclasses.replace(OTHER, changed=("learning_rate",))
+    assert named_as_before([dataclasses.replace(asked, seeds=(0,)), changed], out) == [
+        dataclasses.replace(asked, seeds=(0,)),
+        changed,
+    ]
