@@ -159,6 +159,8 @@ def _planned(
 
     if experiment not in (*JOBS, "all"):
         raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, and {out} is a file: give another place")
     asked: list[Job] = []
     runs: set[str] = set()
     for name in JOBS:

@@ -138,6 +138,14 @@ def test_run_says_what_an_argument_must_be(tmp_path, capsys, arguments, message)
     assert not (tmp_path / "runs").exists()
 
 
+def test_run_refuses_a_file_in_the_place_of_its_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["run", "e1", "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == (
+        f"fastent: --out must be a folder, and {tmp_path / 'file'} is a file: give another place\n"
+    )
+
+
 @pytest.mark.parametrize(("option", "value"), [("--learning-rate", "inf"), ("--epsilon", "nan")])
 def test_a_setting_out_of_its_range_is_wrong_usage(tmp_path, capsys, option, value):
     with pytest.raises(SystemExit) as ended:

@@ -243,7 +243,8 @@ def read(paths: Sequence[Path]) -> Compared:
         have = f"only {groups[0].kind} of {groups[0].source}" if groups else "none"
         also = f" ({'; '.join(left_out)})" if left_out else ""
         raise RunError(
-            f"a comparison needs complete runs of two settings, and there is {have}{also}: name another folder of runs"
+            f"a comparison needs complete runs of two settings, and there is {have}{also}: name two folders of runs, "
+            "or one that holds both"
         )
     keys = dict.fromkeys(group.key for group in groups)
     by_key = {key: tuple(group for group in groups if group.key == key) for key in keys}
@@ -291,6 +292,8 @@ def compare(paths: Sequence[Path], out: Path | None = None, console: Console | N
     """
     if out is not None and out.suffix not in (".html", ".png"):
         raise ValueError(f"--out must end in .html, for a page, or .png, for the curves alone; got {out}")
+    if out is not None and out.parent.exists() and not out.parent.is_dir():
+        raise ValueError(f"--out must lie in a folder, and {out.parent} is a file: give another place")
     found, console = read(paths), console or Console()
     for side in found.sides:
         _print_side(side, console)

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from fastent.grokking.experiments.data import Runs, StoredRun, unpack
-from fastent.grokking.train.runs import awaited
+from fastent.grokking.train.runs import awaited, what_counts
 from fastent.grokking.train.storage import RunError, holder, read_rows
 
 REMEDY = "give the --out of `fastent run`, or a folder of packed runs"
+MEND = "put the file back from a copy, or move the folder away to train the seed anew"
 
 
 class State(StrEnum):
@@ -156,7 +157,7 @@ class Folder:
         try:
             return self._read(path)
         except (RunError, OSError, ValueError, KeyError, TypeError) as error:
-            said = str(error) if isinstance(error, RunError | OSError) else f"{path} is damaged: {error!r}"
+            said = str(error) if isinstance(error, RunError) else f"{path} is damaged ({error!r}): {MEND}"
             return RunState(path.name, State.DAMAGED, written=_written(path), detail=said)
 
     def _read(self, path: Path) -> RunState:
@@ -166,19 +167,22 @@ class Folder:
         if record is None:
             if trained_by is not None:
                 return RunState(path.name, State.RUNNING, written=_written(path))  # it is about to begin
+            if not what_counts(path):
+                return RunState(
+                    path.name, State.INTERRUPTED, written=_written(path), detail="it has not begun"
+                )
             raise RunError(
                 f"{path / 'config.json'} is missing: put it back from a copy (another seed's, with this one's number "
                 "in it), or move the folder away to train the seed anew"
             )
         log = self._logs.setdefault(path, _Log(path / "metrics.jsonl"))
+        if done is not None and not isinstance(done["steps"], int):
+            raise RunError(f"{path / 'DONE'} says steps {done['steps']!r}, no number: {MEND}")
         known = done is not None and {"t_mem", "t_grok"} <= done.keys() and not self._whole
         log.read(last=known)
         if done is not None and (not log.rows or log.rows[-1]["step"] != done["steps"]):
             at = f"end at step {log.rows[-1]['step']:,}" if log.rows else "are none"
-            raise RunError(
-                f"{log.path}: its rows {at}, and DONE says {done['steps']:,}: put them back from a copy, or move the "
-                "folder away to train the seed anew"
-            )
+            raise RunError(f"{log.path}: its rows {at}, and DONE says {done['steps']:,}: {MEND}")
         stored = StoredRun(path, record, {}, tuple(log.rows), (), done, failed)
         told = _told(stored, done if known else None)
         told["stored"] = None if known else stored

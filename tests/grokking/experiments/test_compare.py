@@ -131,6 +131,10 @@ def test_what_cannot_be_compared_is_refused_with_the_remedy(three_runs, tmp_path
     assert refusal(three_runs).startswith(f"fastent: {alone}")
     assert "missing does not exist" in refusal(three_runs, tmp_path / "missing")
     assert "--out must end in .html, for a page, or .png" in refusal(three_runs, "--out", "x.pdf")
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "x.html"
+    assert f"{tmp_path / 'file'} is a file: give another place" in refusal(three_runs, "--out", place)
+    assert "there is none: name two folders of runs" in refusal()
     writer(tmp_path / "young", 0, last_step=1000, done=False)
     assert "there is none (" in refusal(tmp_path / "young")
     for width in range(1, 8):

@@ -96,6 +96,13 @@ def test_a_torn_last_line_is_left_out_and_told_of_a_run_that_nobody_trains(tmp_p
         (lambda run: (run / "config.json").write_text("[]"), "config.json does not say config, experiment"),
         (lambda run: (run / "DONE").write_text('{"reason": "grokked"}'), "DONE does not say steps"),
         (lambda run: (run / "DONE").write_text('{"steps": 2600}'), "its rows end at step 2,500, and DONE says 2,600"),
+        (lambda run: (run / "DONE").write_text('{"steps": "x", "reason": ""}'), "DONE says steps 'x', no number"),
+        (
+            lambda run: (run / "metrics.jsonl").write_text(
+                (run / "metrics.jsonl").read_text().replace('"ok"', '"fine"')
+            ),
+            "is damaged (ValueError(\"'fine' is not a valid Status\")): put the file back from a copy",
+        ),
         (lambda run: (run / "metrics.jsonl").unlink(), "its rows are none, and DONE says 2,500"),
         (
             lambda run: (run / "metrics.jsonl").write_text(
@@ -182,6 +189,13 @@ def test_runs_that_a_living_process_announced_are_awaited(tmp_path, writer):
         path.write_text(json.dumps({**sweep, "pid": dead_pid()}))
         assert {state.state for state in look(tmp_path).values()} == {State.INTERRUPTED}
     assert list(tmp_path.iterdir()) == [interrupted]
+
+
+def test_a_folder_in_which_nothing_was_trained_has_not_begun(tmp_path):
+    (tmp_path / "e1-baseline-add-seed0").mkdir()
+    (tmp_path / "e1-baseline-add-seed0" / "lock").write_text("")
+    (state,) = Folder(tmp_path).look()
+    assert (state.state, state.detail) == (State.INTERRUPTED, "it has not begun")
 
 
 def test_looking_changes_nothing_and_takes_no_lock(tmp_path, writer):
