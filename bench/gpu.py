@@ -170,7 +170,7 @@ class Session:
         """Whether the time is used up; `op` is recorded as skipped then."""
         late = time.monotonic() > self.deadline
         if late:
-            self.skip(op, "the time of the run was used up", **values)
+            self.skip(op, "the time of the run was used up", late=True, **values)
         return late
 
     def add(self, op: str, **values: object) -> None:

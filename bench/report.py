@@ -93,9 +93,10 @@ def write_cpu(folder: Path) -> list[Path]:
 
 def write_gpu(folder: Path) -> list[Path]:
     """Report on the rows of `bench.gpu` in `folder`, written there; print the verdicts."""
-    found = with_shares(newest(read_rows(folder / "gpu.jsonl")))
-    print(verdict_table(found))
-    judged = [verdict._asdict() for verdict in verdicts(found)]
+    everything = read_rows(folder / "gpu.jsonl")
+    found = with_shares(newest(everything))
+    print(verdict_table(everything))
+    judged = [verdict._asdict() for verdict in verdicts(everything)]
     rows = {"verdicts": judged, **_group(found, lambda row: row["op"])}
     return write(
         "Benchmark of the entropy path",
@@ -385,9 +386,10 @@ class Target:
 def verdicts(rows: list[Row]) -> list[Verdict]:
     """Hold each target of the GPU path (`TARGETS`) against rows of `bench.gpu`.
 
-    Rows made without a GPU count for nothing. A figure that does not measure what its target asks for gives no verdict
-    but a reason: a time that is not the device's (`timing`), a slowdown whose evaluations were dropped, a step of
-    another length. Two times that are compared are of one run and one card.
+    Rows made without a GPU count for nothing. Of several runs the newest that came to a figure counts, also where it
+    found that there is none. A figure that does not measure what its target asks for gives no verdict but a reason: a
+    time that is not the device's (`timing`), a slowdown whose evaluations were dropped, a step of another length. Two
+    times that are compared are of one run and one card.
     """
     of_gpu = [row for row in rows if "skipped" in row or row.get("capability")]
     return [target.verdict(of_gpu) for target in TARGETS]
@@ -399,15 +401,20 @@ def verdict_table(rows: list[Row]) -> str:
 
 
 def _row(rows: list[Row], op: str, **wanted: object) -> Row:
-    """Return the newest measured row with these values; raise the reason why there is none."""
-    here = [row for row in rows if row["op"] == op]
-    for row in reversed(here):
+    """Return the newest row with these values; raise the reason where it says why there is no figure, or is none.
+
+    What there was no time for, or a part that broke, says nothing of a row that is there.
+    """
+    reason = "no row of a GPU"
+    for row in reversed([row for row in rows if row["op"] == op]):
         if "skipped" not in row and all(row.get(key) == value for key, value in wanted.items()):
             return row
-    for row in reversed(here):  # what was skipped as a whole has not all of the values
+        # What was skipped as a whole has not all of the values.
         if "skipped" in row and all(row.get(key, value) == value for key, value in wanted.items()):
-            raise NotMeasuredError(row["skipped"])
-    raise NotMeasuredError("no row of a GPU")
+            reason = row["skipped"]
+            if not (row.get("late") or row.get("broke")):
+                break
+    raise NotMeasuredError(reason)
 
 
 def _device_row(rows: list[Row], op: str, **wanted: object) -> Row:
@@ -474,10 +481,13 @@ def _waits(rows: list[Row]) -> Measured:
 
 
 def _outside(rows: list[Row]) -> Measured:
-    last = _row(rows, "gate")
-    passed = [row["passed"] for row in rows if row["op"] == "gate" and "skipped" not in row]
-    outside = len(passed) - sum(passed)
-    return Measured(outside, f"{outside} of {len(passed)}", last)
+    gates = [row for row in rows if row["op"] == "gate" and "skipped" not in row]
+    if not gates:
+        raise NotMeasuredError("no row of a GPU")
+    keys = ("provider", "backend", "batch", "n", "d", "dtype", "side", "layout")
+    last = {tuple(row.get(key) for key in keys): row["passed"] for row in gates}
+    outside = len(last) - sum(last.values())
+    return Measured(outside, f"{outside} of {len(last)}", gates[-1])
 
 
 def _trainer(rows: list[Row]) -> Measured:

@@ -175,8 +175,9 @@ def test_each_target_is_met_missed_or_not_measured_by_the_rows():
         "20: 2 ms over 100 us",
         "missed",
     )
-    gates = [{"op": "gate", "provider": "resident", "passed": passed, **CARD} for passed in (True, False)]
+    gates = [{"op": "gate", "n": n, "passed": passed, **CARD} for n, passed in ((1, True), (2, False))]
     assert judged("results outside", *gates)[2:4] == ("1 of 2", "missed")
+    assert judged("results outside", *gates, {**gates[1], "passed": True})[2:4] == ("0 of 2", "met")
     ceiling = {"op": "ceiling", "provider": report.PRODUCT, "per_second": 5e13, **CARD}
     rate = {**SMALL, "batch": 1, "n": 8192, "d": 4096, "flops": 1.5e11, **TIMES, "us_p50": 5e3}
     assert judged("8192 x 4096: executed", ceiling, rate)[2:4] == ("0.6: 30 of 50 TFLOP/s", "missed")
@@ -206,6 +207,13 @@ def test_a_figure_of_something_else_gives_no_verdict_but_the_reason():
         assert judged("slowdown of a captured", {**SLOWDOWN, **change})[2:4] == (reason, "not measured")
     whole = {"op": "kernel", "skipped": "no CUDA device", "part": "kernel"}
     assert judged("512 x 128, in the stream", whole).measured == "no CUDA device"
+    # A later run that found no figure takes the older one back; one that had no time does not.
+    later = {"op": "kernel", "n": 512, "d": 128, "run": "2", "part": "kernel"}
+    wrong, late = {**later, "skipped": "outside its gate"}, {**later, "skipped": "time", "late": True}
+    assert judged("512 x 128, in the stream", small, wrong).measured == "outside its gate"
+    broke = {"op": "kernel", "part": "kernel", "run": "1", "skipped": "the part broke", "broke": True}
+    assert judged("512 x 128, in the stream", small, late, broke).verdict == "met"
+    assert judged("512 x 128, in the stream", late).measured == "time"
 
 
 def test_times_of_two_runs_or_cards_are_not_compared():
