@@ -33,6 +33,7 @@ TESTED = {
     "transformers": "the callback, in one process and two",
     "accelerate": "the scripts above, two processes; behind Transformers",
     "peft": "names of layers, and the callback of Transformers",
+    "trl": "the callback of Transformers, in its SFTTrainer",
     "torchmetrics": "the metric, in one process and two",
     "tensorboard": "`log_to`",
     "wandb": "`log_to`, offline",

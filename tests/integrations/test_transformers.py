@@ -542,6 +542,61 @@ def test_a_prompt_is_no_part_of_a_layers_name() -> None:
     assert [(record.layer, record.n) for record in monitor.step(0)] == [("transformer.h.0", 12 * 7)]
 
 
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")  # of the hosts
+@pytest.mark.parametrize(("probe", "packed"), [("fixed", False), ("batch", False), ("batch", True)])
+def test_a_trainer_of_trl_keeps_its_bits_and_its_own_metrics_and_resumes(
+    tmp_path: Path, probe: str, packed: bool
+) -> None:
+    trl = pytest.importorskip("trl")
+    import datasets
+    import tokenizers
+    import transformers
+
+    words = {f"w{i}": i for i in range(30)} | {"[UNK]": 30, "[PAD]": 31}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]")),
+        pad_token="[PAD]",
+        eos_token="[PAD]",
+    )
+    rows = [{"input_ids": row[: 3 + i % 5].tolist()} for i, row in enumerate(TOKENS)]
+    given = (
+        {"probe": PROBE, "tokens": "mean"} if probe == "fixed" else {"probe": "batch", "tokens": "flatten"}
+    )
+
+    def run(*callbacks: SpectralEntropyCallback, resume: str | None = None) -> Any:
+        args = trl.SFTConfig(
+            str(tmp_path / "run"),
+            max_steps=6,
+            per_device_train_batch_size=4,
+            logging_steps=2,
+            save_steps=4,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            packing=packed,
+            max_length=8,
+        )
+        data = datasets.Dataset.from_list(rows)
+        trainer = trl.SFTTrainer(gpt2(), args=args, train_dataset=data, processing_class=tokenizer)
+        for callback in callbacks:
+            callback.attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    def own(trainer: Any) -> list[dict[str, float]]:
+        return [row for row in trainer.state.log_history if "loss" in row]
+
+    whole, resumed = (SpectralEntropyCallback(layers=LAYERS, **given) for _ in range(2))
+    without, watched = run(), run(whole)
+    assert same(without.model.state_dict(), watched.model.state_dict())
+    assert own(without) == own(watched)
+    assert [row["step"] for row in own(watched)] == [2, 4, 6]
+    assert steps(whole) == ([0] if probe == "fixed" else []) + [2, 4, 6]
+    run(resumed, resume=str(tmp_path / "run" / "checkpoint-4"))
+    assert values(resumed) == values(whole)
+
+
 TWO = """
 import json, os, sys
 import torch
