@@ -103,6 +103,7 @@ def test_a_trial_times_steps_and_writes_nothing(tmp_path):
 
 
 def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(tmp_path, no_trial, capsys):
+    pytest.importorskip("tyro")
     out = tmp_path / "runs"
     tiny = ["--modulus", "7", "--width", "8", "--batch-size", "8", "--probe-size", "8"]
 
