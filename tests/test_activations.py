@@ -421,7 +421,9 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")  # torch's own, in jvp
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is"
+)  # torch's own, in jvp; its category goes by the release
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_tensor_inside_a_transform_is_refused_with_the_way_out(transform, threads):

@@ -119,7 +119,7 @@ def test_there_is_a_section_for_each_host() -> None:
     r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning"
 )
 @pytest.mark.filterwarnings(  # of torch 2.13, where Ignite imports torch.distributed.optim
-    r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning"
+    r"ignore:`torch\.jit\.\w+` is deprecated"
 )
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")  # nor should it, here
 @pytest.mark.nightly  # for what it imports

@@ -212,7 +212,7 @@ def test_what_torchmetrics_fixes_is_fixed() -> None:
             setattr(metric, name, True)
     assert hash(metric) != hash(metric.clone())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own of torch.jit
+        warnings.filterwarnings("ignore", "`torch.jit")  # torch's own
         torch.jit.script(metric)
 
 
