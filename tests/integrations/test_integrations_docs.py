@@ -65,7 +65,7 @@ def table() -> str:
             "|---|---|---|",
             *rows,
             "",
-            "Other releases of torch were not tried with these hosts; pyproject.toml admits none from 2.14 on yet.",
+            "Other releases of torch were not tried with these hosts.",
         ]
     )
 
