@@ -276,7 +276,7 @@ class SpectralEntropyCallback(Callback):
 
     def _refuse_shared_names(self, trainer: Trainer) -> None:
         """Refuse what another callback of the Trainer, whose monitor is made already, logs too."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined]  # set in its constructor
+        for other in trainer.callbacks:
             if isinstance(other, SpectralEntropyCallback) and other is not self:
                 shared = sorted(self._keys & other._keys)
                 if shared:

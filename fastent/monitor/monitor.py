@@ -809,7 +809,7 @@ class SpectralEntropyMonitor:
             dropped = checked_count("dropped", state.get("dropped", 0))
             recording = self._recording.empty()
             recording.load_state_dict(state)
-            gone, new = self._watched.compare(ran) if self._watched else ({}, [])
+            gone, added = self._watched.compare(ran) if self._watched else ({}, [])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"nothing is loaded: {_reason(error)}") from error
         with interrupts_held():
@@ -824,8 +824,8 @@ class SpectralEntropyMonitor:
             if self._batch is not None:
                 self._stride = self._told = None
                 self._arm(self._batch)
-        if gone or new:
-            warn_user(_of_other_layers(gone, new), UserWarning)
+        if gone or added:
+            warn_user(_of_other_layers(gone, added), UserWarning)
 
     @uncompiled
     def flush(self) -> list[EntropyRecord]:
