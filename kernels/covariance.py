@@ -383,10 +383,10 @@ def _covariance_kernel(
         outer = (delta_i[:, None] * delta_j[None, :]) * n.to(tl.float64)
         at = lower_ptr + (batch * d + cols_i[:, None]) * d + cols_j[None, :]
         inside = in_i[:, None] & in_j[None, :]
-        result = (product - outer) * scale
+        result = tl.where(inside, (product - outer) * scale, 0.0)
         tl.store(at, result, mask=inside)
         if spread_ptr is not None:
-            trace, squares = tile_shares(tl.where(inside, result, 0.0), i, j, cols_i, cols_j)
+            trace, squares = tile_shares(result, i, j, cols_i, cols_j)
             add_spread(
                 trace, squares, tile, tiles, batch, spread_ptr, shares_ptr, shares_batch, arrived_ptr, BLOCK
             )

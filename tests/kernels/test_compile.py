@@ -308,6 +308,10 @@ def test_gates_name_each_fault() -> None:
     ):
         (fault,) = Resources(**{**good, **change}).faults
         assert words in fault
+    # Columns apart: around the loop, not in it.
+    around = {**good, "layout": "strided", "stack": 8, "spills": 2}
+    assert Resources(**around).faults == ()
+    assert len(Resources(**{**around, "loop": loop(spills=1)}).faults) == 1
     assert Resources(**{**good, "arch": 90, "shared": 232448}).faults == ()
 
 
