@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("tyro")
 pytest.importorskip("safetensors")
+import fastent
 from fastent import cli, linalg, spectral_entropy
 from fastent.cli import main, parse_seeds
 from fastent.grokking.experiments.jobs import JOBS, planned
@@ -430,6 +431,17 @@ def test_doctor_ends_with_the_remedy(monkeypatch):
         "to do",
         f"{install_command('train')}, for no-such-package",
     )
+
+
+def test_doctor_says_where_another_project_of_this_name_is_in_the_way(monkeypatch):
+    assert "conflict" not in dict(cli.examine())
+    monkeypatch.setattr(cli, "conflict", lambda: "another project")
+    assert cli.examine()[-1] == ("conflict", "another project")
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastent {fastent.__version__}\n"
 
 
 WITHOUT = """

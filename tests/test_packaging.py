@@ -308,7 +308,7 @@ def test_a_package_whose_init_the_other_project_took_along_is_refused(both, tmp_
     assert result.stderr.strip().endswith("alone: pip install --force-reinstall --no-deps fastent-torch")
 
 
-def test_doctor_names_the_other_project_in_our_folder(monkeypatch):
+def test_the_other_project_in_our_folder_is_named_with_the_remedy(monkeypatch):
     def installed(name: str) -> SimpleNamespace:
         url = '{"url": "file:///clone", "dir_info": {"editable": true}}'
         files = ["fastent/__init__.py"] if name == "fastent" else []
