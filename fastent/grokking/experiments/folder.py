@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -310,26 +309,22 @@ class _Log:
             return
         if self._offset and self.path.stat().st_size < self._offset:
             self._begin_anew()  # a run that goes on drops what its checkpoint does not know
-        if not self._read_on() and self._offset:
+        whole = self._read_on()
+        if not whole and self._offset:
             self._begin_anew()  # it was dropped, and written again to more than there was
-            self._read_on()
-        if self.torn and _lines_after(self.path, self._offset):
-            raise RunError(
-                f"{self.path}: line {len(self.rows) + 1} is damaged, and rows follow it: put the file back from a copy"
-            )
+            whole = self._read_on()
+        if not whole:
+            raise RunError(f"{self.path}: line {len(self.rows) + 1} is damaged, and rows follow it: {MEND}")
 
     def _begin_anew(self) -> None:
         self.rows, self._offset = [], 0
 
     def _read_on(self) -> bool:
-        """Whether what was read continues what is there."""
-        rows, end = read_rows(self.path, self._offset)
-        follows = [row["step"] for row in [*self.rows[-1:], *rows]]
+        """Read the new rows; whether what follows them is nothing, or a line without an end."""
+        rows, self._offset = read_rows(self.path, self._offset)
         self.rows += rows
-        self._offset = end
-        self.torn = self.path.exists() and self.path.stat().st_size > end
-        whole = not (self.torn and _lines_after(self.path, end))
-        return whole and all(a < b for a, b in pairwise(follows))
+        self.torn = self.path.exists() and self.path.stat().st_size > self._offset
+        return not (self.torn and _lines_after(self.path, self._offset))
 
 
 def _lines_after(path: Path, offset: int) -> bool:

@@ -138,6 +138,11 @@ def test_a_run_is_read_on_while_it_is_written_and_anew_where_it_was_taken_back(t
         (state,) = folder.look()
         assert state.step == 50 * (lines - 1)
         assert [row["step"] for row in state.stored.rows] == list(range(0, 50 * lines, 50))
+    # Written anew, by another configuration say, to more than there was before.
+    longer = [line.replace(b'{"step"', b'{"forced": true, "step"') for line in whole]
+    (run / "metrics.jsonl").write_bytes(b"".join(longer))
+    (state,) = folder.look()
+    assert [row.get("forced") for row in state.stored.rows] == [True] * 51
 
 
 def test_what_lies_beside_runs_is_named_and_skipped(tmp_path, writer):
