@@ -287,7 +287,7 @@ def test_no_float64_copy_of_the_input_is_made() -> None:
     }
     held = out.nbytes() + work.nbytes()
     assert 0 <= held - sum(used.values()) < 3 * 16  # each result starts at a multiple of 16 bytes
-    assert held < h.nbytes / 8
+    assert held < h.nbytes / 4  # with the sums of 39 parts; a float64 copy has four times h
 
 
 def assert_same_bits(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
