@@ -4,10 +4,20 @@ A GPU that is not there skips as elsewhere.
 """
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """The environment as it was, after hosts that set the address of their process group and leave it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
 
 Report = TypeVar("Report", pytest.CollectReport, pytest.TestReport)
 
