@@ -153,7 +153,8 @@ def _cases() -> dict[str, Callable[[], object]]:
     short, tall, wide = normal(512, 128), normal(4096, 128, torch.bfloat16), normal(128, 1024)
     double, large = normal(512, 128, torch.float64), normal(16384, 128)
     model = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 8))
-    monitor = fastent.SpectralEntropyMonitor(model, normal(512, 16), "1", every=1)
+    # In line, so that the counts hold the whole evaluation, not a thread's share of it.
+    monitor = fastent.SpectralEntropyMonitor(model, normal(512, 16), "1", every=1, mode="sync")
     steps = iter(range(1_000_000))
     return {
         "spectral_entropy, 512 x 128 float32": lambda: fastent.spectral_entropy(short),
