@@ -138,7 +138,8 @@ def test_the_end_names_what_failed_and_holds_each_target_against_what_was_measur
         for batch, us in ((1, 9.0), (32, 21.0))
     ]
     # A later run that was cut short takes nothing from what was measured before.
-    rows.append({"part": "kernel", "run": "2", "op": "kernel", "skipped": "the time of the run was used up"})
+    cut = {"part": "kernel", "run": "2", "op": "kernel", "late": True}
+    rows.append({**cut, "skipped": "the time of the run was used up"})
     (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert verdicts.main([str(tmp_path)]) == 0
     failed, bad, *table = capsys.readouterr().out.splitlines()
