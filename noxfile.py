@@ -42,7 +42,12 @@ def nightly(session: nox.Session) -> None:
 def integrations(session: nox.Session) -> None:
     """Test the integrations with the newest release of every host, and write down which; one that is missing fails."""
     install(
-        session, "test", "integrations", "fastai-needs", extra="train,lightning,transformers,torchmetrics"
+        session,
+        "test",
+        "integrations",
+        "frames",
+        "fastai-needs",
+        extra="train,lightning,transformers,torchmetrics",
     )
     session.install("--no-deps", *nox.project.dependency_groups(PROJECT, "fastai"))
     session.run("pytest", "tests/integrations", "-m", "", *session.posargs, env={"FASTENT_HOSTS": "all"})

@@ -11,10 +11,11 @@ from fastent.forecast.predict import Forecast, predict_grok_time
 from fastent.mixing import mix_representations
 from fastent.moments import Moments
 from fastent.monitor.monitor import SpectralEntropyMonitor, StopAfterCrossing
-from fastent.records import EntropyRecord
+from fastent.records import Collapse, EntropyRecord
 from fastent.sampling import SamplingError, sampling_error
 
 __all__ = [
+    "Collapse",
     "Diagnosis",
     "EntropyRecord",
     "Forecast",

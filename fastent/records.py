@@ -1,9 +1,9 @@
-"""What a monitor keeps: a record for each layer and step, each layer's course, and where it crossed the threshold.
+"""What a monitor keeps: a record for each layer and step, each layer's course, where it crossed and collapsed.
 
 The eigenvalues stay out: thousands of records must fit a checkpoint. Everything becomes plain JSON values and
-comes back without losing a bit. A crossing is the first step whose record is usable and below the threshold. It
-is remembered when its record has gone from the bounded list of its layer, as is what a diagnosis and a forecast need
-(`Course`): neither a long run nor many layers change them.
+comes back without losing a bit. A crossing is the first step whose record is usable and below the threshold, a collapse
+the first whose entropy fell far enough (`Collapse`). They are remembered when their records have gone from the bounded
+list of the layer, as is what a diagnosis and a forecast need (`Course`): no long run and no other layers change them.
 
 The level of a run is the median of three usable evaluations in a row, so that a single wild one decides nothing. A
 course keeps the highest level ever, the highest of the last `patience` steps (as the levels that no later one exceeds,
@@ -13,11 +13,13 @@ at most one for each step), since when the level is below the threshold, the fir
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import re
 from collections import deque
-from collections.abc import Iterable, KeysView, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Iterable, KeysView, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
+from typing import Any, Literal
 
 from fastent.entropy import SpectralEntropy, Status
 from fastent.sampling import SamplingError
@@ -124,14 +126,53 @@ class EntropyRecord:
                 "flags": tuple(Status(flag) for flag in values["flags"]),
             }
         )
-        for name in ("step", "n", "d"):
+        for name in _COUNTS:
             checked_count(name, getattr(record, name))
         for name in ("layer", "message"):
             if not isinstance(getattr(record, name), str):
                 raise TypeError(f"{name} must be a string; got {getattr(record, name)!r}")
-        for name in ("bias", "standard_error"):
+        for name in _ERRORS:
             checked_number(name, getattr(record, name))
         return record
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """A fall of the normalised entropy that counts as collapse: `fall` below its highest of the last `within` steps.
+
+    A layer collapses at its first evaluation whose H lies more than `fall` below the largest H of the evaluations of
+    the last `within` steps: ``T_collapse`` of the study of grokking, which takes evaluations from the one on at which
+    the training set is memorised. Unusable evaluations are left out.
+
+    Parameters
+    ----------
+    fall : float
+        Difference in H, in (0, 1). 0.05 is the paper's (arXiv 2604.13123, section 5).
+    within : int
+        Steps, at least 1. 800 are five evaluations, 200 steps apart: the paper's "5-step rolling window" as this
+        project reads it. In both recorded settings, each of 10 runs that grok in some 12,000 steps, all had collapsed
+        so before they grokked (docs/results.md and docs/results-nearest.md, E1). Scale it with the length of a run.
+    since : int
+        Step of the first evaluation that counts. A network that memorises can lower H by more than `fall` within its
+        first hundreds of steps, whether it will grok or not: where it does, give the step at which it has memorised.
+
+    Raises
+    ------
+    ValueError
+        If `fall` lies outside (0, 1), `within` is below 1 or `since` negative.
+    """
+
+    fall: float = 0.05
+    within: int = 800
+    since: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fall < 1:
+            raise ValueError(f"fall is a difference of normalised entropies, in (0, 1); got {self.fall}")
+        if not self.within >= 1:
+            raise ValueError(f"within must be at least 1 step; got {self.within}")
+        if not self.since >= 0:
+            raise ValueError(f"since is a step, 0 or more; got {self.since}")
 
 
 class Course:
@@ -183,10 +224,7 @@ class Course:
         if level is None:
             return
         self.peak = level if self.peak is None else max(self.peak, level)
-        while self._peaks and self._peaks[-1][1] <= level:
-            self._peaks.pop()
-        self._peaks.append((step, level))
-        self._forget(step)
+        _add_peak(self._peaks, step, level, self.patience)
         if self.threshold is None or level >= self.threshold:
             self.below_since = None
         elif self.below_since is None:
@@ -211,7 +249,7 @@ class Course:
     def recent_peak(self) -> float | None:
         """The highest level of the last `patience` steps; the latest level counts wherever it is."""
         if self._recent:
-            self._forget(self._recent[-1][0])
+            _forget(self._peaks, self._recent[-1][0] - self.patience)
         return self._peaks[0][1] if self._peaks else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -239,10 +277,10 @@ class Course:
             for step, h in state["recent"]
         ]
         usable = [_number("H", h) for h in state["usable"]]
-        peaks = [(_number("a step", step), _number("a peak", level)) for step, level in state["peaks"]]
+        peaks = _peaks(state["peaks"])
         self.first, self.peak, self.below_since = single["first"], single["peak"], single["below_since"]
         self._recent, self._usable = deque(recent, WINDOW), deque(usable, MEDIAN)
-        self._peaks = deque(peaks)
+        self._peaks = peaks
 
     def find_below(self, evaluations: Iterable[tuple[float, float]]) -> None:
         """Find `below_since` again in what is left of the run, for a threshold that is not the saved one.
@@ -258,10 +296,6 @@ class Course:
         if rest.level is None and level is not None and threshold is not None and level < threshold:
             self.below_since = self.last
 
-    def _forget(self, now: float) -> None:
-        while len(self._peaks) > 1 and self._peaks[0][0] < now - self.patience:
-            self._peaks.popleft()
-
 
 @dataclass
 class _Layer:
@@ -269,23 +303,38 @@ class _Layer:
     newest: int
     course: Course
     crossed_at: int | None = None
+    collapsed_at: int | None = None
+    highs: deque[tuple[float, float]] = field(default_factory=deque)
+    """Entropies that a fall is counted from (`_add_peak`)."""
     records: deque[tuple[int, EntropyRecord]] = field(default_factory=deque)
     """Numbered in the order of arrival over all layers."""
 
 
 class Recording:
-    """The newest records of each layer, with its width, newest step, crossing and course.
+    """The newest records of each layer, with its width, newest step, crossing, collapse and course.
 
     Parameters
     ----------
     size : int
         Records kept of each layer; the oldest go first.
-    threshold : float or None
-        Normalised entropy to cross.
+    threshold : float, dict or None
+        Normalised entropy to cross; by name or pattern of layers, or one for all.
+    collapse : Collapse or None
+        Fall to look for.
+
+    Attributes
+    ----------
+    fallen : deque of EntropyRecord
+        Those at which a layer collapsed, for somebody to take out who tells of them; in a state as long as they are in
+        here, so that each is told of once, however often the run is resumed.
     """
 
-    def __init__(self, size: int, threshold: float | None) -> None:
-        self.threshold = threshold
+    def __init__(
+        self, size: int, threshold: float | Mapping[str, float] | None, collapse: Collapse | None = None
+    ) -> None:
+        self.fallen: deque[EntropyRecord] = deque()
+        self._threshold, self._collapse = threshold, collapse
+        self._thresholds: dict[str, float | None] = {}  # found so far
         self._size = size
         self._layers: dict[str, _Layer] = {}
         self._expected: dict[str, tuple[int, int]] = {}  # width and newest step
@@ -311,6 +360,22 @@ class Recording:
         return {
             name: layer.crossed_at for name, layer in self._layers.items() if layer.crossed_at is not None
         }
+
+    @property
+    def collapsed(self) -> dict[str, int]:
+        """Step of the collapse by layer; layers that have not collapsed are absent."""
+        return {
+            name: layer.collapsed_at for name, layer in self._layers.items() if layer.collapsed_at is not None
+        }
+
+    def threshold(self, layer: str) -> float | None:
+        """Return the threshold of `layer`: that of its name, else of the first pattern that matches, else None."""
+        if not isinstance(self._threshold, Mapping):
+            return self._threshold
+        if layer not in self._thresholds:
+            matching = (value for key, value in self._threshold.items() if matches_pattern(layer, key))
+            self._thresholds[layer] = self._threshold.get(layer, next(matching, None))
+        return self._thresholds[layer]
 
     def course(self, layer: str) -> Course:
         """Give what a diagnosis and a forecast need of a layer that has been recorded."""
@@ -348,11 +413,14 @@ class Recording:
         """Keep a record that `check` let through."""
         layer = self._layers.get(record.layer)
         if layer is None:
-            layer = _Layer(record.d, record.step, Course(self.threshold), records=deque(maxlen=self._size))
+            course = Course(self.threshold(record.layer))
+            layer = _Layer(record.d, record.step, course, records=deque(maxlen=self._size))
             self._layers[record.layer] = layer
         layer.d, layer.newest = layer.d or record.d, record.step
         layer.course.add(*_evaluation(record))
         self._note_crossing(layer, record)
+        if self._collapses(layer, record):
+            self.fallen.append(record)
         layer.records.append((self._count, record))
         self._count += 1
         self._ordered = None
@@ -364,42 +432,57 @@ class Recording:
                 "name": name,
                 "d": layer.d,
                 "newest": layer.newest,
+                "threshold": layer.course.threshold,
                 "crossed_at": layer.crossed_at,
+                "collapsed_at": layer.collapsed_at,
+                "highs": [list(item) for item in layer.highs],
                 **layer.course.state_dict(),
             }
             for name, layer in self._layers.items()
         )
-        course = Course(self.threshold).state_dict()
+        own = ("name", "d", "newest", "threshold", "crossed_at", "collapsed_at", "highs")
         return {
-            "threshold": self.threshold,
-            "layers": columns(("name", "d", "newest", "crossed_at", *course), layers),
+            "collapse": self._collapse and list(astuple(self._collapse)),
+            "layers": columns((*own, *Course(None).state_dict()), layers),
             "history": columns(_RECORD, (record.as_dict() for record in self.records)),
+            "fallen": columns(_RECORD, (record.as_dict() for record in self.fallen)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace everything kept, or nothing if it cannot be read.
 
-        Under another threshold, crossings are found again in the saved records. Versions 1 and 2 had a dictionary for
-        each layer and record; version 1 had no courses, which come from its records.
+        Under another threshold, crossings are found again in the saved records, and collapses under another `Collapse`;
+        `fallen` gets those of layers that nobody was told of. Versions 1 to 3 had one threshold for all and no
+        collapses; 1 and 2 had a dictionary for each layer and record; version 1 had no courses, which come from its
+        records.
         """
         history, saved = state["history"], state["layers"]
         if isinstance(history, Mapping):
             history = rows_of(history)
             saved = {_name(row["name"]): {**row, "course": row} for row in rows_of(saved)}
         records = [EntropyRecord.from_dict(values) for values in history]
-        same_threshold = checked_number("threshold", state["threshold"]) == self.threshold
+        if "threshold" in state:
+            added = {"threshold": state["threshold"], "collapsed_at": None, "highs": []}
+            saved = {name: {**values, **added} for name, values in saved.items()}
+            state = {**state, "collapse": None, "fallen": {}}
+        fallen = deque(EntropyRecord.from_dict(values) for values in rows_of(state["fallen"]))
+        same_collapse = state["collapse"] == (self._collapse and list(astuple(self._collapse)))
+        if not same_collapse:
+            untold, fallen = {record.layer for record in fallen}, deque()
         kept: dict[str, list[tuple[int, EntropyRecord]]] = {name: [] for name in saved}
         for number, record in enumerate(records):
             kept[record.layer].append((number, record))
         layers: dict[str, _Layer] = {}
         for name, values in saved.items():
             own = kept[name]
-            course = Course(self.threshold)
+            course = Course(self.threshold(name))
+            same_threshold = checked_number("threshold", values["threshold"]) == course.threshold
             layer = _Layer(
                 checked_count("d", values["d"]),
                 checked_count("newest", values["newest"]),
                 course,
-                None if values["crossed_at"] is None else checked_count("crossed_at", values["crossed_at"]),
+                *(None if values[at] is None else checked_count(at, values[at]) for at in _MOMENTS),
+                _peaks(values["highs"]),
                 deque(own, self._size),
             )
             if "course" in values:
@@ -413,47 +496,94 @@ class Recording:
                 layer.crossed_at = None
                 for _, record in own:
                     self._note_crossing(layer, record)
+            if not same_collapse:
+                told = layer.collapsed_at is not None and name not in untold
+                layer.collapsed_at, layer.highs = None, deque()
+                found = [record for _, record in own if self._collapses(layer, record)]
+                fallen.extend([] if told else found)
             layers[name] = layer
         self._layers, self._expected, self._count = layers, {}, len(records)
-        self._ordered = None
+        self._ordered, self.fallen = None, fallen
 
     def become(self, other: Recording) -> None:
         """Keep what `other` keeps, and nothing else."""
         self._layers, self._expected, self._count = other._layers, other._expected, other._count
-        self._ordered = None
+        self._ordered, self.fallen = None, other.fallen
 
     def with_records(self, records: Iterable[EntropyRecord]) -> Recording:
         """Make one that keeps `records` too; this one stays as it is."""
         other = self.empty()
         other._layers = {
-            name: replace(layer, course=copy.deepcopy(layer.course), records=layer.records.copy())
+            name: replace(
+                layer,
+                course=copy.deepcopy(layer.course),
+                highs=layer.highs.copy(),
+                records=layer.records.copy(),
+            )
             for name, layer in self._layers.items()
         }
-        other._count = self._count
+        other._count, other.fallen = self._count, self.fallen.copy()
         for record in records:
             other.add(record)
         return other
 
     def empty(self) -> Recording:
-        """Make one of the same size and threshold."""
-        return Recording(self._size, self.threshold)
+        """Make one of the same size, thresholds and collapse."""
+        return Recording(self._size, self._threshold, self._collapse)
 
     def _known(self, layer: str) -> tuple[int, int] | None:
         recorded = self._layers.get(layer)
         return self._expected.get(layer) or (None if recorded is None else (recorded.d, recorded.newest))
 
     def _note_crossing(self, layer: _Layer, record: EntropyRecord) -> None:
-        if self.threshold is None or layer.crossed_at is not None or not record.status.usable:
+        threshold = layer.course.threshold
+        if threshold is None or layer.crossed_at is not None or not record.status.usable:
             return
-        if record.normalized < self.threshold:
+        if record.normalized < threshold:
             layer.crossed_at = record.step
+
+    def _collapses(self, layer: _Layer, record: EntropyRecord) -> bool:
+        """Whether `record`, which comes next, is the one at which `layer` collapses."""
+        collapse = self._collapse
+        if collapse is None or layer.collapsed_at is not None or not record.status.usable:
+            return False
+        if record.step < collapse.since:
+            return False
+        _add_peak(layer.highs, record.step, record.normalized, collapse.within)
+        if not layer.highs[0][1] - record.normalized > collapse.fall:
+            return False
+        layer.collapsed_at = record.step
+        layer.highs.clear()
+        return True
+
+
+def _add_peak(peaks: deque[tuple[float, float]], step: float, value: float, span: float) -> None:
+    """Take the next value, so that the first of `peaks` is the highest of the last `span` steps.
+
+    Steps rise and values fall along them: what a later value is as high as can never be the highest again.
+    """
+    while peaks and peaks[-1][1] <= value:
+        peaks.pop()
+    peaks.append((step, value))
+    _forget(peaks, step - span)
+
+
+def _forget(peaks: deque[tuple[float, float]], before: float) -> None:
+    while len(peaks) > 1 and peaks[0][0] < before:
+        peaks.popleft()
+
+
+def _peaks(saved: Iterable[Sequence[Any]]) -> deque[tuple[float, float]]:
+    return deque((_number("a step", step), _number("a peak", value)) for step, value in saved)
 
 
 def _evaluation(record: EntropyRecord) -> tuple[int, float]:
     return record.step, record.normalized if record.status.usable else math.nan
 
 
+_MOMENTS = ("crossed_at", "collapsed_at")
 _RECORD = tuple(field.name for field in fields(EntropyRecord))
+_COUNTS, _ERRORS = ("step", "n", "d"), ("bias", "standard_error")
 _FLOATS = ("normalized", "entropy", "effective_rank", "participation_ratio", "total_variance", "ceiling")
 
 
@@ -466,6 +596,65 @@ def _plain(value: Any) -> Any:
 
 def _float(value: float | str | None) -> float:
     return math.nan if value is None else float(value)
+
+
+def matches_pattern(name: str, pattern: str) -> bool:
+    """Whether a layer's name fits a pattern as in `fastent.monitor.probe.find_layers`."""
+    return re.fullmatch(_regex(pattern), name) is not None
+
+
+def _regex(pattern: str) -> str:
+    parts = re.findall(r"(?:^|(?<=\.))\*\*\.|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL)
+    signs = {"**.": r"(?:.*\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    return "".join(signs.get(part) or _class_or_text(part) for part in parts)
+
+
+def _class_or_text(part: str) -> str:
+    if len(part) < 3:  # a lone bracket too
+        return re.escape(part)
+    inside = part[1:-1].replace("\\", r"\\").replace("[", r"\[")
+    return f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]"
+
+
+Library = Literal["pandas", "polars"]
+
+
+def records_frame(library: Library, records: Iterable[EntropyRecord]) -> Any:
+    """Put records into a data frame; its columns are described at `SpectralEntropyMonitor.to_pandas`."""
+    rows = [
+        {
+            **vars(record),
+            "status": record.status.value,
+            "flags": " ".join(flag.value for flag in record.flags),
+        }
+        for record in records
+    ]
+    kinds = dict.fromkeys(_COUNTS, int) | dict.fromkeys((*_FLOATS, *_ERRORS), float)
+    return frame(library, {name: kinds.get(name, str) for name in _RECORD}, columns(_RECORD, rows))
+
+
+def frame(library: Library, kinds: Mapping[str, type], values: Mapping[str, Any]) -> Any:
+    """Put columns of int, float or str into a data frame.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If `library` is not installed; this one does not depend on it.
+    """
+    try:
+        module = importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"to_{library} needs {error.name}, which is not installed: pip install {error.name}",
+            name=error.name,
+        ) from error
+    if library == "pandas":
+        names = {int: "int64", float: "float64", str: "string"}
+        return module.DataFrame(
+            {name: module.Series(values[name], dtype=names[kind]) for name, kind in kinds.items()}
+        )
+    types = {int: module.Int64, float: module.Float64, str: module.String}
+    return module.DataFrame(values, schema={name: types[kind] for name, kind in kinds.items()})
 
 
 def columns(names: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:

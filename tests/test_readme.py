@@ -49,10 +49,36 @@ def test_the_lines_of_the_readme_run_and_draw_what_they_say(tmp_path, monkeypatc
 
 def test_the_examples_on_monitoring_run():
     code = blocks((ROOT / "docs" / "monitoring.md").read_text())
-    assert len(code) == 3
-    names, _ = executed(code)
+    assert len(code) == 4
+    names, printed = executed(code)
+    steps = names["monitor"].collapsed
+    assert sorted(steps) == ["0", "2"]
+    assert [line.split(" has")[0] for line in printed[:2]] == [
+        f"step {step}: H of layer {layer!r}"
+        for layer, step in sorted(steps.items(), key=lambda item: item[1])
+    ]
+    assert printed[2:] == [str(steps)]
     assert names["result"].status == "ok"
     assert names["forecast"].step > 600
+
+
+def test_what_is_said_of_the_alert_is_in_the_recorded_results():
+    said = (
+        (ROOT / "docs" / "monitoring.md")
+        .read_text()
+        .partition("came before\ngrokking in")[2]
+        .partition("only")[0]
+    )
+    shares, leads = re.findall(r"\d+ of \d+ runs", said), re.findall(r"[\d,]+ steps", said)
+    for page, lead, known in (("results", leads[0], shares), ("results-nearest", leads[1], shares[:1])):
+        rows = (ROOT / "docs" / f"{page}.md").read_text().splitlines()
+        ours = [
+            row
+            for row in rows
+            if "the same by our definition (a fall of H by more than 0.05 within 800" in row
+        ]
+        assert [share in row for share, row in zip(known, ours, strict=False)] == [True] * len(known)
+        assert f"lead {lead}" in ours[0]
 
 
 def test_the_check_is_the_second_command():

@@ -14,7 +14,8 @@ import fastent
 from fastent import Status, spectral_entropy
 from fastent.forecast.diagnosis import Phase
 from fastent.forecast.history import History, recent_change
-from fastent.records import MEDIAN, PATIENCE, WINDOW, Course, EntropyRecord, Recording, rows_of
+from fastent.grokking.train.milestones import first_collapse
+from fastent.records import MEDIAN, PATIENCE, WINDOW, Collapse, Course, EntropyRecord, Recording, rows_of
 
 
 def record(
@@ -130,17 +131,107 @@ def test_a_state_that_cannot_be_read_changes_nothing() -> None:
     recording = Recording(10, 0.5)
     recording.add(record(0, 0.4))
     state = recording.state_dict()
-    del state["threshold"]
+    del state["collapse"]
     state["layers"], state["history"] = ({name: [] for name in state[part]} for part in ("layers", "history"))
-    with pytest.raises(KeyError, match="threshold"):
+    with pytest.raises(KeyError, match="collapse"):
         recording.load_state_dict(state)
     assert recording.crossings == {"a": 0}
     assert len(recording.records) == 1
 
 
-# Courses
+# Collapses and thresholds of each layer
 
 entropies = st.lists(st.floats(0, 1) | st.sampled_from([0.25, 0.5, 0.75, math.nan]), max_size=40)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    entropy=entropies,
+    gaps=st.lists(st.integers(1, 300), min_size=40, max_size=40),
+    collapse=st.builds(
+        Collapse, st.sampled_from([0.05, 0.25, 0.5]), st.integers(1, 2_000), st.sampled_from([0, 0, 700])
+    ),
+    saved=st.integers(0, 40),
+)
+def test_a_collapse_is_that_of_its_definition_over_the_whole_run_wherever_it_was_saved(
+    entropy, gaps, collapse, saved
+):
+    step = np.cumsum(gaps)[: len(entropy)].tolist()
+    run = [(at, h) for at, h in zip(step, entropy, strict=True) if at >= collapse.since]
+    falls = (
+        at for at, h in run if any(at - collapse.within <= s <= at and x - h > collapse.fall for s, x in run)
+    )
+    expected = next(falls, None)
+    recording, told = Recording(2, None, collapse), []
+    for i, (at, h) in enumerate(zip(step, entropy, strict=True)):
+        if i == saved:
+            state = through_json(recording.state_dict())
+            recording = Recording(2, None, collapse)
+            recording.load_state_dict(state)
+            assert recording.state_dict() == state
+        recording.add(record(at, h))
+        told += [recording.fallen.popleft().step for _ in list(recording.fallen)]
+    assert recording.collapsed == ({} if expected is None else {"a": expected})
+    assert told == list(recording.collapsed.values())
+
+
+def test_a_collapse_by_default_is_t_collapse_of_the_study_at_its_200_steps():
+    rng = np.random.default_rng(0)
+    entropy = np.clip(0.8 + rng.normal(0, 0.02, (50, 60)).cumsum(1), 0, 1)
+    entropy[rng.random(entropy.shape) < 0.1] = math.nan
+    step = 200.0 * np.arange(60)
+    expected = first_collapse(np.broadcast_to(step, entropy.shape), entropy)
+    recording = Recording(1, None, Collapse())
+    for layer, values in enumerate(entropy):
+        for at, h in zip(step, values, strict=True):
+            recording.add(record(int(at), float(h), layer=str(layer)))
+    assert recording.collapsed == {str(i): int(at) for i, at in enumerate(expected) if not math.isnan(at)}
+    assert 25 < len(recording.collapsed) < 50
+
+
+def test_a_wild_value_of_an_unusable_record_neither_collapses_nor_is_fallen_from():
+    recording = Recording(10, None, Collapse())
+    for step, h, status in [
+        (0, 0.8, Status.OK),
+        (200, 0.1, Status.UNRESOLVED_OFFSET),
+        (400, 0.9, Status.OUT_OF_RANGE),
+        (600, 0.76, Status.OK),
+        (1_000, 0.74, Status.OK),  # of the last 800 steps 0.76 is the highest
+    ]:
+        recording.add(record(step, h, status=status))
+        assert recording.collapsed == {}
+    recording.add(record(1_200, 0.70, status=Status.RANK_LIMITED))
+    assert recording.collapsed == {"a": 1_200}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fall": 0.0}, r"fall is a difference of normalised entropies, in \(0, 1\); got 0.0"),
+        ({"fall": 5}, "got 5"),
+        ({"within": 0}, "within must be at least 1 step; got 0"),
+        ({"since": -1}, "since is a step, 0 or more; got -1"),
+    ],
+)
+def test_a_collapse_without_sense_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Collapse(**arguments)
+
+
+def test_a_layer_has_the_threshold_of_its_name_else_of_the_first_pattern_that_fits():
+    thresholds = {"blocks.*": 0.5, "**.mlp": 0.6, "blocks.1": 0.7}
+    recording = Recording(10, thresholds)
+    found = {"blocks.0": 0.5, "blocks.1": 0.7, "blocks.1.mlp": 0.6, "head": None}
+    for layer, threshold in found.items():
+        assert recording.threshold(layer) == threshold
+        recording.add(record(0, 0.65, layer=layer))
+    assert recording.crossings == {"blocks.1": 0}
+    other = Recording(10, {**thresholds, "blocks.0": 0.66, "blocks.1": 0.6})
+    other.load_state_dict(through_json(recording.state_dict()))  # each layer's is another, or the same
+    assert other.crossings == {"blocks.0": 0}
+
+
+# Courses
 
 
 def of_the_whole(step, entropy, threshold, patience):

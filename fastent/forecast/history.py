@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from fastent.records import EntropyRecord
+from fastent.records import EntropyRecord, Library, frame
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -139,6 +139,36 @@ class History:
                 self.t_grok, self.step[after - 1 : after + 1], self.entropy[after - 1 : after + 1]
             )
         return None if np.isnan(value) else float(value)
+
+    def to_pandas(self) -> Any:
+        """Give a data frame of pandas, a row for each evaluation; an empty history gives the columns too.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns, all float64: `step` and `t_grok` (training steps; `t_grok` the same in every row, NaN where the run
+            has not grokked), `entropy` (no unit, 0 to 1; NaN where unusable), `norm` (no unit; NaN where not measured).
+
+        Raises
+        ------
+        ModuleNotFoundError
+            If pandas is not installed.
+        """
+        return self._frame("pandas")
+
+    def to_polars(self) -> Any:
+        """Give a data frame of polars with the columns of `to_pandas`, all Float64."""
+        return self._frame("polars")
+
+    def _frame(self, library: Library) -> Any:
+        unknown = np.full(len(self), math.nan)
+        values = {
+            "step": self.step,
+            "entropy": self.entropy,
+            "norm": unknown if self.norm is None else self.norm,
+            "t_grok": unknown if self.t_grok is None else np.full(len(self), self.t_grok),
+        }
+        return frame(library, dict.fromkeys(values, float), values)
 
     def until(self, step: float) -> History:
         """Return the run as it stood at `step`: what came later, `t_grok` included, is not known yet."""

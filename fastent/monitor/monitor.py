@@ -13,6 +13,7 @@ is built in: the entropy at grokking differs by model and must be calibrated fro
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import time
@@ -38,7 +39,17 @@ from fastent.monitor.deferred import DeferredEntropy, Evaluated, FailedEvaluatio
 from fastent.monitor.probe import Axes, Evaluator, Inputs, Layers, OnError, SamplesAxis, Watched
 from fastent.monitor.ranks import count_ranks
 from fastent.process import Interrupts, at_exit, interrupts_held, uncompiled, warn_user
-from fastent.records import Course, EntropyRecord, Recording, checked_count, columns, rows_of
+from fastent.records import (
+    Collapse,
+    Course,
+    EntropyRecord,
+    Recording,
+    checked_count,
+    columns,
+    matches_pattern,
+    records_frame,
+    rows_of,
+)
 
 
 class Monitored(Protocol):
@@ -86,6 +97,7 @@ class StopAfterCrossing:
 
 
 OnNonfinite = Literal["record", "raise"]
+OnRecord = Callable[[EntropyRecord], object]
 
 # Records that wait for somebody to `take` them: those who only observe and read the history may never do so.
 MOST_WAITING = 10_000
@@ -102,6 +114,8 @@ class Arrivals:
         Where records go.
     on_record : callable or None
         Gets every record. If it raises, that is warned of once.
+    on_collapse : callable or None
+        Gets the record at which a layer collapsed, after `on_record` has. If it raises, that is warned of once.
     on_nonfinite : {"record", "raise"}
         Whether `collect` raises FloatingPointError once such a record has been kept.
     on_error : {"raise", "record"}
@@ -112,16 +126,19 @@ class Arrivals:
         self,
         evaluations: DeferredEntropy,
         recording: Recording,
-        on_record: Callable[[EntropyRecord], object] | None,
+        on_record: OnRecord | None,
+        on_collapse: OnRecord | None,
         on_nonfinite: OnNonfinite,
         on_error: OnError,
     ) -> None:
         self._evaluations, self._recording = evaluations, recording
-        self._on_record, self._on_nonfinite, self._on_error = on_record, on_nonfinite, on_error
+        self._on_record, self._on_collapse = on_record, on_collapse
+        self._on_nonfinite, self._on_error = on_nonfinite, on_error
         self._waiting: deque[EntropyRecord] = deque(maxlen=MOST_WAITING)
         self._ceiling_known: set[str] = set()
         self._to_raise: EntropyRecord | None = None
-        self._logger_failed = self._warned_of_failure = False
+        self._warned_of_failure = False
+        self._failed: set[str] = set()
 
     def collect(self) -> None:
         """Record what is there. Raises for an evaluation that failed, and for NaN or Inf, if asked to."""
@@ -135,6 +152,7 @@ class Arrivals:
 
     def collect_all(self) -> None:
         """Record what is there, beyond the first failure too, and raise that one, with the others as notes."""
+        self._tell_of_collapses()  # of a state that was loaded
         failures: list[Exception] = []
         pending = None
         while pending != self._evaluations.pending:
@@ -198,7 +216,8 @@ class Arrivals:
                 self._to_raise = self._to_raise or record
         with interrupts.second_at_once():
             for record in records:  # kept by now, in case a warning is made an error
-                self._log(record)
+                self._call("on_record", self._on_record, record)
+            self._tell_of_collapses()
             for record in records:
                 self._warn_of_ceiling(record)
                 self._warn_of_failure(record)
@@ -216,7 +235,7 @@ class Arrivals:
         if record.layer in self._ceiling_known or math.isnan(record.ceiling):  # nothing was measured
             return
         self._ceiling_known.add(record.layer)
-        threshold = self._recording.threshold
+        threshold = self._recording.threshold(record.layer)
         if threshold is not None and threshold > record.ceiling:
             warn_user(
                 f"the threshold {threshold} is above {record.ceiling:.4f}, the most that {record.n} "
@@ -224,16 +243,21 @@ class Arrivals:
                 UserWarning,
             )
 
-    def _log(self, record: EntropyRecord) -> None:
-        if self._on_record is None:
+    def _tell_of_collapses(self) -> None:
+        fallen = self._recording.fallen
+        while fallen:
+            self._call("on_collapse", self._on_collapse, fallen.popleft())
+
+    def _call(self, name: str, function: OnRecord | None, record: EntropyRecord) -> None:
+        if function is None:
             return
         try:
-            self._on_record(record)
+            function(record)
         except Exception as error:  # whatever a logger raises must not end training
-            if not self._logger_failed:
-                self._logger_failed = True
+            if name not in self._failed:
+                self._failed.add(name)
                 warn_user(
-                    f"on_record failed at step {record.step}: {error!r}; training and the monitor go on, "
+                    f"{name} failed at step {record.step}: {error!r}; training and the monitor go on, "
                     "without further warnings",
                     RuntimeWarning,
                 )
@@ -245,8 +269,8 @@ def _records(step: int, results: Mapping[str, Evaluated]) -> list[EntropyRecord]
 
 Mode = Literal["deferred", "sync"]
 
-STATE_VERSION = 3
-READ_VERSIONS = (1, 2, 3)
+STATE_VERSION = 4
+READ_VERSIONS = (1, 2, 3, 4)
 
 
 class SpectralEntropyMonitor:
@@ -272,8 +296,12 @@ class SpectralEntropyMonitor:
         at the moment it returns (example in `fastent.monitor.probe.Watched`). Records come in this order.
     every : int
         `step` evaluates at multiples of this; where the steps it is told of pass over one, at the next of them.
-    threshold : float, optional
-        Normalised entropy, in (0, 1], that counts as collapse, for each layer.
+    threshold : float or dict, optional
+        Normalised entropy, in (0, 1], to fall below: one for every layer, or a value for each name or pattern, as in
+        `layers`: {"head": 0.6, "blocks.*": 0.7}. A name goes before patterns, the first of those before others; a layer
+        that none fits has no threshold.
+    collapse : Collapse, optional
+        Fall of the entropy to look for in each layer, beside or instead of a threshold: it needs no calibrated level.
     law : PowerLaw, optional
         What `predict_grok_time` forecasts with. Its H* is the threshold where none is given.
     stopping : callable, optional
@@ -321,7 +349,11 @@ class SpectralEntropyMonitor:
         recorded for all its layers with the status `failed` and the error as message: training goes on, after one
         warning. Bad arguments raise in either case, and so does the check at construction.
     on_record : callable, optional
-        Gets every record, for a logger. If it raises, the monitor warns once and goes on.
+        Gets every record, for a logger, in the thread that calls `step`, `observe`, `flush` or `close`. If it raises,
+        the monitor warns once and goes on.
+    on_collapse : callable, optional
+        Gets the record at which a layer collapses, once for each layer, as `on_record` does and after it. What a loaded
+        state knows of and nobody was told of comes with the next record, or at `flush`.
     mode : {"deferred", "sync"}
         "deferred": a worker takes the eigenvalues, and where it is idle on the CPU forms the covariances too, so that
         records arrive a little later, in order, at a later call of `step`, `observe` or `flush`. On the CPU that is for
@@ -414,7 +446,8 @@ class SpectralEntropyMonitor:
         layers: Layers | None = None,
         *,
         every: int = 200,
-        threshold: float | None = None,
+        threshold: float | Mapping[str, float] | None = None,
+        collapse: Collapse | None = None,
         law: PowerLaw | None = None,
         stopping: Callable[[SpectralEntropyMonitor], bool] | None = None,
         tokens: Tokens | None = None,
@@ -428,7 +461,8 @@ class SpectralEntropyMonitor:
         history_size: int = 10_000,
         on_nonfinite: OnNonfinite = "record",
         on_error: OnError = "raise",
-        on_record: Callable[[EntropyRecord], object] | None = None,
+        on_record: OnRecord | None = None,
+        on_collapse: OnRecord | None = None,
         mode: Mode = "deferred",
         on_full: OnFull = "drop",
         across_ranks: bool = False,
@@ -445,15 +479,27 @@ class SpectralEntropyMonitor:
             raise ValueError(
                 "batch_size keeps moments of the parts, and standard_error needs the activations: leave one of them out"
             )
-        if threshold is not None and not 0 < threshold <= 1:
-            raise ValueError(f"threshold is a normalised entropy, in (0, 1]; got {threshold}")
-        if isinstance(stopping, StopAfterCrossing) and threshold is None:
+        if isinstance(threshold, Mapping):
+            threshold = {str(layer): value for layer, value in threshold.items()}
+        for value in threshold.values() if isinstance(threshold, dict) else [threshold]:
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"threshold is a normalised entropy, in (0, 1]; got {value}")
+        if on_collapse is not None and collapse is None:
+            raise ValueError(
+                "on_collapse needs to know what a collapse is: give collapse=fastent.Collapse() too"
+            )
+        if model is not None and collapse is not None and collapse.within < every:
+            raise ValueError(
+                f"a fall needs two evaluations, and collapse has within={collapse.within} with every={every}: "
+                "make within several times every"
+            )
+        if isinstance(stopping, StopAfterCrossing) and not threshold:
             raise ValueError("StopAfterCrossing needs a threshold to cross")
         _check_choice("autocast", autocast, (None, torch.bfloat16, torch.float16))
         _check_choice("on_nonfinite", on_nonfinite, get_args(OnNonfinite))
         _check_choice("on_error", on_error, get_args(OnError))
         _check_choice("mode", mode, get_args(Mode))
-        self._recording = Recording(operator.index(history_size), threshold)
+        self._recording = Recording(operator.index(history_size), threshold, collapse)
         self._law, self._stopping = law, stopping
         self._last_step: int | None = None
         self._every = operator.index(every)
@@ -485,7 +531,9 @@ class SpectralEntropyMonitor:
             )
         axes = Axes(tokens, positions, channel_axis, samples_axis, mask, self._watched)
         self._evaluations = DeferredEntropy(on_full=on_full, device_of=in_line if mode == "sync" else None)
-        self._arrivals = Arrivals(self._evaluations, self._recording, on_record, on_nonfinite, on_error)
+        self._arrivals = Arrivals(
+            self._evaluations, self._recording, on_record, on_collapse, on_nonfinite, on_error
+        )
         asked = self._evaluations, self._recording
         self._batch = (
             BatchEvaluator(*asked, batch, axes, standard_error, on_error, across_ranks) if batch else None
@@ -502,6 +550,8 @@ class SpectralEntropyMonitor:
         self._gone: dict[str, int] = {}  # features of layers in the state that was loaded and watched no more
         if check:
             self._evaluator.check()
+        if isinstance(threshold, dict) and self._watched is not None:
+            _check_layers(threshold, self._watched.order)
         if self._batch is not None:
             self._arm(self._batch)
         at_exit(self)
@@ -641,9 +691,40 @@ class SpectralEntropyMonitor:
 
     @property
     def crossed(self) -> bool:
-        """Whether every watched layer has been below the threshold at some step; False without one."""
-        watched = set(self.layers)
+        """Whether every watched layer with a threshold has been below it at some step; False without one."""
+        watched = {layer for layer in self.layers if self._recording.threshold(layer) is not None}
         return bool(watched) and watched <= self.crossings.keys()
+
+    @property
+    def collapsed(self) -> dict[str, int]:
+        """Step at which each layer collapsed, by `collapse`; a layer that has not is absent."""
+        return self._recording.collapsed
+
+    def to_pandas(self) -> Any:
+        """Give the `history` as a data frame of pandas, a row for each record; an empty one gives the columns too.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns are the attributes of `EntropyRecord`:
+
+            - `step` (int64, training steps), `layer` (string), `n`, `d` (int64, rows and features);
+            - `normalized`, `ceiling` (float64, no unit, 0 to 1), `entropy` (float64, nats), `effective_rank`,
+              `participation_ratio` (float64, dimensions), `total_variance` (float64, activations squared): NaN where
+              nothing was measured;
+            - `status`, `message`, `flags` (string; flags with spaces between);
+            - `bias`, `standard_error` (float64, as `normalized`), `mask` (string): missing where there is none.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            If pandas is not installed.
+        """
+        return records_frame("pandas", self.history)
+
+    def to_polars(self) -> Any:
+        """Give the `history` as a data frame of polars, as `to_pandas`: Int64, Float64, String, null where missing."""
+        return records_frame("polars", self.history)
 
     @uncompiled
     def should_stop(self, *, agree: bool | None = None) -> bool:
@@ -768,9 +849,9 @@ class SpectralEntropyMonitor:
 
         A state of other layers is loaded too, since a run may go on with more of them or with fewer: the new ones'
         records begin here, and those of layers that are watched no more stay in the `history` and decide nothing. With
-        another threshold than the saved one, crossings are found again in the saved history. A state of version 1 knows
-        no more of a long run than its records. A layer whose rows were being merged has its record: further rows of
-        that step are ignored.
+        another threshold than the saved one, crossings are found again in the saved history; so are collapses with
+        another `collapse`, or of a version before 4. A state of version 1 knows no more of a long run than
+        its records. A layer whose rows were being merged has its record: further rows of that step are ignored.
 
         Raises
         ------
@@ -880,6 +961,7 @@ class SpectralEntropyMonitor:
         self.__dict__.update(state)
         known = self.__dict__.pop("_known")
         self._recording.become(self._recording.with_records(known))
+        self._recording.fallen.clear()  # the original tells of them
         self._arrivals.hand_out(known)
         at_exit(self)
 
@@ -953,12 +1035,24 @@ class SpectralEntropyMonitor:
         recorded = sorted(self._recording.layers)
         layer = None if layer is None else str(layer)  # as the record has it
         if layer is None and not recorded:
-            return Course(self._recording.threshold)
+            return Course(None)
         if layer is None and len(recorded) > 1:
             raise ValueError(f"several layers are recorded: name one of {recorded} as layer")
         if layer is not None and layer not in recorded:
             raise ValueError(f"layer {layer!r} has no record; recorded so far: {recorded}")
         return self._recording.course(recorded[0] if layer is None else layer)
+
+
+def _check_layers(threshold: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name or pattern in `threshold` that fits none of the `known` layers, where there are such."""
+    known = list(known)
+    for wanted in threshold if known else ():
+        if wanted not in known and not any(matches_pattern(layer, wanted) for layer in known):
+            close = difflib.get_close_matches(wanted, known) or known[:10]
+            raise ValueError(
+                f"threshold has {wanted!r}, which fits no layer that is watched: {', '.join(map(repr, close))}. (What "
+                "is only observed takes a monitor of its own, without a model)"
+            )
 
 
 def _step(name: str, state: Mapping[str, Any]) -> int | None:

@@ -34,7 +34,6 @@ import difflib
 import functools
 import hashlib
 import inspect
-import re
 import sys
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping
@@ -55,7 +54,7 @@ from fastent.monitor.deferred import DeferredEntropy, Evaluated, Evaluation, des
 from fastent.monitor.isolation import apart, fsdp1_modules, fsdp_modules, in_a_pass, undisturbed
 from fastent.monitor.ranks import Gathered, Ranks
 from fastent.process import interrupts_held, warn_user
-from fastent.records import Recording
+from fastent.records import Recording, matches_pattern
 from fastent.sampling import sampling_error
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -265,12 +264,13 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
         asked, wanted = wanted, wanted.removesuffix(_INPUT)
         end = asked[len(wanted) :]
         named = wanted in paths
-        matches = [wanted] if named else [name for name in once if _matches(name, wanted)]
-        matches = matches or [path for path in first if _matches(path, wanted)]
+        matches = [wanted] if named else [name for name in once if matches_pattern(name, wanted)]
+        matches = matches or [path for path in first if matches_pattern(path, wanted)]
         if not matches:
             close = difflib.get_close_matches(wanted, list(paths), n=3)
             known = ", ".join(map(repr, close or list(once)[:10])) or "no submodules"
-            deeper = [name for name in once if _matches(name, wanted.replace("**", "*").replace("*", "**"))]
+            deep = wanted.replace("**", "*").replace("*", "**")
+            deeper = [name for name in once if matches_pattern(name, deep)]
             if deeper:
                 known += f"; * stays within one level, and ** would match {', '.join(map(repr, deeper[:3]))}"
             raise ValueError(
@@ -347,23 +347,6 @@ def _wraps(module: nn.Module) -> str | None:
     if peft is not None and isinstance(module, peft.tuners.tuners_utils.BaseTuner):
         return "model"
     return None
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return re.fullmatch(_regex(pattern), name) is not None
-
-
-def _regex(pattern: str) -> str:
-    parts = re.findall(r"(?:^|(?<=\.))\*\*\.|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL)
-    signs = {"**.": r"(?:.*\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
-    return "".join(signs.get(part) or _class_or_text(part) for part in parts)
-
-
-def _class_or_text(part: str) -> str:
-    if len(part) < 3:  # a lone bracket too
-        return re.escape(part)
-    inside = part[1:-1].replace("\\", r"\\").replace("[", r"\[")
-    return f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]"
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted_runs import planted_runs
 
-from fastent.forecast.diagnosis import Phase, diagnose
+from fastent.forecast.diagnosis import _TABLE, Phase, diagnose
 from fastent.forecast.history import History
 
 H_STAR = 0.6
@@ -210,6 +210,11 @@ def test_nothing_is_said_of_a_norm_that_nobody_measured():
         assert diagnosis.phase is Phase.NORM_EXPANSION
         assert diagnosis.evidence["norm_change"] is None
         assert "norm" not in diagnosis.meaning + diagnosis.action
+
+
+def test_no_row_of_the_table_speaks_of_the_norm_by_itself():
+    assert set(_TABLE) == set(Phase)
+    assert [phase for phase, said in _TABLE.items() if "norm" in " ".join(said).lower()] == []
 
 
 def test_a_patience_shorter_than_the_last_gap_between_levels_sees_no_fall():

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import math
+import sys
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastent import Status, spectral_entropy
+from fastent.forecast.history import History
 from fastent.monitor.monitor import SpectralEntropyMonitor, StopAfterCrossing
-from fastent.records import EntropyRecord
+from fastent.records import Collapse, EntropyRecord
 
 Monitor = SpectralEntropyMonitor
 
@@ -201,7 +203,20 @@ def test_observe_takes_tokens_as_the_monitor_was_told() -> None:
         ({"threshold": 0.0}, r"threshold is a normalised entropy, in \(0, 1\]; got 0.0"),
         ({"threshold": math.nan}, "got nan"),
         ({"threshold": 61}, "got 61"),
+        ({"threshold": {"a": 0.5, "b": 1.5}}, r"in \(0, 1\]; got 1.5"),
         ({"stopping": StopAfterCrossing()}, "StopAfterCrossing needs a threshold"),
+        ({"stopping": StopAfterCrossing(), "threshold": {}}, "StopAfterCrossing needs a threshold"),
+        ({"on_collapse": print}, r"give collapse=fastent\.Collapse\(\) too"),
+        (
+            {
+                "model": nn.Linear(2, 2),
+                "probe": torch.zeros(4, 2),
+                "layers": "",
+                "every": 200,
+                "collapse": Collapse(within=150),
+            },
+            "a fall needs two evaluations, and collapse has within=150 with every=200",
+        ),
         ({"tokens": "middle"}, "tokens must be one of 'flatten'.*got 'middle'"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of 'record', 'raise'; got 'ignore'"),
         ({"probe": torch.zeros(4, 2), "layers": "a"}, "missing: model"),
@@ -330,6 +345,74 @@ def test_should_stop_counts_the_steps_between_evaluations(model: nn.Module) -> N
         monitor.step(step)
         answers.append(monitor.should_stop())
     assert answers == [False, False, False, True, True, True]
+
+
+def test_of_layers_with_thresholds_of_their_own_those_without_one_are_not_waited_for() -> None:
+    monitor = Monitor(threshold={"a": 0.6, "b*": 0.8})
+    for step, (a, b, c) in enumerate([(0.9, 0.9, 0.1), (0.7, 0.7, 0.1), (0.5, 0.9, 0.9)]):
+        for layer, h in {"a": a, "b1": b, "c": c}.items():
+            monitor.observe(step, spread(h), layer=layer)
+        assert monitor.crossed == (step == 2)
+    assert monitor.crossings == {"b1": 1, "a": 2}
+    gap = {layer: monitor.diagnose(layer=layer).evidence["gap"] for layer in monitor.layers}
+    for step in (3, 4):
+        for layer in gap:
+            monitor.observe(step, spread(0.5), layer=layer)
+    gap = {layer: monitor.diagnose(layer=layer).evidence["gap"] for layer in monitor.layers}
+    assert gap == {"a": pytest.approx(-0.1), "b1": pytest.approx(-0.3), "c": None}
+
+
+@pytest.mark.parametrize("layers", [["0", "2"], "*", lambda model, probe: {"0": model[0](probe)}])
+def test_a_threshold_for_a_layer_that_is_not_watched_is_refused_with_those_that_are(
+    model: nn.Module, layers: Any
+) -> None:
+    Monitor(model, inputs(), layers, threshold={"0": 0.5, "?": 0.6})
+    with pytest.raises(ValueError, match=r"threshold has '0\.mlp', which fits no layer that is watched: '0'"):
+        Monitor(model, inputs(), layers, threshold={"0": 0.5, "0.mlp": 0.6})
+
+
+def test_on_collapse_gets_the_record_of_each_layer_once_after_on_record_has() -> None:
+    told: list[tuple[str, int, str]] = []
+    monitor = Monitor(
+        collapse=Collapse(fall=0.1, within=10),
+        on_record=lambda record: told.append(("record", record.step, record.layer)),
+        on_collapse=lambda record: told.append(("collapse", record.step, record.layer)),
+    )
+    for step, (a, b) in enumerate([(0.9, 0.9), (0.85, 0.7), (0.75, 0.4), (0.3, 0.2)]):
+        monitor.observe(step, spread(a), layer="a")
+        monitor.observe(step, spread(b), layer="b")
+    collapses = [i for i, (what, _, _) in enumerate(told) if what == "collapse"]
+    assert [told[i] for i in collapses] == [("collapse", 1, "b"), ("collapse", 2, "a")]
+    assert [told[i - 1][1:] for i in collapses] == [(1, "b"), (2, "a")]
+    assert monitor.collapsed == {"a": 2, "b": 1}
+    assert not monitor.crossed
+
+
+def test_an_alarm_that_raises_is_warned_of_once_and_training_and_the_next_one_go_on() -> None:
+    told: list[str] = []
+
+    def alarm(record: EntropyRecord) -> None:
+        told.append(record.layer)
+        raise OSError("no mail server")
+
+    monitor = Monitor(collapse=Collapse(), on_collapse=alarm)
+    for layer in ("a", "b"):
+        monitor.observe(0, spread(0.9), layer=layer)
+    with pytest.warns(RuntimeWarning, match=r"on_collapse failed at step 1: OSError\('no mail server'\)"):
+        monitor.observe(1, spread(0.8), layer="a")
+    monitor.observe(1, spread(0.8), layer="b")
+    assert told == ["a", "b"]
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+@pytest.mark.parametrize("source", [Monitor(), History([], [])])
+def test_a_data_frame_without_its_library_is_refused_in_a_sentence(
+    source: Any, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    message = f"^to_{library} needs {library}, which is not installed: pip install {library}$"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        getattr(source, f"to_{library}")()
 
 
 def test_a_policy_is_any_function_of_the_monitor() -> None:
@@ -553,7 +636,7 @@ def test_state_of_another_probe_or_version_is_refused_and_nothing_is_loaded(mode
         other.load_state_dict(state)
     with pytest.raises(ValueError, match=f"recorded with probe {old}, this monitor has no probe"):
         Monitor().load_state_dict(state)
-    with pytest.raises(ValueError, match="the state has version 99; this release reads 1 to 3"):
+    with pytest.raises(ValueError, match="the state has version 99; this release reads 1 to 4"):
         monitor.load_state_dict({**state, "version": 99})
     assert other.history == []
     assert len(monitor.history) == 1

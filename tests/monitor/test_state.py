@@ -20,7 +20,7 @@ from fastent import Status, spectral_entropy
 from fastent.monitor.deferred import Devices, Ring, TorchFormer
 from fastent.monitor.monitor import SpectralEntropyMonitor as Monitor
 from fastent.monitor.monitor import StopAfterCrossing
-from fastent.records import EntropyRecord
+from fastent.records import Collapse, EntropyRecord, columns
 
 
 def inputs(seed: int = 0, n: int = 48, d: int = 6) -> Tensor:
@@ -159,6 +159,80 @@ def test_a_copy_raises_nothing_and_what_waits_to_be_raised_stays_with_the_origin
         one.close()
 
 
+# Nor does a resumed run tell of a collapse twice, or never
+
+
+def alarmed(told: list[int], state: Any = None, *, fall: float | None = 0.05) -> Monitor:
+    alarm = {} if fall is None else {"collapse": Collapse(fall), "on_collapse": lambda r: told.append(r.step)}
+    monitor = Monitor(**alarm)
+    if state is not None:
+        monitor.load_state_dict(json.loads(json.dumps(state)))
+    return monitor
+
+
+def wide(along: int) -> Tensor:
+    """Activations that are wide along some of 6 axes."""
+    return inputs() * torch.tensor([1.0] * along + [0.01] * (6 - along))
+
+
+def test_a_resumed_run_tells_of_a_collapse_neither_twice_nor_never() -> None:
+    first: list[int] = []
+    monitor = alarmed(first)
+    states = []
+    for step, along in enumerate([6, 6, 3, 1]):
+        states.append(monitor.state_dict())
+        monitor.observe(step, wide(along), layer="a")
+    assert first == [2]
+    for step, state in enumerate(states):
+        again: list[int] = []
+        resumed = alarmed(again, state)
+        resumed.flush()
+        for later, along in list(enumerate([6, 6, 3, 1]))[step:]:
+            resumed.observe(later, wide(along), layer="a")
+        assert again == ([] if step == 3 else [2])
+        assert resumed.collapsed == {"a": 2}
+        assert resumed.state_dict() == monitor.state_dict()
+
+
+def test_a_collapse_under_way_in_a_state_is_told_of_by_the_resumed_run_and_by_no_copy(
+    streams: FakeStreams,
+) -> None:
+    first: list[int] = []
+    monitor = alarmed(first)
+    for step, along in enumerate([6, 1]):
+        monitor.observe(step, wide(along), layer="a")
+    streams.tick()
+    state, twin = monitor.state_dict(), copy.deepcopy(monitor)
+    twin.flush()
+    assert (monitor.collapsed, first, twin.collapsed) == ({}, [], {"a": 1})
+    again: list[int] = []
+    resumed = alarmed(again, state)
+    assert resumed.collapsed == {"a": 1}
+    late: list[int] = []
+    alarmed(late, resumed.state_dict()).flush()  # resumed again before anybody was told
+    for one in (resumed, monitor):
+        one.flush()
+        one.flush()
+    assert first == again == late == [1]
+    assert resumed.state_dict() == monitor.state_dict()
+    for one in (monitor, twin, resumed):
+        one.close()
+
+
+def test_an_alarm_that_is_new_or_another_looks_through_the_saved_history() -> None:
+    before = alarmed([], fall=None)
+    for step, along in enumerate([6, 5, 1]):
+        before.observe(step, wide(along), layer="a")
+    told: list[int] = []
+    resumed = alarmed(told, before.state_dict())
+    resumed.flush()
+    assert told == [1]
+    other = alarmed(told, resumed.state_dict(), fall=0.5)
+    other.flush()
+    assert told == [1]  # nobody is told of a layer again
+    assert other.collapsed == {"a": 2}
+
+
 # Its shape
 
 
@@ -283,7 +357,7 @@ VERSION_2 = """
 """  # noqa: E501  as that release wrote it
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_states_of_older_versions_are_read(version: int) -> None:
     old = json.loads(VERSION_2)
     if version == 1:
@@ -291,12 +365,18 @@ def test_states_of_older_versions_are_read(version: int) -> None:
         for name in ("last_called", "unfinished", "ran", "dropped"):
             del old[name]
         del old["layers"]["a"]["course"]
-    monitor, same = Monitor(threshold=0.5), Monitor(threshold=0.5)
+    written = old["history"]
+    if version == 3:
+        layer = old["layers"]["a"]
+        layer = {"name": "a", **layer, **layer.pop("course")}
+        old.update(version=3, ran={"layer": [], "d": []})
+        old.update(layers=columns(layer, [layer]), history=columns(written[0], written))
+    monitor, same = (Monitor(threshold=0.5, collapse=Collapse()) for _ in range(2))
     monitor.load_state_dict(old)
     same.observe(0, torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), layer="a")
     same.observe(10, torch.tensor([[1.0, 2.0], [-1.0, -2.0]]), layer="a")
-    assert [record.as_dict() for record in monitor.history] == old["history"]
-    assert (monitor.crossings, monitor.last_step) == ({"a": 10}, 10)
+    assert [record.as_dict() for record in monitor.history] == written
+    assert (monitor.crossings, monitor.collapsed, monitor.last_step) == ({"a": 10}, {"a": 10}, 10)
     state = monitor.state_dict()
     assert state["layers"] == same.state_dict()["layers"]
     monitor.load_state_dict(json.loads(json.dumps(state)))
