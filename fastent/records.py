@@ -149,9 +149,10 @@ class Collapse:
     fall : float
         Difference in H, in (0, 1). 0.05 is the paper's (arXiv 2604.13123, section 5).
     within : int
-        Steps, at least 1. 800 are five evaluations, 200 steps apart: the paper's "5-step rolling window" as this
-        project reads it. In both recorded settings, each of 10 runs that grok in some 12,000 steps, all had collapsed
-        so before they grokked (docs/results.md and docs/results-nearest.md, E1). Scale it with the length of a run.
+        Steps, at least 1. 800 is ours: five evaluations, 200 steps apart, for the paper's "5-step rolling window",
+        which it also calls 1,000 steps. In both recorded settings, of 10 runs each that grok at step 13,800 and 11,560
+        on average, every run collapses so before it groks (docs/results.md and docs/results-nearest.md, E1). Scale it
+        with the length of a run.
     since : int
         Step of the first evaluation that counts. A network that memorises can lower H by more than `fall` within its
         first hundreds of steps, whether it will grok or not: where it does, give the step at which it has memorised.

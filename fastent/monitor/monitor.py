@@ -244,9 +244,8 @@ class Arrivals:
             )
 
     def _tell_of_collapses(self) -> None:
-        fallen = self._recording.fallen
-        while fallen:
-            self._call("on_collapse", self._on_collapse, fallen.popleft())
+        while self._recording.fallen:
+            self._call("on_collapse", self._on_collapse, self._recording.fallen.popleft())
 
     def _call(self, name: str, function: OnRecord | None, record: EntropyRecord) -> None:
         if function is None:
@@ -484,6 +483,8 @@ class SpectralEntropyMonitor:
         for value in threshold.values() if isinstance(threshold, dict) else [threshold]:
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"threshold is a normalised entropy, in (0, 1]; got {value}")
+        if not isinstance(collapse, Collapse | None):
+            raise TypeError(f"collapse must be a fastent.Collapse; got {collapse!r}")
         if on_collapse is not None and collapse is None:
             raise ValueError(
                 "on_collapse needs to know what a collapse is: give collapse=fastent.Collapse() too"

@@ -239,6 +239,11 @@ def test_a_count_that_is_not_whole_is_refused_by_name(name: str) -> None:
         Monitor(**{name: 1.5})
 
 
+def test_a_collapse_that_is_a_bare_number_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"collapse must be a fastent\.Collapse; got 0\.05"):
+        Monitor(collapse=0.05)  # type: ignore[arg-type]
+
+
 def test_a_model_that_is_not_a_module_is_refused() -> None:
     with pytest.raises(TypeError, match=r"model must be an nn\.Module; got function"):
         Monitor(lambda x: x, inputs(), "")  # type: ignore[arg-type]
