@@ -7,7 +7,12 @@ one trip around the inner loop). The gates on what comes out:
 - `DMMA`, the float64 matrix instruction, in the product's inner loop, and no `DFMA` there: every dtype runs
   on the tensor cores;
 - no stack and no local loads or stores: nothing spills; of input whose columns lie apart, nothing in the loop;
-- at most 255 registers, and shared memory within the block limit of the architecture.
+- at most 255 registers, and shared memory within the block limit of the architecture;
+- in Gluon, where the layouts are ours, fewer wavefronts of shared memory than cycles of products, so that the products
+  bound the loop.
+
+Both are of a program and a trip: `fastent.kernels.ptx` runs one, and the addresses of the lanes say in which banks
+they meet; the cycles are a multiprocessor's at 256 FLOP (H100 with DMMA.16x8x16; half as fast with the 8x8x4 shapes).
 
 ``python -m fastent.kernels.compile`` prints the table and exits with 1 where a gate fails. ``--check FILE`` compares
 it with a table that was written before and shows the lines that differ. It says nothing of speed, and the
@@ -37,7 +42,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from .covariance import LAUNCHES
-from .launch import TABLE, Launch, Side, output, workspace
+from .launch import IN_TRITON, TABLE, Launch, Side, output, workspace
+from .ptx import Machine, wavefronts
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 LAYOUTS = ("contiguous", "transposed", "odd", "strided")
@@ -46,7 +52,7 @@ MAX_REGISTERS = 255
 # Triton 3.6 and 3.7 abort on a float64 product for sm_100.
 ARCHS = (80, 90) if triton.__version__.startswith(("3.6.", "3.7.")) else (80, 90, 100)
 
-_PRODUCTS = ("covariance", "gram")  # the kernels with a matrix product
+_PRODUCTS = ("covariance", "gluon", "gram")  # the kernels with a matrix product
 
 _INSTRUCTION = re.compile(r"^\s+(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*(?:\.\w+)*)")
 _LABEL = re.compile(r"^(\.L\w+):")
@@ -91,6 +97,8 @@ class Resources:
     spills: int  # local loads and stores
     shared: int  # bytes
     loop: Loop
+    cycles: int  # of the products of a program and trip
+    wavefronts: int  # of shared memory, beside them
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -100,6 +108,8 @@ class Resources:
             found.append("no DMMA in the inner loop")
         if self.loop.fma:
             found.append(f"{self.loop.fma} DFMA in the inner loop")
+        if self.kernel == "gluon" and self.wavefronts >= self.cycles:
+            found.append(f"{self.wavefronts} wavefronts for {self.cycles} cycles of products")
         # For columns that lie apart, those of the result do not stay in registers through every loop.
         apart = self.layout in ("transposed", "strided")
         if self.loop.spills or ((self.stack or self.spills) and not apart):
@@ -112,11 +122,21 @@ class Resources:
 
 
 def launches(dtype: torch.dtype, layout: str) -> Iterator[Launch]:
-    """Every launch of the table for one input dtype and layout, on tensors that hold no data.
+    """Every launch of the table, with Gluon and without, for one input dtype and layout, on tensors without data.
 
     With the spread and without for contiguous input. For the others with it, which takes more registers, and
     where d is no multiple of 16, so that fewer addresses are known to be aligned.
     """
+    yield from _launches_of_table(dtype, layout)
+    kept = TABLE["covariance"]
+    TABLE["covariance"] = IN_TRITON
+    try:
+        yield from _launches_of_table(dtype, layout)
+    finally:
+        TABLE["covariance"] = kept
+
+
+def _launches_of_table(dtype: torch.dtype, layout: str) -> Iterator[Launch]:
     less, spreads = (0, (False, True)) if layout == "contiguous" else (3, (True,))
     for side, entries in TABLE.items():
         smallest = 0
@@ -156,7 +176,10 @@ def specialize(launch: Launch, arch: int) -> tuple[ASTSource, dict[str, Any]]:
     binder = create_function_from_signature(fn.signature, fn.params, backend)
     bound, specialization, options = binder(*launch.args, **launch.options)
     options, signature, constexprs, attrs = fn._pack_args(backend, options, bound, specialization, options)
-    return ASTSource(fn, signature, constexprs, attrs), options.__dict__
+    written = ASTSource
+    if fn.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as written
+    return written(fn, signature, constexprs, attrs), options.__dict__
 
 
 def measure(launch: Launch, arch: int, *, layout: str, seen: set[str]) -> Resources | None:
@@ -169,8 +192,10 @@ def measure(launch: Launch, arch: int, *, layout: str, seen: set[str]) -> Resour
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, sass = disassemble(compiled.asm["cubin"])
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=True))
+    name = "gluon" if launch.kernel.is_gluon() else launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    cycles, passes = trip(launch, source, compiled.asm["ptx"]) if name in _PRODUCTS else (0, 0)
     return Resources(
-        kernel=launch.kernel.__name__.removeprefix("_").removesuffix("_kernel"),
+        kernel=name,
         dtype=source.signature["h_ptr"].removeprefix("*"),
         layout=layout,
         edge=arguments.get("EDGE"),
@@ -183,7 +208,22 @@ def measure(launch: Launch, arch: int, *, layout: str, seen: set[str]) -> Resour
         spills=spills(sass),
         shared=compiled.metadata.shared,
         loop=count_loop(sass),
+        cycles=cycles,
+        wavefronts=passes,
     )
+
+
+def trip(launch: Launch, source: ASTSource, ptx: str) -> tuple[int, int]:
+    """Cycles of the products of a program in one trip around the inner loop, and wavefronts of shared memory."""
+    # What is None or 1, or a constant, is no parameter; of the pointers only the alignment counts, and two follow.
+    given = [
+        0 if isinstance(value, Tensor) else value
+        for name, value in zip(launch.kernel.arg_names, launch.args, strict=True)
+        if source.signature[name] != "constexpr"
+    ]
+    machine = Machine(ptx, 32 * launch.options["num_warps"])
+    machine.run([*given, 0, 0], (0, 0), launch.grid, trip=True)
+    return machine.flops // 256, sum(wavefronts(access) for access in machine.accesses)
 
 
 def disassemble(cubin: bytes) -> tuple[dict[str, int], list[str]]:
@@ -284,11 +324,11 @@ def measure_all(
 
 _COLUMNS = (
     *("kernel", "dtype", "layout", "edge", "warps", "stage", "spread", "arch", "regs", "stack", "spills"),
-    *("shared", "inner loop", "DFMA", "LDS", "STS", "LDG", "LDGSTS", "BAR", "gates"),
+    *("shared", "inner loop", "DFMA", "LDS", "STS", "LDG", "LDGSTS", "BAR", "cycles", "waves", "gates"),
 )
 _FORM = (
     "{:<11} {:<5} {:<10} {:>4} {:>5} {:<5} {:<6} {:<6} {:>4} {:>5} {:>6} {:>6}"
-    "  {:<19} {:>4} {:>3} {:>3} {:>3} {:>6} {:>3}  {}"
+    "  {:<19} {:>4} {:>3} {:>3} {:>3} {:>6} {:>3} {:>6} {:>5}  {}"
 )
 
 
@@ -305,7 +345,7 @@ def line(row: Resources) -> str:
         *(row.kernel, row.dtype, row.layout, row.edge or "-", row.warps, row.stage),
         *("yes" if row.spread else "no", f"sm_{row.arch}", row.registers, row.stack, row.spills, row.shared),
         *(matrix or "-", loop.fma, loop.shared_loads, loop.shared_stores, loop.loads, loop.async_copies),
-        *(loop.barriers, "; ".join(row.faults) or "ok"),
+        *(loop.barriers, row.cycles or "-", row.wavefronts or "-", "; ".join(row.faults) or "ok"),
     )
 
 

@@ -47,27 +47,22 @@ from .launch import (
     Output,
     Side,
     Workspace,
+    gluon_is_here,
+    last_to_come,
     means_partition,
     memory_arguments,
     output,
     partition,
     product_launch,
     strides,
+    tile_index,
     workspace,
 )
 
+if gluon_is_here():
+    from .gluon import covariance_kernel as gluon_kernel
+
 __all__ = ["LAUNCHES", "ResidentCovariance", "covariance", "gram", "shifted_covariance"]
-
-
-@triton.jit
-def tile_index(tile):
-    """Row and column of a tile from its number, counted along the rows of a lower triangle."""
-    i = 0
-    j = tile
-    while j > i:  # exact for any number, where a float square root is not
-        j -= i + 1
-        i += 1
-    return i, j
 
 
 @triton.jit
@@ -99,21 +94,6 @@ def column_shift(h_ptr, n, cols, h_row, h_col, mask):
     median = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
     # A maximum over one row changes nothing, but stops triton 3.6 and 3.7 at it (see widen).
     return tl.max(median[None, :], axis=0)
-
-
-@triton.jit
-def last_to_come(counter_ptr, programs):
-    """Count this program at a counter; whether it is the last of the `programs` of one launch that come there.
-
-    What the program stored before goes with it: release and acquire at the scope of the device, so whoever sees all
-    others counted sees their stores. The counter (int64, which no device fills) is never set back: a launch adds
-    `programs` to it, whatever the order. Two launches that overlap, which they must not, so spoil their own
-    results and none after; arrivals between a last count and a reset would be lost for good.
-    """
-    tl.debug_barrier()
-    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()
-    return before % programs == programs - 1
 
 
 @triton.jit
@@ -397,8 +377,14 @@ def covariance_launches(h: Tensor, out: Output, work: Workspace, scale: float) -
     n, d = h.shape[-2:]
     cut = partition("covariance", d, n)
     tile = cut.tile
+    steps = strides(h)
+    shape = (n, d, *steps, cut.tiles, cut.chunk, scale)
+    if tile.gluon:
+        turned = steps[1] == 1 and steps[2] != 1
+        memory = (h, out.lower, out.centre, *memory_arguments(out, work))
+        args = (*memory, *shape, tile.edge, tile.step, turned, GROUP)
+        return [means_launch(h, out, work), product_launch(gluon_kernel, out, cut, args)]
     memory = (h, out.lower, out.centre, work.sums, *memory_arguments(out, work))
-    shape = (n, d, *strides(h), cut.tiles, cut.chunk, scale)
     constants = (tile.edge, tile.step, tile.means_first, tile.ahead, GROUP)
     product = product_launch(_covariance_kernel, out, cut, (*memory, *shape, *constants))
     return [means_launch(h, out, work), product] if tile.means_first else [product]

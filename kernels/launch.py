@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
 """Launches: tile sizes chosen from the shape of the input by a small table, and the memory that they write.
 
 Neither the batch size, nor the strides, nor the dtype has a say: so the order of every sum, and with it (on one
@@ -12,6 +13,7 @@ and matrix instructions. No entry has been timed on a GPU yet (bench/NOTES.md).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -20,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 Side = Literal["covariance", "gram"]
@@ -49,6 +53,7 @@ class Tile:
     blocks: int  # programs that a multiprocessor holds at once, by their registers, with the dtype that takes most
     stages: int = 1  # the kernels prefetch by hand: the compiler's pipelining stays off
     means_first: bool = False  # column means from a launch of their own, so that the loop keeps no sums
+    gluon: bool = False  # by `fastent.kernels.gluon`, which takes the means first
     # Of a thread, at most. None: the assembler chooses, which may spill to fit one more block (see product_launch).
     registers: int | None = None
 
@@ -93,16 +98,29 @@ class Launch(NamedTuple):
         return Again(compiled[(*self.grid, 1)], rest)
 
 
+def gluon_is_here() -> bool:
+    """Whether this Triton has what `fastent.kernels.gluon` is made of, and compiles it: it interprets no Gluon."""
+    try:
+        from triton.experimental.gluon.language.nvidia.ampere import mma_v2  # noqa: F401
+    except ImportError:  # experimental: no version has promised it
+        return False
+    return not triton.knobs.runtime.interpret
+
+
 # 32 x 32 gives a small matrix tiles to fill the chip. 64 x 64 with column sums in the loop spills at 4 warps, and at a
-# step of 32 for strided input; without the sums 4 warps hold it, at two thirds of the shared-memory traffic: worth the
-# launch for the means, which reads the input once, where there are many tiles. 128 x 128 spills under triton 3.6
-# and 3.7 and for sm_80, on the Gram side everywhere (bench/NOTES.md).
+# step of 32 for strided input; without the sums 4 warps hold it: worth the launch for the means, which reads the input
+# once, where there are many tiles. In Gluon that is from 513 columns on; without it the sums stay in the loop up to
+# 1,536, since the compiler's layouts make of 4 warps no more than of 8. 128 x 128 spills, in Gluon for all but
+# contiguous 16-bit and float32 input, and leaves more of the last wave empty (bench/NOTES.md).
+_SMALL = Entry(256, Tile(edge=32, step=16, warps=4, blocks=3))
+_SUMS = Tile(edge=64, step=16, warps=8, blocks=1, registers=255)
+_LARGE = Tile(edge=64, step=16, warps=4, blocks=2, means_first=True, registers=255)
+IN_GLUON = (_SMALL, Entry(512, _SUMS), Entry(None, dataclasses.replace(_LARGE, gluon=True)))
+IN_TRITON = (_SMALL, Entry(1536, _SUMS), Entry(None, _LARGE))
+"""The covariance's entries with Gluon and without it."""
+
 TABLE: dict[Side, tuple[Entry, ...]] = {
-    "covariance": (
-        Entry(256, Tile(edge=32, step=16, warps=4, blocks=3)),
-        Entry(1536, Tile(edge=64, step=16, warps=8, blocks=1, registers=255)),
-        Entry(None, Tile(edge=64, step=16, warps=4, blocks=2, means_first=True, registers=255)),
-    ),
+    "covariance": IN_GLUON if gluon_is_here() else IN_TRITON,
     "gram": (
         Entry(256, Tile(edge=32, step=16, warps=4, blocks=3, registers=255)),
         Entry(None, Tile(edge=64, step=16, warps=8, blocks=1, registers=255)),
@@ -274,3 +292,29 @@ def product_launch(kernel: Any, out: Output, cut: Partition, args: tuple[Any, ..
     registers = tile.registers or (None if h.stride(-1) == 1 else _MOST_REGISTERS)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": registers, **OPTIONS}
     return Launch(kernel, (cut.tiles * out.lower.shape[0], cut.parts), args, options)
+
+
+@triton.jit
+def tile_index(tile):
+    """Row and column of a tile from its number, counted along the rows of a lower triangle."""
+    i = 0
+    j = tile
+    while j > i:  # exact for any number, where a float square root is not
+        j -= i + 1
+        i += 1
+    return i, j
+
+
+@triton.jit
+def last_to_come(counter_ptr, programs):
+    """Count this program at a counter; whether it is the last of the `programs` of one launch that come there.
+
+    What the program stored before goes with it: release and acquire at the scope of the device, so whoever sees all
+    others counted sees their stores. The counter (int64, which no device fills) is never set back: a launch adds
+    `programs` to it, whatever the order. Two launches that overlap, which they must not, so spoil their own
+    results and none after; arrivals between a last count and a reset would be lost for good.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return before % programs == programs - 1
