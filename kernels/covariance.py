@@ -303,8 +303,10 @@ def _covariance_kernel(
     length = tl.minimum(n - start, chunk).to(tl.int32)
     rows = tl.arange(0, STEP)
     at_rows = h_ptr + start * h_row + rows.to(tl.int64)[:, None] * h_row
-    at_i = at_rows + cols_i.to(tl.int64)[None, :] * h_col
-    at_j = at_rows + cols_j.to(tl.int64)[None, :] * h_col
+    # Two columns to a thread: more lie further apart in shared memory as float64, and meet in its banks. Said of the
+    # columns: of their product with the stride it would be a lie, and strided input would be read wrong.
+    at_i = at_rows + tl.max_contiguous(cols_i.to(tl.int64), 2)[None, :] * h_col
+    at_j = at_rows + tl.max_contiguous(cols_j.to(tl.int64), 2)[None, :] * h_col
     stride = tl.full((), STEP, tl.int64) * h_row
     live = (rows < length)[:, None]
     x_i = widen(tl.load(at_i, mask=live & in_i[None, :], other=0.0))

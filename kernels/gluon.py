@@ -19,6 +19,8 @@ Gluon is experimental: where a Triton lacks it, and under the interpreter, `fast
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -26,6 +28,10 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from .launch import last_to_come, tile_index
 
 __all__ = ["covariance_kernel"]
+
+# Rows and columns of the float64 product instruction: Triton 3.8 and 3.9 know 8x8x4 alone, and would take the fragments
+# of 16x8x16 for it without a word.
+INSTRUCTION = gl.constexpr([16, 8] if triton.__version__.startswith(("3.6.", "3.7.")) else [8, 8])
 
 
 @gluon.jit
@@ -82,7 +88,7 @@ def covariance_kernel(
     h_col,
     tiles,
     chunk,  # rows of a part
-    scale: gl.float64,
+    scale: tl.float64,  # of gl.float64 the launcher makes fp32
     EDGE: gl.constexpr,
     STEP: gl.constexpr,
     TURNED: gl.constexpr,  # rows lie next to each other in memory, columns do not
@@ -96,7 +102,7 @@ def covariance_kernel(
     else:
         LOADED: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
         SHARED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 4, order=[1, 0])
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, WARPS // 2], [16, 8])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, WARPS // 2], INSTRUCTION)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 1)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 1)
 

@@ -208,9 +208,11 @@ class Machine:
         if space == "param":
             value = self.params[int(re.findall(r"_param_(\d+)", instruction.operands[1])[0])]
             if isinstance(value, float):
-                self._set(targets[0], torch.full((self.threads,), value).double().view(torch.int64), active)
+                exact = torch.full((self.threads,), value, dtype=torch.float64)
+                pattern = exact.view(torch.int64) if size == 8 else exact.float().view(torch.int32).long()
             else:
-                self._set(targets[0], _bits(self.everyone * value, 8 * size), active)
+                pattern = self.everyone * value
+            self._set(targets[0], _bits(pattern, 8 * size), active)
             return
         address = self._address(instruction.operands[1])
         if space == "shared":
