@@ -106,7 +106,7 @@ AOT_TABLE = "bench/results/aot.txt"
 def aot(session: nox.Session) -> None:
     """Compile every kernel ahead of time, for all Triton versions and architectures, against the committed table.
 
-    Without a GPU. Arguments go to the compiler: ``-- --arch 90 --dtype bf16`` for a part; ``-- --write`` renews the
+    Without a GPU; wavefronts and cycles of a trip stand in the table too. Arguments go to the compiler: ``-- --arch 90 --dtype bf16`` for a part; ``-- --write`` renews the
     table.
     """
     install(session, extra="")

@@ -31,7 +31,7 @@ from fastent.kernels.compile import (
     inner_loop,
     launches,
 )
-from fastent.kernels.launch import TABLE
+from fastent.kernels.launch import IN_GLUON, IN_TRITON, TABLE
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MISSING = [name for name in ("nvdisasm", "cuobjdump") if not (TOOLS / name).exists()]
@@ -42,10 +42,11 @@ needs_tools = pytest.mark.skipif(
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "results" / "aot.txt"
 
-# Both sides, every entry, with the spread and without: whole, and in parts.
+# Every entry, with Gluon and without, with the spread and without: whole, and in parts.
+ENTRIES = {"covariance": IN_TRITON, "gluon": IN_GLUON[-1:], "gram": TABLE["gram"]}
 PRODUCTS = {
-    (side, entry.tile.edge, entry.tile.warps, stage, spread)
-    for side, entries in TABLE.items()
+    (kernel, entry.tile.edge, entry.tile.warps, stage, spread)
+    for kernel, entries in ENTRIES.items()
     for entry in entries
     for stage in ("whole", "part")
     for spread in (False, True)
@@ -103,6 +104,8 @@ def test_every_product_runs_on_float64_tensor_cores_without_spilling(
         assert loop["matrix"], product
         assert all(name.startswith("DMMA") for name in loop["matrix"]), product
         assert loop["fma"] == 0, product
+        assert found[product]["cycles"] == 2 * product[1] ** 2 * 16 / 256, product
+        assert found[product]["wavefronts"] > 0, product
     for name, row in found.items():
         assert (row["stack"], row["spills"]) == (0, 0), name
         assert row["registers"] <= 255, name
@@ -295,6 +298,8 @@ def test_gates_name_each_fault() -> None:
         "spills": 0,
         "shared": 166912,
         "loop": loop(),
+        "cycles": 512,
+        "wavefronts": 511,
     }
     assert Resources(**good).faults == ()
     for change, words in (
@@ -305,6 +310,7 @@ def test_gates_name_each_fault() -> None:
         ({"spills": 2}, "2 local accesses"),
         ({"registers": 256}, "256 registers"),
         ({"shared": 166913}, "166913 bytes"),
+        ({"kernel": "gluon", "wavefronts": 512}, "512 wavefronts for 512 cycles"),
     ):
         (fault,) = Resources(**{**good, **change}).faults
         assert words in fault
@@ -312,6 +318,8 @@ def test_gates_name_each_fault() -> None:
     around = {**good, "layout": "strided", "stack": 8, "spills": 2}
     assert Resources(**around).faults == ()
     assert len(Resources(**{**around, "loop": loop(spills=1)}).faults) == 1
+    assert Resources(**{**good, "wavefronts": 1024}).faults == ()  # the compiler's layouts, not ours
+    assert Resources(**{**good, "kernel": "gluon"}).faults == ()
     assert Resources(**{**good, "arch": 90, "shared": 232448}).faults == ()
 
 

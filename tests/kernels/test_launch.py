@@ -11,9 +11,12 @@ import torch
 from fastent.kernels.compile import resident
 from fastent.kernels.covariance import ResidentCovariance
 from fastent.kernels.launch import (
+    IN_GLUON,
+    IN_TRITON,
     MOST_PARTIAL,
     MULTIPROCESSORS,
     TABLE,
+    Entry,
     Partition,
     Side,
     Tile,
@@ -66,7 +69,11 @@ def filled(cut: Partition, length: int) -> float:
         ("gram", 2048, 8192),
     ],
 )
-def test_long_sums_leave_at_most_a_tenth_of_the_chip_idle(side: Side, m: int, length: int) -> None:
+@pytest.mark.parametrize("entries", [IN_GLUON, IN_TRITON], ids=["gluon", "triton"])
+def test_long_sums_leave_at_most_a_tenth_of_the_chip_idle(
+    side: Side, m: int, length: int, entries: tuple[Entry, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TABLE, "covariance", entries)
     assert filled(partition(side, m, length), length) >= 0.9
 
 
@@ -107,16 +114,22 @@ def test_table_ends_with_an_entry_for_every_size_and_grows(side: Side) -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "tile"), [(side, entry.tile) for side, entries in TABLE.items() for entry in entries], ids=str
+    ("kernel", "tile"),
+    [
+        *(("covariance", entry.tile) for entry in IN_TRITON),
+        ("gluon", IN_GLUON[-1].tile),
+        *(("gram", entry.tile) for entry in TABLE["gram"]),
+    ],
+    ids=str,
 )
 def test_programs_of_a_multiprocessor_are_those_that_the_compiled_registers_allow(
-    side: Side, tile: Tile
+    kernel: str, tile: Tile
 ) -> None:
     fields = [line.split()[:12] for line in COMMITTED.read_text().splitlines()[2:]]
     fit = min(  # with the dtype that takes most
         resident(int(registers), int(shared), tile.warps)
-        for kernel, _, _, edge, warps, _, _, arch, registers, _, _, shared in fields
-        if (kernel, edge, warps, arch) == (side, str(tile.edge), str(tile.warps), "sm_90")
+        for name, _, _, edge, warps, _, _, arch, registers, _, _, shared in fields
+        if (name, edge, warps, arch) == (kernel, str(tile.edge), str(tile.warps), "sm_90")
     )
     # The oldest Triton takes some registers more than that of the table: one program less at most.
     assert fit - 1 <= tile.blocks <= fit
