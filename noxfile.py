@@ -106,8 +106,8 @@ AOT_TABLE = "bench/results/aot.txt"
 def aot(session: nox.Session) -> None:
     """Compile every kernel ahead of time, for all Triton versions and architectures, against the committed table.
 
-    Without a GPU; wavefronts and cycles of a trip stand in the table too. Arguments go to the compiler: ``-- --arch 90 --dtype bf16`` for a part; ``-- --write`` renews the
-    table.
+    Without a GPU; wavefronts of shared memory and cycles of products in a trip stand in the table too. Arguments go to
+    the compiler: ``-- --arch 90 --dtype bf16`` for a part; ``-- --write`` renews the table.
     """
     install(session, extra="")
     renew = "--write" in session.posargs

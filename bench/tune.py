@@ -7,8 +7,9 @@ candidate cannot exceed, not what it reaches.
 
 The model, per block and trip around the inner loop, in cycles of an H100 or H200 (CUDA programming guide, throughput
 of instructions per multiprocessor): matrix products at 256 FLOP a cycle for DMMA.16x8x16 and half of it for the
-8x8x4 shapes (triton#10313 measured 45-53 and 28-31 TFLOP/s); shared memory at 128 bytes; casts to float64 at 16
-lanes; float64 additions at 64 lanes. The bound is the time of the products at full rate over the longest of the four.
+8x8x4 shapes (triton#10313 measured 45-53 and 28-31 TFLOP/s); shared memory at a wavefront, counted from the addresses
+of a trip; casts to float64 at 16 lanes; float64 additions at 64 lanes. The bound is the time of the products at full
+rate over the longest of the four.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bench.gpu import Session, activations, device_times
 from bench.harness import Row, write_rows
 from fastent.kernels.compile import DTYPES, LAYOUTS, Resources, _launches_of, measure, resident
 from fastent.kernels.covariance import ResidentCovariance
-from fastent.kernels.launch import TABLE, Entry, Side, Tile, partition
+from fastent.kernels.launch import TABLE, Entry, Side, Tile, gluon_is_here, partition
 
 # m and length of each range of the table, to time.
 SHAPES: dict[Side, tuple[tuple[int, int], ...]] = {
@@ -44,7 +45,8 @@ def candidates(side: Side) -> Iterator[Tile]:
     for edge, step, warps in itertools.product((32, 64, 128), (16, 32), (4, 8, 16)):
         if 512 <= edge * edge // warps <= 4096 or (edge, warps) == (32, 4):
             for first in (False, True) if side == "covariance" else (False,):
-                yield Tile(edge, step, warps, blocks=1, means_first=first)
+                for gluon in (False, True) if first and edge > 32 and gluon_is_here() else (False,):
+                    yield Tile(edge, step, warps, blocks=1, means_first=first, gluon=gluon)
 
 
 def compile_candidate(side: Side, tile: Tile, arch: int, dtype: str, layout: str) -> Resources | None:
@@ -66,7 +68,7 @@ def model(row: Resources, step: int) -> dict[str, float]:
     large = all(name.startswith("DMMA.16") for name in row.loop.matrix)
     cycles = {
         "products": flops / (256 if large else 128),
-        "shared": row.warps * row.loop.shared_bytes / 128,
+        "shared": row.wavefronts,
         "casts": row.warps * row.loop.casts * 32 / 16,
         "adds": row.warps * row.loop.adds * 32 / 64,
     }

@@ -176,10 +176,11 @@ def specialize(launch: Launch, arch: int) -> tuple[ASTSource, dict[str, Any]]:
     binder = create_function_from_signature(fn.signature, fn.params, backend)
     bound, specialization, options = binder(*launch.args, **launch.options)
     options, signature, constexprs, attrs = fn._pack_args(backend, options, bound, specialization, options)
-    written = ASTSource
     if fn.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as written
-    return written(fn, signature, constexprs, attrs), options.__dict__
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(fn, signature, constexprs, attrs), options.__dict__
+    return ASTSource(fn, signature, constexprs, attrs), options.__dict__
 
 
 def measure(launch: Launch, arch: int, *, layout: str, seen: set[str]) -> Resources | None:

@@ -96,12 +96,12 @@ def covariance_kernel(
 ):
     """Sum the products of one part of one tile, and finish the tile if it is the last part to come."""
     WARPS: gl.constexpr = gl.num_warps()
-    if TURNED:
-        LOADED: gl.constexpr = gl.BlockedLayout([2, 1], [STEP // 2, 64 // STEP], [1, WARPS], [0, 1])
-        SHARED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 4, order=[0, 1])
-    else:
-        LOADED: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
-        SHARED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 4, order=[1, 0])
+    ORDER: gl.constexpr = [0, 1] if TURNED else [1, 0]
+    VALUES: gl.constexpr = [2, 1] if TURNED else [1, 2]
+    LANES: gl.constexpr = [STEP // 2, 64 // STEP] if TURNED else [1, 32]
+    ACROSS: gl.constexpr = [1, WARPS] if TURNED else [WARPS, 1]
+    LOADED: gl.constexpr = gl.BlockedLayout(VALUES, LANES, ACROSS, ORDER)
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 4, order=ORDER)
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, WARPS // 2], INSTRUCTION)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 1)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 1)

@@ -140,7 +140,11 @@ class Machine:
             one trip around the inner loop.
         """
         self.params = params
-        special = {"%tid.x": self.lane, "%ntid.x": self.threads, "%laneid": self.lane % 32}
+        special: dict[str, Tensor | int] = {
+            "%tid.x": self.lane,
+            "%ntid.x": self.threads,
+            "%laneid": self.lane % 32,
+        }
         for axis, name in enumerate("xyz"):
             special[f"%ctaid.{name}"] = (*program, 0)[axis]
             special[f"%nctaid.{name}"] = (*programs, 1)[axis]
@@ -236,7 +240,9 @@ class Machine:
         if space == "shared":
             self.accesses.append(Access(True, size * len(sources), address, active))
         memory = self.shared if space == "shared" else self.memory
-        for number, source in enumerate(sources) if memory is not None else ():
+        if memory is None:
+            return
+        for number, source in enumerate(sources):
             values = self._value(source, instruction.kind)[:, None].view(torch.uint8)[active, :size]
             memory[address[active, None] + number * size + torch.arange(size)] = values
 
