@@ -59,7 +59,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ from fastent.covariance import centered_matrix, triton_obstacle
 from fastent.grokking.train.stack import capture_cuda_graph
 from fastent.grokking.train.storage import JsonLines
 from fastent.kernels.covariance import ResidentCovariance
-from fastent.kernels.launch import Side, partition
+from fastent.kernels.launch import IN_TRITON, TABLE, Launch, Output, Side, partition
 from fastent.monitor.deferred import DeferredEntropy
 from fastent.reference.entropy import entropy_of_eigenvalues
 
@@ -379,6 +379,30 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 """The same values under other strides."""
 
 
+@contextlib.contextmanager
+def without_gluon() -> Iterator[None]:
+    """Have the launch table that it is where Triton has no Gluon."""
+    kept = TABLE["covariance"]
+    TABLE["covariance"] = IN_TRITON
+    try:
+        yield
+    finally:
+        TABLE["covariance"] = kept
+
+
+class WithoutGluon(ResidentCovariance):
+    """The evaluator that it is where Triton has no Gluon."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        with without_gluon():
+            super().__init__(*args, **options)
+
+    def launches(self, h: Tensor, out: Output) -> list[Launch]:
+        """Return what `__call__` runs, in order."""
+        with without_gluon():
+            return super().launches(h, out)
+
+
 class Variant(NamedTuple):
     """One of our ways to a result, and the input that it is given: what is held to a gate, and what is timed."""
 
@@ -404,7 +428,8 @@ class Variant(NamedTuple):
 
     def evaluator(self, device: torch.device) -> ResidentCovariance:
         """Take an evaluator of its shape."""
-        return ResidentCovariance(self.n, self.d, batch=self.batch, device=device, side=self.side)
+        kind = WithoutGluon if self.provider == "WithoutGluon" else ResidentCovariance
+        return kind(self.n, self.d, batch=self.batch, device=device, side=self.side)
 
 
 class Exact(NamedTuple):
@@ -513,6 +538,7 @@ def check_entropy(variant: Variant, x: Tensor) -> Row:
 
 GATES: dict[str, Callable[[Variant, Tensor], Row]] = {
     "ResidentCovariance": check_evaluator,
+    "WithoutGluon": check_evaluator,
     "centered_matrix": check_matrix,
     "spectral_entropy": check_entropy,
     "DeferredEntropy": check_entropy,
@@ -1052,6 +1078,8 @@ def provider_variants(session: Session, n: int, d: int) -> dict[str, dict[str, V
     groups = {"covariance": {"fastent": matrix}}
     if session.cuda:
         groups["covariance"]["fastent, memory at hand"] = matrix._replace(provider="ResidentCovariance")
+        if partition("covariance", d, n).tile.gluon:
+            groups["covariance"]["fastent, without Gluon"] = matrix._replace(provider="WithoutGluon")
     if d <= 1024:
         groups["entropy"] = {
             "fastent": Variant("spectral_entropy", n, d, torch.bfloat16, backend=backend),
@@ -1068,9 +1096,10 @@ def covariances(session: Session, h: Tensor) -> dict[str, Callable[[], object]]:
         "torch.cov": functools.partial(torch_cov, h),
         "float32": functools.partial(float32_covariance, h),
     }
-    if session.cuda:
-        evaluator = ResidentCovariance(n, d, device=session.device, side="covariance")
-        calls["fastent, memory at hand"] = functools.partial(evaluator, h, evaluator.output())
+    for provider, variant in provider_variants(session, n, d)["covariance"].items():
+        if provider != "fastent":
+            evaluator = variant.evaluator(session.device)
+            calls[provider] = functools.partial(evaluator, h, evaluator.output())
     if not session.quick and (n, d) in COMPILED:
         calls["direct, torch.compile"] = functools.partial(torch.compile(direct_covariance, dynamic=False), h)
     # The full float64 product alone, its copy made before: what the kernel at large d is compared with.

@@ -12,7 +12,7 @@ import functools
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,12 +22,12 @@ import fastent
 from bench.gpu import DTYPES, GATES, LAYOUTS, Variant, activations, outside
 from bench.harness import Row, write_rows
 from fastent.covariance import triton_obstacle
-from fastent.kernels.launch import TABLE, Output, Side, partition
+from fastent.kernels.launch import TABLE, Entry, Output, Side, partition
 
 
-def cases() -> Iterator[tuple[Side, int, int]]:
+def cases(table: Mapping[Side, Iterable[Entry]] = TABLE) -> Iterator[tuple[Side, int, int]]:
     """Side, n and d: each entry whole and in parts, at its largest and smallest edge, no multiple of anything."""
-    for side, entries in TABLE.items():
+    for side, entries in table.items():
         smallest = 1
         for entry in entries:
             largest = entry.largest or smallest + 1000
@@ -48,6 +48,11 @@ def variants(device: torch.device) -> Iterator[Variant]:
     for side, n, d in cases():
         for dtype in DTYPES:
             yield evaluator(n, d, dtype, side=side)
+    for side, n, d in cases({"covariance": [entry for entry in TABLE["covariance"] if entry.tile.gluon]}):
+        for dtype in DTYPES:
+            for layout in (name for name in LAYOUTS if name != "contiguous"):
+                yield evaluator(n, d, dtype, side=side, layout=layout)
+            yield Variant("WithoutGluon", n, d, dtype, side=side)
     yield evaluator(512, 128, torch.bfloat16, batch=32)
     yield evaluator(33, 300, torch.bfloat16, batch=3)
     for n, d in ((512, 128), (512, 127), (127, 512)):

@@ -64,10 +64,10 @@ def launches(variant: gpu.Variant) -> Iterator[Launch]:
     n, d, batch = variant.n, variant.d, variant.batch
     x = torch.empty((n, d) if batch == 1 else (batch, n, d), dtype=variant.dtype, device="meta")
     h, side = gpu.LAYOUTS[variant.layout](x), variant.columns()["side"]
-    for spread in (False, True):
-        out = output(side, batch, n, d, h.device, spread=spread)
-        work = workspace(side, batch, n, d, h.device, spread=spread)
-        yield from LAUNCHES[side](h, out, work, 1 / n)
+    evaluator = variant.evaluator(h.device)
+    yield from evaluator.launches(h, evaluator.output())
+    out, work = (memory(side, batch, n, d, h.device, spread=False) for memory in (output, workspace))
+    yield from LAUNCHES[side](h, out, work, 1 / n)
 
 
 def architecture() -> int:

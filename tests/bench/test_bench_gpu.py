@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -21,7 +22,7 @@ pytest.importorskip("matplotlib")
 
 from bench import gpu
 from bench.report import TARGETS
-from fastent.kernels.launch import output
+from fastent.kernels.launch import IN_TRITON, TABLE, Entry, output
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ("us_p50", "slowdown", "calls", "extra_bytes", "passed")
@@ -68,6 +69,27 @@ def test_a_provider_is_compared_with_itself_as_one(rows: list[dict[str, Any]]) -
     ours = [row["over_fastent"] for row in rows if row.get("provider") == "fastent" and "over_fastent" in row]
     assert ours == [1.0] * len(ours)
     assert len(ours) == 6
+
+
+def test_the_kernel_without_gluon_is_a_provider_where_gluon_is_and_is_that_of_the_other_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there: Any = SimpleNamespace(cuda=True, quick=True)
+    tile = dataclasses.replace(IN_TRITON[-1].tile, warps=8, gluon=False)
+    providers = {}
+    for gluon in (False, True):
+        monkeypatch.setitem(TABLE, "covariance", (Entry(None, dataclasses.replace(tile, gluon=gluon)),))
+        providers[gluon] = set(gpu.provider_variants(there, 8192, 4096)["covariance"])
+    assert providers[True] - providers[False] == {"fastent, without Gluon"}
+    monkeypatch.setitem(TABLE, "covariance", (Entry(None, tile),))
+    warps = []
+    for kind in (gpu.WithoutGluon, gpu.ResidentCovariance, gpu.WithoutGluon):
+        h = torch.empty((8192, 4096), dtype=torch.bfloat16, device="meta")
+        evaluator = kind(*h.shape, device=h.device)
+        warps.append(evaluator.launches(h, evaluator.output())[-1].options["num_warps"])
+    ours = IN_TRITON[-1].tile.warps
+    assert ours != tile.warps
+    assert warps == [ours, tile.warps, ours]
 
 
 def test_the_report_has_a_table_for_each_measurement_and_lists_what_was_skipped(
