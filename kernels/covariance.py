@@ -47,6 +47,7 @@ from .launch import (
     Output,
     Side,
     Workspace,
+    at_once,
     gluon_is_here,
     last_to_come,
     means_partition,
@@ -499,10 +500,21 @@ def _run(side: Side, h: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     n, d = h.shape[-2:]
     batch = h.shape[0] if h.ndim == 3 else 1
     out = output(side, batch, n, d, h.device, spread=False)
-    work = workspace(side, batch, n, d, h.device, spread=False)
+    together, groups = batch, [(h, out)]
+    if batch > 1 and (most := at_once(side, *((d, n) if side == "covariance" else (n, d)))) is not None:
+        # One group after the other in the same scratch memory, which would grow to several times the results.
+        together = min(batch, most)
+        groups = [
+            (some, Output(lower, centre, None, out.block))
+            for some, lower, centre in zip(
+                *(tensor.split(together) for tensor in (h, out.lower, out.centre)), strict=True
+            )
+        ]
+    work = workspace(side, together, n, d, h.device, spread=False)
     with torch.cuda.device_of(h):  # Triton launches on the current device
-        for launch in LAUNCHES[side](h, out, work, 1.0 / n if scale is None else scale):
-            launch.run()
+        for some, results in groups:
+            for launch in LAUNCHES[side](some, results, work, 1.0 / n if scale is None else scale):
+                launch.run()
     return (out.lower, out.centre) if h.ndim == 3 else (out.lower[0], out.centre[0])
 
 
@@ -653,4 +665,6 @@ class ResidentCovariance:
             made = [launch.run() for launch in self.launches(h, out)]
         if len(self._again) >= _MOST_AGAIN:  # outputs that were not kept
             self._again.clear()
-        self._again[key] = [again for again in made if again is not None]
+        again = [launch for launch in made if launch is not None]
+        if len(again) == len(made):  # all or none: some launches without the others would be wrong
+            self._again[key] = again

@@ -37,7 +37,7 @@ MULTIPROCESSORS = 132
 # Steps of the loop that take as long as what a program of a split does beside it (folding, storing, counting itself);
 # parts that are added in the time of one step. Estimates from the machine code (bench/NOTES.md), not timed.
 _BESIDE, _ADDED = 4, 3
-# Bytes of partial sums of a matrix that a split may take.
+# Bytes of partial sums that a split of a matrix may take, and all matrices of a call to the plain functions at once.
 MOST_PARTIAL = 64 * 2**20
 # What a thread can have.
 _MOST_REGISTERS = 255
@@ -164,6 +164,12 @@ def partition(side: Side, m: int, length: int) -> Partition:
     most = max(1, MOST_PARTIAL // (8 * tiles * tile.edge**2))
     parts, steps = split(tiles, -(-length // tile.step), tile.blocks, most)
     return Partition(tile, tiles, parts, steps * tile.step)
+
+
+def at_once(side: Side, m: int, length: int) -> int | None:
+    """Matrices of which the partial sums are within `MOST_PARTIAL`, one at least; None: any, there are no such sums."""
+    tile, tiles, parts, _ = partition(side, m, length)
+    return None if parts == 1 else max(1, MOST_PARTIAL // (8 * parts * tiles * tile.edge**2))
 
 
 def means_partition(n: int, d: int) -> Partition:

@@ -20,6 +20,7 @@ from fastent.kernels.launch import (
     Partition,
     Side,
     Tile,
+    at_once,
     partition,
     split,
 )
@@ -85,6 +86,18 @@ def test_a_split_fills_no_less_than_none_and_its_memory_is_bounded(side: Side) -
             steps = -(-length // cut.tile.step)
             assert filled(cut, length) > filled(cut._replace(parts=1, chunk=steps * cut.tile.step), length)
             assert 8 * cut.parts * cut.tiles * cut.tile.edge**2 <= MOST_PARTIAL
+
+
+@sides
+def test_the_partial_sums_of_matrices_taken_at_once_are_bounded_and_none_is_left_out_that_fits(
+    side: Side,
+) -> None:
+    for m, length in itertools.product(EDGES, LENGTHS):
+        cut, most = partition(side, m, length), at_once(side, m, length)
+        assert (most is None) == (cut.parts == 1)
+        if most is not None:
+            size = 8 * cut.parts * cut.tiles * cut.tile.edge**2
+            assert most * size <= MOST_PARTIAL < (most + 1) * size
 
 
 def test_a_short_walk_is_not_split_for_less_than_it_costs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Generator
 from types import FunctionType
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 from fastent.kernels.covariance import LAUNCHES, ResidentCovariance, covariance, gram, last_to_come
-from fastent.kernels.launch import TABLE, Launch, Side, means_partition, partition
+from fastent.kernels.launch import TABLE, Launch, Side, means_partition, partition, workspace
 
 
 class Allocations(TorchDispatchMode):
@@ -139,6 +140,51 @@ def test_a_call_like_an_earlier_one_leaves_the_jit_out_and_passes_the_same(
         evaluator(other, out)
         evaluator(other, out)
         assert (len(jit.calls), len(ready.calls)) == (count, count)
+
+
+def test_launches_of_which_one_cannot_be_made_again_are_all_made_anew(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Triton's hook on its cache may stand in for a launch, which then gives back nothing.
+    kernels = [Compiled(), Compiled(Compiled())]
+    evaluator = ResidentCovariance(20, 41, device=device)
+    gram = LAUNCHES["gram"]
+    monkeypatch.setitem(
+        LAUNCHES,
+        "gram",
+        lambda *args: [
+            launch._replace(kernel=kernel) for launch, kernel in zip(gram(*args), kernels, strict=True)
+        ],
+    )
+    h, out = torch.empty((20, 41), device=device), evaluator.output()
+    for count in (1, 2, 3):
+        evaluator(h, out)
+        assert [len(kernel.calls) for kernel in kernels] == [count, count]
+
+
+@pytest.mark.parametrize(("side", "n", "d"), [("covariance", 160, 5), ("gram", 5, 160)])
+def test_a_batch_in_groups_has_the_bits_of_its_matrices_and_takes_the_memory_of_one_group(
+    side: Side, n: int, d: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["fastent.kernels.covariance"]
+    h = activations(n, d, batch=5).to(device)
+    function = gram if side == "gram" else covariance
+    alone = [function(item) for item in h]
+    taken = []
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        taken.append(workspace(*args, **options))
+        return taken[-1]
+
+    monkeypatch.setattr(module, "workspace", recorded)
+    monkeypatch.setattr(module, "at_once", lambda side, m, length: 2)
+    lower, mean = function(h)
+    (work,) = taken
+    assert work.partial is not None
+    assert len(work.partial) == 2
+    for one, two, (want, middle) in zip(lower, mean, alone, strict=True):
+        assert torch.equal(one.tril(), want.tril())
+        assert torch.equal(two, middle)
 
 
 def test_from_1537_columns_on_the_means_take_a_launch() -> None:
