@@ -3,7 +3,13 @@
 __version__ = "0.1.0"
 
 from fastent.covariance import covariance
-from fastent.entropy import SpectralEntropy, Status, spectral_entropy
+from fastent.entropy import (
+    SpectralEntropy,
+    Status,
+    entropy_of_covariance,
+    entropy_of_eigenvalues,
+    spectral_entropy,
+)
 from fastent.forecast.diagnosis import Diagnosis, diagnose
 from fastent.forecast.history import History, calibrate_threshold
 from fastent.forecast.power_law import PowerLaw
@@ -31,6 +37,8 @@ __all__ = [
     "calibrate_threshold",
     "covariance",
     "diagnose",
+    "entropy_of_covariance",
+    "entropy_of_eigenvalues",
     "mix_representations",
     "predict_grok_time",
     "sampling_error",

@@ -25,8 +25,9 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ from fastent.linalg import check_pool
 
 Tokens = Literal["flatten", "first", "last", "mean", "skip_first"]
 Positions = Literal["flatten", "mean"]
+Array = np.ndarray[Any, Any]
 
 _INTEGERS = (
     torch.bool,
@@ -198,7 +200,7 @@ class RealTokens:
 
     Parameters
     ----------
-    mask : Tensor, shape (n, tokens)
+    mask : Tensor or ndarray, shape (n, tokens)
         True or 1 for a real token, False or 0 for padding, which may lie before, after or between the real ones; bool,
         integers, or floating-point 0 and 1. Later changes of it are not noticed.
 
@@ -219,9 +221,10 @@ class RealTokens:
     9
     """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor | Array) -> None:
         check_pool()
-        _check_kind(mask, "mask")
+        mask = of_array(mask, "mask")
+        check_kind(mask, "mask")
         if mask.ndim != 2:
             axes = "[" + ":, " + ", ".join("0" for _ in mask.shape[1:-1]) + "]"
             broadcast = mask.ndim > 2 and set(mask.shape[1:-1]) == {1}
@@ -309,7 +312,7 @@ class Rows(NamedTuple):
     tokens: Tokens | None = None
     positions: Positions | None = None
     channel_axis: int | None = None
-    mask: Tensor | RealTokens | None = None
+    mask: Tensor | Array | RealTokens | None = None
 
     def matrix(self, h: Tensor, batch_dims: int | None = None) -> Tensor:
         """Check activations and bring them into the shape that everything after this expects.
@@ -342,7 +345,7 @@ class Rows(NamedTuple):
     def of(self, h: Tensor, batch_dims: int | None = None) -> Tensor:
         """Rows as `matrix` gives them, of any number, none included; the other errors are the same."""
         check_pool()
-        _check_kind(h, "h")
+        check_kind(h, "h")
         if self.tokens is not None and self.tokens not in get_args(Tokens):
             raise ValueError(
                 f"tokens must be one of {', '.join(map(repr, get_args(Tokens)))}; got {self.tokens!r}"
@@ -376,7 +379,7 @@ class Rows(NamedTuple):
         h = h.detach()
         if self.channel_axis is not None:
             h = h.movedim(self.channel_axis, -1).flatten(leading + 1, -2)
-        real = RealTokens(self.mask) if isinstance(self.mask, Tensor) else self.mask
+        real = self.mask if self.mask is None or isinstance(self.mask, RealTokens) else RealTokens(self.mask)
         if leading:
             h = h.flatten(0, 1)
         if h.device.type != "cpu":
@@ -432,7 +435,9 @@ class Rows(NamedTuple):
             h = h[..., 1:, :]
         return h.flatten(-3, -2)
 
-    def _choose_real_tokens(self, h: Tensor, mask: Tensor | RealTokens, batch_dims: int | None) -> Tensor:
+    def _choose_real_tokens(
+        self, h: Tensor, mask: Tensor | Array | RealTokens, batch_dims: int | None
+    ) -> Tensor:
         tokens = self.tokens
         shape = tuple(h.shape)
         if batch_dims:
@@ -518,10 +523,35 @@ def first_nonfinite(x: Tensor) -> tuple[int, tuple[int, ...]] | None:
     return count, tuple(reversed(index))
 
 
-def _check_kind(h: Tensor, name: str) -> None:
+def of_array(values: Any, name: str) -> Any:
+    """Tensor of a NumPy array, on its memory where torch can use that; anything else as it is, for `check_kind`.
+
+    Raises
+    ------
+    TypeError
+        If the array is masked, or holds what torch has no dtype for.
+    """
+    if not isinstance(values, np.ndarray):
+        return values
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array: use {name}.filled(...), or the rows without masked entries"
+        )
+    if values.dtype.char not in "?bBhHiIlLqQefdFD":
+        raise TypeError(f"{name} is an array of {values.dtype}: use {name}.astype(numpy.float64)")
+    native = values.astype(values.dtype.newbyteorder("="), copy=False)
+    # torch warns of memory that must not be written, and takes no other strides than whole, positive ones.
+    usable = native.flags.writeable and all(
+        stride >= 0 and stride % native.itemsize == 0 for stride in native.strides
+    )
+    return torch.from_numpy(native if usable else native.copy())
+
+
+def check_kind(h: Tensor, name: str) -> None:
+    """Raise TypeError if `h` is no dense real tensor that holds data."""
     if not isinstance(h, Tensor):
-        remedy = f"; use torch.from_numpy({name})" if type(h).__module__ == "numpy" else ""
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(h).__name__}{remedy}")
+        remedy = f"; use torch.from_numpy({name})" if isinstance(h, np.ndarray) else ""
+        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array; got {type(h).__name__}{remedy}")
     plain = type(h) is Tensor
     # A fake tensor can exist only when its module has been imported: no import of ours for the check.
     fake = None if plain else sys.modules.get("torch._subclasses.fake_tensor")

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from fastent import linalg
-from fastent.activations import Positions, RealTokens, Resolution, Rows, Tokens, first_nonfinite
+from fastent.activations import (
+    Array,
+    Positions,
+    RealTokens,
+    Resolution,
+    Rows,
+    Tokens,
+    first_nonfinite,
+    of_array,
+)
 from fastent.linalg import Side
 from fastent.process import uncompiled, warn_of_detached
 
@@ -84,13 +93,13 @@ class CenteredMatrix(NamedTuple):
 
 @uncompiled
 def covariance(
-    h: Tensor,
+    h: Tensor | Array,
     *,
     correction: int = 0,
     tokens: Tokens | None = None,
     positions: Positions | None = None,
     channel_axis: int | None = None,
-    mask: Tensor | RealTokens | None = None,
+    mask: Tensor | Array | RealTokens | None = None,
     batch_dims: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -98,7 +107,7 @@ def covariance(
 
     Parameters
     ----------
-    h : Tensor, shape (n, d), or (batch, n, d) with ``batch_dims=1``
+    h : Tensor or ndarray, shape (n, d), or (batch, n, d) with ``batch_dims=1``
         Activations, one sample per row; any real dtype, device and strides. (n, tokens, d) needs `tokens`.
     correction : int
         The normaliser is ``n - correction``: 0 as in the paper, 1 for the unbiased estimate.
@@ -137,7 +146,9 @@ def covariance(
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]], dtype=torch.float64)
     """
-    if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():
+    if not isinstance(h, Tensor):
+        h = of_array(h, "h")
+    elif h.requires_grad and torch.is_grad_enabled():
         warn_of_detached("covariance")
     x = Rows(tokens, positions, channel_axis, mask).matrix(h, batch_dims)
     n = x.shape[-2]

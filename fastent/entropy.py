@@ -20,18 +20,22 @@ from torch import Tensor
 
 from fastent.activations import (
     COARSEST,
+    EXACT,
     RESOLUTIONS,
     UNRESOLVED_SHARE,
+    Array,
     Positions,
     RealTokens,
     Resolution,
     Rows,
     Tokens,
+    check_kind,
     first_nonfinite,
     held_dtype,
+    of_array,
 )
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix
-from fastent.linalg import EPS, eigenvalues
+from fastent.linalg import EPS, check_pool, eigenvalues
 from fastent.process import uncompiled, warn_of_detached
 
 Convention = Literal["relative", "paper"]
@@ -96,9 +100,10 @@ class SpectralEntropy:
     ceiling : float
         The largest `normalized` that n samples allow: log(n - 1) / log d for n <= d, else 1.
     n, d : int
-        Samples and features.
+        Samples and features; n is 0 where a spectrum or a covariance was given, not its samples.
     solver : str
-        "lapack" or "cusolver", and the matrix it solved; "none" where there was nothing to solve.
+        "lapack" or "cusolver", and the matrix it solved; "given" where the eigenvalues were; "none" where there was
+        nothing to solve.
     """
 
     normalized: float | Tensor
@@ -344,13 +349,13 @@ def _without_spectrum(
 
 @uncompiled
 def spectral_entropy(
-    h: Tensor,
+    h: Tensor | Array,
     *,
     convention: Convention = "relative",
     tokens: Tokens | None = None,
     positions: Positions | None = None,
     channel_axis: int | None = None,
-    mask: Tensor | RealTokens | None = None,
+    mask: Tensor | Array | RealTokens | None = None,
     batch_dims: int = 0,
     backend: Backend = "auto",
 ) -> SpectralEntropy:
@@ -358,7 +363,7 @@ def spectral_entropy(
 
     Parameters
     ----------
-    h : Tensor, shape (n, d), or (batch, n, d) with ``batch_dims=1``
+    h : Tensor or ndarray, shape (n, d), or (batch, n, d) with ``batch_dims=1``
         Activations, one sample per row; any real dtype, device and strides.
     convention : {"relative", "paper"}
         "paper" clamps eigenvalues at an absolute 1e-12 and adds 1e-12 inside the logarithm, as printed in the
@@ -372,7 +377,7 @@ def spectral_entropy(
     channel_axis : int, optional
         The axis of `h`, counted among all of them, that holds the features of a map: 1 in torch's own convolutions.
         Goes with `positions`.
-    mask : Tensor, shape (n, tokens), or `fastent.activations.RealTokens` (checked once for many calls), optional
+    mask : Tensor or ndarray, shape (n, tokens), or `fastent.activations.RealTokens` (checked once), optional
         True or 1 for a real token, False or 0 for padding, where activations may be anything, NaN too; goes with
         `tokens`, not with ``batch_dims=1``. "flatten" keeps real tokens and "skip_first" leaves out the first real one
         of each sample, so that a sample without one gives no row; "first" and "last" are the first and last real token,
@@ -414,7 +419,9 @@ def spectral_entropy(
     >>> spectral_entropy(torch.ones(4, 2)).status
     <Status.ZERO_VARIANCE: 'zero_variance'>
     """
-    if isinstance(h, Tensor) and h.requires_grad and torch.is_grad_enabled():
+    if not isinstance(h, Tensor):
+        h = of_array(h, "h")
+    elif h.requires_grad and torch.is_grad_enabled():
         warn_of_detached("spectral_entropy")
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be 'relative' or 'paper'; got {convention!r}")
@@ -422,6 +429,124 @@ def spectral_entropy(
     x = checked(h, rows, batch_dims)
     result = entropy_of_rows(x, rows.resolution(h, batch_dims), backend=backend)
     return result if convention == "relative" else by_the_paper(result)
+
+
+@uncompiled
+def entropy_of_eigenvalues(eigenvalues: Tensor | Array) -> SpectralEntropy:
+    """Entropy of the spectrum of a covariance, or of any positive semidefinite matrix.
+
+    Parameters
+    ----------
+    eigenvalues : Tensor or ndarray, shape (d,)
+        In any order, of any real dtype; those that came out a little below 0, by up to ``30 d eps`` of their dtype
+        times the largest, count as 0.
+
+    Returns
+    -------
+    SpectralEntropy
+        As of `spectral_entropy`, with the same floor of ``d eps`` (of float64) times the largest; `ceiling` is 1, `n` 0
+        and no status speaks of samples. All 0 is `zero_variance`.
+
+    Raises
+    ------
+    TypeError
+        If `eigenvalues` is not a dense real tensor or array with data.
+    ValueError
+        If there are fewer than two or another number of axes, NaN or Inf among them, or one below 0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> round(entropy_of_eigenvalues(torch.tensor([1.0, 1.0, 0.0, 0.0])).normalized, 15)  # log 2 / log 4
+    0.5
+    """
+    given, eps = _float64(eigenvalues, "eigenvalues")
+    if given.ndim != 1 or len(given) < 2:
+        raise ValueError(f"eigenvalues must have shape (d,) with d at least 2; got {tuple(given.shape)}")
+    return _of_spectrum(given.cpu().sort().values, "given", eps)
+
+
+@uncompiled
+def entropy_of_covariance(covariance: Tensor | Array) -> SpectralEntropy:
+    """Entropy of a covariance, or of any positive semidefinite matrix.
+
+    Parameters
+    ----------
+    covariance : Tensor or ndarray, shape (d, d)
+        Of any real dtype, symmetric up to ``30 d eps`` of its dtype times its largest entry.
+
+    Returns
+    -------
+    SpectralEntropy
+        As of `entropy_of_eigenvalues`.
+
+    Raises
+    ------
+    TypeError
+        If `covariance` is not a dense real tensor or array with data.
+    ValueError
+        If it is not square with d at least 2, holds NaN or Inf, is not symmetric, or has an eigenvalue below 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> entropy_of_covariance(np.eye(3)).normalized
+    1.0
+    """
+    given, eps = _float64(covariance, "covariance")
+    if given.ndim != 2 or given.shape[0] != given.shape[1] or len(given) < 2:
+        raise ValueError(f"covariance must have shape (d, d) with d at least 2; got {tuple(given.shape)}")
+    near_one, exponent = _near_one(given)
+    apart = (near_one - near_one.mT).abs()
+    if bool((apart > 30 * len(given) * eps).any()):
+        i, j = divmod(int(apart.argmax()), len(given))
+        raise ValueError(
+            f"a covariance is symmetric; got {float(given[i, j]):.6g} at ({i}, {j}) and {float(given[j, i]):.6g} at "
+            f"({j}, {i}): of activations take fastent.spectral_entropy"
+        )
+    symmetric = near_one / 2 + near_one.mT / 2
+    return _of_spectrum(*eigenvalues(symmetric), eps, exponent)
+
+
+def _float64(given: Tensor | Array, name: str) -> tuple[Tensor, float]:
+    """`given` in float64, and the spacing at 1 of the dtype it came in; errors as in `entropy_of_eigenvalues`."""
+    check_pool()
+    tensor: Tensor = of_array(given, name)
+    check_kind(tensor, name)
+    x = tensor.detach().to(torch.float64)
+    found = first_nonfinite(x)
+    if found is not None:
+        raise ValueError(f"{name} must be finite; got {found[0]} NaN or Inf, the first at {found[1]}")
+    return x, max(Resolution.of(tensor.dtype).relative, EPS)
+
+
+def _of_spectrum(values: Tensor, solver: str, eps: float, exponent: int = 0) -> SpectralEntropy:
+    """Entropy of ascending eigenvalues ``values * 2^exponent``, whose dtype had the spacing `eps`."""
+    d, largest = len(values), float(values[-1])
+    if float(values[0]) < -30 * d * eps * max(largest, 0.0):
+        low, high = _times_power_of_two(values[[0, -1]], exponent).tolist()
+        raise ValueError(
+            f"eigenvalues of a covariance are not below 0; got {low:.6g} (the largest is {high:.6g}): of a matrix that "
+            "is not a covariance take the squares of its singular values"
+        )
+    # Without samples there is no ceiling: more of them than d.
+    zeros = torch.zeros(d, dtype=torch.float64, device="cpu")
+    centered = CenteredMatrix(values, zeros, zeros, "covariance", d + 1, d, EXACT)
+    if largest <= 0.0:
+        return dataclasses.replace(
+            unsolved(centered, Status.ZERO_VARIANCE, 0.0, "all eigenvalues are 0: there is no spectrum"), n=0
+        )
+    near_one, further = _near_one(values)
+    result = summarize(centered, near_one, solver, float(near_one.sum()))
+    total = _times_power_of_two(near_one.sum(), exponent + further)
+    return dataclasses.replace(
+        result,
+        eigenvalues=_times_power_of_two(near_one, exponent + further),
+        total_variance=float(total),
+        solver=solver if solver == "given" else result.solver,
+        n=0,
+        _scaled=(near_one, exponent + further),
+    )
 
 
 def entropy_of_rows(

@@ -24,12 +24,14 @@ from torch import Tensor
 from fastent.activations import (
     EXACT,
     RESOLUTIONS,
+    Array,
     Positions,
     RealTokens,
     Resolution,
     Rows,
     Tokens,
     held_dtype,
+    of_array,
     squared_relative,
 )
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
@@ -92,19 +94,19 @@ class Moments:
     @uncompiled
     def update(
         self,
-        h: Tensor,
+        h: Tensor | Array,
         *,
         tokens: Tokens | None = None,
         positions: Positions | None = None,
         channel_axis: int | None = None,
-        mask: Tensor | RealTokens | None = None,
+        mask: Tensor | Array | RealTokens | None = None,
         backend: Backend = "auto",
     ) -> Moments:
         """Add rows.
 
         Parameters
         ----------
-        h : Tensor, shape (k, d)
+        h : Tensor or ndarray, shape (k, d)
             Any number of rows of any real dtype, none included. (k, tokens, d) needs `tokens`, a map `positions`.
         tokens, positions, channel_axis, mask, backend
             See `fastent.spectral_entropy`. A batch that is padding alone adds no row; by a mask of floating-point
@@ -120,6 +122,8 @@ class Moments:
         TypeError, ValueError
             For unusable input, or when d differs from before.
         """
+        if not isinstance(h, Tensor):
+            h = of_array(h, "h")
         rows = Rows(tokens, positions, channel_axis, mask)
         x = rows.of(h)
         return self.add_rows(x, rows.resolution(h), backend=backend) if len(x) else self

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastent.activations import Positions, RealTokens, Rows, Tokens
+from fastent.activations import Array, Positions, RealTokens, Rows, Tokens, of_array
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
 from fastent.entropy import SpectralEntropy, Status, checked, entropy_of_matrix, entropy_of_rows
 from fastent.process import uncompiled
@@ -64,21 +64,21 @@ class SamplingError:
 
 @uncompiled
 def sampling_error(
-    h: Tensor,
+    h: Tensor | Array,
     *,
     groups: int = GROUPS,
     population: int | None = None,
     tokens: Tokens | None = None,
     positions: Positions | None = None,
     channel_axis: int | None = None,
-    mask: Tensor | RealTokens | None = None,
+    mask: Tensor | Array | RealTokens | None = None,
     backend: Backend = "auto",
 ) -> SamplingError:
     """Bias and standard error of the normalised entropy of `h`, by the grouped jackknife.
 
     Parameters
     ----------
-    h : Tensor, shape (n, d)
+    h : Tensor or ndarray, shape (n, d)
         Activations, one sample per row, n >= 3; (n, tokens, d) needs `tokens`, a map `positions`. Rows must be
         exchangeable: several tokens of one sequence or positions of one map are not.
     groups : int
@@ -112,6 +112,8 @@ def sampling_error(
     >>> round(error.normalized, 2), round(error.bias, 3), round(error.corrected, 2)
     (0.97, -0.026, 1.0)
     """
+    if not isinstance(h, Tensor):
+        h = of_array(h, "h")
     rows = Rows(tokens, positions, channel_axis, mask)
     x = checked(h, rows)
     n, d = x.shape

@@ -90,9 +90,51 @@ def test_complex_is_a_type_error():
         spectral_entropy(torch.randn(8, 4, dtype=torch.complex64))
 
 
-def test_numpy_arrays_are_a_type_error_with_the_remedy():
-    with pytest.raises(TypeError, match="from_numpy"):
-        spectral_entropy(np.zeros((4, 2)))
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: x,
+        lambda x: x.astype(">f4"),
+        lambda x: x[::-1, ::-1],  # strides below 0
+        lambda x: np.broadcast_to(x, x.shape),  # not to be written
+        lambda x: np.rec.fromarrays([np.zeros(12, "i1"), x], formats="i1, 3f8")["f1"],  # strides of 25 bytes
+        lambda x: np.asfortranarray(x.astype(np.float16)),
+        lambda x: (100 * x).astype(np.int16),
+    ],
+)
+def test_numpy_arrays_are_taken_as_tensors_of_their_values(made):
+    x = made(np.random.default_rng(0).standard_normal((12, 3)))
+    tensor = torch.tensor(np.array(x, dtype=x.dtype.newbyteorder("="), order="C"))
+    before = x.copy()
+    assert spectral_entropy(x).entropy == spectral_entropy(tensor).entropy
+    assert torch.equal(covariance(x), covariance(tensor))
+    assert torch.equal(Moments().update(x).covariance(), Moments().update(tensor).covariance())
+    assert sampling_error(x).standard_error == sampling_error(tensor).standard_error
+    assert np.array_equal(x, before)
+
+
+def test_a_numpy_mask_goes_with_numpy_tokens():
+    rng = np.random.default_rng(0)
+    h, mask = rng.standard_normal((5, 4, 3)), rng.integers(0, 2, (5, 4)) | (np.arange(4) < 1)
+    for tokens in ("flatten", "mean"):
+        by_tensors = spectral_entropy(torch.from_numpy(h), tokens=tokens, mask=torch.from_numpy(mask))
+        assert spectral_entropy(h, tokens=tokens, mask=mask).entropy == by_tensors.entropy
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ma.masked_array(np.zeros((4, 2)), mask=True), r"masked array: use h\.filled"),
+        (np.zeros((4, 2), object), r"array of object: use h\.astype"),
+        (np.zeros((4, 2), np.longdouble), r"array of .*: use h\.astype\(numpy\.float64\)"),
+        (np.zeros((4, 2), complex), "complex"),
+        ([[1.0, 2.0], [3.0, 4.0]], "h must be a torch.Tensor or a NumPy array; got list"),
+    ],
+)
+def test_what_an_array_cannot_give_is_refused_with_the_remedy(array, message):
+    for call in (spectral_entropy, covariance, Moments().update, sampling_error):
+        with pytest.raises(TypeError, match=message):
+            call(array)
 
 
 def test_tensors_without_dense_data_are_type_errors_with_the_reason():
@@ -340,8 +382,7 @@ def test_masks_that_do_not_fit_are_errors_with_a_remedy():
         with pytest.raises(ValueError, match=message):
             spectral_entropy(h, tokens="flatten", mask=mask)
     for mask, message in [
-        ([[1]], "mask must be a torch.Tensor; got list"),
-        (right.numpy(), r"torch.from_numpy\(mask\)"),
+        ([[1]], "mask must be a torch.Tensor or a NumPy array; got list"),
         (right.to("meta"), "mask is a meta or fake tensor"),
         (right.to_sparse(), "mask.to_dense"),
         (right.to(torch.complex64), "mask is complex"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastent import Status, spectral_entropy
+from fastent import Status, covariance, entropy_of_covariance, entropy_of_eigenvalues, spectral_entropy
+from fastent.reference import entropy as reference
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpreter)]
 
@@ -232,3 +233,80 @@ def test_the_formula_of_the_readme_is_the_entropy_also_where_rounding_leaves_a_n
     assert bool(naive.isnan()) is bool((p < 0).any())
     assert n > 16 or bool(naive.isnan())
     assert float(advised) == pytest.approx(spectral_entropy(h).entropy, abs=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-300, 1e300])
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+def test_entropy_of_given_eigenvalues_is_the_closed_form_at_any_scale(make, scale):
+    given = np.array([2.0, 0.0, 4.0, 2.0]) * scale
+    r = entropy_of_eigenvalues(make(given))
+    assert r.entropy == pytest.approx(1.5 * math.log(2), rel=1e-15)
+    assert r.normalized == pytest.approx(0.75, rel=1e-15)
+    assert r.participation_ratio == pytest.approx(64 / 24, rel=1e-15)
+    assert r.eigenvalues.tolist() == sorted(given)
+    assert r.total_variance == pytest.approx(8 * scale)
+    assert (r.status, r.flags, r.ceiling, r.n, r.d, r.solver) == (Status.OK, (), 1.0, 0, 4, "given")
+
+
+def test_entropy_of_given_eigenvalues_has_the_floor_of_the_reference():
+    given = 10.0 ** -np.linspace(0, 20, 12)
+    assert entropy_of_eigenvalues(given).entropy == pytest.approx(
+        reference.entropy_of_eigenvalues(given), rel=1e-14
+    )
+    floor = reference.relative_floor(given)
+    below, above = (np.array([1.0] + [c * floor] * 11) for c in (0.9, 1.1))
+    assert entropy_of_eigenvalues(below).entropy == 0.0
+    assert entropy_of_eigenvalues(above).entropy > 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entropy_of_a_covariance_is_that_of_its_rows(dtype):
+    h = activations(50, 7) * torch.logspace(0, -3, 7)
+    c, r = covariance(h).to(dtype), spectral_entropy(h)
+    got = entropy_of_covariance(c)
+    assert got.entropy == pytest.approx(r.entropy, abs=1e-13 if dtype == torch.float64 else 1e-6)
+    assert entropy_of_covariance(c.numpy()).entropy == got.entropy
+    assert (got.ceiling, got.n, got.d, got.solver) == (1.0, 0, 7, "lapack (covariance)")
+    for exponent in (-900, 900):
+        assert entropy_of_covariance(c.double() * 2.0**exponent).entropy == got.entropy
+    few = spectral_entropy(h[:4])  # three eigenvalues above 0, the rest a little to either side of it
+    of_few = entropy_of_covariance(covariance(h[:4]).to(dtype))
+    assert of_few.entropy == pytest.approx(few.entropy, abs=1e-12 if dtype == torch.float64 else 1e-5)
+    assert of_few.status is Status.OK
+
+
+def test_entropy_of_a_zero_spectrum_is_zero_by_its_status():
+    for r in (entropy_of_eigenvalues(torch.zeros(3)), entropy_of_covariance(torch.zeros(3, 3))):
+        assert (r.normalized, r.effective_rank, r.status, r.n) == (0.0, 1.0, Status.ZERO_VARIANCE, 0)
+        assert "rows" not in r.message
+
+
+@pytest.mark.parametrize(
+    ("call", "given", "error", "message"),
+    [
+        (entropy_of_eigenvalues, [1.0, -0.1], ValueError, r"not below 0; got -0.1 \(the largest is 1\)"),
+        (entropy_of_eigenvalues, [-1.0, -2.0], ValueError, "not below 0; got -2"),
+        (
+            entropy_of_eigenvalues,
+            [1.0, math.nan],
+            ValueError,
+            r"finite; got 1 NaN or Inf, the first at \(1,\)",
+        ),
+        (entropy_of_eigenvalues, [1.0], ValueError, r"d at least 2; got \(1,\)"),
+        (entropy_of_eigenvalues, [[1.0, 2.0]], ValueError, r"shape \(d,\) .* got \(1, 2\)"),
+        (entropy_of_covariance, [[1.0, 2.0], [2.0, 1.0]], ValueError, "not below 0; got -1 "),
+        (entropy_of_covariance, [[1.0, 0.5], [0.4, 1.0]], ValueError, r"got 0.5 at \(0, 1\) and 0.4 at"),
+        (entropy_of_covariance, [[math.inf, 0.0], [0.0, 1.0]], ValueError, r"the first at \(0, 0\)"),
+        (entropy_of_covariance, [[1.0, 0.0]], ValueError, r"shape \(d, d\) .* got \(1, 2\)"),
+        (entropy_of_covariance, [[1.0 + 0j, 0.0], [0.0, 1.0]], TypeError, "covariance is complex"),
+    ],
+)
+def test_what_is_no_spectrum_and_no_covariance_is_refused(call, given, error, message):
+    for make in (torch.tensor, np.array):
+        with pytest.raises(error, match=message):
+            call(make(given))
+
+
+def test_a_list_is_no_spectrum():
+    with pytest.raises(TypeError, match=r"eigenvalues must be a torch.Tensor or a NumPy array; got list"):
+        entropy_of_eigenvalues([1.0, 1.0])
