@@ -482,7 +482,8 @@ class Recording:
                 checked_count("d", values["d"]),
                 checked_count("newest", values["newest"]),
                 course,
-                *(None if values[at] is None else checked_count(at, values[at]) for at in _MOMENTS),
+                checked_step("crossed_at", values),
+                checked_step("collapsed_at", values),
                 _peaks(values["highs"]),
                 deque(own, self._size),
             )
@@ -582,7 +583,6 @@ def _evaluation(record: EntropyRecord) -> tuple[int, float]:
     return record.step, record.normalized if record.status.usable else math.nan
 
 
-_MOMENTS = ("crossed_at", "collapsed_at")
 _RECORD = tuple(field.name for field in fields(EntropyRecord))
 _COUNTS, _ERRORS = ("step", "n", "d"), ("bias", "standard_error")
 _FLOATS = ("normalized", "entropy", "effective_rank", "participation_ratio", "total_variance", "ceiling")
@@ -679,6 +679,11 @@ def checked_count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be an integer, 0 or more; got {value!r}")
     return value
+
+
+def checked_step(name: str, state: Mapping[str, Any]) -> int | None:
+    """Give a step of a saved state, None where there is none, or raise ValueError."""
+    return None if state[name] is None else checked_count(name, state[name])
 
 
 def checked_number(name: str, value: Any) -> float | None:

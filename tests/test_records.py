@@ -189,6 +189,15 @@ def test_a_collapse_by_default_is_t_collapse_of_the_study_at_its_200_steps():
     assert 25 < len(recording.collapsed) < 50
 
 
+def test_what_comes_before_since_is_no_collapse_and_no_level_to_fall_from():
+    recording = Recording(10, None, Collapse(since=400))
+    for step, h in [(0, 0.9), (200, 0.7), (400, 0.6), (600, 0.56)]:
+        recording.add(record(step, h))
+        assert recording.collapsed == {}
+    recording.add(record(800, 0.5))
+    assert recording.collapsed == {"a": 800}
+
+
 def test_a_wild_value_of_an_unusable_record_neither_collapses_nor_is_fallen_from():
     recording = Recording(10, None, Collapse())
     for step, h, status in [

@@ -45,6 +45,7 @@ from fastent.records import (
     EntropyRecord,
     Recording,
     checked_count,
+    checked_step,
     columns,
     matches_pattern,
     records_frame,
@@ -480,9 +481,9 @@ class SpectralEntropyMonitor:
             )
         if isinstance(threshold, Mapping):
             threshold = {str(layer): value for layer, value in threshold.items()}
-        for value in threshold.values() if isinstance(threshold, dict) else [threshold]:
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"threshold is a normalised entropy, in (0, 1]; got {value}")
+        for level in threshold.values() if isinstance(threshold, dict) else [threshold]:
+            if level is not None and not 0 < level <= 1:
+                raise ValueError(f"threshold is a normalised entropy, in (0, 1]; got {level}")
         if not isinstance(collapse, Collapse | None):
             raise TypeError(f"collapse must be a fastent.Collapse; got {collapse!r}")
         if on_collapse is not None and collapse is None:
@@ -875,15 +876,15 @@ class SpectralEntropyMonitor:
             if state["probe"] != digest:
                 old, new = (f"probe {d[:12]}" if d else "no probe" for d in (state["probe"], digest))
                 raise ValueError(f"the state was recorded with {old}, this monitor has {new}")
-            last_step = _step("last_step", state)
+            last_step = checked_step("last_step", state)
             if state["version"] == 1:  # it knew only the last multiple that was evaluated
-                probed = _step("last_probed", state)
+                probed = checked_step("last_probed", state)
                 missed = last_step is not None and last_step % self._every == 0 and last_step != probed
                 called, unfinished = last_step, last_step if missed else None
                 order = self._watched.order if self._watched else ()
                 ran = {layer: values["d"] for layer, values in state["layers"].items() if layer in order}
             else:
-                called, unfinished = _step("last_called", state), _step("unfinished", state)
+                called, unfinished = checked_step("last_called", state), checked_step("unfinished", state)
                 pairs = state["ran"].items()
                 if state["version"] > 2:
                     pairs = [(row["layer"], row["d"]) for row in rows_of(state["ran"])]
@@ -1054,10 +1055,6 @@ def _check_layers(threshold: Iterable[str], known: Iterable[str]) -> None:
                 f"threshold has {wanted!r}, which fits no layer that is watched: {', '.join(map(repr, close))}. (What "
                 "is only observed takes a monitor of its own, without a model)"
             )
-
-
-def _step(name: str, state: Mapping[str, Any]) -> int | None:
-    return None if state[name] is None else checked_count(name, state[name])
 
 
 def _of_other_layers(gone: Collection[str], new: Collection[str]) -> str:

@@ -200,8 +200,9 @@ def test_a_collapse_under_way_in_a_state_is_told_of_by_the_resumed_run_and_by_no
     first: list[int] = []
     monitor = alarmed(first)
     for step, along in enumerate([6, 1]):
+        monitor.flush()
         monitor.observe(step, wide(along), layer="a")
-    streams.tick()
+        streams.tick()
     state, twin = monitor.state_dict(), copy.deepcopy(monitor)
     twin.flush()
     assert (monitor.collapsed, first, twin.collapsed) == ({}, [], {"a": 1})
