@@ -481,12 +481,15 @@ def _waits(rows: list[Row]) -> Measured:
 
 
 def _outside(rows: list[Row]) -> Measured:
-    gates = [row for row in rows if row["op"] == "gate" and "skipped" not in row]
+    gates = [row for row in rows if row["op"] == "gate" and not row.get("late")]
     if not gates:
         raise NotMeasuredError("no row of a GPU")
     keys = ("provider", "backend", "batch", "n", "d", "dtype", "side", "layout")
-    last = {tuple(row.get(key) for key in keys): row["passed"] for row in gates}
-    outside = len(last) - sum(last.values())
+    last = {tuple(row.get(key) for key in keys): row for row in gates}
+    outside = sum(not row.get("passed", True) for row in last.values())
+    unknown = [row["skipped"] for row in last.values() if "skipped" in row]
+    if unknown and not outside:  # what could not run at all is not inside its gate
+        raise NotMeasuredError(f"{len(unknown)} of {len(last)} could not be held to theirs: {unknown[-1]}")
     return Measured(outside, f"{outside} of {len(last)}", gates[-1])
 
 
@@ -555,8 +558,8 @@ TARGETS = (
 
 
 def ceiling(rows: list[Row], name: str, card: str) -> float:
-    """Return the highest rate of a ceiling that was measured on a card, a second."""
-    here = [row for row in rows if row["op"] == "ceiling" and "skipped" not in row]
+    """Return the highest rate of a ceiling that was measured on a card, a second, by times of the device alone."""
+    here = [row for row in rows if row["op"] == "ceiling" and row.get("timing") in DEVICE_TIMINGS]
     rates = [row["per_second"] for row in here if (row["provider"], row["device"]) == (name, card)]
     if not rates:
         raise NotMeasuredError(f"no ceiling of this card: {name}")

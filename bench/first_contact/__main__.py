@@ -130,7 +130,10 @@ def run(chosen: Iterable[Stage], out: Path, *, end: float, start: float | None =
             continue
         limit = left if stage.limit is None else min(stage.limit, left)
         begun = time.monotonic()
-        status, printed = _run(stage, limit, out / "log.txt")
+        try:
+            status, printed = _run(stage, limit, out / "log.txt")
+        except OSError as error:  # a disk that is full
+            status, printed = str(error), ""
         _note(out, f"{stage.name}: {status}, {time.monotonic() - begun:.0f} of {limit:.0f} s")
         for line in printed.splitlines()[-stage.lines :]:
             print(line[:200])
@@ -188,8 +191,15 @@ def environment() -> dict[str, str]:
 
 def _note(out: Path, line: str) -> None:
     print(line, flush=True)
-    with (out / "summary.txt").open("a") as file:
+    with contextlib.suppress(OSError), (out / "summary.txt").open("a") as file:
         file.write(line + "\n")
+
+
+def heed_signals() -> None:
+    """Let an interrupt reach the stages, and take the stage that runs along when this process is ended."""
+    # A shell has what it starts in the background ignore interrupts, and whatever that starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(os.environ.get("OUT") or Path(tempfile.gettempdir(), "first_contact"))
     out.mkdir(parents=True, exist_ok=True)
     known = {stage.name: stage for stage in stages(out.resolve(), rehearse=rehearse)}
-    names = os.environ.get("STAGES", FIRST).split()
+    names = (os.environ.get("STAGES") or FIRST).split()
     if unknown := [name for name in names if name not in known]:
         parser.error(f"STAGES names {' '.join(unknown)}; there are {' '.join(known)}")
     _note(out, f"commit {os.environ.get('COMMIT', 'unknown')}, stages: {' '.join(names)}")
@@ -214,10 +224,12 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [replace(stage, limit=None) for stage in chosen]
     run(chosen, out, end=float(os.environ.get("END", "3600" if rehearse else "470")), start=start)
     print(f"----- {time.monotonic() - start:.0f} s, {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
-    print((out / "summary.txt").read_text(), end="", flush=True)
-    print(_run(known[LAST], 3600 if rehearse else VERDICTS, out / "log.txt")[1], end="")
+    with contextlib.suppress(OSError):
+        print((out / "summary.txt").read_text(), end="", flush=True)
+        print(_run(known[LAST], 3600 if rehearse else VERDICTS, out / "log.txt")[1], end="")
     return 0
 
 
 if __name__ == "__main__":
+    heed_signals()
     sys.exit(main())

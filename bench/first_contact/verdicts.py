@@ -25,7 +25,12 @@ def failed_checks(file: Path) -> Iterator[str]:
 
 def failed_tests(file: Path) -> Iterator[str]:
     """Lines on the tests that failed or broke, by pytest's report."""
-    for case in ElementTree.parse(file).iter("testcase") if file.exists() else ():
+    try:
+        cases = list(ElementTree.parse(file).iter("testcase")) if file.exists() else []
+    except ElementTree.ParseError as error:  # pytest was ended while it wrote
+        yield f"{file.name} cannot be read: {error}"
+        return
+    for case in cases:
         for fault in (*case.iter("failure"), *case.iter("error")):
             message = fault.get("message", "").partition("\n")[0]
             yield f"{fault.tag.upper()} {case.get('classname')}::{case.get('name')}: {message}"

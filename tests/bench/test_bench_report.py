@@ -178,7 +178,7 @@ def test_each_target_is_met_missed_or_not_measured_by_the_rows():
     gates = [{"op": "gate", "n": n, "passed": passed, **CARD} for n, passed in ((1, True), (2, False))]
     assert judged("results outside", *gates)[2:4] == ("1 of 2", "missed")
     assert judged("results outside", *gates, {**gates[1], "passed": True})[2:4] == ("0 of 2", "met")
-    ceiling = {"op": "ceiling", "provider": report.PRODUCT, "per_second": 5e13, **CARD}
+    ceiling = {"op": "ceiling", "provider": report.PRODUCT, "per_second": 5e13, "timing": "graph", **CARD}
     rate = {**SMALL, "batch": 1, "n": 8192, "d": 4096, "flops": 1.5e11, **TIMES, "us_p50": 5e3}
     assert judged("8192 x 4096: executed", ceiling, rate)[2:4] == ("0.6: 30 of 50 TFLOP/s", "missed")
     e1 = {
@@ -216,6 +216,24 @@ def test_a_figure_of_something_else_gives_no_verdict_but_the_reason():
     assert judged("512 x 128, in the stream", late).measured == "time"
 
 
+def test_what_could_not_be_held_to_its_gate_is_not_inside_it():
+    kept = {"op": "gate", "n": 1, "passed": True, **CARD}
+    ours = {"op": "gate", "n": 2, "skipped": "the kernels cannot run here", **CARD}
+    name = "results outside"
+    assert judged(name, kept, ours)[2:4] == (
+        "1 of 2 could not be held to theirs: the kernels cannot run here",
+        "not measured",
+    )
+    assert judged(name, ours).verdict == "not measured"
+    assert judged(name, {**kept, "passed": False}, ours)[2:4] == ("1 of 2", "missed")
+    later = {**ours, "passed": True, "run": "2"}
+    del later["skipped"]
+    assert judged(name, kept, ours, later)[2:4] == ("0 of 2", "met")
+    late = {"op": "gate", "skipped": "time", "late": True, **CARD}
+    assert judged(name, kept, late)[2:4] == ("0 of 1", "met")
+    assert judged(name, late).verdict == "not measured"
+
+
 def test_times_of_two_runs_or_cards_are_not_compared():
     ours = {**LARGE, "provider": "fastent, memory at hand", "us_p50": 2500.0}
     theirs = {**LARGE, "provider": report.PRODUCT, "us_p50": 5000.0}
@@ -228,13 +246,17 @@ def test_times_of_two_runs_or_cards_are_not_compared():
 def test_shares_are_of_the_ceilings_of_the_same_card_and_of_nothing_else():
     row = {**SMALL, "batch": 1, **TIMES, "bytes": 3e6, "flops": 1e8}
     ceilings = [
-        {"op": "ceiling", "provider": name, "per_second": rate, **CARD}
+        {"op": "ceiling", "provider": name, "per_second": rate, "timing": "graph", **CARD}
         for name, rate in ((report.COPY, 3e12), (report.PRODUCT, 4e13), (report.PRODUCT, 5e13))
     ]
     *_, found = report.with_shares([*ceilings, row])
     assert found["floor_us"] == pytest.approx(2.0, rel=1e-12)
     assert found["share_of_floor"] == pytest.approx(2.0 / 8.5, rel=1e-12)
-    for other in (ceilings[:1], [{**ceiling, "device": "NVIDIA H200"} for ceiling in ceilings]):
+    for other in (
+        ceilings[:1],
+        [{**ceiling, "device": "NVIDIA H200"} for ceiling in ceilings],
+        [{**ceiling, "timing": "host"} for ceiling in ceilings],
+    ):
         *_, found = report.with_shares([*other, row])
         assert "share_of_floor" not in found
 

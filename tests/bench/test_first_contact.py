@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +44,64 @@ def test_a_stage_that_fails_or_hangs_leaves_its_output_and_does_not_keep_the_nex
     printed = [line for line in log.splitlines() if not line.startswith("=====")]
     assert printed == ["one", "two", "three", "four", "60 seconds"]
     assert "four" in capsys.readouterr().out
+
+
+CONTACT = """
+from bench.first_contact import __main__ as contact
+contact.GRACE = 0.1
+contact.stages = lambda out, rehearse: [
+    contact.Stage("long", LIMIT, "trap 'echo heard' INT; echo begun; while true; do sleep 0.01; done"),
+    contact.Stage("verdicts", 60, "echo table"),
+]
+contact.heed_signals()
+contact.main([])
+"""
+
+
+def begun(tmp_path: Path, limit: float, **options: Any) -> subprocess.Popen[str]:
+    code = CONTACT.replace("LIMIT", str(limit))
+    environment = {**os.environ, "OUT": str(tmp_path), "STAGES": "long", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE, **options
+    )
+
+
+def test_a_stage_hears_its_limit_where_interrupts_were_ignored_as_behind_a_shells_ampersand(
+    tmp_path: Path,
+) -> None:
+    contact = begun(tmp_path, 0.2, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert contact.communicate()[0].endswith("table\n")
+    assert "heard" in (tmp_path / "log.txt").read_text().splitlines()
+
+
+def test_a_contact_that_is_ended_takes_its_stage_with_it(tmp_path: Path) -> None:
+    contact, log = begun(tmp_path, 60), tmp_path / "log.txt"
+    while not (log.exists() and "begun" in log.read_text().splitlines()):
+        time.sleep(0.01)
+    (stage,) = Path("/proc", str(contact.pid), "task", str(contact.pid), "children").read_text().split()
+    contact.terminate()
+    contact.communicate(timeout=20)
+    assert contact.returncode == 128 + signal.SIGTERM
+    assert not Path("/proc", stage).exists()
+
+
+def test_a_disk_that_is_full_ends_no_contact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Path, "open", lambda *args, **options: (_ for _ in ()).throw(full))
+    run([Stage("one", 60, "true"), Stage("two", 60, "true")], tmp_path, end=100)
+    one, two = capsys.readouterr().out.splitlines()
+    assert one.startswith("one: [Errno 28] No space left on device")
+    assert two.startswith("two: [Errno 28]")
+
+
+def test_the_folder_of_results_is_named_from_where_one_is(tmp_path: Path) -> None:
+    script = ROOT / "bench" / "first_contact" / "first_contact.sh"
+    environment = {**os.environ, "OUT": "found here", "STAGES": "none such"}
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "STAGES names none such" in done.stderr  # and nothing was run
+    assert (tmp_path / "found here").is_dir()
 
 
 def test_what_a_stage_leaves_running_ends_with_it(tmp_path: Path) -> None:
@@ -148,6 +209,21 @@ def test_the_end_names_what_failed_and_holds_each_target_against_what_was_measur
     words = [line.split(" | ")[3] for line in table if line.startswith("| ") and "---" not in line][1:]
     assert len(words) == len(TARGETS)
     assert {word: words.count(word) for word in ("met", "missed")} == {"met": 1, "missed": 1}
+
+
+def test_files_that_end_in_the_middle_cost_the_verdicts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.first_contact import verdicts
+
+    (tmp_path / "junit.xml").write_text('<testsuites><testsuite><testcase classname="tests.x" na')
+    (tmp_path / "smoke.jsonl").write_text('{"check": "b", "passed": false, "said": "off"}\n{"chec')
+    assert verdicts.main([str(tmp_path)]) == 0
+    failed, torn, *table = capsys.readouterr().out.splitlines()
+    assert failed == "FAIL b: off"
+    assert torn.startswith("junit.xml cannot be read")
+    assert "not measured" in table[-1]
 
 
 def test_the_end_of_a_contact_in_which_nothing_was_measured_says_so(
