@@ -199,7 +199,15 @@ def heed_signals() -> None:
     """Let an interrupt reach the stages, and take the stage that runs along when this process is ended."""
     # A shell has what it starts in the background ignore interrupts, and whatever that starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    # By the system's list: one that is being started may have no name here yet.
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(child), signal.SIGKILL)
+    sys.exit(128 + number)
 
 
 def main(argv: list[str] | None = None) -> int:
