@@ -15,7 +15,7 @@ How Href is known to far better than 1e-12:
   itself tested: at d <= 16 in the property suite, at d = 64 here, at d = 256 in the nightly run.
 
 An eigenvalue within a factor of 4 of the floor d eps lambda_max may be counted or not: such a matrix is judged by
-the Fannes-Audenaert bound (`properties.truth`).
+the Fannes-Audenaert bound (`fastent.testing`).
 """
 
 import itertools
@@ -23,11 +23,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from properties.strategies import SPECTRA, Activations
-from properties.truth import exact_truth, long_double_truth, truth_of
 
 import fastent
 from fastent.reference.entropy import entropy_of_eigenvalues, spectral_entropy
+from fastent.testing import SPECTRA, Activations, exact_truth, long_double_truth, truth_of
 
 OFFSETS = (0.0, 1.0, 1e3, 1e6)
 SCALES = {torch.float32: (1e-30, 1.0, 1e30), torch.float64: (1e-150, 1.0, 1e150)}

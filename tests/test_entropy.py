@@ -212,7 +212,9 @@ import sys, torch
 before = set(sys.modules)
 import fastent
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"triton", "scipy", "matplotlib", "tyro", "rich", "safetensors", "pandas"}))
+import fastent.testing
+new |= {"hypothesis", "mpmath"} & set(sys.modules) - before
+print(sorted(new & {"triton", "scipy", "matplotlib", "tyro", "rich", "safetensors", "pandas", "hypothesis", "mpmath"}))
 """
 
 

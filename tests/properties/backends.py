@@ -146,6 +146,11 @@ def backends(device: str) -> list[Backend]:
     return found
 
 
+def examples(backend: Backend, share: float = 1.0) -> int:
+    """Examples of a property for a backend: its share, and the property's, of the profile's."""
+    return max(1, math.ceil(settings().max_examples * backend.share * share))
+
+
 def for_every_backend(
     share: float = 1.0, /, **strategies: st.SearchStrategy[Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -153,9 +158,8 @@ def for_every_backend(
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
         def test(backend: Backend) -> None:
-            examples = max(1, math.ceil(settings().max_examples * backend.share * share))
             run = given(backend=st.just(backend), **strategies)(check)
-            settings(max_examples=examples)(run)()
+            settings(max_examples=examples(backend, share))(run)()
 
         test.__name__ = check.__name__
         test.__qualname__ = check.__qualname__
