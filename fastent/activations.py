@@ -523,7 +523,7 @@ def first_nonfinite(x: Tensor) -> tuple[int, tuple[int, ...]] | None:
     return count, tuple(reversed(index))
 
 
-def of_array(values: Any, name: str) -> Any:
+def of_array(values: Tensor | Array, name: str) -> Tensor:
     """Tensor of a NumPy array, on its memory where torch can use that; anything else as it is, for `check_kind`.
 
     Raises

@@ -511,7 +511,7 @@ def entropy_of_covariance(covariance: Tensor | Array) -> SpectralEntropy:
 def _float64(given: Tensor | Array, name: str) -> tuple[Tensor, float]:
     """`given` in float64, and the spacing at 1 of the dtype it came in; errors as in `entropy_of_eigenvalues`."""
     check_pool()
-    tensor: Tensor = of_array(given, name)
+    tensor = of_array(given, name)
     check_kind(tensor, name)
     x = tensor.detach().to(torch.float64)
     found = first_nonfinite(x)

@@ -85,7 +85,8 @@ class Activations:
     def shares(self) -> Array:
         """Planted eigenvalues over their sum, descending; min(n - 1, d) of them, zeros when all are."""
         lam = SPECTRA[self.spectrum](min(self.n - 1, self.d))
-        return lam / max(lam.sum(), np.finfo(float).tiny)
+        shares: Array = lam / max(lam.sum(), np.finfo(float).tiny)
+        return shares
 
     def array(self) -> Array:
         """Matrix in float64, before any cast; its spread (root mean variance of a column) is `scale`."""
@@ -622,7 +623,8 @@ def _nats(entropy: Entropy, x: Array) -> float:
 
 def _centred(x: Array) -> Array:
     y: Array = x - x.mean(axis=0)
-    return y - y.mean(axis=0)
+    y -= y.mean(axis=0)
+    return y
 
 
 def _array_of(h: Tensor) -> Array:
