@@ -1,13 +1,14 @@
 """The trainer on the GPU: rates of several stacks, the same bits twice, and E1's baseline to grokking.
 
 ``python -m bench.first_contact.e1 DIR [cuda|cpu]`` needs no command line. It writes ``DIR/e1.json`` as it goes, and a
-row for `bench.report` to ``DIR/gpu.jsonl``: seed-steps a second of 10 seeds here and of one seed on this machine's CPU,
-by the number of threads that serves it best. Beside T_grok of each seed stands that of the committed runs on a CPU;
-the two differ where rounding does.
+row for `bench.report` to ``DIR/gpu.jsonl``: seed-steps a second of 10 seeds here and on this machine's CPU, one by one
+or stacked, by the number of threads that serves it best. Beside T_grok of each seed stands that of the committed runs
+on a CPU; the two differ where rounding does.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -51,7 +52,7 @@ def _wait() -> None:
 
 
 def rates(device: torch.device, steps: int) -> dict[str, float]:
-    """Seed-steps a second by number of seeds, and of one seed on the CPU by number of threads."""
+    """Seed-steps a second by number of seeds, on the CPU by number of threads too."""
     config, found = preset("paper"), {}
     for seeds in (1, 3, 10, 32) if device.type == "cuda" else (1,):
         found[f"{seeds} seeds"] = seeds / seconds_a_step(
@@ -59,9 +60,14 @@ def rates(device: torch.device, steps: int) -> dict[str, float]:
         )
         print(f"{seeds} seeds: {found[f'{seeds} seeds']:,.0f} seed-steps a second", flush=True)
     before = torch.get_num_threads()
-    for threads in sorted({1, min(4, os.cpu_count() or 1)}) if device.type == "cuda" else (1,):
+    cores = os.cpu_count() or 1
+    ways = (
+        itertools.product((1, 10), sorted({1, min(4, cores), cores})) if device.type == "cuda" else ((1, 1),)
+    )
+    for seeds, threads in ways:
         torch.set_num_threads(threads)
-        found[f"CPU, {threads} threads"] = 1 / seconds_a_step(Stack(config, (0,)), max(2, steps // 10))
+        seconds = seconds_a_step(Stack(config, tuple(range(seeds))), max(2, steps // 10))
+        found[f"CPU, {seeds} seeds, {threads} threads"] = seeds / seconds
     torch.set_num_threads(before)
     return found
 

@@ -156,6 +156,10 @@ def test_gluon_is_where_triton_has_it_and_compiles(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launch.triton.knobs.runtime, "interpret", True)
     assert not gluon_is_here()
     monkeypatch.setattr(launch.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(launch.triton, "__version__", "3.10.0")
+    assert not gluon_is_here()  # nothing of it was run
+    monkeypatch.undo()
+    monkeypatch.setattr(launch.triton.knobs.runtime, "interpret", False)
     monkeypatch.setitem(sys.modules, ampere, None)
     assert not gluon_is_here()
 
