@@ -665,6 +665,6 @@ class ResidentCovariance:
             made = [launch.run() for launch in self.launches(h, out)]
         if len(self._again) >= _MOST_AGAIN:  # outputs that were not kept
             self._again.clear()
-        again = [launch for launch in made if launch is not None]
-        if len(again) == len(made):  # all or none: some launches without the others would be wrong
-            self._again[key] = again
+        ready = [again for again in made if again is not None]
+        if len(ready) == len(made):  # all or none: some launches without the others would be wrong
+            self._again[key] = ready
