@@ -29,7 +29,9 @@ def test_long_double_truth_agrees_with_fifty_digits(h: Activations) -> None:
 @for_every_backend(h=activations())
 def test_covariance_is_inside_its_gate_and_symmetric_bit_for_bit(backend: Backend, h: Activations) -> None:
     x = h.tensor()
+    given = x.clone()
     got, truth = backend.covariance(x), truth_of(x)
+    assert torch.equal(x, given)
     assert np.array_equal(got, got.T)
     values = x.double().numpy().astype(np.longdouble)
     reach = np.max(np.abs(values - values[:1]), axis=0)  # what a shift by row 0 leaves
@@ -46,9 +48,15 @@ def test_correction_divides_by_n_minus_it(backend: Backend, h: Activations, corr
 
 
 @for_every_backend(h=activations())
-def test_eigenvalues_and_trace_are_inside_their_gates(backend: Backend, h: Activations) -> None:
+def test_eigenvalues_and_trace_are_inside_their_gates_and_the_entropy_under_its_ceiling(
+    backend: Backend, h: Activations
+) -> None:
     x = h.tensor()
     got, truth = backend.result(x), truth_of(x)
+    assert got.ceiling == pytest.approx(min(1.0, np.log(h.n - 1) / np.log(h.d)), abs=1e-15)
+    assert 0.0 <= got.normalized <= min(1.0, got.ceiling + 1e-14)
+    assert got.normalized == pytest.approx(got.entropy / np.log(h.d), abs=1e-15)
+    assert 1.0 <= got.effective_rank <= min(h.n - 1, h.d) * (1 + 1e-12) or got.entropy == 0.0
     lam = in_units_of(truth.exponent, got.eigenvalues)
     trace = np.trace(truth.matrix)
     want = truth.shares * trace
