@@ -10,10 +10,11 @@ so the bits do not depend on strides or on other items of a batch.
 about half the speed (bench/NOTES.md). NumPy's wheels carry it; its ``dsyrk`` is called where it lies, as NumPy calls it
 for ``a.T @ a``, but for one triangle, with a factor and a sum, and its ``dsyevd`` as ``numpy.linalg.eigvalsh`` calls
 it, to the same bits; ctypes lets other threads run meanwhile, where NumPy's solver holds the interpreter. Only where
-both libraries have one thread: two pools on the same cores fight. No number of threads is ever changed, so
-``OMP_NUM_THREADS=1`` in the environment (torchrun's default) is what makes a process eligible,
-``torch.set_num_threads(1)`` alone is not. Which of the two computes is a function of the machine, of the numbers of
-threads and of the shape; their last bits differ.
+both libraries have one thread, since two pools on the same cores fight, or where the product is so small that OpenBLAS
+takes none but the calling thread for it. No number of threads is ever changed, so ``OMP_NUM_THREADS=1`` in the
+environment (torchrun's default) is what makes a process eligible for all shapes, ``torch.set_num_threads(1)`` alone is
+not. Which of the two computes is a function of the machine, of the numbers of threads and of the shape; their last bits
+differ.
 
 **Eigenvalues** come from LAPACK on the CPU, of matrices up to `LAPACK_TO` on CUDA too, for which they are copied, a
 batch at once; of larger ones from cuSOLVER, and from LAPACK where that fails: a solve whose eigenvalues do not sum to
@@ -45,6 +46,9 @@ Side = Literal["covariance", "gram"]
 
 # Edge from which its eigenvalues come sooner than MKL's: 0.94 of the time at 192, 0.6 at 1,024, 1.1 at 64.
 SOLVE_FROM = 192
+# Products on an edge of at most 96 OpenBLAS makes in the calling thread (128 wake the others, which then spin); those
+# of at most so many entries end before torch's pool has come to its own (bench/NOTES.md).
+ON_CALLER_EDGE, ON_CALLER_ENTRIES = 96, 2**16
 HUGE_FROM = 724  # 4 MiB, from which NumPy asks for huge pages
 # Names in the wheels of NumPy 2 and 1; the suffix says that all integers have 64 bits.
 _PREFIXES = ("scipy_", "")
@@ -59,12 +63,14 @@ class _Library(NamedTuple):
     threads: Callable[[], int]
 
 
-def openblas_preferred(x: Tensor) -> bool:
-    """Whether products and eigenvalues of `x` belong here rather than to torch."""
-    if type(x) is not Tensor or not x.is_cpu or torch.get_num_threads() != 1 or not openblas_available():
+def openblas_preferred(x: Tensor, product_edge: int | None = None) -> bool:
+    """Whether eigenvalues of `x` belong here rather than to torch, or a product with a matrix of this edge."""
+    if type(x) is not Tensor or not x.is_cpu or not openblas_available():
         return False
+    if product_edge is not None and product_edge <= ON_CALLER_EDGE and x.numel() <= ON_CALLER_ENTRIES:
+        return True
     library = _library()
-    return library is not None and library.threads() == 1
+    return torch.get_num_threads() == 1 and library is not None and library.threads() == 1
 
 
 def openblas_available() -> bool:
@@ -353,7 +359,7 @@ def centred_gram(x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def product_target(x: Tensor, m: int) -> tuple[Tensor, Callable[..., None]]:
     """Memory for an (m, m) matrix, uninitialised, and the function that adds products to it."""
-    if openblas_preferred(x):
+    if openblas_preferred(x, m):
         return openblas_empty(m), add_lower_syrk
     return torch.empty((m, m), dtype=torch.float64, device=x.device), _add_lower_product
 

@@ -418,7 +418,7 @@ def test_doctor_lists_each_host_of_an_integration_with_its_version_or_as_missing
     ],
 )
 def test_doctor_says_which_library_serves_the_cpu(preferred, available, said, monkeypatch):
-    monkeypatch.setattr(linalg, "openblas_preferred", lambda x: preferred)
+    monkeypatch.setattr(linalg, "openblas_preferred", lambda x, product_edge=None: preferred)
     monkeypatch.setattr(linalg, "openblas_available", lambda: available)
     found = dict(cli.examine())["products"]
     assert found.startswith(said)

@@ -1,8 +1,11 @@
 """NumPy's OpenBLAS in place of MKL: when it is taken, and that it answers as torch does."""
 
 import ctypes
+import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +42,7 @@ def suited(monkeypatch):
 
 
 def force(monkeypatch, chosen: bool) -> None:
-    monkeypatch.setattr(linalg, "openblas_preferred", lambda x: chosen)
+    monkeypatch.setattr(linalg, "openblas_preferred", lambda x, product_edge=None: chosen)
     monkeypatch.setattr(linalg, "SOLVE_FROM", 1)
 
 
@@ -62,6 +65,49 @@ def test_it_is_not_preferred_where_torch_has_several_threads(suited, monkeypatch
 def test_it_is_not_preferred_where_it_has_several_threads_itself(suited, monkeypatch):
     monkeypatch.setattr(linalg, "_library", lambda: suited._replace(threads=lambda: 2))
     assert not linalg.openblas_preferred(torch.ones(2, 2))
+
+
+def test_small_products_are_its_own_whatever_the_number_of_threads(suited, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(linalg, "_library", lambda: suited._replace(threads=lambda: 2))
+    assert linalg.openblas_preferred(torch.ones(512, 64), 64)
+    assert linalg.openblas_preferred(torch.ones(96, 600), 96)
+    assert not linalg.openblas_preferred(torch.ones(512, 97), 97)  # it would wake its threads, or soon
+    assert not linalg.openblas_preferred(torch.ones(1025, 64), 64)  # long enough for torch's
+    assert not linalg.openblas_preferred(torch.ones(64, 64))  # eigenvalues
+    monkeypatch.setattr(linalg, "_mkl_is_slow", lambda: False)
+    assert not linalg.openblas_preferred(torch.ones(512, 64), 64)
+
+
+@found
+@pytest.mark.nightly
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads' time where Linux has it")
+def test_small_products_wake_no_other_thread():
+    code = """
+import os, threading, time, torch
+from fastent import linalg
+
+def others():
+    mine = threading.get_native_id()
+    threads = [thread for thread in os.listdir("/proc/self/task") if int(thread) != mine]
+    return sum(int(open(f"/proc/self/task/{thread}/schedstat").read().split()[0]) for thread in threads)
+
+for m, k in ((96, 682), (64, 1024), (16, 4096)):
+    a, lower = torch.ones(k, m, dtype=torch.float64).T, torch.empty(m, m, dtype=torch.float64)
+    before = others()
+    for _ in range(20):
+        linalg.add_lower_syrk(lower, a, 1.0, first=True)
+    time.sleep(0.02)
+    print(others() - before)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == ["0", "0", "0"]
 
 
 def test_it_is_not_preferred_where_it_was_not_found(suited, monkeypatch):
@@ -270,7 +316,7 @@ def test_other_threads_have_the_interpreter_while_it_solves(monkeypatch):
 
 def test_the_eigenvalues_are_its_own_from_its_edge_on(monkeypatch):
     matrices = {d: centered_matrix(activations(50, d)) for d in (5, 6, 7)}
-    monkeypatch.setattr(linalg, "openblas_preferred", lambda x: True)
+    monkeypatch.setattr(linalg, "openblas_preferred", lambda x, product_edge=None: True)
     monkeypatch.setattr(linalg, "SOLVE_FROM", 6)
     monkeypatch.setattr(
         linalg, "openblas_eigenvalues", lambda matrix: matrix.new_full((matrix.shape[-1],), 7.0)

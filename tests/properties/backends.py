@@ -127,7 +127,9 @@ class Fastent:
             return m.covariance().cpu().numpy(), m.spectral_entropy().entropy
 
     def _library(self) -> Any:
-        return patch.multiple(linalg, openblas_preferred=lambda x: self.by_openblas, SOLVE_FROM=2)
+        return patch.multiple(
+            linalg, openblas_preferred=lambda x, product_edge=None: self.by_openblas, SOLVE_FROM=2
+        )
 
 
 Backend = Reference | Fastent
