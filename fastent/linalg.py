@@ -46,9 +46,11 @@ Side = Literal["covariance", "gram"]
 
 # Edge from which its eigenvalues come sooner than MKL's: 0.94 of the time at 192, 0.6 at 1,024, 1.1 at 64.
 SOLVE_FROM = 192
+# torch's own: from so many entries on a reduction wakes the other threads, and element by element from one more on.
+GRAIN = 2**15
 # Products on an edge of at most 96 OpenBLAS makes in the calling thread (128 wake the others, which then spin); those
-# of at most so many entries end before torch's pool has come to its own (bench/NOTES.md).
-ON_CALLER_EDGE, ON_CALLER_ENTRIES = 96, 2**16
+# of so few entries end before torch's pool has woken (bench/NOTES.md).
+ON_CALLER_EDGE, ON_CALLER_ENTRIES = 64, GRAIN
 HUGE_FROM = 724  # 4 MiB, from which NumPy asks for huge pages
 # Names in the wheels of NumPy 2 and 1; the suffix says that all integers have 64 bits.
 _PREFIXES = ("scipy_", "")
@@ -372,13 +374,21 @@ def centred(x: Tensor, *, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     """
     y = torch.empty(x.shape, dtype=torch.float64, device=x.device)
     if not exact:
-        shift = y.copy_(x).mean(0)
+        shift = _mean(y.copy_(x))
         return y.sub_(shift), shift, torch.zeros_like(shift)
     shift = x[0].to(torch.float64, copy=True)
     # Of mixed dtypes torch would make a copy first.
     y = torch.sub(x, shift, out=y) if x.dtype == torch.float64 else y.copy_(x).sub_(shift)
     delta = y.mean(0)
     return y.sub_(delta), shift, delta
+
+
+def _mean(y: Tensor) -> Tensor:
+    """Mean of each column of `y` (k, d): at torch's grain by halves of the columns, to the same bits, in one thread."""
+    k, d = y.shape
+    if k * d != GRAIN or d % 32 or torch.get_num_threads() == 1 or not y.is_cpu:
+        return y.mean(0)
+    return torch.cat([half.mean(0) for half in y.split(d // 2, dim=1)])
 
 
 def _chunk_length(length: int, width: int) -> int:

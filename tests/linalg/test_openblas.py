@@ -71,12 +71,19 @@ def test_small_products_are_its_own_whatever_the_number_of_threads(suited, monke
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(linalg, "_library", lambda: suited._replace(threads=lambda: 2))
     assert linalg.openblas_preferred(torch.ones(512, 64), 64)
-    assert linalg.openblas_preferred(torch.ones(96, 600), 96)
-    assert not linalg.openblas_preferred(torch.ones(512, 97), 97)  # it would wake its threads, or soon
-    assert not linalg.openblas_preferred(torch.ones(1025, 64), 64)  # long enough for torch's
+    assert linalg.openblas_preferred(torch.ones(40, 600), 40)
+    assert not linalg.openblas_preferred(torch.ones(100, 65), 65)  # torch's threads are as fast
+    assert not linalg.openblas_preferred(torch.ones(513, 64), 64)  # long enough for torch's
     assert not linalg.openblas_preferred(torch.ones(64, 64))  # eigenvalues
     monkeypatch.setattr(linalg, "_mkl_is_slow", lambda: False)
     assert not linalg.openblas_preferred(torch.ones(512, 64), 64)
+
+
+@pytest.mark.parametrize("d", [32, 64, 128, 256, 1024, 2**14, 2**15])
+def test_means_at_the_grain_of_torch_have_the_bits_of_one_reduction(d, monkeypatch):
+    y = activations(linalg.GRAIN // d, d, torch.float64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(linalg._mean(y), y.mean(0))
 
 
 @found
@@ -92,7 +99,7 @@ def others():
     threads = [thread for thread in os.listdir("/proc/self/task") if int(thread) != mine]
     return sum(int(open(f"/proc/self/task/{thread}/schedstat").read().split()[0]) for thread in threads)
 
-for m, k in ((96, 682), (64, 1024), (16, 4096)):
+for m, k in ((64, 512), (16, 2048)):
     a, lower = torch.ones(k, m, dtype=torch.float64).T, torch.empty(m, m, dtype=torch.float64)
     before = others()
     for _ in range(20):
@@ -107,7 +114,7 @@ for m, k in ((96, 682), (64, 1024), (16, 4096)):
         text=True,
         check=True,
     )
-    assert run.stdout.split() == ["0", "0", "0"]
+    assert run.stdout.split() == ["0", "0"]
 
 
 def test_it_is_not_preferred_where_it_was_not_found(suited, monkeypatch):
