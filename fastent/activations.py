@@ -550,8 +550,9 @@ def of_array(values: Tensor | Array, name: str) -> Tensor:
 def check_kind(h: Tensor, name: str) -> None:
     """Raise TypeError if `h` is no dense real tensor that holds data."""
     if not isinstance(h, Tensor):
-        remedy = f"; use torch.from_numpy({name})" if isinstance(h, np.ndarray) else ""
-        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array; got {type(h).__name__}{remedy}")
+        if isinstance(h, np.ndarray):  # where arrays are taken, `of_array` came before
+            raise TypeError(f"{name} must be a torch.Tensor; got an ndarray: use torch.from_numpy({name})")
+        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array; got {type(h).__name__}")
     plain = type(h) is Tensor
     # A fake tensor can exist only when its module has been imported: no import of ours for the check.
     fake = None if plain else sys.modules.get("torch._subclasses.fake_tensor")

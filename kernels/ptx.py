@@ -22,6 +22,7 @@ from torch import Tensor
 
 __all__ = ["Access", "Machine", "wavefronts"]
 
+_CPU = torch.device("cpu")
 _LABEL = re.compile(r"(\$\w+):")
 _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z]\w*(?:(?:\.|::)\w+)*)\s*(.*);$")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
@@ -101,13 +102,13 @@ class Machine:
 
     def __init__(self, ptx: str, threads: int, memory: Tensor | None = None, shared: int = 2**18) -> None:
         self.threads, self.memory = threads, memory
-        self.shared = torch.zeros(shared, dtype=torch.uint8)
+        self.shared = torch.zeros(shared, dtype=torch.uint8, device=_CPU)
         self.labels: dict[str, int] = {}
         self.code: list[_Instruction] = []
-        lane = torch.arange(threads)
+        lane = torch.arange(threads, dtype=torch.int64, device=_CPU)
         self.lane = lane
         self.group, self.in_group = lane % 32 // 4, lane % 4  # of the fragments of a product
-        self.everyone = torch.ones(threads, dtype=torch.bool)
+        self.everyone = torch.ones(threads, dtype=torch.bool, device=_CPU)
         for raw in ptx[ptx.index("\n{") :].splitlines():
             text = raw.partition("//")[0].strip()
             if label := _LABEL.fullmatch(text):
@@ -212,7 +213,7 @@ class Machine:
         if space == "param":
             value = self.params[int(re.findall(r"_param_(\d+)", instruction.operands[1])[0])]
             if isinstance(value, float):
-                exact = torch.full((self.threads,), value, dtype=torch.float64)
+                exact = torch.full((self.threads,), value, dtype=torch.float64, device=_CPU)
                 pattern = exact.view(torch.int64) if size == 8 else exact.float().view(torch.int32).long()
             else:
                 pattern = self.everyone * value
@@ -224,10 +225,14 @@ class Machine:
         memory = self.shared if space == "shared" else self.memory
         for number, target in enumerate(targets):
             if memory is None:
-                values = torch.zeros(self.threads, dtype=torch.int64)
+                values = torch.zeros(self.threads, dtype=torch.int64, device=_CPU)
             else:
-                at = torch.where(active, address, 0)[:, None] + number * size + torch.arange(size)
-                values = torch.zeros((self.threads, 8), dtype=torch.uint8)
+                at = (
+                    torch.where(active, address, 0)[:, None]
+                    + number * size
+                    + torch.arange(size, dtype=torch.int64, device=_CPU)
+                )
+                values = torch.zeros((self.threads, 8), dtype=torch.uint8, device=_CPU)
                 values[:, :size] = memory[at]
                 values = values.view(torch.int64)[:, 0]
             self._set(target, values, active)
@@ -244,7 +249,9 @@ class Machine:
             return
         for number, source in enumerate(sources):
             values = self._value(source, instruction.kind)[:, None].view(torch.uint8)[active, :size]
-            memory[address[active, None] + number * size + torch.arange(size)] = values
+            memory[
+                address[active, None] + number * size + torch.arange(size, dtype=torch.int64, device=_CPU)
+            ] = values
 
     def _atom(self, instruction: _Instruction, active: Tensor) -> None:
         assert ".add.u" in instruction.name, instruction
@@ -274,12 +281,12 @@ class Machine:
         (m, n, k) = {"m16n8k16": (16, 8, 16), "m8n8k4": (8, 8, 4)}[instruction.name.split(".")[3]]
         warps, warp = self.threads // 32, self.lane // 32
         self.flops += 2 * m * n * k * warps
-        left = torch.zeros((warps, m, k), dtype=torch.float64)
+        left = torch.zeros((warps, m, k), dtype=torch.float64, device=_CPU)
         for number, name in enumerate(a):
             row = self.group + (8 * (number % 2) if m == 16 else 0)
             column = self.in_group + (4 * (number // 2) if m == 16 else 0)
             left[warp, row, column] = self._floats(name, "f64")
-        right = torch.zeros((warps, k, n), dtype=torch.float64)
+        right = torch.zeros((warps, k, n), dtype=torch.float64, device=_CPU)
         for number, name in enumerate(b):
             right[warp, self.in_group + 4 * number, self.group] = self._floats(name, "f64")
         product = left @ right

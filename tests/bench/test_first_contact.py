@@ -27,7 +27,7 @@ def summary(out: Path) -> list[str]:
 def test_a_stage_that_fails_or_hangs_leaves_its_output_and_does_not_keep_the_next_from_running(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contact, "GRACE", 0.1)
+    monkeypatch.setattr(contact, "GRACE", 1.0)
     chosen = [
         Stage("wrong", 60, "echo one; exit 3"),
         # As pytest, it is told of its limit and may write its report; unlike pytest, it does not end then.
