@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import shlex
 import signal
@@ -154,6 +155,8 @@ def _run(stage: Stage, limit: float, log: Path) -> tuple[str, str]:
             cwd=ROOT,
             env=environment(),
             start_new_session=True,
+            # A shell has what it starts in the background ignore interrupts, and whatever that starts.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         try:
             status = f"exit {process.wait(limit)}"
@@ -196,8 +199,7 @@ def _note(out: Path, line: str) -> None:
 
 
 def heed_signals() -> None:
-    """Let an interrupt reach the stages, and take the stage that runs along when this process is ended."""
-    # A shell has what it starts in the background ignore interrupts, and whatever that starts.
+    """Be ended by an interrupt in the background too, and take the stage that runs along."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _end)
 
