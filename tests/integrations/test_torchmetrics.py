@@ -213,6 +213,7 @@ def test_what_torchmetrics_fixes_is_fixed() -> None:
     assert hash(metric) != hash(metric.clone())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit")  # torch's own
+        warnings.filterwarnings("ignore", "This property will be removed")  # torchmetrics' own
         torch.jit.script(metric)
 
 
