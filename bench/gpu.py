@@ -1245,7 +1245,7 @@ def run_part(make: Callable[[], Session]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         PARTS[session.part](session)
-    except Exception as error:
+    except Exception as error:  # the other parts go on
         traceback.print_exc()
         session.broke(f"the part broke: {type(error).__name__}: {error}"[:500])
 

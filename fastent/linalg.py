@@ -46,10 +46,10 @@ Side = Literal["covariance", "gram"]
 
 # Edge from which its eigenvalues come sooner than MKL's: 0.94 of the time at 192, 0.6 at 1,024, 1.1 at 64.
 SOLVE_FROM = 192
-# torch's own: from so many entries on a reduction wakes the other threads, and element by element from one more on.
+# torch's: from so many entries on a reduction wakes the other threads, and from one more on what goes by elements.
 GRAIN = 2**15
-# Products on an edge of at most 96 OpenBLAS makes in the calling thread (128 wake the others, which then spin); those
-# of so few entries end before torch's pool has woken (bench/NOTES.md).
+# A product that small OpenBLAS makes in the calling thread, and ends before torch's pool has woken; it wakes its own
+# threads, which then spin, somewhere above an edge of 96, where it gains nothing any more (bench/NOTES.md).
 ON_CALLER_EDGE, ON_CALLER_ENTRIES = 64, GRAIN
 HUGE_FROM = 724  # 4 MiB, from which NumPy asks for huge pages
 # Names in the wheels of NumPy 2 and 1; the suffix says that all integers have 64 bits.

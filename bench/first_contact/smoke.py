@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         begun = time.monotonic()
         try:
             passed, said = True, check()
-        except Exception as error:
+        except Exception as error:  # a check that cannot run has failed, and the others go on
             passed, said = False, f"{type(error).__name__}: {error}"[:300]
             traceback.print_exc()
         rows.append(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ class Folder:
             for name, limit in awaited(self.path).items():
                 known = found.get(name, RunState(name, State.WAITING, limit=limit))
                 if known.state in (State.WAITING, State.INTERRUPTED):
-                    found[name] = RunState(**{**vars(known), "state": State.WAITING})
+                    found[name] = replace(known, state=State.WAITING)
         if not found:
             raise RunError(self._nothing())
         return sorted(found.values(), key=_order)
