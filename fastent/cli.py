@@ -61,6 +61,14 @@ HOSTS = (
 )
 """What `fastent.integrations` and its recipes are for; each is the user's own to install."""
 
+DESCRIPTION = """spectral entropy of representations.
+
+For example:
+    fastent entropy activations.npy
+    fastent run e1 --preset quick --seeds 0-2 --out runs/quick
+    fastent report runs/quick --out report
+    fastent report --help"""
+
 
 def run(
     experiment: str,
@@ -326,6 +334,7 @@ def entropy(activations: Path, *, tokens: Tokens | None = None, convention: Conv
     For example:
         fastent entropy activations.npy
         fastent entropy hidden.safetensors --tokens last
+        fastent entropy activations.npy --convention paper
 
     Parameters
     ----------
@@ -588,6 +597,7 @@ def list_() -> int:
 
     For example:
         fastent list
+        fastent list | grep norm
     """
     from fastent.grokking.experiments.jobs import JOBS
     from fastent.grokking.experiments.report import EXPERIMENTS
@@ -623,6 +633,7 @@ def doctor() -> int:
 
     For example:
         fastent doctor
+        fastent doctor > machine.txt
     """
     for name, value in examine():
         print(f"{name:<12} {value}")
@@ -880,7 +891,7 @@ def _dispatch(arguments: list[str]) -> int:
         status: int = tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="fastent",
-            description=f"fastent {fastent.__version__} (--version): spectral entropy of representations.",
+            description=f"fastent {fastent.__version__} (--version): {DESCRIPTION}",
             args=arguments,
             config=(
                 tyro.conf.PositionalRequiredArgs,
