@@ -1,6 +1,7 @@
-"""The Python of the README and of docs/monitoring.md runs as it stands, and its commands are those of the check.
+"""The Python of the README and of the pages on monitoring runs as it stands; its commands are those of the check.
 
-``python tests/test_readme.py`` runs the README's lines to their end and writes the picture that it shows of them.
+``python tests/test_readme.py`` runs the lines of the README and of the tutorial to their end, prints what they print
+and writes the pictures that both show.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PICTURE = ROOT / "docs" / "figures" / "watch.png"
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
+FIGURES = ROOT / "docs" / "figures"
 STEPS = "range(2001)"
 
 
@@ -47,10 +49,36 @@ def test_the_lines_of_the_readme_run_and_draw_what_they_say(tmp_path, monkeypatc
     assert (tmp_path / "entropy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_examples_on_monitoring_run():
-    code = blocks((ROOT / "docs" / "monitoring.md").read_text())
-    assert len(code) == 4
-    names, printed = executed(code)
+def test_the_tutorial_runs_and_prints_what_it_says(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    code = blocks(TUTORIAL)
+    assert sum(block.count("range(1001)") for block in code) == 1
+    names, printed = executed([block.replace("range(1001)", "range(21)") for block in code])
+    fenced = re.findall(r"```(\w*)\n(.*?)```", TUTORIAL, re.DOTALL)
+    said = "".join(text for language, text in fenced if not language).splitlines()
+    for line, expected in zip(printed, said[: len(printed)], strict=True):
+        assert line == expected or [float(each) for each in numbers(line)] == pytest.approx(
+            [float(each) for each in numbers(expected)], rel=0.01
+        )
+    assert [record.step for record in names["records"]] == [0, 20]
+    assert (tmp_path / "tutorial.png").read_bytes().startswith(b"\x89PNG")
+
+
+def ran(page: str) -> tuple[dict, list[str]]:
+    code = blocks((ROOT / "docs" / f"{page}.md").read_text())
+    assert code
+    return executed(code)
+
+
+def test_the_example_without_a_model_runs():
+    names, _ = ran("monitoring")
+    assert names["result"].status == "ok"
+
+
+def test_the_examples_of_an_alert_and_of_a_forecast_run():
+    names, printed = ran("alerts")
     steps = names["monitor"].collapsed
     assert sorted(steps) == ["0", "2"]
     assert [line.split(" has")[0] for line in printed[:2]] == [
@@ -58,13 +86,46 @@ def test_the_examples_on_monitoring_run():
         for layer, step in sorted(steps.items(), key=lambda item: item[1])
     ]
     assert printed[2:] == [str(steps)]
-    assert names["result"].status == "ok"
     assert names["forecast"].step > 600
+
+
+def test_the_example_of_all_blocks_watches_twelve_and_leaves_padding_out():
+    names, _ = ran("layers")
+    assert list(names["depth"]) == [f"encoder.layers.{block}" for block in range(12)]
+    newest = names["monitor"].history[-1]
+    assert (newest.n, newest.mask) == (64 * 12, "attention_mask")
+
+
+def test_the_examples_of_probes_give_in_parts_what_a_pass_gives_and_add_up_micro_batches():
+    names, _ = ran("probes")
+    assert abs(names["difference"]) <= 1e-12
+    assert [(record.step, record.n) for record in names["monitor"].history] == [
+        (step, 128) for step in (0, 10, 20, 30)
+    ]
+
+
+def test_the_example_of_several_processes_runs_in_a_group_and_stops_it(monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    names, _ = ran("distributed")
+    assert [(record.step, record.layer, record.n) for record in names["history"]] == [
+        (0, "0", 512),
+        (0, "2", 512),
+    ]
+    assert names["step"] == 0
+    assert names["moments"].n == 1000
+
+
+def test_the_example_of_a_resume_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, _ = ran("resume")
+    steps = [record.step for record in names["monitor"].history if record.layer == "0"]
+    assert steps == [0, 100, 200, 300, 400]
 
 
 def test_what_is_said_of_the_alert_is_in_the_recorded_results():
     said = (
-        (ROOT / "docs" / "monitoring.md")
+        (ROOT / "docs" / "alerts.md")
         .read_text()
         .partition("came before\ngrokking in")[2]
         .partition("only")[0]
@@ -124,5 +185,6 @@ def test_every_number_of_a_finding_about_the_paper_is_in_the_recorded_results():
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"
     os.chdir(tempfile.mkdtemp())
-    print("\n".join(executed(blocks(README))[1]))
-    shutil.move("entropy.png", PICTURE)
+    for text, picture in ((README, "entropy.png"), (TUTORIAL, "tutorial.png")):
+        print("\n".join(executed(blocks(text))[1]))
+        shutil.move(picture, FIGURES / {"entropy.png": "watch.png"}.get(picture, picture))
