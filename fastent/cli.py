@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import os
 import platform
@@ -19,11 +20,11 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import fastent
 from fastent.installation import conflict, install_command
@@ -74,6 +75,7 @@ def run(
     experiment: str,
     *,
     config: TrainConfig,
+    combinations: Callable[[TrainConfig, str], dict[str, TrainConfig]] = lambda config, _: {"": config},
     preset: str = "quick",
     seeds: str = "0-2",
     out: Path = Path("runs"),
@@ -86,11 +88,12 @@ def run(
     """Train an experiment's runs, or go on with those that are not complete.
 
     A run's folder is named by experiment, condition, task, the settings that are not the preset's, and seed; so several
-    settings may lie in one --out. Stop it at any time: the same command goes on.
+    settings may lie in one --out. A setting of one number or name takes several, with commas between; of several such
+    lists every combination is trained. Stop it at any time: the same command goes on.
 
     For example:
         fastent run e1 --preset quick --seeds 0-2 --out runs/quick
-        fastent run e1 --preset quick --learning-rate 5e-4 --out runs/quick
+        fastent run e1 --preset quick --width 64,128 --learning-rate 1e-3,2e-3 --out runs/sweep
         fastent run all --preset paper --workers 2 --out runs/paper --dry-run
 
     Parameters
@@ -99,6 +102,9 @@ def run(
         One of `fastent list`, or "all".
     config : TrainConfig
         The preset, with changes.
+    combinations : function
+        From `config` and the preset's name to all the settings to train, by what sets each apart: the lists among the
+        options, which the parser does not see.
     preset : str
         The settings that the options below start from; `fastent list` names them.
     seeds : str
@@ -126,13 +132,15 @@ def run(
     with _wrong_usage():
         if workers is None:
             workers = 1 if device.startswith("cuda") else min(torch.get_num_threads(), most_workers())
-        jobs = _planned(experiment, config, preset, parse_seeds(seeds), out, workers, device, force)
+        groups = _planned(
+            experiment, combinations(config, preset), preset, parse_seeds(seeds), out, workers, device, force
+        )
+    jobs = [job for group in groups.values() for job in group]
     if dry_run:
         from fastent.grokking.train.estimate import describe, expect
 
-        found = expect(jobs, out, workers=workers, device=device)
-        count = sum(len(job.seeds) for job in jobs)
-        print("\n".join(describe(found, runs=count, stacks=len(jobs), workers=workers, out=out)))
+        found = expect(jobs, out, workers=workers, device=device, groups=groups)
+        print("\n".join(describe(found, workers=workers, out=out)))
         return 0
     with StopRequest() as stop, ProgressBar(jobs, quiet=quiet) as bar:
         outcomes = run_jobs(
@@ -152,15 +160,18 @@ def run(
 
 def _planned(
     experiment: str,
-    config: TrainConfig,
+    settings: Mapping[str, TrainConfig],
     preset: str,
     seeds: tuple[int, ...],
     out: Path,
     workers: int,
     device: str,
     force: bool,
-) -> list[Job]:
-    """Return the stacks to train, each rule checked that can be checked before the first of them starts."""
+) -> dict[str, list[Job]]:
+    """Return the stacks to train of each of `settings`, each rule checked that can be checked before the first of them.
+
+    What experiments and settings share is trained once, for the first that asks for it.
+    """
     from fastent.grokking.experiments.jobs import JOBS, planned
     from fastent.grokking.train.runs import named_as_before, plan_stacks
     from fastent.grokking.train.sweep import check_jobs
@@ -169,18 +180,114 @@ def _planned(
         raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, and {out} is a file: give another place")
-    asked: list[Job] = []
-    runs: set[str] = set()
-    for name in JOBS:
-        for job in planned(name, config, preset, seeds) if experiment in (name, "all") else []:
-            # Experiments share runs: each is trained once.
-            new = tuple(seed for seed in job.seeds if job.run_name(seed) not in runs)
-            runs.update(map(job.run_name, new))
-            if new:
-                asked.append(dataclasses.replace(job, seeds=new))
-    asked = named_as_before(asked, out)
-    check_jobs(asked, out, workers=workers, device=device, force=force)
-    return [stack for job in asked for stack in plan_stacks(job, out, workers)]
+    check_jobs((), out, workers=workers, device=device)
+    groups: dict[str, list[Job]] = {}
+    runs: set[tuple[Job, int]] = set()
+    for label, config in settings.items():
+        asked: list[Job] = []
+        with _said_of(label):
+            for name in JOBS:
+                for job in planned(name, config, preset, seeds) if experiment in (name, "all") else []:
+                    kind = dataclasses.replace(
+                        job, config=dataclasses.replace(job.config, measures=()), seeds=(), changed=()
+                    )
+                    new = tuple(seed for seed in job.seeds if (kind, seed) not in runs)
+                    runs.update((kind, seed) for seed in new)
+                    if new:
+                        asked.append(dataclasses.replace(job, seeds=new))
+            asked = named_as_before(asked, out)
+            check_jobs(asked, out, workers=workers, device=device, force=force)
+        groups[label] = [stack for job in asked for stack in plan_stacks(job, out, workers)]
+    return groups
+
+
+@contextlib.contextmanager
+def _said_of(label: str) -> Iterator[None]:
+    """Put in front of an error the settings of a sweep that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}" if label else str(error)) from error
+
+
+def find_lists(arguments: Sequence[str]) -> tuple[list[str], dict[str, tuple[Any, ...]]]:
+    """Find the settings that are given several values, as in ``--width 64,128``.
+
+    Returns
+    -------
+    list of str
+        `arguments` with the first value of each, for the parser.
+    dict of tuple
+        All the values of each, by the names of the fields of `TrainConfig`.
+
+    Raises
+    ------
+    ValueError
+        If a list has an empty item, one that the setting does not take, or one twice; or if the setting takes no list.
+    """
+    hints, first, lists = get_type_hints(TrainConfig), list(arguments), dict[str, tuple[Any, ...]]()
+    for i, argument in enumerate(arguments):
+        option, equals, text = argument.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or name not in hints:
+            continue
+        place = i if equals else i + 1
+        text = text if equals else "".join(arguments[place : place + 1])
+        lists.pop(name, None)  # of an option that is given twice the last counts
+        if "," in text and not text.startswith("--"):
+            lists[name] = _values(option, hints[name], text)
+            head = text.partition(",")[0].strip()
+            first[place] = f"{option}={head}" if equals else head
+    return first, lists
+
+
+def _values(option: str, kind: Any, text: str) -> tuple[Any, ...]:
+    """Read the list of values `text` of an option whose field has the type `kind`."""
+    items, choices = [item.strip() for item in text.split(",")], get_args(kind)
+    named = kind is str or (choices and all(isinstance(choice, str) for choice in choices))
+    if kind not in (int, float) and not named:
+        raise ValueError(
+            f"{option} takes no list to sweep over, which settings of one number or name do; got {text!r}: give each "
+            "value a command of its own (parts of one value stand apart by spaces)"
+        )
+    values = list[Any]()
+    for item in items:
+        if not item:
+            raise ValueError(
+                f"{option} {text} has an empty item: write values with commas and no spaces between"
+            )
+        try:
+            values.append(kind(item) if kind in (int, float) else item)
+        except ValueError as error:
+            what = "whole numbers" if kind is int else "numbers"
+            raise ValueError(f"{option} takes {what}; got {item!r} in {text}") from error
+        if choices and item not in choices:
+            raise ValueError(f"{option} takes {', '.join(choices)}; got {item!r} in {text}")
+        if values[-1] in values[:-1]:
+            raise ValueError(f"{option} {text} has {item} twice: each value is trained once")
+    return tuple(values)
+
+
+def every_combination(
+    lists: Mapping[str, tuple[Any, ...]], config: TrainConfig, preset: str
+) -> dict[str, TrainConfig]:
+    """Return `config` with each combination of the values in `lists`, by what sets it apart, as "--width 64".
+
+    A task has its own share of the pairs, as `own_fraction` says.
+
+    Raises
+    ------
+    ValueError
+        If values do not fit together; the message begins with them.
+    """
+    found = {}
+    for values in itertools.product(*lists.values()):
+        changes = dict(zip(lists, values, strict=True))
+        label = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
+        with _said_of(label):
+            fraction = own_fraction(config, changes.get("task", config.task), preset)
+            found[label] = dataclasses.replace(config, **{"train_fraction": fraction, **changes})
+    return found
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -284,7 +391,8 @@ def runs_(path: Path, *, json: bool = False) -> int:
 def compare(paths: tuple[Path, ...], *, out: Path | None = None) -> int:
     """Set runs of several settings side by side: what differs, T_mem, T_grok, H* with intervals, and curves.
 
-    Runs of the same experiment, condition and task are compared, as of two folders; else all settings that are there.
+    Runs of the same experiment, condition and task are compared, as of two folders or of a sweep over a setting; else
+    all settings that are there.
     Complete runs count; others are named. The first setting is what the rest is compared with.
 
     For example:
@@ -297,7 +405,7 @@ def compare(paths: tuple[Path, ...], *, out: Path | None = None) -> int:
     paths : paths
         Folders of runs, single runs' folders, or files of packed runs.
     out : Path, optional
-        Write one self-contained page (.html), or the curves alone (.png).
+        Write one self-contained page (.html), or the curves alone (.png); curves of six settings at most are drawn.
     """
     from fastent.grokking.experiments.compare import compare as side_by_side
 
@@ -872,8 +980,14 @@ def _dispatch(arguments: list[str]) -> int:
     from fastent.grokking.train.storage import Interrupted, RunError
 
     try:
+        with _wrong_usage():
+            arguments, lists = find_lists(arguments) if arguments[:1] == ["run"] else (arguments, {})
         commands: dict[str, Callable[..., int]] = {
-            "run": functools.partial(run, config=_default_settings(arguments)),
+            "run": functools.partial(
+                run,
+                config=_default_settings(arguments),
+                combinations=functools.partial(every_combination, lists),
+            ),
             "report": report,
             "runs": runs_,
             "watch": watch,
@@ -897,6 +1011,7 @@ def _dispatch(arguments: list[str]) -> int:
                 tyro.conf.PositionalRequiredArgs,
                 tyro.conf.FlagCreatePairsOff,
                 tyro.conf.OmitArgPrefixes,
+                tyro.conf.SuppressFixed,  # what is no option: the combinations of a sweep
             ),
         )
     except Interrupted as interruption:

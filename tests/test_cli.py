@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +24,12 @@ import fastent
 from fastent import cli, linalg, spectral_entropy
 from fastent.cli import main, parse_seeds
 from fastent.grokking.experiments.jobs import JOBS, planned
-from fastent.grokking.train import environment, sweep
+from fastent.grokking.train import environment, estimate, sweep
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.storage import RunWarning
 from fastent.installation import install_command
 
+ROOT = Path(__file__).parents[1]
 TINY = (
     *("--modulus", "7", "--width", "8", "--feedforward", "8", "--heads", "2", "--batch-size", "8"),
     *("--probe-size", "8", "--evaluate-every", "10", "--max-steps", "40"),
@@ -130,6 +132,22 @@ def test_run_uses_a_process_for_each_thread_of_a_cpu_unless_told(device, workers
         (["e1", "--train-fraction", "1e-4"], "e1-baseline-add: train_fraction 0.0001 leaves 1 of 9409 pairs"),
         (["e1", "--modulus", "1000000000"], "e1-baseline-add: a seed of these settings needs some"),
         (["e7", "--max-steps", "16777216"], "max_steps must be at most 2^24"),
+        (["e1", "--width", "64,,128"], "--width 64,,128 has an empty item: write values with commas"),
+        (["e1", "--width", "64,", "128"], "--width 64, has an empty item"),
+        (["e1", "--width=64,128,64"], "--width 64,128,64 has 64 twice"),
+        (["e1", "--learning-rate", "1e-3,0.001"], "--learning-rate 1e-3,0.001 has 0.001 twice"),
+        (["e1", "--width", "64,wide"], "--width takes whole numbers; got 'wide' in 64,wide"),
+        (["e1", "--learning_rate", "1e-3,x"], "--learning_rate takes numbers; got 'x' in 1e-3,x"),
+        (["e1", "--task", "add,div"], "--task takes add, sub, mul, mul_nonzero, s5; got 'div' in add,div"),
+        (["e1", "--heads", "4,5"], "--heads 5: width must be a multiple of heads; got width=128, heads=5"),
+        (
+            ["e1", "--model", "transformer,mlp", "--operand-tokens", "images", "--task", "s5"],
+            '--model mlp: operand_tokens="images" needs task="s5" and model="transformer"',
+        ),
+        (["e1", "--modulus", "97,1"], "--modulus 1: e1-baseline-add: train_fraction 0.4 leaves 0 of 1 pairs"),
+        (["e1", "--betas", "0.9,0.98"], "--betas takes no list to sweep over"),
+        (["e1", "--final-norm", "1,0"], "--final-norm takes no list to sweep over"),
+        (["e1", "--width", "64,128", "--device", "banana"], "fastent: device must be cpu"),
     ],
 )
 def test_run_says_what_an_argument_must_be(tmp_path, capsys, arguments, message):
@@ -186,6 +204,53 @@ def test_s5_trains_at_its_own_fraction_however_it_is_chosen_unless_a_fraction_is
     by_task = fractions("e6", "--preset", "paper", "--task", "s5")
     assert by_task.pop(("s5", "baseline")) == by_task.pop(("s5", "with-images")) == 0.5
     assert set(by_task.values()) == {0.3}
+
+
+def test_lists_of_values_train_every_combination_under_names_that_say_which(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(sweep, "run_jobs", lambda jobs, *rest, **options: seen.extend(jobs) or [])
+
+    def names(*arguments):
+        seen.clear()
+        assert main(["run", *arguments, "--seeds", "0", "--workers", "1", "--out", str(tmp_path)]) == 0
+        return [job.run_name(0).removesuffix("-seed0") for job in seen]
+
+    assert names("e1", "--width=64,128", "--learning_rate", "1e-3,2e-3", "--heads", "8") == [
+        "e1-baseline-add-width=64,heads=8,learning_rate=0.001",
+        "e1-baseline-add-width=64,heads=8",
+        "e1-baseline-add-heads=8,learning_rate=0.001",
+        "e1-baseline-add-heads=8",  # 128 and 2e-3 are the preset's
+    ]
+    assert [(job.config.width, job.config.learning_rate) for job in seen] == [
+        *((64, 1e-3), (64, 2e-3), (128, 1e-3), (128, 2e-3))
+    ]
+    assert names("e1", "--width", "64,128", "--width", "32") == ["e1-baseline-add-width=32"]
+    # What does not depend on a setting is trained once.
+    modulus = names("e7", "--modulus", "59,97")
+    assert len(modulus) == len(set(modulus)) == 2 * len(names("e7")) - 10
+    assert names("e1", "--task", "add,s5") == ["e1-baseline-add", "e1-baseline-s5"]
+    assert [job.config.train_fraction for job in seen] == [0.4, 0.5]
+
+
+def test_the_sweep_of_the_docs_runs_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("TRIAL_SECONDS", "LEAST_SECONDS"):
+        monkeypatch.setattr(estimate, name, 0.0)
+    text = (ROOT / "docs" / "runs.md").read_text()
+    part = text.partition("## A sweep over a setting\n")[2].partition("\n## ")[0]
+    dry, run, compare = re.findall(r"^fastent (.*)$", part, re.MULTILINE)
+    small = [*TINY[:2], *TINY[4:], "--seeds", "0"]  # not the width
+    assert main([*dry.split(), *small]) == 0
+    printed = capsys.readouterr().out
+    assert "2 runs in 2 stacks" in printed
+    assert re.findall(r"^  (--width \d+): 1 run, ", printed, re.MULTILINE) == ["--width 64", "--width 128"]
+    assert main([*run.split(), *small, "--workers", "1"]) == 0
+    titles = re.findall(r"^ *(e1-baseline-add-.*?)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(titles) == 2  # a table of each setting
+    assert len(list((tmp_path / "runs" / "width").glob("*width=64*"))) == 1
+    assert main([*compare.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if line.startswith("width ")] == [["width", "128", "64"]]
 
 
 def help_of(capsys, *command):

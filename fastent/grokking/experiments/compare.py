@@ -56,7 +56,7 @@ LOOKS: tuple[dict[str, Any], ...] = (
     {"color": LIGHT.ink, "linestyle": "solid"},
     {"color": LIGHT.train, "linestyle": DASHED},
 )
-"""Colour and line of each group of a section: as many as can be told apart."""
+"""Colour and line of each group in a picture: of more than these none is drawn, for they could not be told apart."""
 
 CURVES = (("entropy", "H (no unit)"), ("test_accuracy", "test accuracy (share)"))
 """What is drawn, each with the label of its axis."""
@@ -218,7 +218,7 @@ def read(paths: Sequence[Path]) -> Compared:
     Raises
     ------
     RunError
-        As `Folder`; and if there is one group alone, none, or more than `LOOKS` on a side.
+        As `Folder`; and if there is one group alone, none, or more than there are letters on a side.
     ValueError
         If a path is given twice.
     """
@@ -257,13 +257,16 @@ def read(paths: Sequence[Path]) -> Compared:
     else:
         sides = (Side("all settings", tuple(groups)),)
     for side in sides:
-        if len(side.groups) > len(LOOKS):
-            first, second = (f"{group.source}/{group.kind}" for group in side.groups[:2])
-            raise RunError(
-                f"at most {len(LOOKS)} settings can be told apart side by side, and there are {len(side.groups)}: name "
-                f"those to compare, as {first}*  {second}*"
-            )
+        _check_count(side, len(ascii_uppercase), "settings can be set side by side")
     return Compared(sides, alone, left_out)
+
+
+def _check_count(side: Side, most: int, what: str) -> None:
+    if len(side.groups) > most:
+        first, second = (f"{group.source}/{group.kind}" for group in side.groups[:2])
+        raise RunError(
+            f"at most {most} {what}, and there are {len(side.groups)}: name those to compare, as {first}*  {second}*"
+        )
 
 
 def _why(state: RunState) -> str:
@@ -286,7 +289,7 @@ def compare(paths: Sequence[Path], out: Path | None = None, console: Console | N
     Raises
     ------
     RunError, ValueError
-        As `read`; and if `out` has another suffix.
+        As `read`; and if `out` has another suffix, or more groups would be drawn in a picture than can be told apart.
     OSError
         If `out` cannot be written.
     """
@@ -295,6 +298,8 @@ def compare(paths: Sequence[Path], out: Path | None = None, console: Console | N
     if out is not None and out.parent.exists() and not out.parent.is_dir():
         raise ValueError(f"--out must lie in a folder, and {out.parent} is a file: give another place")
     found, console = read(paths), console or Console()
+    for side in found.sides if out is not None and out.suffix == ".png" else ():
+        _check_count(side, len(LOOKS), "curves can be told apart in a picture")
     for side in found.sides:
         _print_side(side, console)
     for text in _remarks(found):
@@ -402,6 +407,13 @@ def sections(found: Compared) -> list[Section]:
 def _section(place: int, side: Side) -> Section:
     letters = ascii_uppercase[: len(side.groups)]
     named = zip(letters, side.names, side.groups, strict=True)
+    curves = drawn(
+        f"curves-{place}",
+        partial(draw, [side]),
+        "H and test accuracy. Thin lines: runs; thick lines: their mean, in which a run that has ended counts with "
+        "its last value; dots: H at T_grok.",
+        "Curves of the entropy and of the test accuracy of each group over training steps.",
+    )
     blocks: list[Block] = [
         Table(
             "What is side by side.",
@@ -416,13 +428,7 @@ def _section(place: int, side: Side) -> Section:
             tuple(map(tuple, _result_rows(side))),
             (1, 2, 3, 4, 5),
         ),
-        drawn(
-            f"curves-{place}",
-            partial(draw, [side]),
-            "H and test accuracy. Thin lines: runs; thick lines: their mean, in which a run that has ended counts with "
-            "its last value; dots: H at T_grok.",
-            "Curves of the entropy and of the test accuracy of each group over training steps.",
-        ),
+        *([curves] if len(side.groups) <= len(LOOKS) else []),
         Table(
             f"{_settings_title(side)}; the measures aside, which change nothing of the training.",
             ("setting", *letters),

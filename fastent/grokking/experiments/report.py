@@ -850,15 +850,17 @@ def print_summary(out: Path, names: set[str]) -> None:
     from rich import box, table
     from rich.console import Console
 
-    groups: dict[tuple[str, str, str], list[Any]] = {}
+    groups: dict[str, list[StoredRun]] = {}
     for stored in read_runs(out):
         if stored.name in names and stored.rows:
-            groups.setdefault((stored.experiment, stored.condition, stored.config["task"]), []).append(stored)
+            groups.setdefault(stored.name.rpartition("-seed")[0], []).append(stored)
+    kinds = {name: (run.experiment, run.condition, run.config["task"]) for name, (run, *_) in groups.items()}
     console = Console()
-    for key, runs in groups.items():
+    for name, runs in groups.items():
+        several = list(kinds.values()).count(kinds[name]) > 1  # settings, which the name carries
         printed = table.Table(
             "seed",
-            title=" ".join(key),
+            title=name if several else " ".join(kinds[name]),
             caption="T_cross: first H under the mean H at T_grok of the other seeds",
             box=box.SIMPLE,
             padding=(0, 1, 0, 0),

@@ -16,7 +16,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, quantiles
@@ -87,8 +87,8 @@ class Expected:
 
     Attributes
     ----------
-    complete, begun, new : int
-        Runs of each kind.
+    complete, begun, new, stacks : int
+        Runs of each kind, and the stacks that they are trained in.
     most : int
         Steps that are left if no run ends before its limit.
     likely : int or None
@@ -97,19 +97,35 @@ class Expected:
         Of each kind of job that has steps left.
     longest, usual : (float, float)
         Seconds for `most` and for `likely` steps, from the tenth percentile of the speeds to the ninetieth.
+    groups : mapping
+        The same of each of several settings, as if it were trained alone.
     """
 
     complete: int
     begun: int
     new: int
+    stacks: int
     most: int
     likely: int | None
     speeds: tuple[Speed, ...]
     longest: tuple[float, float]
     usual: tuple[float, float]
+    groups: Mapping[str, Expected] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> int:
+        """Count them all."""
+        return self.complete + self.begun + self.new
 
 
-def expect(jobs: Sequence[Job], out: Path, *, workers: int, device: str) -> Expected:
+def expect(
+    jobs: Sequence[Job],
+    out: Path,
+    *,
+    workers: int,
+    device: str,
+    groups: Mapping[str, Sequence[Job]] | None = None,
+) -> Expected:
     """Estimate what `jobs` (stacks, of `plan_stacks`) would take; nothing is written.
 
     Parameters
@@ -121,53 +137,61 @@ def expect(jobs: Sequence[Job], out: Path, *, workers: int, device: str) -> Expe
         Stacks trained at a time.
     device : str
         As torch names it.
+    groups : mapping, optional
+        `jobs` by what sets them apart, where they are of several settings.
     """
     threads = torch.get_num_threads()
     own = max(1, threads // workers)
     seen = _Recorded(out, {**describe_environment(device), "threads": own})
-    states = [[_state(out / job.run_name(seed)) for seed in job.seeds] for job in jobs]
-    left = [
-        [0 if done else job.config.max_steps - at for done, at in state]
-        for job, state in zip(jobs, states, strict=True)
-    ]
-    ends = [seen.end(job) for job in jobs]
-    usual = [
-        [0 if done else max(0, end - at) for done, at in state] if end is not None else None
-        for state, end in zip(states, ends, strict=True)
-    ]
-    kinds = {
-        _kind(job.settings(), job.condition): job for job, steps in zip(jobs, left, strict=True) if sum(steps)
+    states = {job: [_state(out / job.run_name(seed)) for seed in job.seeds] for job in jobs}
+    left = {job: [0 if done else job.config.max_steps - at for done, at in states[job]] for job in jobs}
+    ends = {job: seen.end(job) for job in jobs}
+    usual = {
+        job: [0 if done else max(0, end - at) for done, at in states[job]]
+        for job, end in ends.items()
+        if end is not None
     }
-    speeds = {kind: found for kind, job in kinds.items() if (found := seen.speed(job)) is not None}
-    unknown = [kind for kind in kinds if kind not in speeds]
+    kind = {job: _kind(job.settings(), job.condition) for job in jobs}
+    kinds = {kind[job]: job for job in jobs if sum(left[job])}
+    speeds = {each: found for each, job in kinds.items() if (found := seen.speed(job)) is not None}
+    unknown = [each for each in kinds if each not in speeds]
     torch.set_num_threads(own)
     try:
-        for kind in unknown:
+        for each in unknown:
             budget = max(LEAST_SECONDS, TRIAL_SECONDS / len(unknown))
-            speeds[kind] = trial(kinds[kind], out, device, budget)
+            speeds[each] = trial(kinds[each], out, device, budget)
     finally:
         torch.set_num_threads(threads)
 
-    def seconds(steps: Iterable[Sequence[int]], bound: str) -> float:
-        costs = [
-            sum(each) * getattr(speeds[_kind(job.settings(), job.condition)], bound) if sum(each) else 0.0
-            for job, each in zip(jobs, steps, strict=True)
-        ]
-        return makespan(costs, workers)
+    def seconds(steps: Mapping[Job, Sequence[int]], chosen: Sequence[Job]) -> tuple[float, float]:
+        low, high = (
+            makespan(
+                (
+                    sum(steps[job]) * getattr(speeds[kind[job]], bound) if sum(steps[job]) else 0.0
+                    for job in chosen
+                ),
+                workers,
+            )
+            for bound in ("low", "high")
+        )
+        return low, high
 
-    known = [each for each in usual if each is not None]
-    complete = len(known) == len(usual)
-    flat = [each for state in states for each in state]
-    return Expected(
-        complete=sum(done for done, _ in flat),
-        begun=sum(at > 0 and not done for done, at in flat),
-        new=sum(at == 0 and not done for done, at in flat),
-        most=sum(map(sum, left)),
-        likely=sum(map(sum, known)) if complete else None,
-        speeds=tuple(speeds.values()),
-        longest=(seconds(left, "low"), seconds(left, "high")),
-        usual=(seconds(known, "low"), seconds(known, "high")) if complete else (0.0, 0.0),
-    )
+    def of(chosen: Sequence[Job]) -> Expected:
+        flat = [each for job in chosen for each in states[job]]
+        known = all(job in usual for job in chosen)
+        return Expected(
+            complete=sum(done for done, _ in flat),
+            begun=sum(at > 0 and not done for done, at in flat),
+            new=sum(at == 0 and not done for done, at in flat),
+            stacks=len(chosen),
+            most=sum(sum(left[job]) for job in chosen),
+            likely=sum(sum(usual[job]) for job in chosen) if known else None,
+            speeds=tuple({kind[job]: speeds[kind[job]] for job in chosen if kind[job] in speeds}.values()),
+            longest=seconds(left, chosen),
+            usual=seconds(usual, chosen) if known else (0.0, 0.0),
+        )
+
+    return replace(of(jobs), groups={name: of(group) for name, group in (groups or {}).items()})
 
 
 def makespan(costs: Iterable[float], workers: int) -> float:
@@ -281,17 +305,16 @@ def trial(job: Job, out: Path, device: str, budget: float) -> Speed:
     return Speed.of([block + share for block in blocks], recorded=False)
 
 
-def describe(found: Expected, *, runs: int, stacks: int, workers: int, out: Path) -> list[str]:
-    """Say what is expected, in lines."""
+def describe(found: Expected, *, workers: int, out: Path) -> list[str]:
+    """Say what is expected, in lines, the last ones of each of several settings."""
     kinds = [
         f"{count} {word}"
         for count, word in ((found.complete, "complete"), (found.begun, "to go on"), (found.new, "new"))
         if count
     ]
     at_once = f", {workers} at a time" if workers > 1 else ""
-    lines = [
-        f"{runs} run{'s' * (runs > 1)} in {stacks} stack{'s' * (stacks > 1)}{at_once}: {', '.join(kinds)}"
-    ]
+    stacks = f"{found.stacks} stack{'s' * (found.stacks > 1)}"
+    lines = [f"{_runs(found)} in {stacks}{at_once}: {', '.join(kinds)}"]
     if not found.most:
         return [*lines, "nothing is left to train"]
     lines.append(f"steps: at most {found.most:,}")
@@ -314,14 +337,25 @@ def describe(found: Expected, *, runs: int, stacks: int, workers: int, out: Path
     ]
     fast, slow = min(s.low for s in found.speeds), max(s.high for s in found.speeds)
     lines.append(f"speed: {1e3 * fast:,.1f} to {1e3 * slow:,.1f} ms a step and seed ({'; '.join(ways)})")
-    said = f"time: {_between(*found.longest)} if every run goes to its limit"
-    if found.likely is not None:
-        said += f", {_between(*found.usual)} by the complete runs"
-    lines.append(said)
+    lines.append(f"time: {_time(found)}")
     lines.append(
         "not counted: other programs, workers in each other's way, and what conditions cost that follow other runs"
     )
+    if len(found.groups) > 1:
+        lines.append("each setting alone:")
+        lines += [f"  {name}: {_runs(group)}, {_time(group)}" for name, group in found.groups.items()]
     return lines
+
+
+def _runs(found: Expected) -> str:
+    return f"{found.runs} run{'s' * (found.runs != 1)}"
+
+
+def _time(found: Expected) -> str:
+    if not found.most:
+        return "nothing left to train"
+    said = f"{_between(*found.longest)} if every run goes to its limit"
+    return said + (f", {_between(*found.usual)} by the complete runs" if found.likely is not None else "")
 
 
 def _between(low: float, high: float) -> str:

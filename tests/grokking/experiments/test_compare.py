@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 
 from fastent.cli import main
 from fastent.grokking.experiments import compare as module
-from fastent.grokking.experiments.compare import draw, read, sections
+from fastent.grokking.experiments.compare import Compared, draw, read, sections
 from fastent.grokking.experiments.data import pack, read_runs
 from fastent.grokking.experiments.statistics import over, welch
-from fastent.grokking.train.storage import RunError
 
 ROOT = Path(__file__).parents[3]
 H_STAR = [0.65, 0.64, 0.63]
@@ -119,7 +118,9 @@ def test_kinds_in_one_folder_alone_and_runs_that_do_not_count_are_named(three_ru
     assert [section.title for section in sections(found)] == ["e1, baseline, add", "Left out"]
 
 
-def test_what_cannot_be_compared_is_refused_with_the_remedy(three_runs, tmp_path, writer, capsys):
+def test_what_cannot_be_compared_is_refused_with_the_remedy(
+    three_runs, tmp_path, writer, capsys, monkeypatch
+):
     def refusal(*arguments):
         assert main(["compare", *map(str, arguments)]) == 1
         error = capsys.readouterr().err
@@ -139,10 +140,16 @@ def test_what_cannot_be_compared_is_refused_with_the_remedy(three_runs, tmp_path
     assert "there is none (" in refusal(tmp_path / "young")
     for width in range(1, 8):
         change(writer(tmp_path / "many", width), width=4 * width)
-    with pytest.raises(
-        RunError, match="at most 6 settings can be told apart side by side, and there are 7: name"
-    ):
-        read([tmp_path / "many"])
+    assert "at most 6 curves can be told apart in a picture, and there are 7: name" in refusal(
+        tmp_path / "many", "--out", "x.png"
+    )
+    (seven,) = read([tmp_path / "many"]).sides
+    assert [row.name for row in seven.rows][6:8] == ["G", "B − A"]
+    assert seven.differing == {"width": [4, 8, 12, 16, 20, 24, 28]}
+    (section,) = sections(Compared((seven,), {}))
+    assert [type(block).__name__ for block in section.blocks] == ["Table"] * 3
+    monkeypatch.setattr(module, "ascii_uppercase", "ABC")
+    assert "at most 3 settings can be set side by side, and there are 7: name" in refusal(tmp_path / "many")
 
 
 def test_the_page_holds_all_that_it_shows(three_runs, other, tmp_path, capsys, monkeypatch):

@@ -128,3 +128,15 @@ def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(tmp_path, no_tr
     assert third.startswith("speed: 125.0 to 125.0 ms a step and seed (1 kind of job recorded in")
     assert fourth == "time: 17 min if every run goes to its limit, 6 min by the complete runs"
     assert lines("0") == ["1 run in 1 stack: 1 complete", "nothing is left to train"]
+
+
+def test_a_dry_run_of_several_settings_tells_the_time_of_each(tmp_path, no_trial, capsys):
+    pytest.importorskip("tyro")
+    job = Job("e1", "baseline", preset("quick"), (0,))
+    plant(tmp_path, 0, job=job, end=3000)
+    arguments = ["run", "e1", "--seeds", "0", "--max-steps", "8000,16000", "--workers", "2"]
+    assert main([*arguments, "--out", str(tmp_path), "--dry-run"]) == 0
+    first, *_, title, short, long = capsys.readouterr().out.splitlines()
+    assert first == "2 runs in 2 stacks, 2 at a time: 1 complete, 1 new"
+    assert (title, short) == ("each setting alone:", "  --max-steps 8000: 1 run, nothing left to train")
+    assert long == "  --max-steps 16000: 1 run, 4.4 to 17.8 h if every run goes to its limit"
