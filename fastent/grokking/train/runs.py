@@ -410,8 +410,14 @@ class Run:
 
 
 @contextlib.contextmanager
-def announced(jobs: Sequence[Job], out: Path) -> Iterator[None]:
-    """Leave a file in `out`, while open, that names the runs of `jobs`: who watches sees what is still to come."""
+def announced(jobs: Sequence[Job], out: Path) -> Iterator[str]:
+    """Leave a file in `out`, while open, that names the runs of `jobs`: who watches sees what is still to come.
+
+    Yields
+    ------
+    str
+        Its name; "" if it could not be written.
+    """
     host, pid = socket.gethostname(), os.getpid()
     path = out / f"sweep-{host}-{pid}.json"
     limits = {job.run_name(seed): job.config.max_steps for job in jobs for seed in job.seeds}
@@ -419,7 +425,7 @@ def announced(jobs: Sequence[Job], out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, dump_json({"pid": pid, "host": host, "limits": limits}))
     try:
-        yield
+        yield path.name if path.exists() else ""
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -438,12 +444,18 @@ def awaited(out: Path) -> dict[str, int]:
     return found
 
 
-def mark_failed(out: Path, job: Job, attempts: int, reason: str) -> None:
-    """Leave a FAILED file in the folder of each run of `job` that is not complete."""
+def mark_failed(
+    out: Path, job: Job, attempts: int, reason: str, lines: Sequence[str] = (), command: str = ""
+) -> None:
+    """Leave a FAILED file in the folder of each run of `job` that is not complete.
+
+    It says why, the last lines that the process wrote, and what to type to go on.
+    """
+    said = {"attempts": attempts, "reason": reason, "lines": list(lines), "command": command}
     for seed in job.seeds:
         path = out / job.run_name(seed)
         if path.is_dir() and not (path / "DONE").exists():
-            write_atomically(path / "FAILED", dump_json({"attempts": attempts, "reason": reason}))
+            write_atomically(path / "FAILED", dump_json(said))
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

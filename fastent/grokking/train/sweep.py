@@ -1,14 +1,13 @@
-"""Many jobs, trained in this process or in several, and what became of each.
+"""Many jobs, trained by an executor, and what became of each.
 
 `check_jobs` looks before the first one starts, so that a mistake costs a sentence and leaves no folder behind:
 `TrainConfig` knows the range of each setting, here is what needs the task's table, the machine, the device, and what
 lies in the folder already.
 
-A job that fails does not stop the others. One that follows the norm of other runs starts once these are over. In a
-process of its own (``workers > 1``) a job whose process was killed or died is tried once more, from its last
-checkpoint, and then marked failed; one that was refused (locked, another configuration, disk full) is not tried
-again. The first line of such a process's standard input says what to train. The rest of it only has to stay open:
-when it ends, the parent is gone, and the worker saves and stops rather than train on unseen.
+A job that fails does not stop the others. One that follows the norm of other runs starts once these are over. Where it
+is trained is the business of an executor (`fastent.grokking.train.executors`). In a process of its own a job that was
+killed or died is tried once more, from its last checkpoint, and then marked failed; one that was refused (locked,
+another configuration, disk full) is not tried again.
 """
 
 from __future__ import annotations
@@ -16,79 +15,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
-import json
+import itertools
 import os
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-import traceback
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 
-import fastent
 from fastent.grokking.train.conditions import sources
 from fastent.grokking.train.config import TrainConfig
-from fastent.grokking.train.loop import Observer, Observers, train
+from fastent.grokking.train.executors import End, Executor, Inline, Order, Pool, Reach, last
+from fastent.grokking.train.loop import Observer, Observers
 from fastent.grokking.train.measures import Measures
-from fastent.grokking.train.runs import Job, announced, mark_failed, read_settings, what_counts
-from fastent.grokking.train.storage import Interrupted, RunError, StopRequest, read_rows
+from fastent.grokking.train.runs import Job, Row, announced, mark_failed, read_settings, what_counts
+from fastent.grokking.train.storage import Interrupted, StopRequest, read_rows
 from fastent.grokking.train.tasks import make_task
-
-REFUSED = 3
-"""Exit status for a `RunError`: trying again would end the same way."""
-
-
-def order(job: Job, out: Path, *, device: str, threads: int, force: bool) -> str:
-    """Put a worker's task on one line, for `worker` to read."""
-    task = {
-        "experiment": job.experiment,
-        "condition": job.condition,
-        "config": job.settings(),
-        "seeds": list(job.seeds),
-        "changed": list(job.changed),
-        "out": str(out),
-        "device": device,
-        "threads": threads,
-        "force": force,
-    }
-    return json.dumps(task) + "\n"
-
-
-def worker() -> int:
-    """Train what standard input orders; return the exit status."""
-    with StopRequest() as stop:
-        task: dict[str, Any] = json.loads(sys.stdin.readline())
-        threading.Thread(target=_stop_at_end_of, args=(sys.stdin.fileno(),), daemon=True).start()
-        torch.set_num_threads(task["threads"])
-        job = Job.of_settings(
-            *(task[name] for name in ("experiment", "condition", "config", "seeds", "changed"))
-        )
-        try:
-            train(job, Path(task["out"]), device=task["device"], force=task["force"], stop=stop)
-        except Interrupted as interruption:
-            print(interruption, file=sys.stderr)
-            return 128 + interruption.signal
-        except RunError as error:
-            print(error, file=sys.stderr)
-            return REFUSED
-    return 0
-
-
-def _stop_at_end_of(descriptor: int) -> None:
-    # Not through sys.stdin: a thread that waits inside a buffered stream aborts the interpreter's shutdown.
-    while os.read(descriptor, 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
 
 LARGEST_SEED = 2**64 - 1
 MOST_SEEDS = 10_000
@@ -229,30 +175,33 @@ def _check_folder(jobs: Sequence[Job], out: Path) -> None:
                 )
 
 
-START_WORKER = """
-import importlib.util, os, sys
-spec = importlib.util.spec_from_file_location(
-    "fastent", sys.argv[1], submodule_search_locations=[os.path.dirname(sys.argv[1])]
-)
-sys.modules["fastent"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["fastent"])
-from fastent.grokking.train.sweep import worker
-sys.exit(worker())
-"""
-"""A worker runs this process's own fastent, installed or not, and with -P nothing that lies in the current folder: a
-file there may have the name of any module."""
-
 ATTEMPTS = 2
-POLL_SECONDS = 0.2
+
+LINES = 10
+"""How many of the last lines of a process are kept of a job that failed."""
+
+PATIENCE = 60.0
+"""Seconds that an attempt on another machine waits for one that was given up and may still be saving."""
 
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What became of a job: `error` is None if it is complete, else why it is not, after so many attempts."""
+    """What became of a job.
+
+    Attributes
+    ----------
+    job : Job
+    attempts : int
+    error : str or None
+        Why it is not complete after so many attempts; None if it is.
+    lines : tuple of str
+        The last that its process wrote to standard error, where it failed.
+    """
 
     job: Job
     attempts: int
     error: str | None = None
+    lines: tuple[str, ...] = field(default=(), compare=False)
 
 
 def run_jobs(
@@ -264,8 +213,10 @@ def run_jobs(
     force: bool = False,
     observers: Sequence[Observer] = (),
     stop: StopRequest | None = None,
+    executor: Executor | None = None,
+    command: str = "",
 ) -> list[JobOutcome]:
-    """Train every job, each as one stack, `workers` at a time.
+    """Train every job, each as one stack.
 
     Parameters
     ----------
@@ -277,6 +228,10 @@ def run_jobs(
         1 trains in this process; more, in that many processes which share its threads out among them.
     device, force, observers, stop
         See `train`.
+    executor : Executor, optional
+        Where to train instead; closed at the end.
+    command : str
+        What to type to go on with a job that failed, for its FAILED file.
 
     Returns
     -------
@@ -292,167 +247,117 @@ def run_jobs(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1; got {workers}")
-    with announced(jobs, out):
-        if workers == 1:
-            return [_run_here(job, out, device, force, observers, stop) for job in jobs]
-        return _WorkerPool(jobs, out, workers, device, force, observers, stop).run()
-
-
-def _run_here(
-    job: Job, out: Path, device: str, force: bool, observers: Sequence[Observer], stop: StopRequest | None
-) -> JobOutcome:
-    try:
-        train(job, out, device=device, force=force, observers=observers, stop=stop)
-    except Interrupted:
-        raise
-    except RunError as error:
-        return JobOutcome(job, 1, str(error))
-    except Exception as error:
-        traceback.print_exc()
-        return _failed(job, out, 1, repr(error))
-    return JobOutcome(job, 1)
-
-
-def _failed(job: Job, out: Path, attempts: int, reason: str) -> JobOutcome:
-    with contextlib.suppress(OSError):  # the outcome is told even where the disk takes nothing more
-        mark_failed(out, job, attempts, reason)
-    return JobOutcome(job, attempts, reason)
+    if executor is None:
+        executor = Inline() if workers == 1 else Pool(workers)
+    with contextlib.closing(executor), announced(jobs, out) as sign:
+        return _Sweep(jobs, out, device, force, observers, stop, executor, command, sign).run()
 
 
 @dataclass
-class _Worker:
-    job: Job
-    attempt: int
-    process: subprocess.Popen[str]
-    stdin: IO[str]
-    messages: IO[str]
+class _Sweep:
+    """Jobs on their way through an executor; also the observer that hears of their rows, each once."""
 
-
-@dataclass
-class _WorkerPool:
     jobs: Sequence[Job]
     out: Path
-    size: int
     device: str
     force: bool
     observers: Sequence[Observer]
     stop: StopRequest | None
+    executor: Executor
+    command: str = ""
+    sign: str = ""
 
     def __post_init__(self) -> None:
         self.observer = Observers(self.observers)
-        self.threads = max(1, torch.get_num_threads() // self.size)
-        self.waiting = deque((job, 1) for job in dict.fromkeys(self.jobs))
-        self.working: list[_Worker] = []
+        self.waiting = list(dict.fromkeys(self.jobs))
+        self.attempts: Counter[Job] = Counter()
+        self.working: set[Job] = set()
         self.outcomes: dict[Job, JobOutcome] = {}
         self.told: dict[tuple[Job, int], int] = {}
         self.offsets: dict[tuple[Job, int], int] = {}
 
     def run(self) -> list[JobOutcome]:
-        try:
-            while self.waiting or self.working:
-                if self.stop is not None and self.stop.signal is not None:
-                    self._interrupt(self.stop.signal)
-                while len(self.working) < self.size and (turn := self._next()) is not None:
-                    self.waiting.remove(turn)
-                    self.working.append(self._start(*turn))
-                time.sleep(POLL_SECONDS)
-                for worker in list(self.working):
-                    ended = worker.process.poll() is not None
-                    self._report(worker.job)
-                    if ended:
-                        self.working.remove(worker)
-                        self._end(worker)
-        finally:
-            for worker in self.working:
-                worker.process.kill()
-                worker.process.wait()
+        while self.waiting or self.working:
+            if self.stop is not None and self.stop.signal is not None:
+                self._interrupt(self.stop.signal)
+            self._submit()
+            for end in self.executor.ended(self, self.stop):
+                self._settle(end)
+            for job in self.working:
+                self._read(job)
         return [self.outcomes[job] for job in self.jobs]
 
-    def _next(self) -> tuple[Job, int] | None:
-        """Find the first job in waiting that follows no run that is not over."""
-        unfinished = [job for job, _ in self.waiting] + [worker.job for worker in self.working]
-        for turn in self.waiting:
-            if not any(_overlap(source, job) for source in sources(turn[0]) for job in unfinished):
-                return turn
-        return None
+    def row(self, job: Job, seed: int, row: Row) -> None:
+        """Pass a row on, unless it was told before an attempt that was given up."""
+        if row["step"] > self.told.get((job, seed), -1):
+            self.told[job, seed] = row["step"]
+            self.observer.row(job, seed, row)
 
-    def _start(self, job: Job, attempt: int) -> _Worker:
-        messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed when the worker ends
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", START_WORKER, fastent.__file__],
-            stdin=subprocess.PIPE,
-            stderr=messages,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
-            # Out of reach of the terminal's Ctrl-C, which this process passes on once.
-            start_new_session=True,
+    def done(self, job: Job, seed: int) -> None:
+        """Pass on that the run is complete."""
+        self.observer.done(job, seed)
+
+    def _submit(self) -> None:
+        ready = self._ready()
+        for job in ready:
+            self.waiting.remove(job)
+            self.working.add(job)
+            self.attempts[job] += 1
+            # What an attempt rewinds is read again from the start, and not told again.
+            self.offsets.update({(job, seed): 0 for seed in job.seeds})
+        if ready:
+            self.executor.submit([self._order(job) for job in ready])
+
+    def _ready(self) -> list[Job]:
+        """Find the jobs that may begin now: there is room, and they follow no run that is not over."""
+        room = None if self.executor.size is None else self.executor.size - len(self.working)
+        unfinished = {name for job in (*self.waiting, *self.working) for name in _names(job)}
+        free = (
+            job for job in self.waiting if all(unfinished.isdisjoint(_names(each)) for each in sources(job))
         )
-        # What the worker rewinds is read again from the start, and not told again.
-        self.offsets.update({(job, seed): 0 for seed in job.seeds})
-        assert process.stdin is not None
-        task = order(job, self.out, device=self.device, threads=self.threads, force=self.force)
-        with contextlib.suppress(BrokenPipeError):  # it died already: its status tells
-            process.stdin.write(task)
-            process.stdin.flush()
-        return _Worker(job, attempt, process, process.stdin, messages)
+        return list(itertools.islice(free, room))
 
-    def _report(self, job: Job) -> None:
-        """Tell the observers of new rows, read where the worker writes them."""
+    def _order(self, job: Job) -> Order:
+        order = Order(job, self.out, self.device, self.executor.threads, self.force)
+        if self.executor.reach is Reach.NETWORK:
+            order = replace(order, out=self.out.resolve(), sign=self.sign, patience=PATIENCE)
+        return order
+
+    def _read(self, job: Job) -> None:
+        """Tell of new rows, read where the attempt writes them."""
+        if self.executor.reach is Reach.HERE:
+            return
         for seed in job.seeds:
-            key = (job, seed)
-            rows, self.offsets[key] = read_rows(
-                self.out / job.run_name(seed) / "metrics.jsonl", self.offsets.get(key, 0)
-            )
+            path = self.out / job.run_name(seed) / "metrics.jsonl"
+            rows, self.offsets[job, seed] = read_rows(path, self.offsets[job, seed])
             for row in rows:
-                if row["step"] > self.told.get(key, -1):
-                    self.told[key] = row["step"]
-                    self.observer.row(job, seed, row)
+                self.row(job, seed, row)
 
-    def _end(self, worker: _Worker) -> None:
-        status = worker.process.returncode
-        messages = _close(worker)
-        if status == 0:
-            self.outcomes[worker.job] = JobOutcome(worker.job, worker.attempt)
-            for seed in worker.job.seeds:
-                self.observer.done(worker.job, seed)
-        elif status == REFUSED:
-            self.outcomes[worker.job] = JobOutcome(worker.job, worker.attempt, messages.strip())
-        elif worker.attempt < ATTEMPTS:
-            self.waiting.append((worker.job, worker.attempt + 1))
+    def _settle(self, end: End) -> None:
+        job, attempts = end.job, self.attempts[end.job]
+        self._read(job)
+        self.working.remove(job)
+        sys.stderr.write(end.messages)
+        if end.error is None:
+            self.outcomes[job] = JobOutcome(job, attempts)
+            if self.executor.reach is not Reach.HERE:
+                for seed in job.seeds:
+                    self.done(job, seed)
+        elif end.final:
+            self.outcomes[job] = JobOutcome(job, attempts, end.error)
+        elif self.executor.reach is not Reach.HERE and attempts < ATTEMPTS:
+            self.waiting.append(job)
         else:
-            reason = _reason(status, messages)
-            self.outcomes[worker.job] = _failed(worker.job, self.out, worker.attempt, reason)
+            lines = tuple(last(end.messages, LINES))
+            self.outcomes[job] = JobOutcome(job, attempts, end.error, lines)
+            with contextlib.suppress(OSError):  # the outcome is told even where the disk takes nothing more
+                mark_failed(self.out, job, attempts, end.error, lines, self.command)
 
     def _interrupt(self, number: int) -> None:
-        for worker in self.working:
-            worker.process.send_signal(signal.SIGTERM)
-        for worker in self.working:
-            worker.process.wait()
-            _close(worker)
-        self.working.clear()
+        self.executor.stop()
         name = signal.Signals(number).name
         raise Interrupted(number, f"{name}: stopped and saved; the same command goes on")
 
 
-def _overlap(a: Job, b: Job) -> bool:
-    """Whether two jobs share a run."""
-    return bool({a.run_name(seed) for seed in a.seeds} & {b.run_name(seed) for seed in b.seeds})
-
-
-def _close(worker: _Worker) -> str:
-    """Pass on what the worker wrote to standard error, and return it."""
-    with contextlib.suppress(OSError):
-        worker.stdin.close()
-    worker.messages.seek(0)
-    text = worker.messages.read()
-    worker.messages.close()
-    sys.stderr.write(text)
-    return text
-
-
-def _reason(status: int, messages: str) -> str:
-    if status < 0:
-        name = signal.Signals(-status).name
-        return f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    last = messages.strip().splitlines()[-1:]
-    return f"its process ended with status {status}" + "".join(f": {line}" for line in last)
+def _names(job: Job) -> list[str]:
+    return [job.run_name(seed) for seed in job.seeds]

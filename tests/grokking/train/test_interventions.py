@@ -16,12 +16,13 @@ from fastent.grokking.train.conditions import (
     sources,
 )
 from fastent.grokking.train.config import preset
+from fastent.grokking.train.executors import Pool
 from fastent.grokking.train.loop import train
 from fastent.grokking.train.models import initial_parameters, logit_scale, plain_model
 from fastent.grokking.train.runs import Job
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import RunError, RunWarning
-from fastent.grokking.train.sweep import _WorkerPool
+from fastent.grokking.train.sweep import _Sweep
 from fastent.grokking.train.tasks import batch_index, make_task, split
 
 CONFIG = preset(
@@ -442,12 +443,15 @@ def test_a_pool_starts_a_run_that_follows_others_only_once_they_are_over(tmp_pat
     follows = job("norm-as-losses-0.1", (0, 1))
     elsewhere, baseline = (Job("e2", "losses-0.1", CONFIG, (2,)), Job("e1", "baseline", CONFIG, (0, 1)))
     mixed = Job("e2", "losses-0.1", CONFIG, (1, 2))
-    pool = _WorkerPool([follows, mixed, elsewhere, baseline, baseline], tmp_path, 3, "cpu", False, (), None)
-    assert len(pool.waiting) == 4
-    assert pool._next() == (mixed, 1)
-    pool.waiting.remove((mixed, 1))
+    sweep = _Sweep([follows, mixed, elsewhere, baseline, baseline], tmp_path, "cpu", False, (), None, Pool(1))
+    assert len(sweep.waiting) == 4
+    assert sweep._ready() == [mixed]
+    sweep.waiting.remove(mixed)
     # Nothing that the first job follows is left.
-    assert pool._next() == (follows, 1)
+    assert sweep._ready() == [follows]
+    sweep.executor.size = None
+    sweep.waiting.append(mixed)
+    assert sweep._ready() == [elsewhere, baseline, mixed]
 
 
 def test_norm_of_a_mixed_run_is_followed_without_mixing(followed_runs):

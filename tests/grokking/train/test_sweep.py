@@ -11,8 +11,9 @@ import pytest
 from toy_stack import CONFIG, ToyStack
 
 import fastent
-from fastent.grokking.train import loop, sweep
+from fastent.grokking.train import executors, loop, sweep
 from fastent.grokking.train.config import preset
+from fastent.grokking.train.executors import Pool
 from fastent.grokking.train.runs import Job
 from fastent.grokking.train.storage import Interrupted, RunError, StopRequest
 from fastent.grokking.train.sweep import JobOutcome, run_jobs
@@ -63,6 +64,8 @@ def test_a_killed_worker_is_retried_then_marked_failed_and_the_others_finish(tmp
     assert json.loads((tmp_path / jobs[0].run_name(0) / "FAILED").read_text()) == {
         "attempts": 2,
         "reason": killed,
+        "lines": [],
+        "command": "",
     }
     for complete in jobs[1:3]:
         (seed,) = complete.seeds
@@ -92,12 +95,12 @@ def test_a_worker_whose_parent_is_gone_saves_and_stops(tmp_path, monkeypatch):
     def row(job, seed, row):
         closed.append(1)
         for worker in pool.working:
-            worker.stdin.close()
+            worker.process.stdin.close()
 
     observer = type("Orphaner", (), {"row": staticmethod(row), "done": staticmethod(lambda *_: None)})()
     monkeypatch.setattr(sweep, "ATTEMPTS", 1)
-    pool = sweep._WorkerPool([job(0)], tmp_path, 2, "cpu", False, [observer], None)
-    (outcome,) = pool.run()
+    pool = Pool(2)
+    (outcome,) = run_jobs([job(0)], tmp_path, observers=[observer], executor=pool)
     assert closed
     assert outcome.error.startswith("its process ended with status 143: SIGTERM: stopped after step")
     assert list((tmp_path / job(0).run_name(0)).glob("checkpoint-*.json"))
@@ -130,7 +133,7 @@ def test_an_error_of_a_refused_job_is_told_as_it_is(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise RunError("the reason")
 
-    monkeypatch.setattr(sweep, "train", refuse)
+    monkeypatch.setattr(executors, "train", refuse)
     assert run_jobs([job(0)], tmp_path) == [JobOutcome(job(0), 1, "the reason")]
     assert not (tmp_path / job(0).run_name(0) / "FAILED").exists()
 
@@ -146,8 +149,8 @@ def test_a_worker_imports_nothing_from_the_current_folder(tmp_path, monkeypatch,
 def test_a_worker_runs_the_fastent_of_its_parent_where_another_is_installed_or_none(tmp_path, monkeypatch):
     # A copy beside: the worker is told of it, whatever its own search would find.
     shutil.copytree(Path(fastent.__file__).parent, tmp_path / "clone" / "fastent")
-    with open(tmp_path / "clone" / "fastent" / "grokking" / "train" / "sweep.py", "a") as file:
+    with open(tmp_path / "clone" / "fastent" / "grokking" / "train" / "executors.py", "a") as file:
         file.write("\n\ndef worker():\n    print(__file__, file=sys.stderr)\n    return REFUSED\n")
     monkeypatch.setattr(fastent, "__file__", str(tmp_path / "clone" / "fastent" / "__init__.py"))
     (outcome,) = run_jobs([job(0)], tmp_path / "runs", workers=2)
-    assert outcome.error == str(tmp_path / "clone" / "fastent" / "grokking" / "train" / "sweep.py")
+    assert outcome.error == str(tmp_path / "clone" / "fastent" / "grokking" / "train" / "executors.py")

@@ -1,0 +1,179 @@
+"""The seam between a sweep and where its jobs are trained, with an executor that trains nothing."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from toy_stack import JOB, contents
+
+from fastent.grokking.train import executors
+from fastent.grokking.train.config import preset
+from fastent.grokking.train.executors import End, Inline, Order, Pool, Reach, _attempt
+from fastent.grokking.train.runs import Job
+from fastent.grokking.train.storage import Interrupted, RunError, RunLocked, StopRequest
+from fastent.grokking.train.sweep import JobOutcome, run_jobs
+
+CONFIG = preset("paper", modulus=11, hidden=(8, 4), max_steps=400)
+
+
+def job(seed, condition="baseline", config=CONFIG):
+    return Job("e3" if "norm" in condition else "e1", condition, config, (seed,), ("modulus",))
+
+
+class Planned:
+    """Ends each attempt at a seed as planned, after a row at `step` in the folder of the run; the last plan stays."""
+
+    reach = Reach.NETWORK
+
+    def __init__(self, plans=None, size=None):
+        self.plans = {seed: list(plan) for seed, plan in (plans or {}).items()}
+        self.size, self.threads = size, 3
+        self.orders, self.open, self.most, self.stopped, self.closed = [], [], 0, 0, 0
+
+    def submit(self, orders):
+        self.orders += orders
+        self.open += orders
+        self.most = max(self.most, len(self.open))
+        self.signs = [(order.out / order.sign).is_file() for order in orders]
+
+    def ended(self, observer, stop):
+        for order in self.open[:2]:
+            self.open.remove(order)
+            (seed,) = order.job.seeds
+            plan = self.plans.get(seed, [(None, False, "")])
+            folder = order.out / order.job.run_name(seed)
+            folder.mkdir(exist_ok=True)
+            with open(folder / "metrics.jsonl", "w") as file:
+                file.writelines(json.dumps({"step": step}) + "\n" for step in (0, len(self.orders)))
+            yield End(order.job, *(plan.pop(0) if len(plan) > 1 else plan[0]))
+
+    def stop(self):
+        self.stopped += 1
+
+    def close(self):
+        self.closed += 1
+
+
+class Told:
+    def __init__(self):
+        self.rows, self.over = [], []
+
+    def row(self, job, seed, row):
+        self.rows.append((seed, row["step"]))
+
+    def done(self, job, seed):
+        self.over.append(seed)
+
+
+DIED = ("its process ended with status 1: a", False, "first\nlast\n")
+
+
+def test_a_job_that_dies_is_tried_again_then_failed_with_its_last_lines_and_the_command(tmp_path, capsys):
+    executor = Planned({0: [DIED], 1: [DIED, (None, False, "")], 2: [("no such folder", True, "")]})
+    told = Told()
+    outcomes = run_jobs(
+        [job(seed) for seed in range(4)],
+        tmp_path,
+        executor=executor,
+        observers=[told],
+        command="fastent run e1",
+    )
+    assert outcomes == [
+        JobOutcome(job(0), 2, DIED[0]),
+        JobOutcome(job(1), 2),
+        JobOutcome(job(2), 1, "no such folder"),
+        JobOutcome(job(3), 1),
+    ]
+    assert outcomes[0].lines == ("first", "last")
+    failed = {seed: tmp_path / job(seed).run_name(seed) / "FAILED" for seed in range(4)}
+    assert [seed for seed, path in failed.items() if path.exists()] == [0]
+    assert json.loads(failed[0].read_text()) == {
+        "attempts": 2,
+        "reason": DIED[0],
+        "lines": ["first", "last"],
+        "command": "fastent run e1",
+    }
+    assert capsys.readouterr().err == 3 * "first\nlast\n"
+    assert told.over == [3, 1]
+    assert sorted(told.rows) == sorted(set(told.rows)), "a row is told once, also after another attempt"
+    assert executor.closed == 1
+
+
+def test_no_more_attempts_are_open_than_the_executor_takes(tmp_path):
+    for size, most in ((None, 7), (3, 3)):
+        executor = Planned(size=size)
+        run_jobs([job(seed) for seed in range(7)], tmp_path, executor=executor)
+        assert executor.most == most
+        assert len(executor.orders) == 7
+
+
+def test_a_job_that_follows_others_is_ordered_once_they_are_over(tmp_path):
+    executor = Planned()
+    jobs = [job(0, "norm-as-baseline"), job(0), job(1)]
+    run_jobs(jobs, tmp_path, executor=executor)
+    assert [order.job for order in executor.orders] == [job(0), job(1), job(0, "norm-as-baseline")]
+
+
+def test_an_order_for_other_machines_names_the_folder_from_the_root_and_a_file_to_see_there(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    executor = Planned()
+    run_jobs([job(0)], Path("runs"), executor=executor, force=True, device="cuda")
+    (order,) = executor.orders
+    assert order.out == tmp_path / "runs"
+    assert executor.signs == [True]
+    assert (order.threads, order.device, order.force) == (3, "cuda", True)
+    assert order.patience > 0
+    assert Order.of_line(order.line()) == order
+
+
+def test_a_stop_reaches_the_executor_which_is_closed(tmp_path):
+    executor, stop = Planned(), StopRequest()
+    stop.signal = signal.SIGTERM
+    with pytest.raises(Interrupted, match="SIGTERM: stopped and saved; the same command goes on"):
+        run_jobs([job(0)], tmp_path, executor=executor, stop=stop)
+    assert (executor.stopped, executor.closed, executor.orders) == (1, 1, [])
+
+
+def test_a_folder_that_is_not_the_sweeps_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(executors, "SIGN_SECONDS", 0.0)
+    order = Order(job(0), tmp_path / "mine", sign="sweep-host-1.json")
+    with pytest.raises(
+        RunError, match=r"is not the folder that the sweep was given \(it holds no sweep-host"
+    ):
+        _attempt(order, StopRequest())
+    assert not (tmp_path / "mine").exists()
+
+
+def test_an_attempt_waits_for_the_one_before_it_to_let_go_as_long_as_it_is_told(tmp_path, monkeypatch):
+    held = iter([True, True, False])
+
+    def train(*arguments, **options):
+        if next(held):
+            raise RunLocked("held")
+
+    monkeypatch.setattr(executors, "train", train)
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.01)
+    _attempt(Order(job(0), tmp_path, patience=10.0), StopRequest())
+    assert list(held) == []
+    held = iter([True, False])
+    with pytest.raises(RunLocked):
+        _attempt(Order(job(0), tmp_path), StopRequest())
+
+
+def test_inline_trains_to_the_bytes_of_the_trainer_and_tells_as_it_goes(tmp_path, toy, uninterrupted):
+    told = Told()
+    assert run_jobs([JOB], tmp_path / "out", executor=Inline(), observers=[told]) == [JobOutcome(JOB, 1)]
+    assert contents(tmp_path / "out") == uninterrupted
+    assert told.over == [0, 1, 2]
+    assert {step for _, step in told.rows} == set(range(0, 61, 5))
+    with pytest.raises(StopIteration):
+        next(Inline().ended(told, None))
+
+
+def test_a_pool_shares_the_threads_out_unless_told(monkeypatch):
+    monkeypatch.setattr(executors.torch, "get_num_threads", lambda: 7)
+    assert [Pool(size).threads for size in (1, 2, 3, 9)] == [7, 3, 2, 1]
+    assert Pool(4, threads=5).threads == 5
