@@ -17,7 +17,7 @@ from fastent.forecast.predict import Forecast, predict_grok_time
 from fastent.mixing import mix_representations
 from fastent.moments import Moments
 from fastent.monitor.monitor import SpectralEntropyMonitor, StopAfterCrossing
-from fastent.records import Collapse, EntropyRecord
+from fastent.records import Collapse, EntropyRecord, plot_records
 from fastent.sampling import SamplingError, sampling_error
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "entropy_of_covariance",
     "entropy_of_eigenvalues",
     "mix_representations",
+    "plot_records",
     "predict_grok_time",
     "sampling_error",
     "spectral_entropy",

@@ -127,6 +127,50 @@ class SpectralEntropy:
         """Results of the batch one by one; of an unbatched result, itself alone."""
         return self._items or (self,)
 
+    def plot(self, *, label: str | None = None, ax: Any = None) -> Any:
+        """Draw the spectrum: eigenvalues as shares of the variance, with the effective rank as a dashed line.
+
+        Those that count as 0 (below ``d eps`` times the largest) are left out. A batch is a line for each of its
+        results that has a spectrum.
+
+        Parameters
+        ----------
+        label : str, optional
+            Name in the legend.
+        ax : matplotlib.axes.Axes, optional
+            Where to draw: several results go on the same. By default on a figure of its own, as in
+            `SpectralEntropyMonitor.plot`.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ModuleNotFoundError
+            If matplotlib is not installed.
+        TypeError
+            If `ax` is not axes of matplotlib.
+        ValueError
+            If there is no spectrum: the message says why.
+        """
+        from fastent import plots
+
+        items = self.unbind()
+        names = [label or ""] if len(items) == 1 else [f"{label or ''}[{i}]" for i in range(len(items))]
+        spectra = []
+        for item, name in zip(items, names, strict=True):
+            if item.solver == "none":
+                continue
+            values, _ = item._scaled or (item.eigenvalues, 0)
+            largest_first = values.numpy()[::-1]
+            kept = largest_first[largest_first >= item.d * EPS * largest_first[0]]
+            rank = float(item.effective_rank)
+            spectra.append(plots.Spectrum(name, kept / kept.sum(), float(item.normalized), rank))
+        if not spectra:
+            raise ValueError(f"there is no spectrum to draw: {self.message}")
+        return plots.plot_spectra(spectra, ax)
+
 
 def entropy_of_matrix(
     centered: CenteredMatrix, *, spectrum: tuple[Tensor, str] | None = None

@@ -21,6 +21,8 @@ from collections.abc import Iterable, KeysView, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from fastent.entropy import SpectralEntropy, Status
 from fastent.sampling import SamplingError
 
@@ -369,6 +371,31 @@ class Recording:
             name: layer.collapsed_at for name, layer in self._layers.items() if layer.collapsed_at is not None
         }
 
+    def plot(self, order: Iterable[str], kind: Kind | None, ax: Any) -> Any:
+        """Draw the records kept, those of the layers in `order` first (`fastent.plots.plot_layers`)."""
+        from fastent import plots
+
+        names = [name for name in dict.fromkeys((*order, *self._layers)) if name in self._layers]
+        series = []
+        for name in names:
+            layer = self._layers[name]
+            records = [record for _, record in layer.records]
+            usable = np.array([record.status.usable for record in records])
+            series.append(
+                plots.Series(
+                    name or "(model)",
+                    np.array([record.step for record in records], dtype=np.float64),
+                    np.array([record.normalized for record in records]),
+                    usable,
+                    usable & [record.status is Status.RANK_LIMITED for record in records],
+                    tuple(dict.fromkeys(r.status.value for r in records if not r.status.usable)),
+                    layer.course.threshold,
+                    layer.crossed_at,
+                    layer.collapsed_at,
+                )
+            )
+        return plots.plot_layers(series, kind, ax)
+
     def threshold(self, layer: str) -> float | None:
         """Return the threshold of `layer`: that of its name, else of the first pattern that matches, else None."""
         if not isinstance(self._threshold, Mapping):
@@ -615,6 +642,44 @@ def _class_or_text(part: str) -> str:
         return re.escape(part)
     inside = part[1:-1].replace("\\", r"\\").replace("[", r"\[")
     return f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]"
+
+
+Kind = Literal["lines", "heatmap"]
+
+
+def plot_records(
+    records: Iterable[EntropyRecord],
+    *,
+    kind: Kind | None = None,
+    ax: Any = None,
+    threshold: float | Mapping[str, float] | None = None,
+    collapse: Collapse | None = None,
+) -> Any:
+    """Draw records, such as those of a log that was read back, as `SpectralEntropyMonitor.plot` draws its own.
+
+    Parameters
+    ----------
+    records : iterable of EntropyRecord
+        In any order. Of several of one layer and step the last counts: a run that is resumed writes some steps again.
+    kind, ax
+        As of `SpectralEntropyMonitor.plot`.
+    threshold, collapse
+        As of `SpectralEntropyMonitor`: what to mark.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ModuleNotFoundError, TypeError, ValueError
+        As of `SpectralEntropyMonitor.plot`.
+    """
+    latest = {(record.layer, record.step): record for record in records}
+    recording = Recording(max(len(latest), 1), threshold, collapse)
+    for record in sorted(latest.values(), key=lambda record: record.step):
+        recording.add(record)
+    return recording.plot(dict.fromkeys(layer for layer, _ in latest), kind, ax)
 
 
 Library = Literal["pandas", "polars"]

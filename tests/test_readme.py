@@ -72,8 +72,13 @@ def ran(page: str) -> tuple[dict, list[str]]:
     return executed(code)
 
 
-def test_the_example_without_a_model_runs():
+def test_the_examples_of_pictures_and_of_a_result_without_a_model_run(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
     names, _ = ran("monitoring")
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    said = [text.get_text().partition(":")[0] for text in names["ax"].get_legend().get_texts()]
+    assert said == ["as drawn", "decaying"]
     assert names["result"].status == "ok"
 
 

@@ -17,6 +17,8 @@ STUDY = ("fastent.grokking",)
 # The command line, where the library and the study meet; nothing else of the library imports it.
 COMMANDS = {"fastent.cli"}
 INTEGRATIONS = "fastent.integrations"
+# Imported only when something is drawn or shown: what each needs beside the library's own dependencies.
+PICTURES = {"fastent.plots": {"matplotlib"}}
 CONFIGURATION = {"fastent.grokking.train.config"}
 
 
@@ -77,7 +79,8 @@ def test_the_library_imports_the_kernels_and_what_it_depends_on() -> None:
     extras = (INTEGRATIONS, "fastent.testing")  # imported by name only
     for name, rooms in visited("library").items():
         if name not in COMMANDS and not name.startswith(extras):
-            assert rooms <= allowed, name
+            assert rooms <= allowed | PICTURES.get(name, set()), name
+            assert not imports(name, lazily=False) & PICTURES.keys(), name
             assert not imports(name, lazily=True) & COMMANDS, name
             # What `import fastent` brings needs neither Triton nor a kernel.
             assert "fastent.kernels" not in {room(target) for target in imports(name, lazily=False)}, name

@@ -1,1 +1,1 @@
-"""From the entropies of a run to its forecast and diagnosis; imports `fastent.records` and nothing else of fastent."""
+"""From the entropies of a run to its forecast and diagnosis; stands on the records, and draws with `fastent.plots`."""

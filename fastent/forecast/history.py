@@ -170,6 +170,34 @@ class History:
         }
         return frame(library, dict.fromkeys(values, float), values)
 
+    def plot(self, *, label: str | None = None, ax: Any = None) -> Any:
+        """Draw the entropy over the steps, with a dashed line and a dot where the run grokked.
+
+        Parameters
+        ----------
+        label : str, optional
+            Name of the run in the legend.
+        ax : matplotlib.axes.Axes, optional
+            Where to draw, in the next of its colours: several runs go on the same. By default on a figure of its own,
+            as in `SpectralEntropyMonitor.plot`.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ModuleNotFoundError
+            If matplotlib is not installed.
+        TypeError
+            If `ax` is not axes of matplotlib.
+        """
+        from fastent import plots
+
+        limited = np.zeros(len(self), dtype=bool)
+        series = plots.Series("", self.step, self.entropy, self.usable, limited)
+        return plots.plot_run(series, self.t_grok, self.entropy_at_grok, ax, label)
+
     def until(self, step: float) -> History:
         """Return the run as it stood at `step`: what came later, `t_grok` included, is not known yet."""
         known = self.step <= step

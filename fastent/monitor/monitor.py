@@ -43,6 +43,7 @@ from fastent.records import (
     Collapse,
     Course,
     EntropyRecord,
+    Kind,
     Recording,
     checked_count,
     checked_step,
@@ -727,6 +728,39 @@ class SpectralEntropyMonitor:
     def to_polars(self) -> Any:
         """Give the `history` as a data frame of polars, as `to_pandas`: Int64, Float64, String, null where missing."""
         return records_frame("polars", self.history)
+
+    def plot(self, kind: Kind | None = None, *, ax: Any = None) -> Any:
+        """Draw the `history`: the normalised entropy of each layer over the steps.
+
+        Parameters
+        ----------
+        kind : {"lines", "heatmap"}, optional
+            A line for each layer, or a row for each, the first at the top, and the entropy as colour. By default lines
+            for up to 6 layers.
+        ax : matplotlib.axes.Axes, optional
+            Where to draw. By default on a figure of their own, whose axes a notebook shows as the value of a cell, and
+            ``monitor.plot().figure.savefig("entropy.png")`` writes; pyplot does not know it. A legend stands beside the
+            axes of a figure with a layout (``layout="constrained"``), else within.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            A dashed line is a threshold, in a heatmap on the scale of colours; a triangle the first record below it, a
+            diamond a collapse, where their records are still kept. What is `rank_limited` is dotted. A cross is an
+            evaluation that must not be used, with the statuses in the legend: it has no value, and lines and rows have
+            a gap there. Names of layers are without the parts that all have in common, which stand beside them, and
+            cut in the middle.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            If matplotlib is not installed.
+        TypeError
+            If `ax` is not axes of matplotlib.
+        ValueError
+            If `kind` is unknown, or no record has arrived.
+        """
+        return self._recording.plot(self.layers, kind, ax)
 
     @uncompiled
     def should_stop(self, *, agree: bool | None = None) -> bool:
