@@ -78,6 +78,8 @@ class Series(NamedTuple):
 class Picture(Axes):
     """Axes of a figure of its own; a notebook shows it where they are the value of a cell."""
 
+    figure: Figure
+
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
         self.figure.savefig(file, format="png", bbox_inches="tight")
@@ -100,25 +102,25 @@ def plot_layers(series: Sequence[Series], kind: str | None, ax: Any) -> Axes:
         raise ValueError("there is no record to draw: plot once one has arrived, which flush() waits for")
     lines = kind == "lines" or (kind is None and len(series) <= MOST_LINES)
     entries = min(len(series), MOST_ENTRIES)
-    ax = _axes(ax, max(4.0, 0.21 * (entries + 8)) if lines else min(2.0 + 0.22 * len(series), 12.0))
-    (_draw_lines if lines else _draw_heatmap)(ax, series)
-    _label_steps(ax)
-    return ax
+    axes = _axes(ax, max(4.0, 0.21 * (entries + 8)) if lines else min(2.0 + 0.22 * len(series), 12.0))
+    (_draw_lines if lines else _draw_heatmap)(axes, series)
+    _label_steps(axes)
+    return axes
 
 
 def plot_run(series: Series, t_grok: float | None, at_grok: float | None, ax: Any, label: str | None) -> Axes:
     """Draw one run over steps, in the next colour of the axes, with a dot and a line where it grokked."""
-    ax = _axes(ax, 4.0)
-    colour = _draw_line(ax, series, None, label)
+    axes = _axes(ax, 4.0)
+    colour = _draw_line(axes, series, None, label)
     if t_grok is not None:
-        ax.axvline(t_grok, color=colour, alpha=0.6, **DASHED)
+        axes.axvline(t_grok, color=colour, alpha=0.6, **DASHED)
         if at_grok is not None:
-            ax.plot(t_grok, at_grok, color=colour, **GROKKING)
+            axes.plot(t_grok, at_grok, color=colour, **GROKKING)
     if label is not None:
-        ax.legend()
-    ax.set_ylabel(ENTROPY)
-    _label_steps(ax)
-    return ax
+        axes.legend()
+    axes.set_ylabel(ENTROPY)
+    _label_steps(axes)
+    return axes
 
 
 class Spectrum(NamedTuple):
@@ -132,11 +134,11 @@ class Spectrum(NamedTuple):
 
 def plot_spectra(spectra: Sequence[Spectrum], ax: Any) -> Axes:
     """Draw spectra, on a logarithmic scale, with their effective ranks as dashed lines."""
-    ax = _axes(ax, 4.0)
+    axes = _axes(ax, 4.0)
     colours = _colours(len(spectra)) if len(spectra) > 1 else [None]
     for one, colour in zip(spectra, colours, strict=True):
         name = f"{one.label}: " if one.label else ""
-        (line,) = ax.semilogy(
+        (line,) = axes.semilogy(
             np.arange(1, len(one.shares) + 1),
             one.shares,
             "o-" if len(one.shares) <= 40 else "-",
@@ -144,11 +146,11 @@ def plot_spectra(spectra: Sequence[Spectrum], ax: Any) -> Axes:
             markersize=3,
             label=f"{name}H = {one.normalized:.3f}, effective rank {one.effective_rank:.3g}",
         )
-        ax.axvline(one.effective_rank, color=line.get_color(), **DASHED)
-    ax.set(xlabel="eigenvalue, the largest first", ylabel="share of the variance")
+        axes.axvline(one.effective_rank, color=line.get_color(), **DASHED)
+    axes.set(xlabel="eigenvalue, the largest first", ylabel="share of the variance")
     if len(spectra) <= MOST_ENTRIES:
-        ax.legend()
-    return ax
+        axes.legend()
+    return axes
 
 
 def shortened(names: Sequence[str], longest: int = LONGEST_NAME) -> tuple[list[str], str]:
@@ -220,7 +222,7 @@ def _draw_line(ax: Axes, one: Series, colour: Any, label: str | None = None) -> 
     return colour
 
 
-def _mark(ax: Axes, x: Array, y: Array, **look: Any) -> None:
+def _mark(ax: Axes, x: Array, y: Any, **look: Any) -> None:
     if len(x):  # an artist without points takes part in the layout, at the figure's corner
         ax.plot(x, y, **look)
 
@@ -231,7 +233,7 @@ def _draw_lines(ax: Axes, series: Sequence[Series]) -> None:
     common = levels.pop() if len(levels) == 1 else None
     for one, colour in zip(series, colours, strict=True):
         _draw_line(ax, one, colour)
-        if one.threshold != common:
+        if one.threshold is not None and one.threshold != common:
             ax.axhline(one.threshold, color=colour, **DASHED)
         _mark(ax, *one.at(one.crossed_at), color=colour, **CROSSING)
         _mark(ax, *one.at(one.collapsed_at), color=colour, **COLLAPSE)
@@ -256,7 +258,7 @@ def _draw_heatmap(ax: Axes, series: Sequence[Series]) -> None:
     ink = mpl.rcParams["text.color"]
     values = np.concatenate([one.value[one.usable] for one in series])
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    scale = ScalarMappable(Normalize(low, high if high > low else low + 0.01), "viridis")
+    norm = Normalize(low, high if high > low else low + 0.01)
     on_colour: dict[str, Any] = {
         "color": "white",
         "path_effects": [Stroke(linewidth=2.5, foreground="black"), Normal()],
@@ -264,7 +266,7 @@ def _draw_heatmap(ax: Axes, series: Sequence[Series]) -> None:
     for row, one in enumerate(series):
         value = np.where(one.usable, one.value, np.nan)[None]
         cells = _edges(one.step), (row - 0.5, row + 0.5)
-        ax.pcolormesh(*cells, value, norm=scale.norm, cmap=scale.cmap, rasterized=True)
+        ax.pcolormesh(*cells, value, norm=norm, cmap="viridis", rasterized=True)
         if one.limited.any():
             held = np.where(one.limited, float(row), np.nan)
             ax.plot(one.step, held, linewidth=1.2, **DOTTED, **on_colour)
@@ -280,8 +282,8 @@ def _draw_heatmap(ax: Axes, series: Sequence[Series]) -> None:
     ax.set_yticks(range(0, len(series), every), names[::every], parse_math=False)
     ax.set_ylim(len(series) - 0.5, -0.5)
     ax.set_ylabel(pattern or "layer", parse_math=False)
-    bar = ax.figure.colorbar(scale, ax=ax, label=ENTROPY)
-    levels = {one.threshold for one in series} - {None}
+    bar = ax.figure.colorbar(ScalarMappable(norm, "viridis"), ax=ax, label=ENTROPY)
+    levels = {one.threshold for one in series if one.threshold is not None}
     for level in levels:
         bar.ax.axhline(level, linewidth=1.2, **on_colour)
     entries = _marks(series, **on_colour)
@@ -294,7 +296,7 @@ def _draw_heatmap(ax: Axes, series: Sequence[Series]) -> None:
 def _edges(step: Array) -> Array:
     """Return the ends of cells around increasing steps, (m + 1,): half way to the next, as far at both ends."""
     if len(step) == 1:
-        return step[0] + np.array([-0.5, 0.5])
+        return np.array([step[0] - 0.5, step[0] + 0.5])
     half = np.diff(step) / 2
     return np.concatenate([[step[0] - half[0]], step[:-1] + half, [step[-1] + half[-1]]])
 
