@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastent.grokking.train.config import CHOICES, MeasureName, TrainConfig, own_fraction
+from fastent.grokking.train.config import CHOICES, TrainConfig, own_fraction
 from fastent.grokking.train.config import preset as preset_called
 from fastent.grokking.train.runs import Job
 
@@ -26,13 +26,13 @@ DOSES = (0.05, 0.1, 0.2, 0.4)
 TEN, FEWER, TO_THE_END = 10, 5, 3
 """Seeds, the first ones, of E3's runs beside its control, of those that only support others, and of long or many."""
 
-SPECTRA: tuple[MeasureName, ...] = ("fourier", "progress")
+SPECTRA: tuple[str, ...] = ("fourier", "progress")
 """What E6 and E7 record beside H, and E1, whose runs they are set beside."""
 
-PROBES: tuple[MeasureName, ...] = ("test_probe", "probe_sizes")
+PROBES: tuple[str, ...] = ("test_probe", "probe_sizes")
 """What E1 records besides for E8."""
 
-LOGITS: tuple[MeasureName, ...] = ("logit_scale",)
+LOGITS: tuple[str, ...] = ("logit_scale",)
 """What E2 and E3 record, and E1 for them."""
 
 LONGER = 1.6
@@ -151,7 +151,7 @@ def _job(
     condition: str,
     config: TrainConfig,
     seeds: Sequence[int],
-    measures: tuple[MeasureName, ...] = (),
+    measures: tuple[str, ...] = (),
 ) -> Job:
     asked = tuple(dict.fromkeys((*config.measures, *measures)))
     return Job(experiment, condition, dataclasses.replace(config, measures=asked), tuple(seeds))

@@ -34,7 +34,7 @@ from fastent.grokking.mathematics.runs import (
     remainders,
     training_pairs,
 )
-from fastent.grokking.train.config import TaskName, TrainConfig, preset
+from fastent.grokking.train.config import TrainConfig, preset
 from fastent.grokking.train.stack import Stack
 
 SMALL = preset(
@@ -232,7 +232,7 @@ def curvature_of_run(run: FollowedRun) -> CheckResult:
 
 def thresholds(config: TrainConfig = SMALL, *, seeds: int = 4, max_steps: int = 6000) -> CheckResult:
     """Heuristic 2: train seeds of three tasks until they grok; any spread of H* will do, but with its interval."""
-    tasks: tuple[TaskName, ...] = ("add", "sub", "mul")
+    tasks: tuple[str, ...] = ("add", "sub", "mul")
     values = {
         task: grokking_entropies(dataclasses.replace(config, task=task), seeds, max_steps) for task in tasks
     }

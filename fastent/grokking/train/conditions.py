@@ -29,6 +29,9 @@ chain rule makes of the gradient when the unit of the parameters changes, and wh
 their scale does. The direction and the size of the next step stay what they were.
 
 Evaluation and entropy see the network as it is, its representations never mixed, its logits never divided.
+
+The first word of a part is a name of `fastent.grokking.train.registry`: "losses", "logits", "norm" or another
+package's. What stands behind it and a "-" is the argument of its `ConditionMaker`.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -49,7 +52,8 @@ from torch import Tensor
 
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.models import Condition, head_gradients, initial_parameters, logit_scale
-from fastent.grokking.train.runs import Job, read_settings
+from fastent.grokking.train.registry import BUILT_IN, check_known, find, names, origin
+from fastent.grokking.train.runs import OWN, Job, read_settings
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.stacked import Parameters, tensor_norms
 from fastent.grokking.train.storage import RunError, RunWarning, read_rows
@@ -61,6 +65,8 @@ NONE = ("baseline", "to-the-end")
 
 SETTINGS = "with-"
 """The same goes for every condition that begins so: it names settings, such as "with-mlp-sum"."""
+
+_ALLOWED = re.compile(r"[\w.=+-]+", re.ASCII)
 
 _PART = re.compile(
     r"(?P<average>losses|logits)-(?P<alpha>\d*\.?\d+)|norm-start(?P<each>-each)?|(?P<mem>norm-mem)"
@@ -95,12 +101,80 @@ def make_condition(job: Job, out: Path, device: str | torch.device = "cpu") -> C
     """
     if job.condition in NONE or job.condition.startswith(SETTINGS):
         return None
-    names = job.condition.split("+")
+    parts = job.condition.split("+")
     for start, what in (("norm-", "a norm"), ("logits-as-", "a scale of the logits")):
-        if sum(name.startswith(start) for name in names) > 1:
+        if sum(part.startswith(start) for part in parts) > 1:
             raise RunError(f"{job.condition!r} holds {what} twice: leave one out")
-    parts = [_part(text, job, out, device) for text in names]
-    return parts[0] if len(parts) == 1 else InTurn(parts)
+    if not _ALLOWED.fullmatch(job.condition):
+        raise RunError(
+            f"a condition is of letters, digits and . _ - = +, for it goes into names of folders; got {job.condition!r}"
+        )
+    made = [_part(text, Setting(job, out, device)) for text in parts]
+    return made[0] if len(made) == 1 else InTurn(made)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The runs that a condition is made for.
+
+    Attributes
+    ----------
+    job : Job
+        Its `config` and `seeds` among it.
+    out : Path
+        Folder of the run folders.
+    device : str or torch.device
+        Where to train.
+    """
+
+    job: Job
+    out: Path
+    device: str | torch.device
+
+
+class ConditionMaker(Protocol):
+    """A condition by name: what is registered as "condition"."""
+
+    def __call__(self, argument: str, setting: Setting, /) -> Condition:
+        """Make the condition.
+
+        Parameters
+        ----------
+        argument : str
+            What follows the name and a "-" in the condition of a job: "0.1" of "losses-0.1", "" of "losses".
+        setting : Setting
+
+        Raises
+        ------
+        ValueError, RunError
+            If it does not take the argument or the setting.
+        """
+
+
+def _part(text: str, setting: Setting) -> Condition:
+    name, _, argument = text.partition("-")
+    try:
+        check_known("condition", name)
+    except ValueError as error:
+        raise _unknown(setting.job) from error
+    try:
+        made = find("condition", name)(argument, setting)
+    except ValueError as error:
+        raise RunError(f"condition {text!r}: {error}") from error
+    if not isinstance(made, Condition):
+        raise RunError(
+            f"condition {name!r} of {origin('condition', name)} must be made as a Condition; got {type(made).__name__}"
+        )
+    return made
+
+
+def _unknown(job: Job) -> RunError:
+    guests = [each.name for each in names("condition") if each.name not in BUILT_IN["condition"]]
+    return RunError(
+        f"no condition is called {job.condition!r}; there are {', '.join(NONE)}, losses-0.1, logits-0.1, "
+        "norm-start, norm-start-each, norm-mem, norm-as-baseline (and with -each, -moments, -every-step), "
+        f"logits-as-baseline, {''.join(f'{name}, ' for name in guests)}and several of these joined by +"
+    )
 
 
 def followed(condition: str) -> dict[str, str]:
@@ -129,26 +203,30 @@ def sources(job: Job) -> list[Job]:
 
 
 def _source(job: Job, condition: str) -> Job:
-    """Return the runs of `condition` with the settings of `job`: E1's baseline, E2's mixing, E3's else."""
+    """Return the runs of `condition` with the settings of `job`: E1's baseline, E2's mixing, E3's else, or own ones."""
     mixing = (match := _PART.fullmatch(condition)) is not None and match["average"]
     experiment = "e1" if condition == "baseline" else "e2" if mixing else "e3"
+    experiment = OWN if job.experiment == OWN else experiment
     return dataclasses.replace(job, experiment=experiment, condition=condition)
 
 
-def _part(text: str, job: Job, out: Path, device: str | torch.device) -> Condition:
-    found = _PART.fullmatch(text)
-    if found is None:
-        raise RunError(
-            f"no condition is called {job.condition!r}; there are {', '.join(NONE)}, losses-0.1, logits-0.1, "
-            "norm-start, norm-start-each, norm-mem, norm-as-baseline (and with -each, -moments, -every-step), "
-            "logits-as-baseline, and several of these joined by +"
-        )
+def losses(argument: str, setting: Setting) -> Condition:
+    """Make ``losses-<alpha>``."""
+    found = _matched(f"losses-{argument}", setting)
+    return _mixing(found["alpha"], "losses", setting)
+
+
+def logits(argument: str, setting: Setting) -> Condition:
+    """Make ``logits-<alpha>`` or ``logits-as-<condition>``."""
+    found = _matched(f"logits-{argument}", setting)
     if found["alpha"]:
-        if job.config.batch_size < 2:
-            raise RunError(f"mixing needs a batch_size of at least 2; got {job.config.batch_size}")
-        return Mixing(float(found["alpha"]), "losses" if found["average"] == "losses" else "logits")
-    if found["logits"]:
-        return HeldLogits(_between(_logs(_source(job, found["logits"]), out, SCALE)))
+        return _mixing(found["alpha"], "logits", setting)
+    return HeldLogits(_between(_logs(_source(setting.job, found["logits"]), setting.out, SCALE)))
+
+
+def norm(argument: str, setting: Setting) -> Condition:
+    """Make a condition that begins with ``norm-``."""
+    found, job, out = _matched(f"norm-{argument}", setting), setting.job, setting.out
     if found["mem"]:
         return HeldNorm(_between(_logs(_source(job, "baseline"), out, NORM, until_memorised=True)))
     if not found["norm"]:
@@ -156,9 +234,22 @@ def _part(text: str, job: Job, out: Path, device: str | torch.device) -> Conditi
     source = _source(job, found["norm"])
     logs = _logs(source, out, NORM)
     if found["how"] in ("each", "every-step"):
-        twins = {seed: _Twin(source, seed, out, device, logs[seed]) for seed in job.seeds}
+        twins = {seed: _Twin(source, seed, out, setting.device, logs[seed]) for seed in job.seeds}
         return HeldNorm(_at_every_step(logs, twins) if found["how"] == "every-step" else _each(logs, twins))
     return HeldNorm(_between(logs), moments=found["how"] == "moments")
+
+
+def _matched(text: str, setting: Setting) -> re.Match[str]:
+    found = _PART.fullmatch(text)
+    if found is None:
+        raise _unknown(setting.job)
+    return found
+
+
+def _mixing(alpha: str, average: Average, setting: Setting) -> Mixing:
+    if setting.job.config.batch_size < 2:
+        raise RunError(f"mixing needs a batch_size of at least 2; got {setting.job.config.batch_size}")
+    return Mixing(float(alpha), average)
 
 
 class Mixing(Condition):
@@ -260,12 +351,24 @@ def _per_seed(factor: Tensor, tensor: Tensor) -> Tensor:
 
 
 class InTurn(Condition):
-    """Several conditions, each applied to what the one before it made."""
+    """Several conditions, each applied to what the one before it made.
+
+    Raises
+    ------
+    RunError
+        If two of them change the gradients of the head.
+    """
 
     def __init__(self, parts: Sequence[Condition]) -> None:
-        # In the order in which a step takes their numbers: norms come last.
+        # Norms are held last, whatever else a step has done.
         self._parts = sorted(parts, key=lambda part: isinstance(part, HeldNorm))
-        self._head = next((part for part in parts if isinstance(part, HeldLogits)), Condition())
+        heads = [part for part in parts if type(part).head_gradients is not Condition.head_gradients]
+        if len(heads) > 1:
+            kinds = " and ".join(type(part).__name__ for part in heads)
+            raise RunError(f"{kinds} both change the gradients of the head: leave one out")
+        self._head = heads[0] if heads else Condition()
+        # In the order in which a step takes their numbers: the head comes first.
+        self._numbered = [*heads, *(part for part in self._parts if part not in heads)]
 
     def before_head(self, hidden: Tensor) -> Tensor:
         """Pass through each."""
@@ -281,7 +384,7 @@ class InTurn(Condition):
 
     def numbers(self, seeds: Sequence[int], step: int) -> list[NDArray[np.float64]]:
         """Return those of each."""
-        return [array for part in self._parts for array in part.numbers(seeds, step)]
+        return [array for part in self._numbered for array in part.numbers(seeds, step)]
 
     def head_gradients(
         self, p: Parameters, hidden: Tensor, labels: Tensor, numbers: Iterator[Tensor]
@@ -291,7 +394,7 @@ class InTurn(Condition):
 
     def after_step(self, state: Mapping[str, Parameters], numbers: Iterator[Tensor]) -> None:
         """Apply each."""
-        for part in self._parts:
+        for part in self._numbered:
             part.after_step(state, numbers)
 
 
@@ -402,7 +505,9 @@ def _logs(source: Job, out: Path, column: str, *, until_memorised: bool = False)
 
 def _log(source: Job, seed: int, out: Path, column: str, *, until_memorised: bool) -> tuple[Column, Column]:
     path, what = out / source.run_name(seed), _WORDS[column]
-    remedy = f"`fastent run {source.experiment}` with the same settings, seeds and --out makes it"
+    own = source.experiment == OWN
+    command = f"train --condition {source.condition}" if own else f"run {source.experiment}"
+    remedy = f"`fastent {command}` with the same settings, seeds and --out makes it"
     if not (path / "DONE").exists():
         raise RunError(f"{path}, whose {what} is to be followed, is missing or not complete: {remedy}")
     recorded = read_settings(path)

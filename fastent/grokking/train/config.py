@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-TaskName = Literal["add", "sub", "mul", "mul_nonzero", "s5"]
-ModelName = Literal["transformer", "mlp"]
+from fastent.grokking.train.registry import check_known
+
 Sampling = Literal["epochs", "replacement"]
-MeasureName = Literal["test_probe", "probe_sizes", "fourier", "progress", "logit_scale"]
 
 MOST_STEPS = 2**24
 """Steps that AdamW's count, a float32, tells apart."""
@@ -34,8 +33,9 @@ class TrainConfig:
         If a value is out of its range or two of them do not fit; the message names the rule and the remedy.
     """
 
-    task: TaskName = "add"
-    """a + b, a - b, a * b modulo `modulus` over all residues; a * b without 0; or composition in S5."""
+    task: str = "add"
+    """add, sub, mul: a + b, a - b, a * b modulo `modulus` over all residues; mul_nonzero: without 0; s5: composition in
+    S5; or a task of another package."""
     modulus: int = 97
     """p of the modular tasks; S5 has none and ignores it."""
     separate_tokens: bool = False
@@ -45,8 +45,9 @@ class TrainConfig:
     train_fraction: float = 0.3
     """Share of all pairs that is trained on; the rest is the test set. The split depends on the seed."""
 
-    model: ModelName = "transformer"
-    """One Transformer encoder layer, or a multilayer perceptron on the embedded operands."""
+    model: str = "transformer"
+    """transformer: one encoder layer; mlp: a multilayer perceptron on the embedded operands; or a model of another
+    package."""
     width: int = 128
     """Size of the embeddings (and of the Transformer's representation)."""
     heads: int = 4
@@ -101,20 +102,23 @@ class TrainConfig:
     """A run goes on at least this many steps past T_grok ..."""
     run_past_share: float = 0.2
     """... and at least this share of T_grok; `max_steps` caps both."""
-    measures: tuple[MeasureName, ...] = ()
-    """Further columns at each evaluation (`fastent.grokking.train.measures`); they change nothing of the training."""
+    measures: tuple[str, ...] = ()
+    """Further columns at each evaluation; they change nothing of the training: test_probe, probe_sizes, fourier,
+    progress, logit_scale (`fastent.grokking.train.measures`), or those of other packages."""
 
     def __post_init__(self) -> None:
         for name in ("betas", "hidden", "measures"):
             # JSON knows lists only; a configuration must come back equal, and hashable.
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, values in _choices().items():
-            given = getattr(self, name)
-            for value in given if isinstance(given, tuple) else (given,):
-                _require(
-                    value in values,
-                    f"{name} must be {', '.join(values[:-1])} or {values[-1]}; got {value!r}",
-                )
+            value = getattr(self, name)
+            _require(
+                value in values, f"{name} must be {', '.join(values[:-1])} or {values[-1]}; got {value!r}"
+            )
+        check_known("task", self.task)
+        check_known("model", self.model)
+        for measure in self.measures:
+            check_known("measure", measure, "measures")
         for name in ("width", "heads", "feedforward", "batch_size", "max_steps", "evaluate_every", "modulus"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
         _require(
@@ -172,10 +176,9 @@ class TrainConfig:
 
 @functools.cache
 def _choices() -> dict[str, tuple[str, ...]]:
-    """Values of each field that has few; of `measures`, of its members."""
+    """Values of each field that has few."""
     hints = get_type_hints(TrainConfig)
-    found = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
-    return found | {"measures": get_args(MeasureName)}
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def _require(holds: bool, rule: str) -> None:

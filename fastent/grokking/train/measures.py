@@ -1,5 +1,7 @@
 """Further columns of a run's metrics, chosen by `TrainConfig.measures`: what each asks of a stack.
 
+A name stands for a `Measure`, a function of the `Moment` of an evaluation (`fastent.grokking.train.registry`). Ours:
+
 - "test_probe": `entropy_test`, H on a probe of test pairs as large as the training probe.
 - "probe_sizes": H on nested training probes of doubling size, `entropy_64`, `entropy_128`, ...; on the whole
   training set, `entropy_train`; and on all pairs, `entropy_all`. Every entropy has a column ``<name>_status``.
@@ -40,11 +42,11 @@ axis of S seeds:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -53,9 +55,11 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from fastent.entropy import spectral_entropy
-from fastent.grokking.train.config import MeasureName, TrainConfig
+from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.registry import NAME, find, origin
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.stacked import add_in_order
+from fastent.grokking.train.storage import RunError
 from fastent.grokking.train.tasks import Task, generator, make_task, probe_index, split
 from fastent.linalg import LAPACK_TO
 
@@ -95,44 +99,23 @@ def task_harmonics(config: TrainConfig) -> Harmonics:
     ------
     ValueError
         If the task is a product and the modulus is not an odd prime: its units are then no cyclic group of
-        p - 1 members.
+        p - 1 members. Or if it is another package's task that names no cyclic group.
     """
-    p = config.modulus
+    task = make_task(config)
     if config.task == "s5":
-        return _symmetric(make_task(config).labels.numpy().reshape(120, 120))
-    if config.task in ("add", "sub"):
-        return _cyclic(np.arange(p), p)
-    logarithm = discrete_logarithm(p)
-    return _cyclic(logarithm if config.task == "mul" else logarithm[1:], p - 1)
+        return _symmetric(task.labels.numpy().reshape(120, 120))
+    if task.exponents is None:
+        raise ValueError(
+            f"the measures fourier and progress need the characters of a group, and task {config.task!r} names none: "
+            "leave them out, or give its Task exponents"
+        )
+    return _cyclic(task.exponents())
 
 
-def discrete_logarithm(p: int) -> NDArray[np.int64]:
-    """Exponent of each residue to the least primitive root g of the prime p, shape (p,); -1 for 0.
-
-    Raises
-    ------
-    ValueError
-        If `p` is not an odd prime.
-
-    Examples
-    --------
-    >>> discrete_logarithm(7).tolist()  # powers of 3: 1 3 2 6 4 5
-    [-1, 0, 2, 1, 4, 5, 3]
-    """
-    for g in range(2, p):
-        powers = [1]
-        while (power := powers[-1] * g % p) not in (0, 1) and len(powers) < p:
-            powers.append(power)
-        if len(set(powers)) == p - 1:
-            exponent = np.full(p, -1)
-            exponent[powers] = np.arange(p - 1)
-            return exponent
-    raise ValueError(f"characters of products need an odd prime modulus; got {p}")
-
-
-def _cyclic(exponent: NDArray[np.int64], n: int) -> Harmonics:
+def _cyclic(exponent: NDArray[np.int64]) -> Harmonics:
     """Cosines and sines of frequency 1 .. n/2 on values g^exponent; a negative exponent is outside."""
     members = exponent >= 0
+    n = int(members.sum())
     columns, block = [], []
     for k in range(1, n // 2 + 1):
         angle = 2 * np.pi * (k * exponent % n) / n
@@ -489,45 +472,108 @@ KEY_REPRESENTATIONS = 2
 _CHUNK = 2048  # pairs in a forward pass: their hidden units stay in the cache
 
 
+class Measure(Protocol):
+    """Columns by name: what is registered as "measure". `Grouped` marks one that needs the characters of the task."""
+
+    def __call__(self, moment: Moment, /) -> Mapping[str, Any]:
+        """Compute columns at one evaluation.
+
+        Parameters
+        ----------
+        moment : Moment
+            The seeds as they are now; nothing of it may be changed.
+
+        Returns
+        -------
+        mapping
+            By name, one number, word or None a seed: a list, or a tensor or array of shape (S,). The names are those
+            of no other column, and the same at every evaluation.
+        """
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A measure that needs the characters of the task's group: a task without is refused before a run begins."""
+
+    columns: Callable[[Moment], Mapping[str, Any]]
+
+    def __call__(self, moment: Moment) -> Mapping[str, Any]:
+        """Return the columns."""
+        return self.columns(moment)
+
+
+OTHERS = frozenset(
+    (
+        *("step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "parameter_norm"),
+        *("entropy", "entropy_status", "effective_rank", "participation_ratio", "seed", "log"),
+    )
+)
+"""Columns that every row has, and those by which packed runs are told apart."""
+
+
 class Measures:
     """The measures that a configuration names, ready for every evaluation of its stacks.
 
     Raises
     ------
     ValueError
-        If a measure needs characters that the task does not have (`task_harmonics`).
+        If a measure is not there or cannot be imported, or needs characters that the task does not have
+        (`task_harmonics`).
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._pairs: dict[int, _Pairs] = {}
-        grouped = {"fourier", "progress"}.intersection(config.measures)
+        self._measures: dict[str, Measure] = {name: find("measure", name) for name in config.measures}
+        grouped = any(isinstance(measure, Grouped) for measure in self._measures.values())
         self._harmonics = task_harmonics(config) if grouped else None
 
     def __call__(self, stack: Stack) -> Columns:
-        """Return the columns of all measures, for the seeds of `stack` in their order."""
-        if not self._config.measures:
+        """Return the columns of all measures, for the seeds of `stack` in their order.
+
+        Raises
+        ------
+        RunError
+            If a measure returns no columns, or one that is there already.
+        """
+        if not self._measures:
             return {}
         for seed in stack.seeds:
             if seed not in self._pairs:
                 self._pairs[seed] = _Pairs(self._config, stack.task, seed, self._harmonics)
-        moment = _Moment(stack, [self._pairs[seed] for seed in stack.seeds], self._harmonics)
+        moment = Moment(stack, [self._pairs[seed] for seed in stack.seeds], self._harmonics)
         columns: Columns = {}
-        for name in self._config.measures:
-            columns |= _MEASURES[name](moment)
+        for name, measure in self._measures.items():
+            for column, values in measure(moment).items():
+                columns[column] = _checked(name, column, values, len(stack.seeds), columns)
         return columns
+
+
+def _checked(measure: str, column: str, values: Any, seeds: int, before: Columns) -> list[Any]:
+    found = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
+    if column in before or column in OTHERS or not NAME.fullmatch(column):
+        wrong = f"column {column!r}, which " + (
+            "is there already" if NAME.fullmatch(column) else "is no name of letters, digits and underscores"
+        )
+    elif len(found) != seeds or not all(isinstance(v, float | int | str | None) for v in found):
+        wrong = f"{found!r} as {column!r}, which must be one number or word for each of {seeds} seeds"
+    else:
+        return found
+    raise RunError(f"measure {measure!r} of {origin('measure', measure)} returns {wrong}")
 
 
 class _Pairs:
     """What stays the same for a seed: the numbers of its pairs, int64.
 
-    `probe`, `held_out` and `trained` are of pairs whose result is in the group, `permutations` (Q, N) of the
-    places in that probe.
+    `grouped_probe`, `grouped_test` and `grouped_train` are those of `probe`, `test` and `train` whose result is in the
+    group, `permutations` (Q, N) of the places in the first of them.
     """
 
     def __init__(self, config: TrainConfig, task: Task, seed: int, harmonics: Harmonics | None) -> None:
-        self.train, test = split(task, config.train_fraction, seed)
-        self.test_probe = probe_index(test, config.probe_size, seed, "test")
+        self.all = torch.arange(len(task.labels))
+        self.train, self.test = split(task, config.train_fraction, seed)
+        self.probe = probe_index(self.train, config.probe_size, seed, "probe")
+        self.test_probe = probe_index(self.test, config.probe_size, seed, "test")
         self.sized = {}
         size = SMALLEST_PROBE
         while size < len(self.train):
@@ -536,22 +582,81 @@ class _Pairs:
         if harmonics is None:
             return
         inside = torch.from_numpy(harmonics.members)[task.labels]
-        probe = probe_index(self.train, config.probe_size, seed, "probe")
-        self.probe, self.held_out, self.trained = (part[inside[part]] for part in (probe, test, self.train))
+        self.grouped_probe, self.grouped_test, self.grouped_train = (
+            part[inside[part]] for part in (self.probe, self.test, self.train)
+        )
         orders = [
-            np.argsort(generator(seed, "permuted labels", turn).random_raw(len(self.probe)), kind="stable")
+            np.argsort(
+                generator(seed, "permuted labels", turn).random_raw(len(self.grouped_probe)), kind="stable"
+            )
             for turn in range(PERMUTATIONS)
         ]
         self.permutations = torch.from_numpy(np.stack(orders))
 
 
-class _Moment:
-    """The stack at one evaluation; what several measures need is computed once."""
+Pairs = Literal["probe", "test_probe", "train", "test", "all"]
+"""Sets of pairs: probes of `probe_size` from the training and the test set, these sets, and all pairs."""
+
+
+class Moment:
+    """The stack at one evaluation; what several measures need is computed once.
+
+    Attributes
+    ----------
+    stack : Stack
+        Not to be changed.
+    seeds : tuple of int
+        The order of every leading axis of S.
+    step : int
+        Steps made.
+    config : TrainConfig
+    task : Task
+    """
 
     def __init__(self, stack: Stack, pairs: list[_Pairs], harmonics: Harmonics | None) -> None:
         self.stack = stack
         self.pairs = pairs
         self._harmonics = harmonics
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, in order."""
+        return self.stack.seeds
+
+    @property
+    def step(self) -> int:
+        """Steps made."""
+        return self.stack.steps_done
+
+    @property
+    def config(self) -> TrainConfig:
+        """Settings of the run."""
+        return self.stack.config
+
+    @property
+    def task(self) -> Task:
+        """All pairs with their labels."""
+        return self.stack.task
+
+    def numbers(self, which: Pairs = "probe") -> Tensor:
+        """Numbers of a set of pairs, (S, N), int64."""
+        return torch.stack([getattr(pairs, which) for pairs in self.pairs])
+
+    def labels(self, which: Pairs = "probe") -> Tensor:
+        """Classes of a set of pairs, (S, N), int64, on the device."""
+        return self.task.labels[self.numbers(which)].to(self.everything.device)
+
+    def representations(self, which: Pairs = "probe") -> Tensor:
+        """Representations of a set of pairs, (S, N, d)."""
+        return self.at(lambda pairs: getattr(pairs, which))  # type: ignore[no-any-return]
+
+    def logits(self, which: Pairs = "probe") -> Tensor:
+        """Logits of a set of pairs, (S, N, classes)."""
+        return self.stack.logits(self.numbers(which))
+
+    def parameter(self, name: str) -> Tensor:
+        """Values of a parameter, (S, ...)."""
+        return self.stack.parameter(name)
 
     @cached_property
     def everything(self) -> Tensor:
@@ -561,11 +666,10 @@ class _Moment:
     @cached_property
     def given(self) -> Tensor:
         """What the head gets of all pairs, (S, M, d)."""
-        between = self.stack.config.final_norm and self.stack.config.entropy_at == "readout"
-        return self._of_all(head=True) if between else self.everything
+        return self.everything if self.stack.head_reads_representation else self._of_all(head=True)
 
     def _of_all(self, *, head: bool) -> Tensor:
-        pairs = torch.arange(len(self.stack.task.labels))
+        pairs = torch.arange(len(self.task.labels))
         return torch.cat(
             [self.stack.represent(chunk, head=head) for chunk in torch.split(pairs, _CHUNK)], dim=1
         )
@@ -609,7 +713,7 @@ class _Moment:
 class _Part:
     """Some seeds of a moment, and their pairs whose result is in the group."""
 
-    def __init__(self, moment: _Moment, seeds: slice, h: Tensor) -> None:
+    def __init__(self, moment: Moment, seeds: slice, h: Tensor) -> None:
         self.moment, self.seeds = moment, seeds
         self.pairs = moment.pairs[seeds]
         self.h = h[seeds]
@@ -637,11 +741,13 @@ def _entropy(name: str, h: Tensor) -> Columns:
     return {name: [r.normalized for r in results], f"{name}_status": [r.status.value for r in results]}
 
 
-def _test_probe(moment: _Moment) -> Columns:
+def test_probe(moment: Moment) -> Columns:
+    """Columns of the measure "test_probe"."""
     return _entropy("entropy_test", moment.at(lambda pairs: pairs.test_probe))
 
 
-def _probe_sizes(moment: _Moment) -> Columns:
+def probe_sizes(moment: Moment) -> Columns:
+    """Columns of the measure "probe_sizes"."""
     columns: Columns = {}
     for size in moment.pairs[0].sized:
         columns |= _entropy(f"entropy_{size}", moment.at(lambda pairs, size=size: pairs.sized[size]))  # type: ignore[misc]
@@ -649,12 +755,14 @@ def _probe_sizes(moment: _Moment) -> Columns:
     return columns | _entropy("entropy_all", moment.everything)
 
 
-def _fourier(moment: _Moment) -> Columns:
+@Grouped
+def fourier(moment: Moment) -> Columns:
+    """Columns of the measure "fourier"."""
     found: dict[str, list[Tensor]] = {}
     for part in moment.parts(moment.everything):
         columns: dict[str, Tensor] = {}
         if moment.harmonics.cyclic:
-            h, labels = part.of(torch.stack([pairs.probe for pairs in part.pairs]))
+            h, labels = part.of(torch.stack([pairs.grouped_probe for pairs in part.pairs]))
             orders = torch.stack([pairs.permutations for pairs in part.pairs]).to(part.device)
             characters = moment.basis[labels]
             null = alignment_null(h, characters, orders)
@@ -671,7 +779,7 @@ def _fourier(moment: _Moment) -> Columns:
                     for order in orders.unbind(1)
                 ]
             ).amax(0)
-        h, labels = part.of(torch.stack([pairs.held_out for pairs in part.pairs]))
+        h, labels = part.of(torch.stack([pairs.grouped_test for pairs in part.pairs]))
         means, counts = part.means(h, labels)
         shares = label_spectrum(means, moment.basis, moment.block)
         columns["label_share"] = between_share(h, means, counts)
@@ -686,7 +794,9 @@ def _fourier(moment: _Moment) -> Columns:
     return {name: torch.cat(columns).tolist() for name, columns in found.items()}
 
 
-def _progress(moment: _Moment) -> Columns:
+@Grouped
+def progress(moment: Moment) -> Columns:
+    """Columns of the measure "progress"."""
     columns: Columns = {name: [] for name in ("restricted_loss", "excluded_loss", "key_blocks")}
     if moment.stack.task.tokens == moment.stack.task.operands:
         columns["embedding_gini"] = _embedding_gini(moment).tolist()
@@ -695,7 +805,7 @@ def _progress(moment: _Moment) -> Columns:
     grouped = torch.arange(len(inside))[inside]
     for part in moment.parts(moment.given):
         means, counts = part.means(*part.of(grouped.expand(len(part.pairs), -1)))
-        train, labels = part.of(torch.stack([pairs.trained for pairs in part.pairs]))
+        train, labels = part.of(torch.stack([pairs.grouped_train for pairs in part.pairs]))
         restricted, excluded, key = restricted_and_excluded_loss(
             *(part.parameter("head.weight"), part.parameter("head.bias"), means, counts, train, labels),
             basis=moment.basis,
@@ -708,7 +818,7 @@ def _progress(moment: _Moment) -> Columns:
     return columns
 
 
-def _embedding_gini(moment: _Moment) -> Tensor:
+def _embedding_gini(moment: Moment) -> Tensor:
     """Mean over the operands' tables of tokens, where they have one each."""
     task, tokens = moment.stack.task, moment.stack.parameter("tokens.weight")
     sizes = torch.bincount(moment.block)
@@ -720,10 +830,6 @@ def _embedding_gini(moment: _Moment) -> Tensor:
     return torch.stack(coefficients).mean(0)
 
 
-_MEASURES: dict[MeasureName, Callable[[_Moment], Columns]] = {
-    "test_probe": _test_probe,
-    "probe_sizes": _probe_sizes,
-    "fourier": _fourier,
-    "progress": _progress,
-    "logit_scale": lambda moment: {"logit_scale": moment.stack.logit_scale().tolist()},
-}
+def logit_scale(moment: Moment) -> Columns:
+    """Column of the measure "logit_scale"."""
+    return {"logit_scale": moment.stack.logit_scale().tolist()}

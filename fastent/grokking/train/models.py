@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.registry import find, origin
 from fastent.grokking.train.stacked import MLP, Parameters, Transformer, into_input, into_weight, linear
 from fastent.grokking.train.tasks import Task, generator
 
@@ -91,9 +92,42 @@ class PlainMLP(nn.Module):
         return logits
 
 
-def plain_model(config: TrainConfig, task: Task) -> PlainTransformer | PlainMLP:
-    """Return the ordinary module of a configuration, with torch's own initial values."""
-    return PlainTransformer(config, task) if config.model == "transformer" else PlainMLP(config, task)
+class ModelMaker(Protocol):
+    """A model by name: what is registered as "model"."""
+
+    def __call__(self, config: TrainConfig, task: Task, /) -> nn.Module:
+        """Make the module of one seed, with its starting values.
+
+        Parameters
+        ----------
+        config : TrainConfig
+        task : Task
+            Its `vocabulary`, `classes` and the length of its `inputs` say what the module takes and gives.
+
+        Returns
+        -------
+        nn.Module
+            From the tokens of pairs, (N, T) int64, to logits, (N, `task.classes`).
+        """
+
+
+def plain_model(config: TrainConfig, task: Task) -> nn.Module:
+    """Return the ordinary module of a configuration, with torch's own initial values.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model.
+    TypeError
+        If its maker returns something else.
+    """
+    made = find("model", config.model)(config, task)
+    if not isinstance(made, nn.Module):
+        raise TypeError(
+            f"model {config.model!r} of {origin('model', config.model)} must be made as a torch.nn.Module; got "
+            f"{type(made).__name__}"
+        )
+    return made
 
 
 class Model(Protocol):

@@ -64,6 +64,9 @@ from fastent.grokking.train.storage import (
 
 SCHEMA_VERSION = 1
 
+OWN = "own"
+"""Experiment of runs that belong to none: one's own."""
+
 Row = dict[str, Any]
 
 
@@ -74,7 +77,7 @@ class Job:
     Attributes
     ----------
     experiment : str
-        "e1" to "e8".
+        "e1" to "e8", or `OWN`.
     condition : str
         What sets the job apart within its experiment, "baseline" where nothing does.
     config : TrainConfig

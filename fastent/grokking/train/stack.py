@@ -18,13 +18,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.models import (
     Condition,
-    PlainMLP,
-    PlainTransformer,
     head_gradients,
     initial_parameters,
     logit_scale,
@@ -32,7 +30,7 @@ from fastent.grokking.train.models import (
     pair_losses,
     plain_model,
 )
-from fastent.grokking.train.stacked import Parameters, tensor_norms
+from fastent.grokking.train.stacked import Parameters, linear, tensor_norms
 from fastent.grokking.train.tasks import (
     Task,
     batch_index,
@@ -249,6 +247,17 @@ class Stack:
             first += len(group.seeds)
         return torch.cat(found)
 
+    @property
+    def head_reads_representation(self) -> bool:
+        """Whether `represent` is the same with `head` and without."""
+        return not self.config.final_norm or self.config.entropy_at == "final_norm"
+
+    @torch.no_grad()
+    def logits(self, pairs: Tensor) -> Tensor:
+        """Return the logits, (S, N, classes), of pairs numbered as in the task, (N,) or (S, N)."""
+        hidden = self.represent(pairs, head=True)
+        return linear(hidden, self.parameter("head.weight"), self.parameter("head.bias"))
+
     def parameter(self, name: str) -> Tensor:
         """Return a parameter of all seeds, (S, ...); not to be written to."""
         return torch.cat([group.parameters[name] for group in self._groups])
@@ -298,7 +307,7 @@ class Stack:
         self._groups = [group for group in self._groups if group.seeds]
         self._graph()
 
-    def module(self, seed: int) -> PlainTransformer | PlainMLP:
+    def module(self, seed: int) -> nn.Module:
         """Return an ordinary module with a copy of a seed's parameters."""
         group, s = self._find(seed)
         module = plain_model(self.config, self.task).to(group.train.device, group.dtype)

@@ -223,8 +223,10 @@ class Transformer:
         self.width = config.width
         self.scale = (config.width // config.heads) ** -0.5
         # First token and number of tokens at each position, and its part of the table.
-        n, each = task.tokens, task.inputs.shape[1] // 2
-        tokens = [(0, n)] * each + [(task.offset, n)] * each + [(task.vocabulary, 1)] * config.equals_token
+        n, places = task.tokens, task.inputs.shape[1]
+        second = places // 2
+        tokens = [(0, n)] * (places - second) + [(task.offset, n)] * second
+        tokens += [(task.vocabulary, 1)] * config.equals_token
         starts = [0, *accumulate(size for _, size in tokens)]
         self.parts = [
             (slice(token, token + size), slice(start, start + size))
@@ -407,6 +409,10 @@ class MLP:
         self.width, self.layers = config.width, len(config.hidden)
         self.concat = config.combine == "concat"
         self.gelu = config.activation == "gelu"
+        if task.inputs.shape[1] != 2:
+            raise ValueError(
+                f"the MLP reads two tokens, and task {task.name!r} has {task.inputs.shape[1]}: choose another model"
+            )
         second = task.inputs[:, 1] + (task.vocabulary if self.concat else 0)
         self.columns = torch.stack([task.inputs[:, 0], second, task.labels]).to(device)
 

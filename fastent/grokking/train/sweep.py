@@ -32,6 +32,7 @@ from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.executors import End, Executor, Inline, Order, Pool, Reach, last
 from fastent.grokking.train.loop import Observer, Observers
 from fastent.grokking.train.measures import Measures
+from fastent.grokking.train.registry import BUILT_IN
 from fastent.grokking.train.runs import Job, Row, announced, mark_failed, read_settings, what_counts
 from fastent.grokking.train.storage import Interrupted, StopRequest, read_rows
 from fastent.grokking.train.tasks import make_task
@@ -120,7 +121,10 @@ def check_config(config: TrainConfig) -> None:
 
 def memory(config: TrainConfig) -> int:
     """Estimate the bytes that a seed of `config` takes at the least, from its sizes alone."""
-    n = {"s5": 120, "mul_nonzero": config.modulus - 1}.get(config.task, config.modulus)
+    if config.task in BUILT_IN["task"]:  # without a table of a size that may be a mistake
+        n = {"s5": 120, "mul_nonzero": config.modulus - 1}.get(config.task, config.modulus)
+    else:
+        n = make_task(config).operands
     d, tokens = config.width, n * (2 if config.separate_tokens else 1)
     if config.model == "mlp":
         sizes = [d * (2 if config.combine == "concat" else 1), *config.hidden]

@@ -1,6 +1,7 @@
 """Data: every pair of a finite structure, its split and its batches, all pure functions of numbers.
 
-The tasks are tables: all pairs of operands with the class of the result. The split, the probe and the order
+The tasks are tables: all pairs of operands with the class of the result. A name stands for a `TaskMaker`
+(`fastent.grokking.train.registry`). The split, the probe and the order
 of the batches come from counter-based generators (Philox, keyed by seed and purpose), so that batch number
 `step` of a seed is the same whatever else is trained beside it and from whichever step a run is resumed.
 Only the generator's raw words are used: NumPy promises those, and not the methods of
@@ -9,29 +10,33 @@ Only the generator's raw words are used: NumPy promises those, and not the metho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
+from typing import Protocol
 from zlib import crc32
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastent.grokking.train.config import Sampling, TrainConfig
+from fastent.grokking.train.registry import find, origin
 
 
 @dataclass(frozen=True)
 class Task:
-    """All pairs of a task.
+    """All pairs of a task; `task_of_table` makes one from the results.
 
     Attributes
     ----------
     name : str
         For people, with the modulus where there is one: "add mod 97".
-    inputs : Tensor, shape (M, 2) or (M, 10), int64
-        Tokens of the operands, of the first and then of the second; M = `operands` squared, first operand slowest.
+    inputs : Tensor, shape (M, T), int64
+        Tokens of each pair, as a rule two, or of a longer sequence. The second half of the places (of an odd number
+        the smaller half) has tokens from `offset` on.
     labels : Tensor, shape (M,), int64
         Class of the result, 0 <= label < `classes`.
     operands : int
@@ -44,6 +49,15 @@ class Task:
         Number of operand tokens (an "=" comes after them, if the model has one).
     classes : int
         Number of results.
+    exponents : function, optional
+        Where values and results form a cyclic group (some of them may lie outside): the exponent of each value to a
+        generator, shape (operands,), int64, negative outside. The measures "fourier" and "progress" need it. It may
+        raise ValueError where there is no such group.
+
+    Raises
+    ------
+    ValueError
+        If shapes, dtypes or ranges are not as above.
     """
 
     name: str
@@ -54,52 +68,177 @@ class Task:
     offset: int
     vocabulary: int
     classes: int
+    exponents: Callable[[], NDArray[np.int64]] | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.inputs.shape)
+        if not (len(shape) == 2 and tuple(self.labels.shape) == shape[:1] and min(shape) > 0):
+            raise ValueError(
+                f"task {self.name!r}: inputs must have shape (M, T) and labels (M,); got {shape} and "
+                f"{tuple(self.labels.shape)}"
+            )
+        places = self.inputs.clone()
+        places[:, (shape[1] + 1) // 2 :] -= self.offset
+        for what, found, most in (("inputs", places, self.tokens), ("labels", self.labels, self.classes)):
+            if found.dtype != torch.int64 or int(found.min()) < 0 or int(found.max()) >= most:
+                raise ValueError(
+                    f"task {self.name!r}: {what} must be int64, from 0 to {most - 1}; got {found.dtype}, from "
+                    f"{found.min()} to {found.max()}"
+                    + (f" (from the second operand's {self.offset} is taken off)" if self.offset else "")
+                )
 
 
-_OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "mul_nonzero": np.multiply}
+class TaskMaker(Protocol):
+    """A task by name: what is registered as "task"."""
+
+    def __call__(self, config: TrainConfig, /) -> Task:
+        """Tabulate the task.
+
+        Parameters
+        ----------
+        config : TrainConfig
+            Its `modulus` and `separate_tokens` are for the task to take or leave.
+        """
 
 
 def make_task(config: TrainConfig) -> Task:
     """Tabulate the task of a configuration.
 
-    "mul" runs over all residues, 0 included; "mul_nonzero" over 1 .. p-1, where it is addition modulo p - 1
-    under another name (labels and tokens count from 0 for residue 1). "s5" composes permutations of five
-    points, ``(a b)(i) = a(b(i))``, numbered in lexicographic order; as "images" its inputs are a(1), ..., a(5), b(1),
-    ..., b(5), counted from 0.
+    Raises
+    ------
+    ValueError
+        If `config.task` is unknown, or its maker refuses the configuration.
+    TypeError
+        If its maker returns something else.
+    """
+    made = find("task", config.task)(config)
+    if not isinstance(made, Task):
+        raise TypeError(
+            f"task {config.task!r} of {origin('task', config.task)} must be made as a Task; got {type(made).__name__}"
+        )
+    return made
+
+
+def task_of_table(
+    name: str,
+    table: ArrayLike,
+    config: TrainConfig,
+    *,
+    exponents: Callable[[], NDArray[np.int64]] | None = None,
+    written: NDArray[np.int64] | None = None,
+) -> Task:
+    """All pairs of operands 0 .. n - 1, the first one slowest, with the result ``table[a, b]``.
+
+    Parameters
+    ----------
+    name : str
+        For people.
+    table : array, shape (n, n), integers
+        Results, from 0 on.
+    config : TrainConfig
+        Whether the operands share their tokens.
+    exponents : function, optional
+        See `Task`.
+    written : array, shape (n, k), int64, optional
+        The tokens of each operand; one, its number, if not given.
 
     Raises
     ------
     ValueError
-        If `config.task` is unknown, or "mul_nonzero" has a modulus that is not prime.
+        If `table` is not square, or holds something else than integers from 0 on.
+
+    Examples
+    --------
+    >>> task_of_table("nim", [[0, 1], [1, 0]], TrainConfig()).labels
+    tensor([0, 1, 1, 0])
     """
-    p = config.modulus
-    if config.task == "s5":
-        table, name = _composition(5), "S5"
-    elif config.task in _OPERATIONS:
-        table = _OPERATIONS[config.task].outer(np.arange(p), np.arange(p)) % p
-        name = f"{config.task} mod {p}"
-    else:
-        raise ValueError(f"task must be add, sub, mul, mul_nonzero or s5; got {config.task!r}")
-    if config.task == "mul_nonzero":
-        if p < 3 or any(p % q == 0 for q in range(2, int(p**0.5) + 1)):
-            raise ValueError(f"mul_nonzero needs a prime modulus of at least 3, or products are 0; got {p}")
-        table = table[1:, 1:] - 1
-    n = len(table)
-    # The tokens of each operand.
-    written = _permutations(5) if config.operand_tokens == "images" else np.arange(n).reshape(n, 1)
+    results = np.asarray(table)
+    n = len(results)
+    if results.shape != (n, n) or n == 0 or not np.issubdtype(results.dtype, np.integer):
+        raise ValueError(
+            f"task {name!r}: the table of results must be integers of shape (n, n); got {results.dtype}, "
+            f"{results.shape}"
+        )
+    if written is None:
+        written = np.arange(n).reshape(n, 1)
     tokens = int(written.max()) + 1
     offset = tokens if config.separate_tokens else 0
     first, second = np.divmod(np.arange(n * n), n)
     return Task(
         name=name,
         inputs=torch.from_numpy(np.concatenate([written[first], written[second] + offset], axis=1)),
-        labels=torch.from_numpy(table.reshape(-1).astype(np.int64)),
+        labels=torch.from_numpy(results.reshape(-1).astype(np.int64)),
         operands=n,
         tokens=tokens,
         offset=offset,
         vocabulary=tokens + offset,
-        classes=n,
+        classes=int(results.max()) + 1,
+        exponents=exponents,
     )
+
+
+_OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "mul_nonzero": np.multiply}
+
+
+def modular(config: TrainConfig) -> Task:
+    """Tabulate an operation on residues.
+
+    "mul" runs over all residues, 0 included; "mul_nonzero" over 1 .. p-1, where it is addition modulo p - 1
+    under another name (labels and tokens count from 0 for residue 1). Results are residues under addition (cyclic), or
+    under multiplication, where the non-zero ones of a prime modulus are cyclic.
+
+    Raises
+    ------
+    ValueError
+        If "mul_nonzero" has a modulus that is not prime.
+    """
+    p, task = config.modulus, config.task
+    table = _OPERATIONS[task].outer(np.arange(p), np.arange(p)) % p
+    first = 0
+    if task == "mul_nonzero":
+        if p < 3 or any(p % q == 0 for q in range(2, int(p**0.5) + 1)):
+            raise ValueError(f"mul_nonzero needs a prime modulus of at least 3, or products are 0; got {p}")
+        first = 1
+        table = table[1:, 1:] - 1
+
+    def exponents() -> NDArray[np.int64]:
+        return np.arange(p) if task in ("add", "sub") else discrete_logarithm(p)[first:]
+
+    return task_of_table(f"{task} mod {p}", table, config, exponents=exponents)
+
+
+def s5(config: TrainConfig) -> Task:
+    """Tabulate the composition of permutations of five points.
+
+    ``(a b)(i) = a(b(i))``, numbered in lexicographic order; as "images" the inputs are a(1), ..., a(5), b(1), ...,
+    b(5), counted from 0.
+    """
+    images = _permutations(5) if config.operand_tokens == "images" else None
+    return task_of_table("S5", _composition(5), config, written=images)
+
+
+def discrete_logarithm(p: int) -> NDArray[np.int64]:
+    """Exponent of each residue to the least primitive root g of the prime p, shape (p,); -1 for 0.
+
+    Raises
+    ------
+    ValueError
+        If `p` is not an odd prime.
+
+    Examples
+    --------
+    >>> discrete_logarithm(7).tolist()  # powers of 3: 1 3 2 6 4 5
+    [-1, 0, 2, 1, 4, 5, 3]
+    """
+    for g in range(2, p):
+        powers = [1]
+        while (power := powers[-1] * g % p) not in (0, 1) and len(powers) < p:
+            powers.append(power)
+        if len(set(powers)) == p - 1:
+            exponent = np.full(p, -1)
+            exponent[powers] = np.arange(p - 1)
+            return exponent
+    raise ValueError(f"characters of products need an odd prime modulus; got {p}")
 
 
 def split(task: Task, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

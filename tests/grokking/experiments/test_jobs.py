@@ -11,10 +11,9 @@ from fastent.grokking.experiments.jobs import FEW_PAIRS, FEWER, JOBS, MLPS, cont
 from fastent.grokking.train.conditions import make_condition, sources
 from fastent.grokking.train.config import TrainConfig, preset
 from fastent.grokking.train.loop import train
-from fastent.grokking.train.measures import discrete_logarithm
 from fastent.grokking.train.models import plain_model
 from fastent.grokking.train.storage import read_rows
-from fastent.grokking.train.tasks import make_task
+from fastent.grokking.train.tasks import discrete_logarithm, make_task
 
 P = 97
 

@@ -10,11 +10,10 @@ from fastent.grokking.train.measures import (
     PARTITIONS,
     character,
     cycle_type,
-    discrete_logarithm,
     isotypic_projection,
     task_harmonics,
 )
-from fastent.grokking.train.tasks import make_task
+from fastent.grokking.train.tasks import discrete_logarithm, make_task
 
 CLASSES = [(1, 1, 1, 1, 1), (2, 1, 1, 1), (2, 2, 1), (3, 1, 1), (3, 2), (4, 1), (5,)]
 # Fulton and Harris, "Representation Theory", section 3.1, columns as in CLASSES.

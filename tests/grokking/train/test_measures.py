@@ -178,6 +178,7 @@ class PlantedStack:
         self.config = config
         self.task = make_task(config)
         self.seeds = (0,)
+        self.head_reads_representation = True
         p = config.modulus
         angles = 2 * math.pi / p * torch.arange(p).unsqueeze(1) * torch.tensor(frequencies)
         self.waves = torch.cat([angles.cos(), angles.sin()], 1)
