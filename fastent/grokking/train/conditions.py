@@ -53,7 +53,7 @@ from torch import Tensor
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.models import Condition, head_gradients, initial_parameters, logit_scale
 from fastent.grokking.train.registry import BUILT_IN, check_known, find, names, origin
-from fastent.grokking.train.runs import OWN, Job, read_settings
+from fastent.grokking.train.runs import OWN, Job, check_rows, read_settings
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.stacked import Parameters, tensor_norms
 from fastent.grokking.train.storage import RunError, RunWarning, read_rows
@@ -514,6 +514,7 @@ def _log(source: Job, seed: int, out: Path, column: str, *, until_memorised: boo
     if recorded | {"measures": []} != source.settings() | {"measures": []}:  # they do not change the training
         raise RunError(f"{path}, whose {what} is to be followed, was trained with other settings: {remedy}")
     rows, _ = read_rows(path / "metrics.jsonl", 0)
+    check_rows(path / "metrics.jsonl", rows)
     if until_memorised:
         reached = [k for k, row in enumerate(rows) if (row["train_accuracy"] or 0) >= source.config.memorised]
         if not reached:

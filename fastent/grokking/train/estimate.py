@@ -11,11 +11,12 @@ of caches and memory, waits for runs that are followed, and what following them 
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,12 +28,11 @@ import torch
 from fastent.entropy import spectral_entropy
 from fastent.grokking.train.checkpoint import checkpoint_steps
 from fastent.grokking.train.conditions import followed, make_condition
-from fastent.grokking.train.config import completed
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.measures import Measures
-from fastent.grokking.train.runs import Job
+from fastent.grokking.train.runs import Job, check_rows, read_done, read_record
 from fastent.grokking.train.stack import Stack
-from fastent.grokking.train.storage import read_rows
+from fastent.grokking.train.storage import RunError, read_object, read_rows
 
 TRIAL_SECONDS = 4.0
 """Of all trials together; each takes `LEAST_SECONDS` though."""
@@ -225,11 +225,12 @@ class _Recorded:
     """What runs in a folder took that were trained on this machine."""
 
     def __init__(self, out: Path, environment: dict[str, Any]) -> None:
-        self._runs: list[tuple[Path, dict[str, Any]]] = []
-        for path in sorted(out.glob("*/config.json")):
-            record = _json(path)
-            if isinstance(config := record.get("config"), dict) and "task" in config:
-                self._runs.append((path.parent, {**record, "config": completed(config)}))
+        self._runs: list[tuple[Path, dict[str, Any], dict[str, Any] | None]] = []
+        for path in sorted(each.parent for each in out.glob("*/config.json")):
+            # A run that cannot be read tells nothing of time.
+            with contextlib.suppress(OSError, RunError):
+                if (record := read_record(path)) is not None and "task" in record["config"]:
+                    self._runs.append((path, record, read_done(path)))
         self._environment = environment
 
     def end(self, job: Job) -> int | None:
@@ -237,36 +238,35 @@ class _Recorded:
         asked = {**job.settings(), "measures": None}
         ends = [
             done["steps"]
-            for path, record in self._runs
-            if {**record["config"], "measures": None} == asked and record.get("condition") == job.condition
-            if "steps" in (done := _json(path / "DONE"))
+            for _, record, done in self._runs
+            if {**record["config"], "measures": None} == asked and record["condition"] == job.condition
+            if done is not None
         ]
         return round(fmean(ends)) if ends else None
 
     def speed(self, job: Job) -> Speed | None:
         """Speed of steps of its size on this machine; None if none were made here."""
         kind, found = _kind(job.settings(), job.condition), list[float]()
-        for path, record in self._runs:
-            if _kind(record["config"], str(record.get("condition"))) == kind:
-                recorded = _json(path / "environment.json")
-                if all(recorded.get(key) == self._environment[key] for key in ("cpu", "threads", "device")):
-                    found += _stretches(read_rows(path / "timing.jsonl", 0)[0])
+        for path, record, _ in self._runs:
+            if _kind(record["config"], record["condition"]) == kind:
+                with contextlib.suppress(OSError, RunError):
+                    recorded = read_object(path / "environment.json", "") or {}
+                    if all(
+                        recorded.get(key) == self._environment[key] for key in ("cpu", "threads", "device")
+                    ):
+                        found += _stretches(read_rows(path / "timing.jsonl", 0)[0])
         return Speed.of(found, recorded=True) if found else None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}  # a run that cannot be read tells nothing of time
-    return value if isinstance(value, dict) else {}
-
-
-def _stretches(rows: Sequence[dict[str, Any]]) -> Iterator[float]:
+def _stretches(rows: Sequence[dict[str, Any]]) -> list[float]:
     """Seconds of a step and seed between one evaluation and the next of the same execution."""
-    for before, row in pairwise(rows):
-        if before["event"] == row["event"] == "evaluation" and row["step"] > before["step"]:
-            yield (row["seconds"] - before["seconds"]) / ((row["step"] - before["step"]) * row["seeds"])
+    check_rows(Path("timing.jsonl"), rows)
+    return [
+        (row["seconds"] - before["seconds"]) / ((row["step"] - before["step"]) * row["seeds"])
+        for before, row in pairwise(rows)
+        if before.get("event") == row.get("event") == "evaluation" and row["step"] > before["step"]
+        if row.get("seeds") and None not in (row.get("seconds"), before.get("seconds"))
+    ]
 
 
 BLOCK = 5

@@ -12,7 +12,7 @@
         checkpoint-<step>.safetensors, .json
         DONE                why and when the run ended, as JSON; it is complete
         FAILED              why a sweep gave the run up, as JSON; removed when it goes on
-        lock                pid and host, while a process holds the run
+        lock                pid, host, boot and start, while a process holds the run
 
 Seeds that started together are resumed together, because a batched matrix product may round differently with the
 number of matrices. What a run has is its own all the same: a seed that lost its folder or its checkpoints is trained
@@ -26,16 +26,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-import os
-import socket
+import reprlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from fastent.grokking.train.checkpoint import (
     Checkpoint,
@@ -51,12 +51,15 @@ from fastent.grokking.train.environment import changes_of_bits
 from fastent.grokking.train.storage import (
     CheckpointError,
     JsonLines,
+    Process,
     RowsLost,
     RunError,
     RunLock,
     RunWarning,
     dump_json,
-    may_live,
+    parse_object,
+    read_object,
+    read_regular,
     read_rows,
     remove_temporaries,
     write_atomically,
@@ -154,7 +157,7 @@ def _begun(job: Job, path: Path) -> str:
     """Whether a folder holds a run of the "same" settings as `job` or of "others"; "" where it holds none."""
     try:
         recorded = read_settings(path) if what_counts(path) else None
-    except (OSError, ValueError, KeyError, TypeError, RunError):
+    except (OSError, RunError):
         return "others"  # what it is cannot be read, and is said where it is asked for
     if recorded is None:
         return ""
@@ -180,7 +183,7 @@ def plan_stacks(job: Job, out: Path, workers: int = 1) -> list[Job]:
 
     def recorded(seed: int) -> tuple[int, ...] | None:
         path = out / job.run_name(seed)
-        record = _read_config(path)
+        record = read_record(path)
         return None if record is None or not what_counts(path) else tuple(record["stack"])
 
     stacks: list[tuple[int, ...]] = []
@@ -257,14 +260,15 @@ class Run:
     def _open(self) -> None:
         remove_temporaries(self.path)
         self._check_config()
-        done = self.path / "DONE"
-        if done.exists():
-            self.done = _read_done(done)
-        else:
+        self.done = read_done(self.path)
+        if self.done is None:
             (self.path / "FAILED").unlink(missing_ok=True)
         self._check_environment()
-        self.metrics = JsonLines(self.path / "metrics.jsonl")
-        self.timing = JsonLines(self.path / "timing.jsonl")
+        self.metrics, self.timing = (
+            JsonLines(self.path / f"{name}.jsonl", self._lock.check) for name in ("metrics", "timing")
+        )
+        for log in (self.metrics, self.timing):
+            check_rows(log.path, log.rows)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -283,7 +287,7 @@ class Run:
             "config": self.job.settings(),
         }
         path = self.path / "config.json"
-        recorded, kept = _read_config(self.path), what_counts(self.path)
+        recorded, kept = read_record(self.path), what_counts(self.path)
         if recorded is None and kept and not self._force:
             raise RunError(
                 f"{path} is missing beside {kept}: put it back (another seed's, with this one's number in it), or move "
@@ -315,7 +319,9 @@ class Run:
         if not path.exists() or not what_counts(self.path):
             write_atomically(path, dump_json(self._environment))
         elif self.done is None and (
-            changes := changes_of_bits(json.loads(path.read_bytes()), self._environment)
+            changes := changes_of_bits(
+                read_object(path, "put it back from a copy, or remove it") or {}, self._environment
+            )
         ):
             warnings.warn(
                 f"{self.path}: it began with {'; '.join(changes)}: the last bits of its numbers may differ from "
@@ -394,6 +400,7 @@ class Run:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write `checkpoint`, the rows before it first."""
+        self._lock.check()
         self.metrics.sync()
         write_checkpoint(self.path, checkpoint)
 
@@ -407,6 +414,7 @@ class Run:
 
     def finish(self, steps: int, reason: str, quantities: dict[str, Any]) -> None:
         """Mark the run complete after `steps` steps."""
+        self._lock.check()
         done = {"schema_version": SCHEMA_VERSION, "steps": steps, "reason": reason, **quantities}
         write_atomically(self.path / "DONE", dump_json(done))
         self.done = done
@@ -421,12 +429,12 @@ def announced(jobs: Sequence[Job], out: Path) -> Iterator[str]:
     str
         Its name; "" if it could not be written.
     """
-    host, pid = socket.gethostname(), os.getpid()
-    path = out / f"sweep-{host}-{pid}.json"
+    process = Process.here()
+    path = out / f"sweep-{process.host}-{process.pid}.json"
     limits = {job.run_name(seed): job.config.max_steps for job in jobs for seed in job.seeds}
     with contextlib.suppress(OSError):  # a folder that takes no file is refused where a run needs it
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, dump_json({"pid": pid, "host": host, "limits": limits}))
+        write_atomically(path, dump_json({**process.as_json(), "limits": limits}))
     try:
         yield path.name if path.exists() else ""
     finally:
@@ -439,11 +447,12 @@ def awaited(out: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     for path in out.glob("sweep-*.json"):
         try:
-            sweep = json.loads(path.read_bytes())
-            if may_live(int(sweep["pid"]), str(sweep["host"])):
-                found |= {str(name): int(limit) for name, limit in sweep["limits"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            data = read_regular(path)
+            process, limits = Process.named(data), parse_object(data).get("limits")
+        except (OSError, RunError, ValueError):
             continue  # it went away meanwhile, or is no such file
+        if process is not None and process.may_live() and isinstance(limits, dict):
+            found |= {name: limit for name, limit in limits.items() if _whole(limit)}
     return found
 
 
@@ -461,16 +470,25 @@ def mark_failed(
             write_atomically(path / "FAILED", dump_json(said))
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
+REMEDY = "put it back from a copy, or move the folder away"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Read the config.json of the run folder `path`, the settings that are younger than it included; None without.
+
+    Raises
+    ------
+    RunError
+        If it holds no run's configuration.
+    """
     path = path / "config.json"
-    try:
-        recorded = json.loads(path.read_bytes())
-        if not (isinstance(recorded["config"], dict) and isinstance(recorded["stack"], list)):
-            raise TypeError("config or stack")
-    except FileNotFoundError:
+    recorded = read_object(path, REMEDY)
+    if recorded is None:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is not a run's configuration ({error!r}): give another --out") from error
+    check_record(path, recorded)
+    for name in ("schema_version", "stack"):
+        if name not in recorded:
+            raise RunError(f"{path} is not a run's configuration, for it has no {name}: {REMEDY}")
     return {**recorded, "config": completed(recorded["config"])}
 
 
@@ -479,22 +497,138 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises
     ------
-    OSError, ValueError, KeyError, TypeError
-        If its config.json is missing or holds none.
+    OSError
+        If its config.json cannot be read.
+    RunError
+        If it is missing or holds none.
     """
-    return completed(json.loads((path / "config.json").read_bytes())["config"])
+    recorded = read_record(path)
+    if recorded is None:
+        raise RunError(f"{path / 'config.json'} is missing: {REMEDY}")
+    settings: dict[str, Any] = recorded["config"]
+    return settings
 
 
-def _read_done(path: Path) -> dict[str, Any]:
-    try:
-        done = json.loads(path.read_bytes())
-        int(done["steps"]), str(done["reason"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} does not say when and why the run ended ({error!r}): put it back from a copy, or remove it, and "
-            "the run goes on from its last checkpoint"
-        ) from error
-    return dict(done)
+def read_done(path: Path) -> dict[str, Any] | None:
+    """Read the DONE of the run folder `path`; None while it has none.
+
+    Raises
+    ------
+    RunError
+        If it does not say when and why the run ended.
+    """
+    path = path / "DONE"
+    remedy = "put it back from a copy, or remove it, and the run goes on from its last checkpoint"
+    done = read_object(path, remedy)
+    if done is not None:
+        times = {name: (int, None) for name in ("t_mem", "t_grok", "t_grok_sustained") if name in done}
+        _check_fields(path, done, {"steps": int, "reason": str, **times}, remedy)
+    return done
+
+
+def check_record(path: Path, record: dict[str, Any]) -> None:
+    """See that `record`, of a file `path`, is a run's configuration; fields it may lack or add are left to the reader.
+
+    Raises
+    ------
+    RunError
+        If a field has a value of another kind than its own: which, and what it holds.
+    """
+    kinds = {"experiment": str, "condition": str, "seed": int, "config": dict}
+    more = {"schema_version": int, "stack": list, "forced": list}
+    _check_fields(path, record, kinds | {name: kind for name, kind in more.items() if name in record})
+    for seed in record.get("stack", []):
+        if not _whole(seed):
+            raise RunError(
+                f"{path}: stack must hold whole numbers, for they name folders; got {_short(seed)}: {REMEDY}"
+            )
+    config = record["config"]
+    known = {name: kind for name, kind in _setting_kinds().items() if name in config}
+    _check_fields(path, config, known, of="config.")
+
+
+@functools.cache
+def _setting_kinds() -> dict[str, Any]:
+    """Kinds of the settings as JSON gives them back."""
+    kinds = {}
+    for name, hint in get_type_hints(TrainConfig).items():
+        origin = get_origin(hint)
+        kinds[name] = hint if origin is None else origin if origin is tuple else type(get_args(hint)[0])
+    return kinds
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    tuple: "a list of numbers or texts",
+    None: "null",
+}
+
+
+def _check_fields(
+    path: Path, values: dict[str, Any], kinds: dict[str, Any], remedy: str = REMEDY, of: str = ""
+) -> None:
+    for name, kind in kinds.items():
+        if name not in values:
+            raise RunError(f"{path} is not what its name says, for it has no {of}{name}: {remedy}")
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        if not any(_is(values[name], each) for each in allowed):
+            words = " or ".join(_KINDS[each] for each in allowed)
+            raise RunError(f"{path}: {of}{name} must be {words}; got {_short(values[name])}: {remedy}")
+
+
+def _is(value: Any, kind: type | None) -> bool:
+    if kind is int:
+        return _whole(value)
+    if kind is float:
+        return _number(value)
+    if kind is tuple:
+        return isinstance(value, list) and all(isinstance(each, str) or _number(each) for each in value)
+    return value is None if kind is None else isinstance(value, kind)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64
+
+
+def _number(value: Any) -> bool:
+    # A whole number may be too large for a float.
+    return type(value) in (int, float) and -1e308 < value < 1e308
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
+
+
+def check_rows(path: Path, rows: Sequence[dict[str, Any]], first: int = 1) -> None:
+    """See that the rows of a log, from its line `first` on, hold a step, and numbers or null save `WORDS` and statuses.
+
+    Raises
+    ------
+    RunError
+        At the first field that is something else: the line, the field, and what it holds.
+    """
+    for line, row in enumerate(rows, first):
+        if not _whole(row.get("step")):
+            _refuse_row(path, line, "step", "a whole number", row.get("step"))
+        for name, value in row.items():
+            if isinstance(value, str):
+                if not (name in WORDS or name.endswith("_status")):
+                    _refuse_row(path, line, name, "a number or null", value)
+            elif value is not None and not _number(value):
+                _refuse_row(path, line, name, "a number or null", value)
+
+
+WORDS = ("event", "key_blocks")
+"""Columns of a log that hold text, beside the statuses."""
+
+
+def _refuse_row(path: Path, line: int, name: str, rule: str, value: Any) -> None:
+    raise RunError(f"{path}: line {line}: {name} must be {rule}; got {_short(value)}: {REMEDY}")
 
 
 def what_counts(path: Path) -> str:

@@ -6,8 +6,12 @@ that a crash cut short has no newline (or does not parse), and is dropped with a
 opened again. Errors are `OSError` with the file's name in it, so that a message can say what was full or read-only.
 
 One process has a folder: by `flock` on the file ``lock``, so that it ends with its process however that dies; the
-file names the holder (pid, host) for the message that another process gets. Where the file system has no `flock`,
-the pid in the file decides: a holder on this host that is dead no longer counts, one on another host does. POSIX only.
+file names the holder (`Process`) for the message that another process gets. Where the file system has no `flock`,
+what the file names decides: a holder on this host that is dead no longer counts, nor does another process under its
+number; one on another host does. A holder whose lock was removed or taken writes no more. POSIX only.
+
+A folder may come from anybody. Nothing is written through a link, and nothing is read that is no regular file, for a
+pipe would never end; what a JSON file holds is checked field by field before it is used.
 """
 
 from __future__ import annotations
@@ -16,10 +20,13 @@ import contextlib
 import errno
 import json
 import os
+import reprlib
 import signal
 import socket
+import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -95,11 +102,18 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises
     ------
     OSError
-        If the disk is full or the folder cannot be written; the temporary file is gone then.
+        If the disk is full or the folder cannot be written; the temporary file is gone then. If a folder lies where
+        the temporary file belongs; it is left alone.
     """
     temporary = path.with_name(path.name + TEMPORARY)
+    if temporary.is_dir() and not temporary.is_symlink():
+        raise OSError(
+            errno.EISDIR, "a folder lies where a temporary file belongs, move it away", str(temporary)
+        )
     try:
-        with open(temporary, "wb", buffering=0) as file:
+        # What a killed process left, or a link that would be written through, is no file of this write.
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb", buffering=0) as file:
             _write_all(file.fileno(), data)
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -120,14 +134,113 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what writes of a killed process left behind; only the holder of the folder's lock may."""
+    """Remove what writes of a killed process left behind; only the holder of the folder's lock may. No folders."""
     for path in folder.glob("*" + TEMPORARY):
-        path.unlink(missing_ok=True)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def dump_json(value: Any) -> bytes:
     """`value` as readable JSON: sorted keys, a newline at the end, never NaN or Infinity."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+DEEPEST = 32
+"""Levels of lists and objects that a JSON file of ours may have: more could not be written out again."""
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Parse one JSON object.
+
+    Raises
+    ------
+    ValueError
+        If `data` is something else, is nested deeper than `DEEPEST`, or holds NaN or Infinity, which JSON has not.
+    """
+    try:
+        value = json.loads(data, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {reprlib.repr(value)}, no object")
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        level = [inner for each in level for inner in _inside(each)]
+    if level:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+    return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _inside(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any] | None:
+    """Read the JSON object in the file `path`; None if there is no such file.
+
+    Raises
+    ------
+    RunError
+        If it holds something else; the message has `remedy`, what to do then.
+    """
+    try:
+        return parse_object(read_regular(path))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunError(f"{path} is not a JSON object ({error}): {remedy}") from error
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a regular file.
+
+    Raises
+    ------
+    RunError
+        If it is none: a folder, or a pipe or device, whose reading might never end.
+    """
+    with open(path, "rb", opener=_regular) as file:
+        return file.read()
+
+
+def _regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RunError(f"{path} is no regular file: move it away")
+    return descriptor
+
+
+def _open_own(path: Path, flags: int) -> int:
+    """Open a file for writing, made if it is not there; raises RunError where what is written would land elsewhere."""
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        what = "a link" if error.errno == errno.ELOOP else "a pipe"
+        raise RunError(f"{path} is {what}, and is not written through: {_OWN}") from error
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+        return descriptor
+    os.close(descriptor)
+    what = f"one file under {found.st_nlink} names" if stat.S_ISREG(found.st_mode) else "no regular file"
+    raise RunError(f"{path} is {what}, and is not written to: {_OWN}")
+
+
+_OWN = "put a copy of what it holds in its place, or move it away"
+
+
+def printable(text: str) -> str:
+    """`text` without what would move the cursor of a terminal or cannot be encoded, written as escapes."""
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -143,6 +256,8 @@ class JsonLines:
     ----------
     path : Path
         Opened for appending when the first row comes; its whole rows are read into `rows` at once.
+    check : function, optional
+        Called before each change of the file, as `RunLock.check`.
 
     Attributes
     ----------
@@ -155,12 +270,13 @@ class JsonLines:
         If the end of the file is torn; those bytes are removed by the next `append` or `keep`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Callable[[], None] | None = None) -> None:
         self.path = path
+        self._check = check
         self.rows: list[dict[str, Any]] = []
         self._ends: list[int] = []
         self._descriptor: int | None = None
-        data = path.read_bytes() if path.exists() else b""
+        data = read_regular(path) if path.exists() else b""
         end = 0
         for row, end in _whole_rows(data):
             self.rows.append(row)
@@ -180,19 +296,20 @@ class JsonLines:
         ------
         OSError
             If the line cannot be written.
+        RunError
+            If the file is a link, or somebody else wrote to it or took its place.
         ValueError
             If `row` holds NaN or an infinity.
         """
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         end = self._ends[-1] if self._ends else 0
         self.keep(len(self.rows))
+        descriptor = self._own()
         try:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            _write_all(self._descriptor, line)
+            _write_all(descriptor, line)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.truncate(self.path, end)
+                os.truncate(descriptor, end)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.rows.append(row)
         self._length = end + len(line)
@@ -203,8 +320,21 @@ class JsonLines:
         del self.rows[count:], self._ends[count:]
         end = self._ends[-1] if self._ends else 0
         if end < self._length:
-            os.truncate(self.path, end)
+            os.truncate(self._own(), end)
             self._length = end
+
+    def _own(self) -> int:
+        """Return the open file, as nobody else has changed it since it was read."""
+        if self._check is not None:
+            self._check()
+        if self._descriptor is None:
+            self._descriptor = _open_own(self.path, os.O_WRONLY | os.O_APPEND)
+        if os.fstat(self._descriptor).st_size != self._length or not _same_file(self._descriptor, self.path):
+            raise RunError(
+                f"{self.path} was changed by another process since this one read it: stopped before writing more; the "
+                "same command goes on from the last checkpoint"
+            )
+        return self._descriptor
 
     def sync(self) -> None:
         """Make the rows last through a power cut."""
@@ -226,7 +356,7 @@ def _whole_rows(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
             return
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if not isinstance(row, dict):
             return
@@ -245,7 +375,7 @@ def read_rows(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
         Where to go on next time.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_regular) as file:
             file.seek(offset)
             data = file.read()
     except FileNotFoundError:
@@ -257,6 +387,83 @@ def read_rows(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
 LOCK_NAME = "lock"
 
 
+@dataclass(frozen=True)
+class Process:
+    """A process as a lock names it, told from a later one that has its number.
+
+    Attributes
+    ----------
+    pid : int
+    host : str
+    boot : str or None
+        Of the host's running system, where it tells that.
+    started : int or None
+        When it was started, in ticks since then.
+    """
+
+    pid: int
+    host: str
+    boot: str | None = None
+    started: int | None = None
+
+    @classmethod
+    def here(cls) -> Self:
+        """Name this process."""
+        return cls(os.getpid(), socket.gethostname(), _boot(), _started(os.getpid()))
+
+    @classmethod
+    def named(cls, data: bytes) -> Self | None:
+        """Read what a file names; None if it names none."""
+        try:
+            value = parse_object(data)
+        except ValueError:
+            return None
+        pid, host, boot, started = (value.get(name) for name in ("pid", "host", "boot", "started"))
+        if not (type(pid) is int and 0 < pid < 1 << 31 and isinstance(host, str)):
+            return None
+        known = boot if isinstance(boot, str) else None
+        return cls(pid, host, known, started if type(started) is int else None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `named` reads, what is not known left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def may_live(self) -> bool:
+        """Whether it may be alive and is not this process; on another host it may always."""
+        if self.host != socket.gethostname():
+            return True
+        if None not in (self.boot, _boot()) and self.boot != _boot():
+            return False
+        if self.pid == os.getpid():
+            return False  # our own earlier life under the same number, after a reboot or in a container
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        now = _started(self.pid)
+        return None in (self.started, now) or self.started == now
+
+
+PROC = Path("/proc")
+
+
+def _boot() -> str | None:
+    try:
+        return (PROC / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> int | None:
+    try:
+        # The name of the program stands in brackets and may hold anything.
+        return int((PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 # Not `filelock` (read at 4.3.1): its refusal names no holder, and of file systems without flock it knows ENOSYS alone.
 class RunLock:
     """The right to write into `folder`, held from `acquire` (or ``with``) to `release`."""
@@ -264,6 +471,7 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
         self._descriptor: int | None = None
+        self._named = b""
 
     def acquire(self) -> None:
         """Take the lock; one left by a dead process is taken over.
@@ -272,16 +480,20 @@ class RunLock:
         ------
         RunLocked
             If another process holds it; the message has its pid and host.
+        RunError
+            If the lock is a link, or no regular file.
         OSError
             If the folder cannot be written.
         """
         while self._descriptor is None:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = _open_own(self.path, os.O_RDWR)
             try:
                 self._lock(descriptor)
                 # The last holder may have removed the file between our open and our lock.
                 if _same_file(descriptor, self.path):
-                    _write_holder(descriptor)
+                    self._named = json.dumps(Process.here().as_json()).encode()
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, self._named, 0)
                     self._descriptor = descriptor
             finally:
                 if self._descriptor is None:
@@ -293,35 +505,53 @@ class RunLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunLocked(self._refusal(_read_holder(descriptor))) from error
+            raise RunLocked(self._refusal(Process.named(_content(descriptor)))) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            holder = _read_holder(descriptor)
-            if holder is not None and may_live(*holder):
+            holder = Process.named(_content(descriptor))
+            if holder is not None and (holder.may_live() or holder == Process.here()):
                 raise RunLocked(self._refusal(holder)) from error
             warnings.warn(
-                f"{self.path.parent}: this file system has no locks ({error.strerror}); two processes that "
-                "start here at the same instant would not see each other",
+                f"{self.path.parent}: this file system has no locks ({error.strerror}); of two processes that start "
+                "here at the same instant one stops when it first writes",
                 RunWarning,
                 stacklevel=4,
             )
 
-    def _refusal(self, holder: tuple[int, str] | None) -> str:
-        who = "another process" if holder is None else f"process {holder[0]} on host {holder[1]}"
+    def _refusal(self, holder: Process | None) -> str:
+        who = "another process" if holder is None else f"process {holder.pid} on host {holder.host}"
         refusal = f"{self.path.parent} is in use by {who}: wait for it, stop it, or give another --out"
-        if holder is not None and holder[1] != socket.gethostname():
+        if holder is not None and holder.host != socket.gethostname():
             refusal += f"; if that process is gone, which cannot be seen from here, remove {self.path}"
         return refusal
 
+    def check(self) -> None:
+        """See that the lock is still this one's: before each change of a file below it.
+
+        Raises
+        ------
+        RunLocked
+            If its file was removed or taken.
+        """
+        if self._descriptor is None or not self._ours(self._descriptor):
+            raise RunLocked(
+                f"{self.path} was removed or taken while this process had it, so another may write into this folder: "
+                "stopped before writing more; the same command goes on from the last checkpoint"
+            )
+
+    def _ours(self, descriptor: int) -> bool:
+        return _same_file(descriptor, self.path) and _content(descriptor) == self._named
+
     def release(self) -> None:
-        """Give the lock back and remove its file."""
+        """Give the lock back and remove its file, unless that is another's by now."""
         if self._descriptor is None:
             return
         try:
             # Removed while still held, so that nobody can lock the name in between.
             with contextlib.suppress(OSError):
-                self.path.unlink()
+                if self._ours(self._descriptor):
+                    self.path.unlink()
         finally:
             os.close(self._descriptor)
             self._descriptor = None
@@ -336,54 +566,30 @@ class RunLock:
         self.release()
 
 
-def holder(folder: Path) -> tuple[int, str] | None:
-    """Process that has `folder`, pid and host, as its lock names it; None if none does, or it is dead.
+def holder(folder: Path) -> Process | None:
+    """Process that has `folder`, as its lock names it; None if none does, or it is dead.
 
     The lock itself is left alone, so that looking at a folder keeps nobody from taking it. A process on another host
     counts as alive.
+
+    Raises
+    ------
+    RunError
+        If the lock is no regular file.
     """
     try:
-        named = _parsed_holder((folder / LOCK_NAME).read_bytes())
+        named = Process.named(read_regular(folder / LOCK_NAME))
     except FileNotFoundError:
         return None
-    return named if named is not None and may_live(*named) else None
+    return named if named is not None and named.may_live() else None
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
         return False
 
 
-def _write_holder(descriptor: int) -> None:
-    data = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, data, 0)
-
-
-def _read_holder(descriptor: int) -> tuple[int, str] | None:
-    return _parsed_holder(os.pread(descriptor, 4096, 0))
-
-
-def _parsed_holder(data: bytes) -> tuple[int, str] | None:
-    try:
-        holder = json.loads(data)
-        return int(holder["pid"]), str(holder["host"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def may_live(pid: int, host: str) -> bool:
-    """Whether a process may be alive that is not this one; on another host it may always."""
-    if host != socket.gethostname():
-        return True
-    if pid == os.getpid():
-        return False  # our own earlier life under the same number, after a reboot or in a container
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _content(descriptor: int) -> bytes:
+    return os.pread(descriptor, 4096, 0)

@@ -33,8 +33,16 @@ from fastent.grokking.train.executors import End, Executor, Inline, Order, Pool,
 from fastent.grokking.train.loop import Observer, Observers
 from fastent.grokking.train.measures import Measures
 from fastent.grokking.train.registry import BUILT_IN
-from fastent.grokking.train.runs import Job, Row, announced, mark_failed, read_settings, what_counts
-from fastent.grokking.train.storage import Interrupted, StopRequest, read_rows
+from fastent.grokking.train.runs import (
+    Job,
+    Row,
+    announced,
+    check_rows,
+    mark_failed,
+    read_settings,
+    what_counts,
+)
+from fastent.grokking.train.storage import Interrupted, RunError, StopRequest, read_rows
 from fastent.grokking.train.tasks import make_task
 
 LARGEST_SEED = 2**64 - 1
@@ -161,11 +169,13 @@ def _check_folder(jobs: Sequence[Job], out: Path) -> None:
         asked = job.settings() | {"measures": []}
         prefix = job.run_name(0).removesuffix("0")
         for path in sorted(out.glob(f"{glob.escape(prefix)}*")):
-            if path.name in names or not path.name.removeprefix(prefix).isdecimal() or not what_counts(path):
+            if path.name in names or not path.name.removeprefix(prefix).isdecimal():
                 continue
             try:
+                if not what_counts(path):
+                    continue
                 recorded = read_settings(path) | {"measures": []}
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, RunError):
                 continue  # a run that cannot be read is refused where it is asked for
             changes = [
                 f"{key} {recorded[key]!r}, now {value!r}"
@@ -333,7 +343,11 @@ class _Sweep:
             return
         for seed in job.seeds:
             path = self.out / job.run_name(seed) / "metrics.jsonl"
-            rows, self.offsets[job, seed] = read_rows(path, self.offsets[job, seed])
+            try:
+                rows, self.offsets[job, seed] = read_rows(path, self.offsets[job, seed])
+                check_rows(path, rows)
+            except (OSError, RunError):
+                continue  # the attempt refuses it, and says why
             for row in rows:
                 self.row(job, seed, row)
 

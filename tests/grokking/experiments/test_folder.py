@@ -185,7 +185,7 @@ def test_runs_that_a_living_process_announced_are_awaited(tmp_path, writer):
         assert (sweep["pid"], sweep["limits"]) == (os.getpid(), {job.run_name(seed): 8000 for seed in (0, 1)})
         # This process does not count as another one that lives.
         assert awaited(tmp_path) == {}
-        path.write_text(json.dumps({**sweep, "pid": os.getppid()}))
+        path.write_text(json.dumps({**sweep, "pid": os.getppid(), "started": None}))
         states = look(tmp_path)
         assert [(state.state, state.step, state.limit) for state in states.values()] == [
             (State.WAITING, 1000, 8000),

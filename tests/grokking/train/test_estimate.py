@@ -22,7 +22,8 @@ def plant(out, seed, *, job=JOB, seconds=0.125, end=None, checkpoint=0, threads=
     """Leave a run behind whose steps took so many seconds each, two seeds a stack."""
     folder = out / job.run_name(seed)
     folder.mkdir(parents=True)
-    record = {"experiment": job.experiment, "condition": job.condition, "seed": seed, "stack": [seed]}
+    record = {"schema_version": 1, "experiment": job.experiment, "condition": job.condition}
+    record |= {"seed": seed, "stack": [seed]}
     record["config"] = job.settings()
     (folder / "config.json").write_text(json.dumps(record))
     environment = {**describe_environment(), "threads": threads or torch.get_num_threads()}

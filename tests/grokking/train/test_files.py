@@ -3,14 +3,19 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from fastent.grokking.train import storage
 from fastent.grokking.train.storage import (
     JsonLines,
+    RunError,
     RunWarning,
     dump_json,
+    read_object,
+    read_regular,
+    read_rows,
     remove_temporaries,
     write_atomically,
 )
@@ -49,8 +54,104 @@ def test_the_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
 def test_temporaries_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     for name in ("a.tmp", "checkpoint-5.safetensors.tmp", "metrics.jsonl"):
         (tmp_path / name).write_bytes(b"")
+    (tmp_path / "mine.tmp").mkdir()
+    (tmp_path / "DONE.tmp").symlink_to(tmp_path / "mine.tmp")
     remove_temporaries(tmp_path)
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "mine.tmp"]
+
+
+def test_a_write_goes_through_no_link_and_names_a_folder_in_the_place_of_its_temporary_file(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    for name in ("DONE", "DONE.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    write_atomically(tmp_path / "DONE", b"{}")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not (tmp_path / "DONE").is_symlink()
+    (tmp_path / "DONE.tmp").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"a folder lies where a temporary file belongs.*DONE\.tmp"):
+        write_atomically(tmp_path / "DONE", b"[]")
+    assert (tmp_path / "DONE").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_log_that_is_a_link_is_read_and_not_written_through(tmp_path, link):
+    (tmp_path / "victim").write_text('{"step": 0}\n{"st')
+    link(tmp_path / "metrics.jsonl", tmp_path / "victim")
+    with pytest.warns(RunWarning, match="torn"):
+        log = JsonLines(tmp_path / "metrics.jsonl")
+    for change in (lambda: log.append({"step": 1}), lambda: log.keep(0)):
+        with pytest.raises(
+            RunError, match=r"metrics\.jsonl is (a link|one file under 2 names), and is not written"
+        ):
+            change()
+    assert (tmp_path / "victim").read_text() == '{"step": 0}\n{"st'
+
+
+def change_by_another(path):
+    with path.open("a") as file:
+        file.write('{"step": 1}\n')
+
+
+def replace_by_another(path):
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("meddle", [change_by_another, replace_by_another])
+def test_a_log_that_another_process_changed_is_not_written_to(tmp_path, meddle):
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    log.append({"step": 0})
+    meddle(log.path)
+    before = log.path.read_bytes()
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl was changed by another process since this one read it"
+    ):
+        log.append({"step": 1})
+    assert log.path.read_bytes() == before
+    log.close()
+
+
+@pytest.mark.parametrize("read", [read_regular, lambda path: read_rows(path, 0), JsonLines])
+def test_what_is_no_regular_file_is_refused_and_keeps_nobody_waiting(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(RunError, match=f"{path} is no regular file"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"{", "Expecting property name"),
+        (b"", "Expecting value"),
+        (b"\xff{}", "invalid start byte"),
+        (b"[1]", r"it holds \[1\], no object"),
+        (b"null", "it holds None, no object"),
+        (b'{"a": NaN}', "NaN is no number of JSON"),
+        (b'{"a": -Infinity}', "-Infinity is no number of JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
+        (b'{"a":' * 40 + b"1" + b"}" * 40, "nested more than 32 levels deep"),
+        (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than 32 levels deep"),
+    ],
+    ids=lambda value: str(value[:20]),
+)
+def test_json_that_is_no_plain_object_is_refused_with_the_file_the_reason_and_the_remedy(
+    tmp_path, data, said
+):
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    with pytest.raises(RunError, match=rf"config\.json is not a JSON object \(.*{said}.*\): look elsewhere"):
+        read_object(path, "look elsewhere")
+
+
+def test_a_row_nested_without_end_is_a_torn_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n")
+    assert read_rows(tmp_path / "metrics.jsonl", 0)[0] == [{"step": 0}]
+
+
+def test_text_from_elsewhere_moves_no_cursor():
+    assert storage.printable("a\x1b[2Jb\r\u202e\udc80é\n") == "a\\x1b[2Jb\\r\\u202e\\udc80é\n"
 
 
 def test_rows_come_back_as_they_were_appended(tmp_path):

@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from fastent.grokking.train.storage import RunLock, RunLocked, RunWarning
+from fastent.grokking.train import storage
+from fastent.grokking.train.storage import JsonLines, RunError, RunLock, RunLocked, RunWarning
 
 HOLD = """
 import sys, time
@@ -44,10 +46,8 @@ def test_the_lock_of_a_killed_process_is_recovered(tmp_path, holder):
     holder.wait()
     assert (tmp_path / "lock").exists()
     with RunLock(tmp_path):
-        assert json.loads((tmp_path / "lock").read_text()) == {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-        }
+        held = json.loads((tmp_path / "lock").read_text())
+        assert (held["pid"], held["host"]) == (os.getpid(), socket.gethostname())
     assert os.listdir(tmp_path) == []
 
 
@@ -92,6 +92,73 @@ def test_without_flock_a_holder_on_another_host_is_refused(tmp_path, monkeypatch
     (tmp_path / "lock").unlink()
     with pytest.warns(RunWarning, match="no locks"), RunLock(tmp_path):
         pass
+
+
+def test_a_lock_names_the_start_of_its_process_so_a_later_one_under_its_number_holds_nothing(
+    tmp_path, holder, monkeypatch
+):
+    held = json.loads((tmp_path / "lock").read_text())
+    assert held["boot"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert held["started"] == int(Path(f"/proc/{holder.pid}/stat").read_text().rsplit(")")[1].split()[19])
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for change in ({"started": held["started"] - 1}, {"boot": "of before the power cut"}):
+        (tmp_path / "lock").write_text(json.dumps(held | change))
+        assert not storage.Process.named((tmp_path / "lock").read_bytes()).may_live()
+        with pytest.warns(RunWarning, match="no locks"), RunLock(tmp_path):
+            pass
+    # Where nothing tells them apart, the number decides.
+    (tmp_path / "lock").write_text(json.dumps(held | {"started": held["started"] - 1}))
+    monkeypatch.setattr(storage, "PROC", tmp_path)
+    with pytest.raises(RunLocked, match=f"process {holder.pid} "):
+        RunLock(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_holder_whose_lock_was_removed_or_taken_writes_no_more_and_leaves_the_other_its_lock(
+    tmp_path, taken
+):
+    with RunLock(tmp_path) as lock:
+        log = JsonLines(tmp_path / "metrics.jsonl", lock.check)
+        log.append({"step": 0})
+        lock.path.unlink()
+        if taken:
+            lock.path.write_text('{"pid": 1, "host": "b"}')
+        for change in (lambda: log.append({"step": 50}), lambda: log.keep(0)):
+            with pytest.raises(RunLocked, match="lock was removed or taken while this process had it"):
+                change()
+        log.close()
+    assert log.path.read_text() == '{"step": 0}\n'
+    assert lock.path.exists() == taken
+
+
+def test_of_two_that_start_at_once_without_flock_the_one_that_came_first_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    first = RunLock(tmp_path)
+    with pytest.warns(RunWarning, match="of two processes that start here"):
+        first.acquire()
+    first.check()
+    first.path.write_text(
+        '{"pid": 1, "host": "b"}'
+    )  # what the second writes, having looked before the first wrote
+    with pytest.raises(RunLocked, match="removed or taken"):
+        first.check()
+    first.release()
+    assert first.path.exists()
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hard link", "pipe", "folder"])
+def test_a_lock_that_leads_elsewhere_is_refused_and_nothing_is_written_there(tmp_path, kind):
+    victim, path = tmp_path / "victim", tmp_path / "lock"
+    victim.write_text("precious")
+    {
+        "symlink": lambda: path.symlink_to(victim),
+        "hard link": lambda: path.hardlink_to(victim),
+        "pipe": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+    }[kind]()
+    with pytest.raises((RunError, IsADirectoryError), match="lock"):
+        RunLock(tmp_path).acquire()
+    assert victim.read_text() == "precious"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

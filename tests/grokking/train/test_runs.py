@@ -102,7 +102,9 @@ def test_a_complete_run_of_another_configuration_is_refused_and_left_as_it_is_un
 def test_a_configuration_that_is_none_is_refused_by_name(half, toy):
     out = half(27)
     (out / JOB.run_name(2) / "config.json").write_text("{}")
-    with pytest.raises(RunError, match=r"seed2/config\.json is not a run's configuration"):
+    with pytest.raises(
+        RunError, match=r"seed2/config\.json is not what its name says, for it has no experiment: put it back"
+    ):
         toy(out)
 
 
