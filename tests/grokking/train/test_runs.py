@@ -108,6 +108,70 @@ def test_a_configuration_that_is_none_is_refused_by_name(half, toy):
         toy(out)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stack": [0, "0/../../../esc"]}, "stack must hold whole numbers, for they name folders; got '0/../../../esc'"),
+        ({"stack": [0, -1]}, "stack must hold whole numbers, for they name folders; got -1"),
+        ({"stack": {"0": 1}}, "stack must be a list; got {'0': 1}"),
+        ({"schema_version": "1"}, "schema_version must be a whole number; got '1'"),
+        ({"forced": 3}, "forced must be a list; got 3"),
+        ({"seed": True}, "seed must be a whole number; got True"),
+        ({"seed": 10**400}, "seed must be a whole number; got 1000"),
+        ({"config": {"width": "4"}}, r"config\.width must be a whole number; got '4'"),
+        ({"config": {"criterion": 10**400}}, r"config\.criterion must be a number; got 1000"),
+        ({"config": {"betas": [[0.9], 0.98]}}, r"config\.betas must be a list of numbers or texts; got \[\[0\.9\]"),
+        ({"config": {"task": None}}, r"config\.task must be a text; got None"),
+        ({"config": []}, r"config must be an object; got \[\]"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_a_configuration_of_another_shape_is_refused_with_the_field_before_anything_is_written(
+    tmp_path, toy, changes, said
+):
+    run = tmp_path / "out" / JOB.run_name(2)
+    run.mkdir(parents=True)
+    record = {"schema_version": 1, "experiment": "e1", "condition": "baseline", "seed": 2, "stack": [2]}
+    (run / "config.json").write_text(json.dumps({**record, "config": JOB.settings(), **changes}))
+    (run / "metrics.jsonl").write_text('{"step": 0}\n')
+    before = contents(tmp_path)
+    job = dataclasses.replace(JOB, seeds=(2,))
+    for act in (lambda: plan_stacks(job, run.parent), lambda: toy(run.parent, job)):
+        with pytest.raises(
+            RunError, match=rf"seed2/config\.json: {said}.*: put it back from a copy, or move"
+        ):
+            act()
+    assert contents(tmp_path) == before
+    # Nor is another seed's job stopped by it.
+    check_folder([dataclasses.replace(JOB, seeds=(9,))], run.parent)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"step": "5"}', "step must be a whole number; got '5'"),
+        ('{"entropy": 0.5}', "step must be a whole number; got None"),
+        ('{"step": 5, "entropy": "low"}', "entropy must be a number or null; got 'low'"),
+        ('{"step": 5, "entropy": [0.5]}', r"entropy must be a number or null; got \[0\.5\]"),
+        ('{"step": 5, "entropy": NaN}', "entropy must be a number or null; got nan"),
+        ('{"step": 5, "entropy": 1e999}', "entropy must be a number or null; got inf"),
+        ('{"step": 5, "entropy": ' + "1" * 400 + "}", "entropy must be a number or null; got 1111"),
+        ('{"step": 5, "entropy": true}', "entropy must be a number or null; got True"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_row_of_another_shape_is_refused_with_its_line_and_its_field(tmp_path, toy, row, said):
+    job = dataclasses.replace(JOB, seeds=(2,))
+    toy(tmp_path, job)
+    path = tmp_path / JOB.run_name(2) / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], row, *lines[2:]]) + "\n")
+    before = contents(tmp_path)
+    with pytest.raises(RunError, match=rf"seed2/metrics\.jsonl: line 2: {said}.*: put it back from a copy"):
+        toy(tmp_path, job)
+    assert contents(tmp_path) == before
+
+
 class Bomb:
     def __reduce__(self):
         return open, ("executed", "w")
