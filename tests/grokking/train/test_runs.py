@@ -111,7 +111,7 @@ def test_a_configuration_that_is_none_is_refused_by_name(half, toy):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"stack": [0, "0/../../../esc"]}, "stack must hold whole numbers, for they name folders; got '0/../../../esc'"),
+        ({"stack": [0, "0/../../../x"]}, "stack must hold whole numbers, for they name folders; got '0/../../../x'"),
         ({"stack": [0, -1]}, "stack must hold whole numbers, for they name folders; got -1"),
         ({"stack": {"0": 1}}, "stack must be a list; got {'0': 1}"),
         ({"schema_version": "1"}, "schema_version must be a whole number; got '1'"),
