@@ -129,6 +129,7 @@ def run(
     from fastent.grokking.train.storage import StopRequest
     from fastent.grokking.train.sweep import most_workers, run_jobs
 
+    config = TrainConfig(**vars(config))
     with _wrong_usage():
         if workers is None:
             workers = 1 if device.startswith("cuda") else min(torch.get_num_threads(), most_workers())
@@ -178,8 +179,7 @@ def _planned(
 
     if experiment not in (*JOBS, "all"):
         raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, and {out} is a file: give another place")
+    _check_out(out)
     check_jobs((), out, workers=workers, device=device)
     groups: dict[str, list[Job]] = {}
     runs: set[tuple[Job, int]] = set()
@@ -290,6 +290,15 @@ def every_combination(
     return found
 
 
+def _check_out(out: Path) -> None:
+    """Raise ValueError where there can be no folder `out` to write to."""
+    there = next(place for place in (out, *out.parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"--out must be a folder, and {there} is a file: give another place")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"--out is {out}, and you may not write to {there}: give another place")
+
+
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Read "0-2,5" as (0, 1, 2, 5).
 
@@ -348,6 +357,8 @@ def report(
         raise ValueError("give --check or --fill, not both")
     named = check or fill
     if check is None and fill is None:
+        with _wrong_usage():
+            _check_out(out)
         print(write_report(runs, out))
         return 0
     chosen = list(named or documents(Path(), runs))
@@ -530,12 +541,18 @@ def entropy_of_file(
         n = shape[0] * (shape[1] if tokens == "flatten" and len(shape) == 3 else 1)
         # One sample may be more than there is memory for: mapped, its tokens are read as they are needed.
         long = stored.nbytes > CHUNK_BYTES * shape[0]
-        if stored.nbytes <= WHOLE_BYTES or n < shape[-1] or convention == "paper" or long:
-            return spectral_entropy(stored.whole(), tokens=tokens, convention=convention), stored.dtype
-        moments = Moments()
-        for rows in stored.rows(max(1, CHUNK_BYTES * shape[0] // stored.nbytes)):
-            moments.update(rows, tokens=tokens)
-        return moments.spectral_entropy(), stored.dtype
+        try:
+            if stored.nbytes <= WHOLE_BYTES or n < shape[-1] or convention == "paper" or long:
+                return spectral_entropy(stored.whole(), tokens=tokens, convention=convention), stored.dtype
+            moments = Moments()
+            for rows in stored.rows(max(1, CHUNK_BYTES * shape[0] // stored.nbytes)):
+                moments.update(rows, tokens=tokens)
+            return moments.spectral_entropy(), stored.dtype
+        except (ValueError, TypeError) as error:
+            if str(error).startswith(str(path)):
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -547,6 +564,10 @@ def open_array(path: Path) -> Iterator[Stored]:
     OSError, ValueError
         As `entropy_of_file`.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file of activations in it")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; the current folder is {Path.cwd()}")
     try:
         with open(path, "rb") as file:
             start = file.read(8)
@@ -866,7 +887,16 @@ def plan(
     probe_time : float, optional
         Seconds of the probe's forward pass, in place of --model: without either the plan says that it is left out.
     """
-    from fastent.plan import Measured, Monitoring, describe, made_by, make_plan, measure, measure_rates
+    from fastent.plan import (
+        Measured,
+        Monitoring,
+        called_for,
+        describe,
+        made_by,
+        make_plan,
+        measure,
+        measure_rates,
+    )
 
     def asked(found: Measured | None, every: int) -> Monitoring:
         return Monitoring(
@@ -890,14 +920,17 @@ def plan(
             raise ValueError(f"--model says what {', '.join(given)} would: leave one of them out")
         wanted = asked(None, 200)
         monitor = None if model is None else made_by(model)
-    if monitor is not None:
-        wanted = asked(measure(monitor), monitor.every)
+    if model is not None and monitor is not None:
+        with _wrong_usage(), called_for(model):
+            wanted = asked(measure(monitor), monitor.every)
         monitor.close()
     print("\n".join(describe(make_plan(measure_rates(), wanted))))
     return 0
 
 
-def bench(*, quick: bool = False, out: Path = Path("bench/results"), only: tuple[str, ...] = ()) -> int:
+def bench(
+    *, quick: bool = False, out: Path = Path("bench/results"), only: tuple[str, ...] | None = None
+) -> int:
     """Run the benchmarks of a checkout: rows, figures and tables.
 
     For example:
@@ -913,6 +946,10 @@ def bench(*, quick: bool = False, out: Path = Path("bench/results"), only: tuple
     only : names, optional
         These questions alone, such as entropy or monitor.
     """
+    if only == ():
+        raise WrongUsage(
+            "--only names no question: give one or more, such as entropy or monitor, or leave it out"
+        )
     line = [sys.executable, "-m", "bench.suite", "--out", str(out.resolve())]
     line += ["--quick"] if quick else []
     line += ["--only", *only] if only else []
@@ -945,8 +982,10 @@ def check(subject: Literal["maths"], *, runs: Path | None = None) -> int:
     runs : Path, optional
         The --out of `fastent run`, or packed runs: take the spread of H* from these.
     """
-    from fastent.grokking.mathematics.table import print_table
+    from fastent.grokking.mathematics.table import print_table, stored_thresholds
 
+    if runs is not None:
+        stored_thresholds(runs)  # one that is no folder of runs is told of now, not after a minute of work
     return print_table(runs)
 
 
@@ -1021,7 +1060,8 @@ def _dispatch(arguments: list[str]) -> int:
         _complain(str(error))
         return 2
     except (RunError, OSError, ValueError, TypeError) as error:
-        _complain(str(error))
+        of_system = isinstance(error, OSError) and error.filename is not None
+        _complain(f"{error.filename}: {error.strerror}" if of_system else str(error))
         return 1
     return status
 
@@ -1047,11 +1087,20 @@ def _default_settings(arguments: Sequence[str]) -> TrainConfig:
     with _wrong_usage():
         base = preset_called(given["--preset"])
         fraction = own_fraction(base, given["--task"], given["--preset"])
-        return dataclasses.replace(base, train_fraction=fraction)
+        return _Settings(**{**vars(base), "train_fraction": fraction})
 
 
-class WrongUsage(ValueError):
-    """Options that cannot be served; nothing was begun."""
+class WrongUsage(Exception):
+    """Options that cannot be served; nothing was begun. The parser would reword a ValueError, and lets this pass."""
+
+
+@dataclass(frozen=True)
+class _Settings(TrainConfig):
+    """A configuration on its way through the parser."""
+
+    def __post_init__(self) -> None:
+        with _wrong_usage():
+            super().__post_init__()
 
 
 @contextlib.contextmanager

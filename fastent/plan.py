@@ -29,9 +29,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Literal
 
@@ -324,21 +327,21 @@ def made_by(place: str) -> SpectralEntropyMonitor:
     Raises
     ------
     ValueError
-        If there is no such function, or it makes something else, or a monitor that has no fixed probe.
+        If there is no such function, or it raises, makes something else, or a monitor that has no fixed probe.
     """
     name, _, function = place.partition(":")
     if not name or not function:
         raise ValueError(f"model is MODULE:FUNCTION, such as train:make_monitor; got {place!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
-        make = getattr(importlib.import_module(name), function)
-    except AttributeError as error:
-        raise ValueError(f"model={place!r}: {error}") from error
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # one that the module itself needs
-        raise ValueError(f"model={place!r}: {error}; looked for in {os.getcwd()} too") from error
+    with called_for(place):
+        module = importlib.import_module(name)
+    make = getattr(module, function, None)
+    if make is None:
+        own = [each for each, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(
+            f"model={place!r}: {name} has no {function!r}; its functions are {', '.join(own) or 'none'}"
+        )
     if isinstance(make, SpectralEntropyMonitor | nn.Module) or not callable(make):
         raise ValueError(
             f"model={place!r} is a {type(make).__name__} and no function: write one without arguments that makes the "
@@ -348,7 +351,8 @@ def made_by(place: str) -> SpectralEntropyMonitor:
         inspect.signature(make).bind()
     except TypeError as error:
         raise ValueError(f"model={place!r} is called without arguments, and it has: {error}") from error
-    monitor = make()
+    with called_for(place):
+        monitor = make()
     if not isinstance(monitor, SpectralEntropyMonitor):
         raise ValueError(
             f"model={place!r} must return a fastent.SpectralEntropyMonitor, with the model, the probe and the layers "
@@ -361,6 +365,25 @@ def made_by(place: str) -> SpectralEntropyMonitor:
             + ". What it takes of training is in its `cost`, after some steps of the run itself"
         )
     return monitor
+
+
+@contextmanager
+def called_for(place: str) -> Iterator[None]:
+    """Raise what the user's code for ``model=place`` raises as a ValueError that says where it was raised."""
+    try:
+        yield
+    except Exception as error:  # any, since it is theirs
+        name = place.partition(":")[0]
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(f"model={place!r}: {error}; looked for in {os.getcwd()} too") from error
+        if isinstance(error, SyntaxError):
+            raise ValueError(f"model={place!r}: {error}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename).is_relative_to(Path.cwd())] or frames
+        said = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+        raise ValueError(
+            f"model={place!r} raised {said} ({own[-1].filename}, line {own[-1].lineno})"
+        ) from error
 
 
 RESULT_BYTES = 6 * 8  # what a rank sends of each layer

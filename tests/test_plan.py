@@ -289,7 +289,7 @@ def test_the_plan_of_a_monitor_has_the_share_that_it_takes_in_the_loop(clock, mo
             "model='planned:takes_one' is called without arguments, and it has: missing a required argument: 'x'",
         ),
         (["--model", "planned"], "model is MODULE:FUNCTION, such as train:make_monitor; got 'planned'"),
-        (["--model", "planned:other"], "model='planned:other': module 'planned' has no attribute 'other'"),
+        (["--model", "planned:other"], "model='planned:other': planned has no 'other'; its functions are "),
         (["--model", "nowhere:make"], "model='nowhere:make': No module named 'nowhere'; looked for in "),
         (["--model", "planned:make"], "model='planned:make' must return a fastent.SpectralEntropyMonitor"),
         (["--model", "planned:make", "--d", "8"], "--model says what --d would: leave one of them out"),

@@ -159,7 +159,11 @@ class _JsonLines:
 
     @classmethod
     def appended_to(cls, path: Path) -> _JsonLines:
-        path.open("ab").close()  # a folder that is missing is told of now
+        if not path.parent.is_dir():
+            raise FileNotFoundError(
+                f"log_to opens {path.name} in {path.parent}, which is no folder: make it first"
+            )
+        path.open("ab").close()  # one that cannot be written is told of now
         return cls(path)
 
     def __call__(self, record: EntropyRecord) -> None:

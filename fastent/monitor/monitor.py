@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Protocol, SupportsIndex, get_args
+from typing import Any, Literal, NoReturn, Protocol, SupportsFloat, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +81,16 @@ class StopAfterCrossing:
 
     Raises
     ------
-    ValueError
-        If `steps` is negative.
+    TypeError, ValueError
+        If `steps` is no whole number, or negative.
     """
 
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
+        if not isinstance(self.steps, SupportsIndex):
+            raise TypeError(f"steps must be a whole number; got {self.steps!r}")
+        if operator.index(self.steps) < 0:
             raise ValueError(f"steps must not be negative; got {self.steps}")
 
     def __call__(self, monitor: Monitored) -> bool:
@@ -469,10 +471,15 @@ class SpectralEntropyMonitor:
         across_ranks: bool = False,
         check: bool = True,
     ) -> None:
+        if not isinstance(law, PowerLaw | None):
+            raise TypeError(
+                f"law must be a fastent.PowerLaw, as PowerLaw.fit gives it; got {law!r}. A level of the entropy is a "
+                "threshold"
+            )
         if threshold is None and law is not None:
             threshold = law.h_star
         for name, value in (("every", every), ("history_size", history_size), ("batch_size", batch_size)):
-            if not isinstance(value, SupportsIndex | None):
+            if not isinstance(value, SupportsIndex) and not (value is None and name == "batch_size"):
                 raise TypeError(f"{name} must be a whole number; got {value!r}")
             if value is not None and operator.index(value) < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
@@ -483,6 +490,10 @@ class SpectralEntropyMonitor:
         if isinstance(threshold, Mapping):
             threshold = {str(layer): value for layer, value in threshold.items()}
         for level in threshold.values() if isinstance(threshold, dict) else [threshold]:
+            if not isinstance(level, SupportsFloat | None):
+                raise TypeError(
+                    f"threshold is a number, or one for each layer such as {{'head': 0.6}}; got {level!r}"
+                )
             if level is not None and not 0 < level <= 1:
                 raise ValueError(f"threshold is a normalised entropy, in (0, 1]; got {level}")
         if not isinstance(collapse, Collapse | None):
@@ -496,6 +507,13 @@ class SpectralEntropyMonitor:
                 f"a fall needs two evaluations, and collapse has within={collapse.within} with every={every}: "
                 "make within several times every"
             )
+        _check_called("stopping", stopping, "the monitor, such as fastent.StopAfterCrossing(1000)")
+        _check_called(
+            "on_record",
+            on_record,
+            "a record; fastent.integrations.loggers.log_to makes one that logs to a file",
+        )
+        _check_called("on_collapse", on_collapse, "a record")
         if isinstance(stopping, StopAfterCrossing) and not threshold:
             raise ValueError("StopAfterCrossing needs a threshold to cross")
         _check_choice("autocast", autocast, (None, torch.bfloat16, torch.float16))
@@ -1054,7 +1072,8 @@ class SpectralEntropyMonitor:
         try:
             step = operator.index(step)
         except TypeError:
-            raise TypeError(f"step must be a whole number; got {step!r}") from None
+            given = repr(step) if isinstance(step, float | str | None) else f"a {type(step).__name__}"
+            raise TypeError(f"step must be a whole number; got {given}") from None
         if step < 0:
             raise ValueError(f"steps start at 0; got {step}")
         if self._last_step is not None and step < self._last_step:
@@ -1105,6 +1124,11 @@ def _of_other_layers(gone: Collection[str], new: Collection[str]) -> str:
 
 def _reason(error: Exception) -> str:
     return f"the state has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _check_called(name: str, value: object, what: str) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function of {what}; got {value!r}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -100,9 +100,11 @@ class Probe:
             self.inputs = self.args = inputs
             self.kwargs = {}
         else:
+            given = type(inputs).__name__
+            remedy = {"ndarray": ": use torch.from_numpy(probe)", "list": ": use torch.tensor(probe)"}
             raise TypeError(
                 "probe must be a tensor, a tuple of arguments or a dict of keyword arguments; "
-                f"got {type(inputs).__name__}"
+                f"got {given}{remedy.get(given, '')}"
             )
         tensors = self._tensors()
         first = next((t for t in tensors if t.ndim), None)
@@ -115,6 +117,9 @@ class Probe:
             raise ValueError(f"a covariance needs at least 2 samples; the probe has N = {self.shape[0]}")
         self._marks = [_mark(t) for t in tensors]
         self.digest = self._hash()
+
+    def __str__(self) -> str:
+        return ", ".join(f"{t.dtype} of shape {tuple(t.shape)}" for t in self._tensors())
 
     def check(self, *, content: bool = False) -> None:
         """Refuse to go on with a probe that changed or moved.
@@ -245,7 +250,7 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Foun
         If a name or pattern fits nothing, or a container is empty; close names are given.
     """
     if not isinstance(layers, Iterable):
-        raise TypeError(f"layers takes a name, several of them, or a function; got {type(layers).__name__}")
+        raise TypeError(f"layers takes a name, several of them, or a function; got {layers!r}")
     names = _names(model)
     paths: dict[str, str] = {}
     modules: dict[str, nn.Module] = {}
@@ -540,7 +545,10 @@ class Watched:
         autocast: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+            given = (
+                f"the class {model.__name__}: make one" if isinstance(model, type) else type(model).__name__
+            )
+            raise TypeError(f"model must be an nn.Module; got {given}")
         if isinstance(plain_module(model), torch.jit.ScriptModule):
             raise TypeError(
                 "model is a TorchScript module, which calls no hooks and whose buffers cannot be put back: pass the "
@@ -549,7 +557,12 @@ class Watched:
         if any(nn.parameter.is_lazy(p) for p in model.parameters()):
             raise ValueError("the model has lazy parameters: run one batch through it first")
         if isinstance(layers, nn.Module):
-            raise TypeError(f"layers takes names of model.named_modules(); got a {type(layers).__name__}")
+            own = next(
+                (f", whose name is {name!r}" for name, part in model.named_modules() if part is layers), ""
+            )
+            raise TypeError(
+                f"layers takes names of model.named_modules(); got a {type(layers).__name__}{own}"
+            )
         self._model = model
         self.probe = probe if isinstance(probe, Probe) else Probe(probe, fewest=fewest)
         self._layers: dict[str, FoundLayer] | LayerFunction = (
@@ -1236,7 +1249,8 @@ class Evaluator:
         """Pass the probe through the model and check what comes, without an evaluation; every rank may do so."""
         if self._watched is not None and self._has_pass(self._watched):
             with self._pass(
-                "the probe's pass failed at construction; check=False puts it off to the first evaluation"
+                f"the probe's pass failed at construction: the model must take the probe, {self._watched.probe}, as "
+                "its input. (check=False puts the pass off to the first evaluation)"
             ):
                 self._run_probe(self._watched, None, whole=self._watched.needs_every_rank)
 
