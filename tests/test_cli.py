@@ -138,7 +138,7 @@ def test_run_uses_a_process_for_each_thread_of_a_cpu_unless_told(device, workers
         (["e1", "--learning-rate", "1e-3,0.001"], "--learning-rate 1e-3,0.001 has 0.001 twice"),
         (["e1", "--width", "64,wide"], "--width takes whole numbers; got 'wide' in 64,wide"),
         (["e1", "--learning_rate", "1e-3,x"], "--learning_rate takes numbers; got 'x' in 1e-3,x"),
-        (["e1", "--task", "add,div"], "--task takes add, sub, mul, mul_nonzero, s5; got 'div' in add,div"),
+        (["e1", "--task", "add,div"], "--task div: task must be add, sub, mul, mul_nonzero or s5"),
         (["e1", "--heads", "4,5"], "--heads 5: width must be a multiple of heads; got width=128, heads=5"),
         (
             ["e1", "--model", "transformer,mlp", "--operand-tokens", "images", "--task", "s5"],

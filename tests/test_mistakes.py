@@ -62,7 +62,7 @@ COMMANDS = {
     "run e9": "experiment must be one of e1, e2, .* or all; got 'e9'",
     "run e1 --sedes 1": "--sedes.*Perhaps you meant: --seeds",
     "run e1 --preset qiuck": "no preset is called 'qiuck'; there are quick, paper",
-    "run e1 --task ad": "'ad'.*'add'",
+    "run e1 --task ad": "task must be add, .*; got 'ad'",
     "run e1 --seeds 5-2": "seeds must be numbers and ranges .* such as 0-2 or 0,3,7-9; got '5-2'",
     "run e1 --seeds a": "seeds must be numbers and ranges .*; got 'a'",
     "run e1 --max-steps -5": "^fastent: max_steps must be at least 1; got -5$",
