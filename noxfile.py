@@ -82,6 +82,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def site(session: nox.Session) -> None:
+    """Build the documentation's website in site/; a broken link, or what a reader's browser would fetch, fails."""
+    session.install(*nox.project.dependency_groups(PROJECT, "site"))
+    session.run("mkdocs", "build", *session.posargs)
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Use a wheel where the tree is not, and a clone alone, beside a wheel and as an editable install."""
     install(session, "test")
