@@ -35,6 +35,7 @@ from fastent.activations import (
     of_array,
 )
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix
+from fastent.display import Shown, Table, digits
 from fastent.linalg import EPS, check_pool, eigenvalues
 from fastent.process import uncompiled, warn_of_detached
 
@@ -70,7 +71,7 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class SpectralEntropy:
+class SpectralEntropy(Shown):
     """Entropy of a covariance spectrum, with all that is needed to doubt it.
 
     The numbers are floats, or tensors of shape (batch,) when the input was batched; then `status` is the worst of
@@ -126,6 +127,39 @@ class SpectralEntropy:
     def unbind(self) -> tuple[SpectralEntropy, ...]:
         """Results of the batch one by one; of an unbatched result, itself alone."""
         return self._items or (self,)
+
+    def __repr__(self) -> str:
+        if self._items:
+            found = [float(item.normalized) for item in self._items if item.status is not Status.NONFINITE]
+            spread = f"{digits(min(found))} to {digits(max(found))}" if found else "nan"
+            values = f"{len(self._items)} matrices, normalized={spread}"
+        else:
+            values = f"normalized={digits(self.normalized)}, effective_rank={digits(self.effective_rank)}"
+        return f"SpectralEntropy({values}, n={self.n}, d={self.d}, status={self.status.value!r})"
+
+    def _table(self) -> Table:
+        size = f"{self.n} samples, {self.d} features" if self.n else f"{self.d} features"
+        if self._items:
+            heads = ("", "H", "effective rank", "participation ratio", "status")
+            rows = [
+                (
+                    f"[{i}]",
+                    *map(digits, (x.normalized, x.effective_rank, x.participation_ratio)),
+                    x.status.value,
+                )
+                for i, x in enumerate(self._items)
+            ]
+            return Table(f"Spectral entropy of {len(rows)} matrices: {size}", rows, heads, self.message)
+        most = f" of at most {digits(self.ceiling)}" if self.ceiling < 1 else ""
+        rows = [
+            ("H, normalised", digits(self.normalized) + most),
+            ("entropy", f"{digits(self.entropy)} nats"),
+            ("effective rank", f"{digits(self.effective_rank)} of {self.d}"),
+            ("participation ratio", digits(self.participation_ratio)),
+            ("total variance", digits(self.total_variance)),
+            ("status", ", ".join(flag.value for flag in self.flags) or self.status.value),
+        ]
+        return Table(f"Spectral entropy: {size}", rows, remark=self.message)
 
     def plot(self, *, label: str | None = None, ax: Any = None) -> Any:
         """Draw the spectrum: eigenvalues as shares of the variance, with the effective rank as a dashed line.

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastent.display import Shown, Table, digits, whole
 from fastent.entropy import SpectralEntropy, Status
 from fastent.sampling import SamplingError
 
@@ -32,7 +33,7 @@ PATIENCE = 20_000.0
 
 
 @dataclass(frozen=True)
-class EntropyRecord:
+class EntropyRecord(Shown):
     """Spectral entropy of one layer at one training step.
 
     Attributes
@@ -109,6 +110,25 @@ class EntropyRecord:
             standard_error=None if sampling is None else sampling.standard_error,
             mask=mask,
         )
+
+    def __repr__(self) -> str:
+        return (
+            f"EntropyRecord(step={self.step}, layer={self.layer!r}, normalized={digits(self.normalized)}, "
+            f"effective_rank={digits(self.effective_rank)}, n={self.n}, d={self.d}, status={self.status.value!r})"
+        )
+
+    def _table(self) -> Table:
+        rows = [
+            ("H, normalised", digits(self.normalized)),
+            ("standard error", digits(self.standard_error)),
+            ("effective rank", f"{digits(self.effective_rank)} of {self.d}"),
+            ("participation ratio", digits(self.participation_ratio)),
+            ("samples", whole(self.n)),
+            ("status", ", ".join(flag.value for flag in self.flags) or self.status.value),
+        ]
+        if self.standard_error is None:
+            del rows[1]
+        return Table(f"Layer {self.layer!r} at step {whole(self.step)}", rows, remark=self.message)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values: NaN is None, an infinity the string "inf", statuses are strings."""
@@ -371,14 +391,29 @@ class Recording:
             name: layer.collapsed_at for name, layer in self._layers.items() if layer.collapsed_at is not None
         }
 
+    def table(self, order: Iterable[str], title: str) -> Table:
+        """Put the newest record of each layer into a table, those of the layers in `order` first."""
+        rows = []
+        for name in dict.fromkeys((*order, *self._layers)):
+            cells = ["–"] * 6
+            layer = self._layers.get(name)
+            if layer is not None and layer.records:
+                _, newest = layer.records[-1]
+                cells = [whole(newest.step), digits(newest.normalized), digits(newest.effective_rank)]
+                cells += [newest.status.value, whole(layer.crossed_at), whole(layer.collapsed_at)]
+            rows.append((name or "(model)", *cells))
+        heads = ("layer", "step", "H", "effective rank", "status", "crossed at", "collapsed at")
+        return Table(title, rows, heads)
+
     def plot(self, order: Iterable[str], kind: Kind | None, ax: Any) -> Any:
         """Draw the records kept, those of the layers in `order` first (`fastent.plots.plot_layers`)."""
         from fastent import plots
 
-        names = [name for name in dict.fromkeys((*order, *self._layers)) if name in self._layers]
         series = []
-        for name in names:
-            layer = self._layers[name]
+        for name in dict.fromkeys((*order, *self._layers)):
+            layer = self._layers.get(name)
+            if layer is None or not layer.records:
+                continue
             records = [record for _, record in layer.records]
             usable = np.array([record.status.usable for record in records])
             series.append(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastent.activations import Array, Positions, RealTokens, Rows, Tokens, of_array
 from fastent.covariance import Backend, CenteredMatrix, centered_matrix, mirror_lower
+from fastent.display import Shown, Table, digits
 from fastent.entropy import SpectralEntropy, Status, checked, entropy_of_matrix, entropy_of_rows
 from fastent.process import uncompiled
 
@@ -29,7 +30,7 @@ GROUPS = 16
 
 
 @dataclass(frozen=True)
-class SamplingError:
+class SamplingError(Shown):
     """Error of a normalised entropy as an estimate for the distribution that its rows come from.
 
     Attributes
@@ -60,6 +61,19 @@ class SamplingError:
     d: int
     status: Status
     message: str
+
+    def __repr__(self) -> str:
+        corrected = f"corrected={digits(self.corrected)}, standard_error={digits(self.standard_error)}"
+        return f"SamplingError({corrected}, n={self.n}, d={self.d}, status={self.status.value!r})"
+
+    def _table(self) -> Table:
+        rows = [
+            ("H, normalised", digits(self.normalized)),
+            ("bias", digits(self.bias)),
+            ("corrected", f"{digits(self.corrected)} ± {digits(self.standard_error)}"),
+            ("status", self.status.value),
+        ]
+        return Table(f"Sampling error: {self.n} samples, {self.d} features", rows, remark=self.message)
 
 
 @uncompiled

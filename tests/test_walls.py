@@ -18,7 +18,7 @@ STUDY = ("fastent.grokking",)
 COMMANDS = {"fastent.cli"}
 INTEGRATIONS = "fastent.integrations"
 # Imported only when something is drawn or shown: what each needs beside the library's own dependencies.
-PICTURES = {"fastent.plots": {"matplotlib"}}
+PICTURES = {"fastent.plots": {"matplotlib"}, "fastent.display": {"rich"}}
 CONFIGURATION = {"fastent.grokking.train.config"}
 
 
@@ -80,7 +80,12 @@ def test_the_library_imports_the_kernels_and_what_it_depends_on() -> None:
     for name, rooms in visited("library").items():
         if name not in COMMANDS and not name.startswith(extras):
             assert rooms <= allowed | PICTURES.get(name, set()), name
-            assert not imports(name, lazily=False) & PICTURES.keys(), name
+            at_once = imports(name, lazily=False)
+            assert "fastent.plots" not in at_once, name
+            assert name == "fastent.plots" or not {room(target) for target in at_once} & {
+                "matplotlib",
+                "rich",
+            }, name
             assert not imports(name, lazily=True) & COMMANDS, name
             # What `import fastent` brings needs neither Triton nor a kernel.
             assert "fastent.kernels" not in {room(target) for target in imports(name, lazily=False)}, name

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
+from fastent.display import Shown, Table, digits
 from fastent.forecast.history import History, recent_change
 from fastent.records import MEDIAN, PATIENCE, WINDOW, Course
 
@@ -54,13 +55,21 @@ class Evidence(TypedDict):
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Shown):
     """A phase, what it means, what to do (Table 5's, in a sentence each), and the numbers behind it."""
 
     phase: Phase
     meaning: str
     action: str
     evidence: Evidence
+
+    def __repr__(self) -> str:
+        return f"Diagnosis(phase={self.phase.value!r}, entropy={digits(self.evidence['entropy'])}: {self.meaning})"
+
+    def _table(self) -> Table:
+        known = {name: value for name, value in self.evidence.items() if value is not None}
+        rows = [(name.replace("_", " "), digits(value)) for name, value in known.items()]
+        return Table(self.phase.value.replace("_", " "), rows, remark=f"{self.meaning} {self.action}")
 
 
 class Tolerances(NamedTuple):

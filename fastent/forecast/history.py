@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from fastent.display import Shown, Table, between, digits, whole
 from fastent.records import EntropyRecord, Library, frame
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True, eq=False, init=False)
-class History:
+class History(Shown):
     """Evaluations of one run in the order of their steps. Arrays are float64 of shape (m,), m >= 0.
 
     Parameters
@@ -86,6 +87,32 @@ class History:
 
     def __len__(self) -> int:
         return len(self.step)
+
+    def __repr__(self) -> str:
+        if not len(self):
+            return "History(no evaluation)"
+        grok = "" if self.t_grok is None else f", t_grok={self.t_grok:.0f}"
+        course = f"entropy {digits(self.entropy[0])} to {digits(self.entropy[-1])}"
+        return f"History({len(self)} evaluations, steps {self._steps}, {course}{grok})"
+
+    @property
+    def _steps(self) -> str:
+        return between((self.step[0], self.step[-1]), whole)
+
+    def _table(self) -> Table:
+        if not len(self):
+            return Table("Entropy of a run", [("evaluations", "0")])
+        bad = int((~self.usable).sum())
+        known = self.entropy[self.usable]
+        course = (known[0], known.min(), known[-1]) if len(known) else [None]
+        rows = [
+            ("evaluations", f"{len(self)}, {bad} not usable" if bad else str(len(self))),
+            ("steps", self._steps),
+            ("H, first, lowest, last", ", ".join(map(digits, course))),
+            ("grokked at step", whole(self.t_grok)),
+            ("H there", digits(self.entropy_at_grok)),
+        ]
+        return Table("Entropy of a run", rows)
 
     @classmethod
     def from_records(
@@ -210,7 +237,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(Shown):
     """H* of a task.
 
     Attributes
@@ -230,6 +257,19 @@ class Threshold:
     interval: Interval | None
     level: float
     per_run: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        spread = f", interval={between(self.interval)}" if self.interval else ""
+        return f"Threshold(value={digits(self.value)}{spread}, runs={len(self.per_run)})"
+
+    def _table(self) -> Table:
+        rows = [
+            ("H*", digits(self.value)),
+            (f"{100 * self.level:.0f} % interval", between(self.interval)),
+            ("runs", str(len(self.per_run))),
+            ("H at grokking", between((min(self.per_run), max(self.per_run)))),
+        ]
+        return Table("Threshold", rows)
 
 
 def calibrate_threshold(histories: Sequence[History], *, level: float = LEVEL) -> Threshold:

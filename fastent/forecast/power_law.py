@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 
+from fastent.display import Shown, Table, between, digits
 from fastent.forecast.history import LEVEL, Array, History, Interval, mean_interval
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ GAMMA_BOUNDS = (0.1, 20.0)
 _LOG_GAMMAS = np.log(np.geomspace(*GAMMA_BOUNDS, 33))
 
 FORECAST_LEVEL = 0.9
+_SIGNS = {"C1": "c1", "gamma": "gamma", "C2": "c2", "H*": "h_star", "R²": "r_squared"}
 RUNS_FOR_INTERVAL = 9
 """Runs from which on one in ten can be spared: ``FORECAST_LEVEL (n + 1) <= n``."""
 
@@ -256,7 +258,7 @@ class Fold(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PowerLaw:
+class PowerLaw(Shown):
     """``remaining = c1 (H - h_star)^gamma + c2`` in steps, and how far to trust it.
 
     `fit` makes one from runs. One made by hand forecasts too, but without an interval; so does one fitted to fewer than
@@ -350,6 +352,20 @@ class PowerLaw:
             raise ValueError(f"c1 and c2 must not be negative and gamma must be positive; got {self}")
         if not 0 <= self.h_star < 1:
             raise ValueError(f"h_star is a normalised entropy, in [0, 1); got {self.h_star}")
+
+    def __repr__(self) -> str:
+        known = {name: getattr(self, name) for name in _SIGNS.values() if getattr(self, name) is not None}
+        runs = f", n_runs={self.n_runs}" if self.n_runs else ""
+        return f"PowerLaw({', '.join(f'{name}={digits(value)}' for name, value in known.items())}{runs})"
+
+    def _table(self) -> Table:
+        rows = [
+            (sign, digits(getattr(self, name)), between(self.intervals.get(name)))
+            for sign, name in _SIGNS.items()
+        ]
+        heads = ("", "value", f"{100 * self.level:.0f} % interval")
+        of = f": {self.n_points} evaluations of {self.n_runs} runs" if self.n_runs else ""
+        return Table(f"Remaining steps = C1 (H − H*)^gamma + C2{of}", rows, heads, self.note)
 
     @classmethod
     def fit(cls, histories: Sequence[History], *, level: float = LEVEL) -> Self:
@@ -650,10 +666,22 @@ class Score:
 
 
 @dataclass(frozen=True)
-class LeaveOneOut:
+class LeaveOneOut(Shown):
     """The runs in turn left out, in order; `score` sums them up."""
 
     runs: tuple[HeldOut, ...]
+
+    def __repr__(self) -> str:
+        return f"LeaveOneOut({len(self.runs)} runs)"
+
+    def _table(self) -> Table:
+        scores = (("law", self.score("law")), ("clock", self.score("clock")))
+        rows = [
+            (name, digits(score.r_squared), f"{100 * np.nanmean(score.mape):.1f} %") for name, score in scores
+        ]
+        return Table(
+            f"{len(self.runs)} runs, each forecast from the others", rows, ("by", "R²", "mean error / T_grok")
+        )
 
     def score(self, by: Literal["law", "clock"]) -> Score:
         """Score the law or the clock, at the same evaluations.

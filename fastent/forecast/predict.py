@@ -15,6 +15,7 @@ from enum import StrEnum
 
 from torch import Tensor
 
+from fastent.display import Shown, Table, between, whole
 from fastent.entropy import SpectralEntropy
 from fastent.forecast.history import History, Interval, recent_change
 from fastent.forecast.power_law import FORECAST_LEVEL, PowerLaw
@@ -38,7 +39,7 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Shown):
     """When a run is expected to grok, or why that cannot be said.
 
     Attributes
@@ -80,6 +81,25 @@ class Forecast:
     by_clock: float | None = None
     beats_clock: bool | None = None
     note: str = ""
+
+    def __repr__(self) -> str:
+        if self.step is None:
+            return f"Forecast(step=None, now={self.now:.0f}, reason={self.reason and self.reason.value!r})"
+        within = f", interval=({self.interval[0]:.0f}, {self.interval[1]:.0f})" if self.interval else ""
+        return f"Forecast(step={self.step:.0f}{within}, now={self.now:.0f})"
+
+    def _table(self) -> Table:
+        rows = [
+            ("grokking expected at step", whole(self.step)),
+            (
+                "interval" if self.level is None else f"interval, {100 * self.level:.0f} %",
+                between(self.interval, whole),
+            ),
+            ("by the clock", whole(self.by_clock)),
+            ("as of step", whole(self.now)),
+        ]
+        remark = " ".join(filter(None, (self.message, self.note)))
+        return Table("Forecast", rows, remark=remark)
 
 
 def predict_grok_time(

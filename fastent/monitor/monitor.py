@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastent.activations import Positions, Tokens
+from fastent.display import Shown, Table
 from fastent.entropy import SpectralEntropy, Status
 from fastent.forecast.diagnosis import Diagnosis, diagnosis_of
 from fastent.forecast.history import History
@@ -276,7 +277,7 @@ STATE_VERSION = 4
 READ_VERSIONS = (1, 2, 3, 4)
 
 
-class SpectralEntropyMonitor:
+class SpectralEntropyMonitor(Shown):
     """Records the spectral entropy of layers during training, and says when it has fallen.
 
     Parameters
@@ -873,6 +874,11 @@ class SpectralEntropyMonitor:
     def __repr__(self) -> str:
         names = ", ".join((*self.layers[:3], *(["..."] if len(self.layers) > 3 else ())))
         return f"<{type(self).__name__} of {len(self.layers)} layers ({names}), every {self._every} steps: {self.cost}>"
+
+    def _table(self) -> Table:
+        return self._recording.table(
+            self.layers, f"{len(self.layers)} layers, every {self._every} steps: {self.cost}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """State as plain JSON values; float64 survives a round trip through JSON bit for bit.
