@@ -19,7 +19,8 @@ import json
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,16 @@ from fastent.grokking.experiments.statistics import Array, Mask, Times
 from fastent.grokking.train import milestones
 from fastent.grokking.train.config import JUDGED, PRESETS, TASK_SETTINGS, TrainConfig, completed
 from fastent.grokking.train.milestones import SUSTAINED, TAU, WINDOW
-from fastent.grokking.train.storage import RunError, RunWarning, read_rows, write_atomically
+from fastent.grokking.train.runs import REMEDY, check_done, check_record, check_rows, read_done
+from fastent.grokking.train.storage import (
+    RunError,
+    RunWarning,
+    parse_object,
+    printable,
+    read_object,
+    read_rows,
+    write_atomically,
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +68,12 @@ class StoredRun:
     failed: dict[str, Any] | None
 
     def __post_init__(self) -> None:
-        try:
-            dict(self.record["config"])
-            _ = self.experiment, self.condition, self.seed
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{self.path / 'config.json'} is not a run's configuration ({error!r})") from error
+        path = self.path / "config.json"
+        check_record(path, self.record)
+        if missing := [field.name for field in fields(TrainConfig) if field.name not in self.config]:
+            raise RunError(
+                f"{path} is not a run's configuration, for it has no {', '.join(missing)}: {REMEDY}"
+            )
 
     @property
     def experiment(self) -> str:
@@ -87,7 +98,7 @@ class StoredRun:
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.path.name
+        return printable(self.path.name)
 
     @property
     def preset(self) -> tuple[str, dict[str, Any]]:
@@ -115,9 +126,12 @@ class StoredRun:
         """Return a column of its metrics, (m,), read once: NaN where there is no number or a status forbids its use."""
         if name not in self._columns:
             status = f"{name}_status"
-            usable = (status not in row or Status(row[status]).usable for row in self.rows)
-            values = [row.get(name) if use else None for row, use in zip(self.rows, usable, strict=True)]
-            self._columns[name] = np.array(values, dtype=np.float64)
+            try:
+                usable = (status not in row or Status(row[status]).usable for row in self.rows)
+                values = [row.get(name) if use else None for row, use in zip(self.rows, usable, strict=True)]
+                self._columns[name] = np.array(values, dtype=np.float64)
+            except (ValueError, TypeError) as error:
+                raise RunError(f"{self.path / 'metrics.jsonl'}: column {name}: {error}: {REMEDY}") from error
         return self._columns[name]
 
     @property
@@ -350,21 +364,42 @@ def by_condition(runs: Runs) -> dict[str, Runs]:
     return {name: runs.select(kinds[name], name) for name in sorted(kinds)}
 
 
-def read_runs(root: Path) -> list[StoredRun]:
+def read_runs(root: Path, skipped: dict[str, str] | None = None) -> list[StoredRun]:
     """All runs directly below `root`, folders and packed ones, by experiment, condition, task and seed.
+
+    Parameters
+    ----------
+    root : Path
+    skipped : dict, optional
+        Gets the name of each folder or file that holds no run that can be read, and why.
 
     Raises
     ------
     RunError
-        If `root` is not a folder or holds no run, holds one twice, or a file of a run cannot be read.
+        If `root` is not a folder, holds no run, or holds one twice.
+
+    Warns
+    -----
+    RunWarning
+        Of each that is skipped.
     """
     if not root.is_dir():
         raise RunError(f"{root} is not a folder: give the --out of `fastent run`")
-    found = [read_run(path.parent) for path in root.glob("*/config.json")]
-    if packed := sorted(root.glob("*.parquet")):
-        found += [run for path in packed for run in unpack(path)]
+    found: list[StoredRun] = []
+    left: dict[str, str] = {} if skipped is None else skipped
+    for path in sorted(root.iterdir()):
+        try:
+            if path.suffix == ".parquet" and path.is_file():
+                found += unpack(path)
+            elif any((path / name).exists() for name in ("config.json", "metrics.jsonl", "DONE")):
+                found.append(read_run(path))
+        except (RunError, OSError) as error:
+            name = printable(path.name)
+            left[name] = printable(str(error))
+            warnings.warn(f"skipped {name}: {left[name]}", RunWarning, stacklevel=2)
     if not found:
-        raise RunError(f"{root} holds no run folder: give the --out of `fastent run`")
+        said = "".join(f"\n  {name}: {reason}" for name, reason in left.items())
+        raise RunError(f"{root} holds no run that can be read: give the --out of `fastent run`{said}")
     names = Counter(run.name for run in found)
     if twice := [name for name, count in names.items() if count > 1]:
         raise RunError(
@@ -379,32 +414,45 @@ def read_run(path: Path) -> StoredRun:
     Raises
     ------
     RunError
-        If one of its files cannot be read.
+        If one of its files cannot be read, or holds what no run writes.
     """
-    record = _object(path / "config.json")
+    record = read_object(path / "config.json", REMEDY)
     if record is None:
-        raise RunError(f"{path / 'config.json'} is not there, or went away while it was read")
-    return StoredRun(
-        path=path,
-        record=record,
-        environment=_object(path / "environment.json") or {},
-        rows=tuple(_rows(path / "metrics.jsonl")),
-        timing=tuple(_rows(path / "timing.jsonl")),
-        done=_object(path / "DONE"),
-        failed=_object(path / "FAILED"),
+        raise RunError(f"{path / 'config.json'} is missing: {REMEDY}")
+    return sound(
+        StoredRun(
+            path=path,
+            record=record,
+            environment=read_object(path / "environment.json", REMEDY) or {},
+            rows=tuple(_rows(path / "metrics.jsonl")),
+            timing=tuple(_rows(path / "timing.jsonl")),
+            done=read_done(path),
+            failed=read_object(path / "FAILED", REMEDY),
+        )
     )
 
 
-def _object(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise RunError(f"{path} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} does not hold a JSON object")
-    return value
+def sound(run: StoredRun) -> StoredRun:
+    """Return `run`, having seen that its logs can be analysed.
+
+    Raises
+    ------
+    RunError
+        If a row holds what no run writes, steps do not increase, or a complete run has no row.
+    """
+    metrics = run.path / "metrics.jsonl"
+    check_rows(metrics, run.rows)
+    check_rows(run.path / "timing.jsonl", run.timing)
+    if run.done is not None and not run.rows:
+        raise RunError(f"{metrics} holds no evaluation, and DONE says that the run ended: {REMEDY}")
+    for line, (before, row) in enumerate(pairwise(run.rows), 2):
+        if row["step"] <= before["step"]:
+            raise RunError(
+                f"{metrics}: line {line}: steps must increase from row to row; step {row['step']} follows "
+                f"{before['step']}: {REMEDY}"
+            )
+    run.column("entropy")
+    return run
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -496,31 +544,41 @@ def unpack(path: Path) -> list[StoredRun]:
     """
     try:
         table = pq.read_table(path)
-        head = json.loads(table.schema.metadata[_KEY])
+        head = parse_object(table.schema.metadata[_KEY])
         version, heads = head["schema_version"], head["runs"]
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} does not hold packed runs ({error!r})") from error
-    if version > SCHEMA_VERSION:
-        raise RunError(
-            f"{path} was packed with schema {version}, by a newer fastent than this ({SCHEMA_VERSION})"
-        )
-    logs: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
-    for line in table.to_pylist():
-        logs[line.pop("seed"), line.pop("log")].append(line)
-    return [_run(path.parent, each, *(logs[each["config"]["seed"], log] for log in _LOGS)) for each in heads]
+        if version > SCHEMA_VERSION:
+            raise RunError(
+                f"{path} was packed with schema {version}, by a newer fastent than this ({SCHEMA_VERSION})"
+            )
+        logs: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+        for line in table.to_pylist():
+            logs[line.pop("seed"), line.pop("log")].append(line)
+        return [
+            _run(path.parent, each, *(logs[each["config"]["seed"], log] for log in _LOGS)) for each in heads
+        ]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{path} does not hold packed runs ({error!r}): {REMEDY}") from error
 
 
 def _run(
     folder: Path, head: dict[str, Any], metrics: list[dict[str, Any]], timing: list[dict[str, Any]]
 ) -> StoredRun:
-    return StoredRun(
-        path=folder / head["name"],
-        record=head["config"],
-        environment=head["environment"],
-        rows=tuple({name: row[name] for name in head["columns"]} for row in metrics),
-        timing=tuple({name: value for name, value in row.items() if value is not None} for row in timing),
-        done=head["done"],
-        failed=None,
+    path = folder / head["name"]
+    if head["name"] != path.name or path.name == "..":
+        raise ValueError(f"{head['name']!r} is no name of a folder")
+    done = head["done"]
+    if done is not None:
+        check_done(path / "DONE", done)
+    return sound(
+        StoredRun(
+            path=path,
+            record=head["config"],
+            environment=dict(head["environment"]),
+            rows=tuple({name: row[name] for name in head["columns"]} for row in metrics),
+            timing=tuple({name: value for name, value in row.items() if value is not None} for row in timing),
+            done=done,
+            failed=None,
+        )
     )
 
 

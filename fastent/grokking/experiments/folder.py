@@ -12,7 +12,6 @@ as alive, and the time of the last line says how far to believe that.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -22,9 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from fastent.grokking.experiments.data import Runs, StoredRun, unpack
-from fastent.grokking.train.runs import awaited, what_counts
-from fastent.grokking.train.storage import RunError, holder, read_rows
+from fastent.grokking.experiments.data import Runs, StoredRun, sound, unpack
+from fastent.grokking.train.runs import awaited, check_rows, read_done, what_counts
+from fastent.grokking.train.storage import (
+    RunError,
+    holder,
+    open_regular,
+    parse_object,
+    printable,
+    read_object,
+    read_rows,
+)
 
 REMEDY = "give the --out of `fastent run`, or a folder of packed runs"
 MEND = "put the file back from a copy, or move the folder away to train the seed anew"
@@ -80,6 +87,10 @@ class RunState:
     written: float | None = None
     detail: str = ""
     stored: StoredRun | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("name", "detail"):  # they go to a terminal
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
 
 class Folder:
@@ -145,7 +156,7 @@ class Folder:
             return self._settled[path]
         if not (path.is_dir() and _is_run(path)):
             if not path.name.startswith((".", "sweep-")):
-                self.foreign.append(path.name + ("/" if path.is_dir() else ""))
+                self.foreign.append(printable(path.name) + ("/" if path.is_dir() else ""))
             return []
         state = self._judge(path)
         if state.state is State.COMPLETE:
@@ -155,14 +166,14 @@ class Folder:
     def _judge(self, path: Path) -> RunState:
         try:
             return self._read(path)
-        except (RunError, OSError, ValueError, KeyError, TypeError) as error:
-            said = str(error) if isinstance(error, RunError) else f"{path} is damaged ({error!r}): {MEND}"
+        except (RunError, OSError) as error:
+            said = str(error) if isinstance(error, RunError) else f"{path} cannot be read ({error}): {MEND}"
             return RunState(path.name, State.DAMAGED, written=_written(path), detail=said)
 
     def _read(self, path: Path) -> RunState:
         trained_by = holder(path)  # before the files: a run that ends meanwhile is complete, not interrupted
-        done, failed = _json(path / "DONE", "steps"), _json(path / "FAILED", "reason")
-        record = _json(path / "config.json", "config", "experiment", "condition", "seed")
+        done, failed = read_done(path), read_object(path / "FAILED", MEND)
+        record = read_object(path / "config.json", MEND)
         if record is None:
             if trained_by is not None:
                 return RunState(path.name, State.RUNNING, written=_written(path))  # it is about to begin
@@ -175,14 +186,12 @@ class Folder:
                 "in it), or move the folder away to train the seed anew"
             )
         log = self._logs.setdefault(path, _Log(path / "metrics.jsonl"))
-        if done is not None and not isinstance(done["steps"], int):
-            raise RunError(f"{path / 'DONE'} says steps {done['steps']!r}, no number: {MEND}")
         known = done is not None and {"t_mem", "t_grok"} <= done.keys() and not self._whole
         log.read(last=known)
         if done is not None and (not log.rows or log.rows[-1]["step"] != done["steps"]):
             at = f"end at step {log.rows[-1]['step']:,}" if log.rows else "are none"
             raise RunError(f"{log.path}: its rows {at}, and DONE says {done['steps']:,}: {MEND}")
-        stored = StoredRun(path, record, {}, tuple(log.rows), (), done, failed)
+        stored = sound(StoredRun(path, record, {}, tuple(log.rows), (), done, failed))
         told = _told(stored, done if known else None)
         told["stored"] = None if known else stored
         told["written"] = _written(path)
@@ -191,7 +200,7 @@ class Folder:
         if trained_by is not None:
             return RunState(path.name, State.RUNNING, **told)
         if failed is not None:
-            return RunState(path.name, State.FAILED, detail=str(failed["reason"]), **told)
+            return RunState(path.name, State.FAILED, detail=str(failed.get("reason", "")), **told)
         torn = f"line {len(log.rows) + 1} of its metrics is torn, and is dropped when it goes on"
         return RunState(path.name, State.INTERRUPTED, detail=torn if log.torn else "", **told)
 
@@ -217,25 +226,22 @@ def skipped(foreign: list[str]) -> str:
 
 
 def _is_run(path: Path) -> bool:
-    names = ("config.json", "metrics.jsonl", "DONE", "FAILED", "lock")
-    return any((path / name).is_file() for name in names)
+    if any((path / name).is_file() for name in ("metrics.jsonl", "DONE", "FAILED")):
+        return True
+    # A folder of another kind may hold one of these, as that of a model does.
+    named = re.search(r"-seed\d+$", path.name) is not None
+    try:
+        record = read_object(path / "config.json", MEND)
+    except (RunError, OSError):
+        return named
+    if record is not None:
+        return named or record.keys() >= {"experiment", "condition", "seed"}
+    return named and (path / "lock").is_file()
 
 
 def _order(state: RunState) -> tuple[str, int]:
     name, _, seed = state.name.rpartition("-seed")
     return (name, int(seed)) if seed.isdecimal() else (state.name, 0)
-
-
-def _json(path: Path, *needed: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise RunError(f"{path} is not JSON ({error}): put it back from a copy") from error
-    if not isinstance(value, dict) or not value.keys() >= set(needed):
-        raise RunError(f"{path} does not say {', '.join(needed)}: put it back from a copy")
-    return value
 
 
 def _written(path: Path) -> float | None:
@@ -285,7 +291,7 @@ def _packed(path: Path) -> list[RunState]:
             )
             for run in runs
         ]
-    except (RunError, OSError, ValueError, KeyError, TypeError) as error:
+    except (RunError, OSError) as error:
         return [RunState(path.name, State.DAMAGED, detail=str(error))]
 
 
@@ -306,6 +312,7 @@ class _Log:
         """Read what is new; the `last` line alone, where that is enough."""
         if last:
             self.rows = list(_last_row(self.path))
+            check_rows(self.path, self.rows)
             return
         if self._offset and self.path.stat().st_size < self._offset:
             self._begin_anew()  # a run that goes on drops what its checkpoint does not know
@@ -322,6 +329,7 @@ class _Log:
     def _read_on(self) -> bool:
         """Read the new rows; whether what follows them is nothing, or a line without an end."""
         rows, self._offset = read_rows(self.path, self._offset)
+        check_rows(self.path, rows, len(self.rows) + 1)
         self.rows += rows
         self.torn = self.path.exists() and self.path.stat().st_size > self._offset
         return not (self.torn and _lines_after(self.path, self._offset))
@@ -331,7 +339,7 @@ def _lines_after(path: Path, offset: int) -> bool:
     """Whether a line that does not parse begins at `offset`, and has an end."""
     if read_rows(path, offset)[0]:
         return False  # it was being written
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(offset)
         return b"\n" in file.read()
 
@@ -340,7 +348,7 @@ def _last_row(path: Path) -> Iterator[dict[str, Any]]:
     """Read the last whole line of a log, without those before it."""
     if not path.exists():
         return
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size, length = path.stat().st_size, END
         while True:
             file.seek(max(0, size - length))
@@ -351,7 +359,7 @@ def _last_row(path: Path) -> Iterator[dict[str, Any]]:
                 break
             length *= 4
     if whole:
-        row = json.loads(whole[-1])
-        if not isinstance(row, dict) or "step" not in row:
-            raise RunError(f"{path}: its last line is no row of metrics: put the file back from a copy")
-        yield row
+        try:
+            yield parse_object(whole[-1])
+        except ValueError as error:
+            raise RunError(f"{path}: its last line is no row of metrics ({error}): {MEND}") from error

@@ -10,6 +10,7 @@ different settings judge nothing. The same folder gives the same bytes: no date 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -42,7 +43,7 @@ from fastent.grokking.experiments.claims import (
     marked,
     steps,
 )
-from fastent.grokking.experiments.data import PAPER, PRESETS_JSON, Runs, StoredRun, read_runs
+from fastent.grokking.experiments.data import PAPER, PRESETS_JSON, Runs, StoredRun, read_run, read_runs
 from fastent.grokking.experiments.document import (
     Block,
     Code,
@@ -67,7 +68,7 @@ from fastent.grokking.experiments.document import (
 from fastent.grokking.experiments.jobs import JOBS, planned
 from fastent.grokking.experiments.leads import left_out_threshold
 from fastent.grokking.train.config import SOURCES, TASK_SETTINGS, TrainConfig
-from fastent.grokking.train.storage import RunError, write_atomically
+from fastent.grokking.train.storage import RunError, printable, write_atomically
 
 __all__ = ["EXPERIMENTS", "check_documents", "fill_documents", "write_report"]
 
@@ -142,7 +143,8 @@ def make_sections(runs: Path, out: Path = Path("report")) -> list[Section]:
 
     `out` is the folder that the command in it names.
     """
-    stored = read_runs(runs)
+    skipped: dict[str, str] = {}
+    stored = read_runs(runs, skipped)
     _check_seeds(stored, runs)
     known = tuple(run for each in EXPERIMENTS for run in stored if run.experiment == each.id)
     found = settings([run for run in known if run.done is not None] or stored)
@@ -159,7 +161,7 @@ def make_sections(runs: Path, out: Path = Path("report")) -> list[Section]:
         each.id: provenance(complete_runs(each, stored), runs) for each in EXPERIMENTS if each.id in parts
     }
     return [
-        summary_section(claims, found, stored, first),
+        summary_section(claims, found, stored, first, skipped),
         claims_section(claims, parts),
         *(
             replace(section, blocks=(*(_placed(block) for block in section.blocks), runs_of[section.anchor]))
@@ -170,7 +172,7 @@ def make_sections(runs: Path, out: Path = Path("report")) -> list[Section]:
         arithmetic_section(),
         corrections_section(),
         coverage(parts, stored, ask),
-        origin_section(stored, runs, out),
+        origin_section(stored, runs, out, skipped),
     ]
 
 
@@ -277,9 +279,17 @@ def summary_section(
     found: Sequence[tuple[Way, Sequence[StoredRun]]],
     stored: Sequence[StoredRun],
     figures: Sequence[Figure],
+    skipped: Mapping[str, str],
 ) -> Section:
     """Say what to believe: the setting, five sentences, the tally, the paper's contributions, and its Figure 1."""
     blocks: list[Block] = [_setting(found)]
+    if skipped:
+        blocks.append(
+            Text(
+                ("Left out, as no run could be read: ", ", ".join(skipped), ". ", Link("Why", "origin"), "."),
+                "note",
+            )
+        )
     if not any(run.done is not None for run in stored):
         blocks.append(Text("No experiment has a complete run yet: there is nothing to judge.", "note"))
     count = (
@@ -610,8 +620,8 @@ def figures_section(sections: Sequence[Section]) -> Section:
     )
 
 
-def origin_section(stored: Sequence[StoredRun], runs: Path, out: Path) -> Section:
-    """Tell where the runs in the folder `runs` came from."""
+def origin_section(stored: Sequence[StoredRun], runs: Path, out: Path, skipped: Mapping[str, str]) -> Section:
+    """Tell where the runs in the folder `runs` came from, and from what lies there no run could be read."""
     last = [shlex.join(["fastent", "report", str(runs), "--out", str(out)])]
     if any(not run.path.is_dir() for run in stored):
         source = str(run_folder(stored, runs))
@@ -625,6 +635,10 @@ def origin_section(stored: Sequence[StoredRun], runs: Path, out: Path) -> Sectio
         _settings_table(stored),
         _environment_table(stored),
     ]
+    if skipped:
+        blocks.append(
+            Table("Left out: no run could be read from these.", ("name", "why"), tuple(skipped.items()))
+        )
     return Section("origin", "Origin: where the runs came from", tuple(blocks))
 
 
@@ -847,16 +861,19 @@ def print_summary(out: Path, names: set[str]) -> None:
     names : set of str
         Of the runs to print; those without a record are left out.
     """
-    from rich import box, table
+    from rich import box, table, text
     from rich.console import Console
 
     groups: dict[str, list[StoredRun]] = {}
-    for stored in read_runs(out):
-        if stored.name in names and stored.rows:
-            groups.setdefault(stored.name.rpartition("-seed")[0], []).append(stored)
+    for name in names:
+        # A run that could not begin, or whose files are damaged, was told of when it was to be trained.
+        with contextlib.suppress(RunError):
+            if (stored := read_run(out / name)).rows:
+                groups.setdefault(name.rpartition("-seed")[0], []).append(stored)
     kinds = {name: (run.experiment, run.condition, run.config["task"]) for name, (run, *_) in groups.items()}
     console = Console()
-    for name, runs in groups.items():
+    for name, runs in sorted(groups.items(), key=lambda group: (kinds[group[0]], group[0])):
+        runs.sort(key=lambda run: run.seed)
         several = list(kinds.values()).count(kinds[name]) > 1  # settings, which the name carries
         printed = table.Table(
             "seed",
@@ -877,5 +894,6 @@ def print_summary(out: Path, names: set[str]) -> None:
             t_mem, t_grok, t_cross, ahead = map(steps, times)
             numbers = (t_mem, t_grok, decimal(measured.h_star[i]), t_cross, ahead)
             ended = run.state if run.done is None else run.done["reason"]
-            printed.add_row(str(run.seed), *numbers, decimal(accuracy[i]), steps(measured.end[i]), ended)
+            last = (decimal(accuracy[i]), steps(measured.end[i]), text.Text(printable(ended)))
+            printed.add_row(str(run.seed), *numbers, *last)
         console.print(printed)

@@ -517,13 +517,19 @@ def read_done(path: Path) -> dict[str, Any] | None:
     RunError
         If it does not say when and why the run ended.
     """
-    path = path / "DONE"
-    remedy = "put it back from a copy, or remove it, and the run goes on from its last checkpoint"
-    done = read_object(path, remedy)
+    done = read_object(path / "DONE", _DONE_REMEDY)
     if done is not None:
-        times = {name: (int, None) for name in ("t_mem", "t_grok", "t_grok_sustained") if name in done}
-        _check_fields(path, done, {"steps": int, "reason": str, **times}, remedy)
+        check_done(path / "DONE", done)
     return done
+
+
+_DONE_REMEDY = "put it back from a copy, or remove it, and the run goes on from its last checkpoint"
+
+
+def check_done(path: Path, done: dict[str, Any]) -> None:
+    """See that `done`, of a file `path`, says when and why a run ended; raises RunError as `check_record`."""
+    times = {name: (int, None) for name in ("t_mem", "t_grok", "t_grok_sustained") if name in done}
+    _check_fields(path, done, {"steps": int, "reason": str, **times}, _DONE_REMEDY)
 
 
 def check_record(path: Path, record: dict[str, Any]) -> None:
@@ -560,7 +566,7 @@ def _setting_kinds() -> dict[str, Any]:
 _KINDS = {
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "a text in one line",
     bool: "true or false",
     dict: "an object",
     list: "a list",
@@ -588,6 +594,8 @@ def _is(value: Any, kind: type | None) -> bool:
         return _number(value)
     if kind is tuple:
         return isinstance(value, list) and all(isinstance(each, str) or _number(each) for each in value)
+    if kind is str:
+        return isinstance(value, str) and value.isprintable()
     return value is None if kind is None else isinstance(value, kind)
 
 
@@ -604,8 +612,16 @@ def _short(value: Any) -> str:
     return reprlib.repr(value)
 
 
+NUMBERS = (
+    *("train_loss", "train_accuracy", "test_loss", "test_accuracy", "parameter_norm"),
+    *("entropy", "effective_rank", "participation_ratio"),
+    *("time", "seconds", "monitor_seconds", "seeds"),
+)
+"""Columns of metrics and timing that hold numbers or null; those of measures may hold words too."""
+
+
 def check_rows(path: Path, rows: Sequence[dict[str, Any]], first: int = 1) -> None:
-    """See that the rows of a log, from its line `first` on, hold a step, and numbers or null save `WORDS` and statuses.
+    """See that the rows of a log, from its line `first` on, hold a step, and numbers, words or null.
 
     Raises
     ------
@@ -616,15 +632,10 @@ def check_rows(path: Path, rows: Sequence[dict[str, Any]], first: int = 1) -> No
         if not _whole(row.get("step")):
             _refuse_row(path, line, "step", "a whole number", row.get("step"))
         for name, value in row.items():
-            if isinstance(value, str):
-                if not (name in WORDS or name.endswith("_status")):
-                    _refuse_row(path, line, name, "a number or null", value)
-            elif value is not None and not _number(value):
+            if not (
+                value is None or _number(value) or (isinstance(value, str | bool) and name not in NUMBERS)
+            ):
                 _refuse_row(path, line, name, "a number or null", value)
-
-
-WORDS = ("event", "key_blocks")
-"""Columns of a log that hold text, beside the statuses."""
 
 
 def _refuse_row(path: Path, line: int, name: str, rule: str, value: Any) -> None:

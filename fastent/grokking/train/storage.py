@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 
 class RunError(RuntimeError):
@@ -203,8 +203,13 @@ def read_regular(path: Path) -> bytes:
     RunError
         If it is none: a folder, or a pipe or device, whose reading might never end.
     """
-    with open(path, "rb", opener=_regular) as file:
+    with open_regular(path) as file:
         return file.read()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; raises as `read_regular`."""
+    return open(path, "rb", opener=_regular)
 
 
 def _regular(path: str, flags: int) -> int:
@@ -375,7 +380,7 @@ def read_rows(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
         Where to go on next time.
     """
     try:
-        with open(path, "rb", opener=_regular) as file:
+        with open_regular(path) as file:
             file.seek(offset)
             data = file.read()
     except FileNotFoundError:

@@ -5,6 +5,7 @@ Packed runs: nothing lost, nothing incomplete, added to, and as good as folders 
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastent.grokking.experiments.data import PRESETS_JSON, Runs, StoredRun, main, pack, read_runs, unpack
+from fastent.grokking.experiments.folder import Folder, State
 from fastent.grokking.experiments.report import write_report
 from fastent.grokking.experiments.statistics import over, share
 from fastent.grokking.train.config import preset
@@ -62,8 +64,100 @@ def test_preset_is_the_nearest_with_what_differs_from_it(tmp_path, writer):
 @pytest.mark.parametrize(("name", "content"), [("config.json", "{"), ("config.json", "{}"), ("DONE", "[]")])
 def test_a_damaged_file_is_named(tmp_path, writer, name, content):
     (writer(tmp_path, 0) / name).write_text(content)
-    with pytest.raises(RunError, match=name):
+    with (
+        pytest.warns(RunWarning, match=f"skipped e1-baseline-add-seed0: .*{name}"),
+        pytest.raises(
+            RunError, match=rf"holds no run that can be read: .*\n  e1-baseline-add-seed0: .*{name}"
+        ),
+    ):
         read_runs(tmp_path)
+
+
+def spoil(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+BROKEN = {
+    "config of another shape": lambda run: spoil(
+        run / "config.json", '"max_steps": 8000', '"max_steps": "8000"'
+    ),
+    "config without a setting": lambda run: spoil(run / "config.json", '"criterion"', '"criterium"'),
+    "config lost": lambda run: (run / "config.json").unlink(),
+    "config is a pipe": lambda run: ((run / "config.json").unlink(), os.mkfifo(run / "config.json")),
+    "config nested": lambda run: spoil(run / "config.json", '"e1"', "[" * 100_000 + "]" * 100_000),
+    "environment a list": lambda run: (run / "environment.json").write_text("[]"),
+    "metrics a folder": lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()),
+    "metrics lost": lambda run: (run / "metrics.jsonl").unlink(),
+    "a word for a number": lambda run: spoil(
+        run / "metrics.jsonl", '"test_accuracy": 0.25', '"test_accuracy": "high"'
+    ),
+    "a number too large": lambda run: spoil(run / "metrics.jsonl", '"step": 50', '"step": ' + "5" * 400),
+    "a step twice": lambda run: spoil(run / "metrics.jsonl", '"step": 100', '"step": 50'),
+    "no such status": lambda run: spoil(run / "metrics.jsonl", '"ok"', '"fine"'),
+    "DONE of words": lambda run: spoil(run / "DONE", "2500", '"2500"'),
+    "FAILED a list": lambda run: (run / "FAILED").write_text("[]"),
+    "timing of lists": lambda run: (run / "timing.jsonl").write_text('{"event": [], "step": 0}\n'),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_run_is_skipped_by_name_and_hides_no_other(tmp_path, writer, broken):
+    writer(tmp_path, 0)
+    broken(writer(tmp_path, 1))
+    skipped = {}
+    with pytest.warns(RunWarning, match="skipped e1-baseline-add-seed1: "):
+        (run,) = read_runs(tmp_path, skipped)
+    assert run.seed == 0
+    ((name, reason),) = skipped.items()
+    assert name == "e1-baseline-add-seed1"
+    assert str(tmp_path / name) in reason
+    assert any(remedy in reason for remedy in ("put it back from a copy", "move it away"))
+    states = {state.name: state.state for state in Folder(tmp_path, whole=True).look()}
+    assert (
+        states == {"e1-baseline-add-seed0": State.COMPLETE, name: State.DAMAGED}
+        or "timing" in reason
+        or ("environment" in reason)
+    )
+
+
+def test_folders_of_other_kinds_are_skipped_and_a_report_says_which(three_runs, tmp_path):
+    (three_runs / "model").mkdir()
+    (three_runs / "model" / "config.json").write_text('{"hidden_size": 768}')
+    (three_runs / "notes.tmp").mkdir()
+    (three_runs / "table.parquet").write_bytes(b"PAR1, of another program")
+    with pytest.warns(RunWarning, match=r"skipped (model|table\.parquet)"):
+        write_report(three_runs, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Left out, as no run could be read: model, table.parquet. [Why](#origin)" in text
+    assert "for it has no experiment: put it back from a copy" in text
+
+
+def edit_head(path, change):
+    table = pq.read_table(path)
+    head = json.loads(table.schema.metadata[b"fastent"])
+    change(head["runs"][1])
+    pq.write_table(table.replace_schema_metadata({b"fastent": json.dumps(head)}), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda head: head.update(name="../escaped-seed1"), "'../escaped-seed1' is no name of a folder"),
+        (lambda head: head.update(name=".."), "no name of a folder"),
+        (lambda head: head.update(done={"steps": []}), r"steps must be a whole number; got \[\]"),
+        (lambda head: head.update(config=[]), "does not hold packed runs"),
+        (lambda head: head.update(columns=7), "does not hold packed runs"),
+        (lambda head: head.update(environment=None), "does not hold packed runs"),
+        (lambda head: head["config"].update(seed="1"), "seed must be a whole number; got '1'"),
+    ],
+)
+def test_packed_runs_of_another_shape_are_refused_by_name(packed, change, said):
+    path = packed / "e1-baseline-add.parquet"
+    edit_head(path, change)
+    with pytest.raises(RunError, match=said):
+        unpack(path)
 
 
 def contents(run):
@@ -168,8 +262,10 @@ def test_a_file_that_is_not_of_packed_runs_or_newer_is_refused_by_name(packed):
     path = packed / "e1-baseline-add.parquet"
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({}), packed / "other.parquet")
-    with pytest.raises(RunError, match=r"other\.parquet does not hold packed runs"):
-        read_runs(packed)
+    with pytest.warns(
+        RunWarning, match=r"skipped other\.parquet: .*other\.parquet does not hold packed runs"
+    ):
+        assert len(read_runs(packed)) == 3
     head = json.loads(table.schema.metadata[b"fastent"]) | {"schema_version": 9}
     pq.write_table(table.replace_schema_metadata({b"fastent": json.dumps(head)}), path)
     with pytest.raises(RunError, match="packed with schema 9, by a newer fastent"):
