@@ -19,7 +19,7 @@ import json
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ from fastent.grokking.train.storage import (
     read_rows,
     write_atomically,
 )
+
+ANALYSED = ("task", "model", "train_fraction", "max_steps", "evaluate_every", "criterion", "memorised")
+"""Settings that analyses read; of others a run may be older."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class StoredRun:
     def __post_init__(self) -> None:
         path = self.path / "config.json"
         check_record(path, self.record)
-        if missing := [field.name for field in fields(TrainConfig) if field.name not in self.config]:
+        if missing := [name for name in ANALYSED if name not in self.config]:
             raise RunError(
                 f"{path} is not a run's configuration, for it has no {', '.join(missing)}: {REMEDY}"
             )

@@ -95,7 +95,7 @@ def test_a_torn_last_line_is_left_out_and_told_of_a_run_that_nobody_trains(tmp_p
         (lambda run: (run / "config.json").unlink(), "config.json is missing: put it back from a copy"),
         (lambda run: (run / "config.json").write_text("[]"), "config.json is not a JSON object (it holds []"),
         (lambda run: (run / "DONE").write_text('{"reason": "grokked"}'), "not what its name says, for it has no steps"),
-        (lambda run: (run / "DONE").write_text('{"steps": 2600, "reason": ""}'), "end at step 2,500, and DONE says 2,600"),
+        (lambda run: (run / "DONE").write_text('{"steps": 2600, "reason": ""}'), "at step 2,500, and DONE says 2,600"),
         (lambda run: (run / "DONE").write_text('{"steps": "x", "reason": ""}'), "DONE: steps must be a whole number"),
         (
             lambda run: (run / "metrics.jsonl").write_text(
