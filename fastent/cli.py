@@ -75,6 +75,7 @@ def run(
     experiment: str,
     *,
     config: TrainConfig,
+    condition: str = "baseline",
     combinations: Callable[[TrainConfig, str], dict[str, TrainConfig]] = lambda config, _: {"": config},
     preset: str = "quick",
     seeds: str = "0-2",
@@ -95,13 +96,17 @@ def run(
         fastent run e1 --preset quick --seeds 0-2 --out runs/quick
         fastent run e1 --preset quick --width 64,128 --learning-rate 1e-3,2e-3 --out runs/sweep
         fastent run all --preset paper --workers 2 --out runs/paper --dry-run
+        fastent run own --task mul --modulus 59 --condition losses-0.2 --measures fourier --out runs/mixed
 
     Parameters
     ----------
     experiment : str
-        One of `fastent list`, or "all".
+        One of `fastent list`; "all"; or "own", one task under one condition.
     config : TrainConfig
         The preset, with changes.
+    condition : str
+        What "own" trains under: baseline; losses-0.2, mixing with alpha 0.2, or logits-0.2; norm-start, norm-mem,
+        norm-as-baseline, logits-as-baseline; several joined by +; or one of another package.
     combinations : function
         From `config` and the preset's name to all the settings to train, by what sets each apart: the lists among the
         options, which the parser does not see.
@@ -133,8 +138,9 @@ def run(
     with _wrong_usage():
         if workers is None:
             workers = 1 if device.startswith("cuda") else min(torch.get_num_threads(), most_workers())
+        settings = combinations(config, preset)
         groups = _planned(
-            experiment, combinations(config, preset), preset, parse_seeds(seeds), out, workers, device, force
+            experiment, condition, settings, preset, parse_seeds(seeds), out, workers, device, force
         )
     jobs = [job for group in groups.values() for job in group]
     if dry_run:
@@ -161,6 +167,7 @@ def run(
 
 def _planned(
     experiment: str,
+    condition: str,
     settings: Mapping[str, TrainConfig],
     preset: str,
     seeds: tuple[int, ...],
@@ -174,11 +181,16 @@ def _planned(
     What experiments and settings share is trained once, for the first that asks for it.
     """
     from fastent.grokking.experiments.jobs import JOBS, planned
-    from fastent.grokking.train.runs import named_as_before, plan_stacks
+    from fastent.grokking.train.own import own_job
+    from fastent.grokking.train.runs import OWN, named_as_before, plan_stacks
     from fastent.grokking.train.sweep import check_jobs
 
-    if experiment not in (*JOBS, "all"):
-        raise ValueError(f"experiment must be one of {', '.join(JOBS)} or all; got {experiment!r}")
+    if experiment not in (*JOBS, "all", OWN):
+        raise ValueError(f"experiment must be one of {', '.join(JOBS)}, all or {OWN}; got {experiment!r}")
+    if condition != "baseline" and experiment != OWN:
+        raise ValueError(
+            f"--condition is for `fastent run {OWN}`: an experiment has its own; got {condition!r}"
+        )
     _check_out(out)
     check_jobs((), out, workers=workers, device=device)
     groups: dict[str, list[Job]] = {}
@@ -186,15 +198,16 @@ def _planned(
     for label, config in settings.items():
         asked: list[Job] = []
         with _said_of(label):
-            for name in JOBS:
-                for job in planned(name, config, preset, seeds) if experiment in (name, "all") else []:
-                    kind = dataclasses.replace(
-                        job, config=dataclasses.replace(job.config, measures=()), seeds=(), changed=()
-                    )
-                    new = tuple(seed for seed in job.seeds if (kind, seed) not in runs)
-                    runs.update((kind, seed) for seed in new)
-                    if new:
-                        asked.append(dataclasses.replace(job, seeds=new))
+            names = [name for name in JOBS if experiment in (name, "all")]
+            jobs = [job for name in names for job in planned(name, config, preset, seeds)]
+            for job in jobs if experiment != OWN else [own_job(config, preset, seeds, condition)]:
+                kind = dataclasses.replace(
+                    job, config=dataclasses.replace(job.config, measures=()), seeds=(), changed=()
+                )
+                new = tuple(seed for seed in job.seeds if (kind, seed) not in runs)
+                runs.update((kind, seed) for seed in new)
+                if new:
+                    asked.append(dataclasses.replace(job, seeds=new))
             asked = named_as_before(asked, out)
             check_jobs(asked, out, workers=workers, device=device, force=force)
         groups[label] = [stack for job in asked for stack in plan_stacks(job, out, workers)]
@@ -722,7 +735,7 @@ def _safetensors(path: Path) -> Iterator[Stored]:
 
 
 def list_() -> int:
-    """Print the experiments and the presets.
+    """Print the experiments, the names of tasks, models, conditions and measures, and the presets.
 
     For example:
         fastent list
@@ -731,6 +744,9 @@ def list_() -> int:
     from fastent.grokking.experiments.jobs import JOBS
     from fastent.grokking.experiments.report import EXPERIMENTS
     from fastent.grokking.train.config import PRESETS
+    from fastent.grokking.train.registry import GROUPS
+    from fastent.grokking.train.registry import names as names_of
+    from fastent.grokking.train.runs import OWN
 
     print("experiments")
     for experiment in EXPERIMENTS:
@@ -740,6 +756,13 @@ def list_() -> int:
         )
     for name in JOBS.keys() - {experiment.id for experiment in EXPERIMENTS}:
         print(f"  {name}  {(JOBS[name].__doc__ or '').partition(chr(10))[0]}")
+    print(f"  {OWN}  a task, model, condition and measures of one's own choice, by the names below")
+    for kind in GROUPS:
+        found = [
+            each.name + (f" ({each.package or 'this process'})" if each.package != "fastent" else "")
+            for each in names_of(kind)
+        ]
+        print(f"{kind}s\n  {', '.join(found)}")
     print("presets")
     for name, config in PRESETS.items():
         changes = {
@@ -1079,12 +1102,20 @@ def _named(command: Callable[..., int]) -> Callable[[], int]:
 
 def _default_settings(arguments: Sequence[str]) -> TrainConfig:
     """Find preset and task in the arguments before they are parsed: they decide the defaults of the options."""
-    given = {"--preset": "quick", "--task": ""}
+    from fastent.grokking.train.registry import BUILT_IN
+
+    given = {"--preset": "quick", "--task": "", "--model": "", "--out": "runs"}
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name in given:
             given[name] = value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
     with _wrong_usage():
+        kinds: tuple[Literal["task", "model"], ...] = ("task", "model")
+        for kind in kinds:
+            if (name := given[f"--{kind}"]) and name not in BUILT_IN[kind]:
+                from fastent.grokking.train.own import check_there
+
+                check_there(kind, name, Path(given["--out"]))
         base = preset_called(given["--preset"])
         fraction = own_fraction(base, given["--task"], given["--preset"])
         return _Settings(**{**vars(base), "train_fraction": fraction})

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastent.grokking.train.config import CHOICES, TrainConfig, own_fraction
-from fastent.grokking.train.config import preset as preset_called
+from fastent.grokking.train.config import CHOICES, TrainConfig, changed_from, own_fraction
 from fastent.grokking.train.runs import Job
 
 ALPHA = 0.1
@@ -189,12 +188,7 @@ def planned(experiment: str, config: TrainConfig, preset: str, seeds: Sequence[i
         In the order of their importance.
     """
     few = {variant.condition for variant in FEW_PAIRS}  # a share of the pairs is what those are about
-    base = preset_called(preset, task=config.task)
-    changed = tuple(
-        field.name
-        for field in dataclasses.fields(config)
-        if field.name not in ("task", "measures") and getattr(config, field.name) != getattr(base, field.name)
-    )
+    changed = changed_from(config, preset)
     asked = [dataclasses.replace(job, changed=changed) for job in JOBS[experiment](config, seeds)]
     return [
         job

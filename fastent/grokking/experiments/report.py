@@ -68,6 +68,7 @@ from fastent.grokking.experiments.document import (
 from fastent.grokking.experiments.jobs import JOBS, planned
 from fastent.grokking.experiments.leads import left_out_threshold
 from fastent.grokking.train.config import SOURCES, TASK_SETTINGS, TrainConfig
+from fastent.grokking.train.runs import OWN
 from fastent.grokking.train.storage import RunError, printable, write_atomically
 
 __all__ = ["EXPERIMENTS", "check_documents", "fill_documents", "write_report"]
@@ -718,7 +719,7 @@ def commands(stored: Sequence[StoredRun], runs: Path) -> list[str]:
     """Write the commands that make `stored`, one for each experiment and setting behind the runs."""
     found = settings(stored)
     return [
-        command(experiment, name, _options(changes), seeds={run.seed for run in asked}, runs=runs)
+        command(experiment, name, [*_options(changes), *kind], seeds={run.seed for run in asked}, runs=runs)
         + "".join(
             f"  # {task} had {', '.join(f'{key} {value}' for key, value in own.items())}"
             for task, own in changes.items()
@@ -726,8 +727,21 @@ def commands(stored: Sequence[StoredRun], runs: Path) -> list[str]:
         )
         for experiment in dict.fromkeys(run.experiment for run in stored)
         for (name, changes), made in found
-        if (asked := [run for run in made if run.experiment == experiment])
+        for kind, asked in _kinds([run for run in made if run.experiment == experiment]).items()
     ]
+
+
+def _kinds(stored: Sequence[StoredRun]) -> dict[tuple[str, ...], list[StoredRun]]:
+    """Group runs of one experiment by the options that choose them, beside its settings: one's own have some."""
+    kinds: dict[tuple[str, ...], list[StoredRun]] = defaultdict(list)
+    for run in stored:
+        options: tuple[str, ...] = ()
+        if run.experiment == OWN:
+            measures = run.config["measures"]
+            options = ("--task", run.config["task"], "--condition", run.condition)
+            options += ("--measures", *measures) if measures else ()
+        kinds[options].append(run)
+    return kinds
 
 
 def _asker(

@@ -505,9 +505,8 @@ def _logs(source: Job, out: Path, column: str, *, until_memorised: bool = False)
 
 def _log(source: Job, seed: int, out: Path, column: str, *, until_memorised: bool) -> tuple[Column, Column]:
     path, what = out / source.run_name(seed), _WORDS[column]
-    own = source.experiment == OWN
-    command = f"train --condition {source.condition}" if own else f"run {source.experiment}"
-    remedy = f"`fastent {command}` with the same settings, seeds and --out makes it"
+    command = source.experiment + (f" --condition {source.condition}" if source.experiment == OWN else "")
+    remedy = f"`fastent run {command}` with the same settings, seeds and --out makes it"
     if not (path / "DONE").exists():
         raise RunError(f"{path}, whose {what} is to be followed, is missing or not complete: {remedy}")
     recorded = read_settings(path)

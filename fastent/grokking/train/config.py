@@ -334,6 +334,22 @@ def own_fraction(config: TrainConfig, task: str, name: str) -> float:
     return float(own[task] if config.train_fraction == own[config.task] else config.train_fraction)
 
 
+def changed_from(config: TrainConfig, name: str) -> tuple[str, ...]:
+    """Name the fields that `config` changes in the preset called `name`, but the task and what is measured.
+
+    Examples
+    --------
+    >>> changed_from(preset("quick", task="s5", width=64), "quick")
+    ('width',)
+    """
+    base = preset(name, task=config.task)
+    return tuple(
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in ("task", "measures") and getattr(config, field.name) != getattr(base, field.name)
+    )
+
+
 def preset(name: str, **changes: Any) -> TrainConfig:
     """Return the configuration called `name` with what a task in `changes` needs, and `changes` themselves.
 

@@ -4,7 +4,8 @@
 
     <out>/sweep-<host>-<pid>.json   the runs that a process is to train one after the other, while it does
     <out>/<experiment>-<condition>-<task>[-<changes>]-seed<k>/
-        config.json         schema, experiment, condition, seed, seeds trained as one stack, every setting
+        config.json         schema, experiment, condition, seed, seeds trained as one stack, every setting, and
+                            what came from other packages (guests)
         environment.json    machine and software of the first start
         metrics.jsonl       one row an evaluation; a function of the configuration alone, so equal after a resume
         timing.jsonl        clocks, starts and resumes, and what H cost the stack at each evaluation; all that
@@ -48,6 +49,7 @@ from fastent.grokking.train.checkpoint import (
 )
 from fastent.grokking.train.config import TrainConfig, completed
 from fastent.grokking.train.environment import changes_of_bits
+from fastent.grokking.train.registry import BUILT_IN, TAKEN, Kind, origin
 from fastent.grokking.train.storage import (
     CheckpointError,
     JsonLines,
@@ -106,6 +108,18 @@ class Job:
         """Return the configuration as JSON gives it back."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self.config)))
         return values
+
+    def guests(self) -> list[dict[str, str]]:
+        """Say where its task, model, measures and parts of its condition came from that are not of this package."""
+        named: list[tuple[Kind, str]] = [("task", self.config.task), ("model", self.config.model)]
+        named += [("condition", part.partition("-")[0]) for part in self.condition.split("+")]
+        named += [("measure", measure) for measure in self.config.measures]
+        found = []
+        for kind, name in named:
+            if name not in BUILT_IN[kind] and (kind != "condition" or name not in TAKEN):
+                with contextlib.suppress(ValueError):  # a name that is not there is refused where it is used
+                    found.append(dataclasses.asdict(origin(kind, name)))
+        return found
 
     @classmethod
     def of_settings(
@@ -286,6 +300,9 @@ class Run:
             "stack": list(self.job.seeds),
             "config": self.job.settings(),
         }
+        guests = self.job.guests()
+        if guests:
+            now["guests"] = guests
         path = self.path / "config.json"
         recorded, kept = read_record(self.path), what_counts(self.path)
         if recorded is None and kept and not self._force:
@@ -298,6 +315,15 @@ class Run:
                 # Which seeds began together does not change what any of them is.
                 now["stack"] = recorded["stack"]
             changes = _differences(recorded, now)
+            if not changes and recorded.get("guests", []) != guests:
+                told = (
+                    ", ".join(_named(each) for each in some) for some in (recorded.get("guests", []), guests)
+                )
+                warnings.warn(
+                    f"{self.path}: it began with {'; it goes on with '.join(told)}, which may do something else",
+                    RunWarning,
+                    stacklevel=2,
+                )
             if changes and not self._force:
                 raise RunError(
                     f"{path} was written with another configuration:\n  " + "\n  ".join(changes) + "\n"
@@ -660,10 +686,16 @@ def _differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
         lines.append(
             f"schema_version: {before['schema_version']}, of a newer fastent; this one knows {SCHEMA_VERSION}"
         )
-    for key in sorted({*before, *after} - {"schema_version", "forced"}):
+    for key in sorted({*before, *after} - {"schema_version", "forced", "guests"}):
         if before.get(key, _ABSENT) != after.get(key, _ABSENT):
             lines.append(f"{key}: {before.get(key, _ABSENT)} in the folder, {after.get(key, _ABSENT)} now")
     return lines
+
+
+def _named(guest: dict[str, str]) -> str:
+    """Write a guest for people."""
+    where = " ".join(filter(None, (guest["package"], guest["version"]))) or "a script"
+    return f"{guest['kind']} {guest['name']} of {where} ({guest['place']})"
 
 
 _ABSENT = "(absent)"

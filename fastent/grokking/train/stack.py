@@ -130,6 +130,23 @@ class GraphedStep:
         self._first = first
 
 
+def repeat_labels(labels: Tensor, hidden: Tensor, condition: Condition) -> Tensor:
+    """Labels (S, N), repeated for what a condition made of the N representations: (S, k N).
+
+    Raises
+    ------
+    ValueError
+        If it made another number of them.
+    """
+    copies, rest = divmod(hidden.shape[1], labels.shape[1])
+    if rest or not copies:
+        raise ValueError(
+            f"{type(condition).__name__}.before_head must return (S, k N, d) for (S, N, d): each label has its rows; "
+            f"got {tuple(hidden.shape)} for N = {labels.shape[1]}"
+        )
+    return labels.repeat(1, copies)
+
+
 _EVALUATION_ROWS = {"cpu": 1024}  # pairs in a forward pass of an evaluation: they stay in the cache
 _ALL_ROWS = 1 << 14  # elsewhere: few launches
 
@@ -360,7 +377,7 @@ class Stack:
             losses, grad, head = head_gradients(p, hidden, labels)
         else:
             mixed = condition.before_head(hidden)
-            repeated = labels.repeat(1, mixed.shape[1] // labels.shape[1])
+            repeated = repeat_labels(labels, mixed, condition)
             losses, grad, head = condition.head_gradients(p, mixed, repeated, numbers)
             grad = condition.before_head_gradient(grad)
         group.update(model.backward(p, kept, grad) | head, config)

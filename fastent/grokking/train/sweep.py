@@ -27,13 +27,15 @@ from pathlib import Path
 
 import torch
 
-from fastent.grokking.train.conditions import sources
+from fastent.entropy import spectral_entropy
+from fastent.grokking.train.conditions import make_condition, sources
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.executors import End, Executor, Inline, Order, Pool, Reach, last
 from fastent.grokking.train.loop import Observer, Observers
 from fastent.grokking.train.measures import Measures
 from fastent.grokking.train.registry import BUILT_IN
 from fastent.grokking.train.runs import (
+    OWN,
     Job,
     Row,
     announced,
@@ -42,6 +44,7 @@ from fastent.grokking.train.runs import (
     read_settings,
     what_counts,
 )
+from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import Interrupted, RunError, StopRequest, read_rows
 from fastent.grokking.train.tasks import make_task
 
@@ -67,10 +70,37 @@ def check_jobs(jobs: Sequence[Job], out: Path, *, workers: int, device: str, for
     for job in jobs:
         try:
             check_config(job.config)
-        except ValueError as error:
+            if job.experiment == OWN:
+                make_condition(job, out, device)  # an experiment's are there
+            if job.guests():
+                _rehearse(job, out, device)
+        except (ValueError, RunError) as error:
             raise ValueError(f"{job.experiment}-{job.condition}-{job.config.task}: {error}") from error
     if not force:
         _check_folder(jobs, out)
+
+
+def _rehearse(job: Job, out: Path, device: str) -> None:
+    """Make one step of one seed, and what is computed at an evaluation: what other packages brought may fail in it.
+
+    Raises
+    ------
+    ValueError, RunError
+        If it fails, whatever its error.
+    """
+    alone = replace(job, seeds=job.seeds[:1])
+    try:
+        condition = None if sources(job) else make_condition(alone, out, device)
+        stack = Stack(job.config, alone.seeds, device, condition)
+        stack.evaluate()
+        spectral_entropy(stack.representations(), batch_dims=1)
+        Measures(job.config)(stack)
+        stack.train_step()
+    except (ValueError, RunError):
+        raise
+    except Exception as error:  # of another's code: whatever it is, no run begins
+        guests = ", ".join(f"{each['kind']} {each['name']} ({each['place']})" for each in job.guests())
+        raise ValueError(f"a first step with {guests} failed with {type(error).__name__}: {error}") from error
 
 
 def most_workers() -> int:
