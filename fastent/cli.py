@@ -94,9 +94,8 @@ def run(
 
     For example:
         fastent run e1 --preset quick --seeds 0-2 --out runs/quick
-        fastent run e1 --preset quick --width 64,128 --learning-rate 1e-3,2e-3 --out runs/sweep
         fastent run all --preset paper --workers 2 --out runs/paper --dry-run
-        fastent run own --task mul --modulus 59 --condition losses-0.2 --measures fourier --out runs/mixed
+        fastent run own --task mul --width 64,128 --condition losses-0.2 --measures fourier --out runs/mixed
 
     Parameters
     ----------

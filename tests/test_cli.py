@@ -101,7 +101,7 @@ def test_run_uses_a_process_for_each_thread_of_a_cpu_unless_told(device, workers
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["e9"], f"experiment must be one of {', '.join(JOBS)} or all; got 'e9'"),
+        (["e9"], f"experiment must be one of {', '.join(JOBS)}, all or own; got 'e9'"),
         (
             ["e1", "--seeds", "2-0"],
             "seeds must be numbers and ranges without repetition, such as 0-2 or 0,3,7-9; got '2-0'",

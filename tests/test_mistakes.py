@@ -59,7 +59,7 @@ COMMANDS = {
     "rnu e1": "Unrecognized options: rnu",
     "": "Missing subcommand",
     "run": "One of `fastent list`",
-    "run e9": "experiment must be one of e1, e2, .* or all; got 'e9'",
+    "run e9": "experiment must be one of e1, e2, .*, all or own; got 'e9'",
     "run e1 --sedes 1": "--sedes.*Perhaps you meant: --seeds",
     "run e1 --preset qiuck": "no preset is called 'qiuck'; there are quick, paper",
     "run e1 --task ad": "task must be add, .*; got 'ad'",
