@@ -1111,7 +1111,8 @@ def _default_settings(arguments: Sequence[str]) -> TrainConfig:
     with _wrong_usage():
         kinds: tuple[Literal["task", "model"], ...] = ("task", "model")
         for kind in kinds:
-            if (name := given[f"--{kind}"]) and name not in BUILT_IN[kind]:
+            name = given[f"--{kind}"] if arguments[:1] == ["run"] else ""
+            if name and name not in BUILT_IN[kind]:
                 from fastent.grokking.train.own import check_there
 
                 check_there(kind, name, Path(given["--out"]))
