@@ -2,6 +2,9 @@
 
 __version__ = "0.1.0"
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastent.covariance import covariance
 from fastent.entropy import (
     SpectralEntropy,
@@ -14,6 +17,7 @@ from fastent.forecast.diagnosis import Diagnosis, diagnose
 from fastent.forecast.history import History, calibrate_threshold
 from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import Forecast, predict_grok_time
+from fastent.installation import install_command
 from fastent.mixing import mix_representations
 from fastent.moments import Moments
 from fastent.monitor.monitor import SpectralEntropyMonitor, StopAfterCrossing
@@ -45,3 +49,25 @@ __all__ = [
     "sampling_error",
     "spectral_entropy",
 ]
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from os import PathLike
+
+    load_runs: Callable[[str | PathLike[str]], Any]
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import what is the study's, and takes packages that the library does not need, when it is asked for."""
+        if name != "load_runs":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return importlib.import_module("fastent.grokking.experiments.tables").load_runs
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"load_runs needs {error.name}, which is not installed: {install_command('train')}",
+                name=error.name,
+            ) from error
+
+    def __dir__() -> list[str]:
+        return [*globals(), "load_runs"]

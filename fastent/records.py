@@ -19,6 +19,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, KeysView, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
+from types import UnionType
 from typing import Any, Literal
 
 import numpy as np
@@ -405,7 +406,7 @@ class Recording:
         heads = ("layer", "step", "H", "effective rank", "status", "crossed at", "collapsed at")
         return Table(title, rows, heads)
 
-    def plot(self, order: Iterable[str], kind: Kind | None, ax: Any) -> Any:
+    def plot(self, order: Iterable[str], kind: Drawing | None, ax: Any) -> Any:
         """Draw the records kept, those of the layers in `order` first (`fastent.plots.plot_layers`)."""
         from fastent import plots
 
@@ -679,13 +680,13 @@ def _class_or_text(part: str) -> str:
     return f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]"
 
 
-Kind = Literal["lines", "heatmap"]
+Drawing = Literal["lines", "heatmap"]
 
 
 def plot_records(
     records: Iterable[EntropyRecord],
     *,
-    kind: Kind | None = None,
+    kind: Drawing | None = None,
     ax: Any = None,
     threshold: float | Mapping[str, float] | None = None,
     collapse: Collapse | None = None,
@@ -734,8 +735,12 @@ def records_frame(library: Library, records: Iterable[EntropyRecord]) -> Any:
     return frame(library, {name: kinds.get(name, str) for name in _RECORD}, columns(_RECORD, rows))
 
 
-def frame(library: Library, kinds: Mapping[str, type], values: Mapping[str, Any]) -> Any:
-    """Put columns of int, float or str into a data frame.
+Kind = type | UnionType
+"""What a column holds: str, float, int, and int or bool that may be missing (``int | None``)."""
+
+
+def frame(library: Library, kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> Any:
+    """Put columns into a data frame; of `values` those that `kinds` names, in their order.
 
     Raises
     ------
@@ -750,11 +755,18 @@ def frame(library: Library, kinds: Mapping[str, type], values: Mapping[str, Any]
             name=error.name,
         ) from error
     if library == "pandas":
-        names = {int: "int64", float: "float64", str: "string"}
+        names: dict[Kind, str] = {
+            int: "int64",
+            float: "float64",
+            str: "string",
+            int | None: "Int64",
+            bool | None: "boolean",
+        }
         return module.DataFrame(
             {name: module.Series(values[name], dtype=names[kind]) for name, kind in kinds.items()}
         )
-    types = {int: module.Int64, float: module.Float64, str: module.String}
+    types: dict[Kind, Any] = {int: module.Int64, float: module.Float64, str: module.String}
+    types |= {int | None: module.Int64, bool | None: module.Boolean}
     return module.DataFrame(values, schema={name: types[kind] for name, kind in kinds.items()})
 
 

@@ -91,6 +91,20 @@ def test_the_library_imports_the_kernels_and_what_it_depends_on() -> None:
             assert "fastent.kernels" not in {room(target) for target in imports(name, lazily=False)}, name
 
 
+def test_the_front_door_names_one_thing_of_the_study_and_imports_it_when_asked() -> None:
+    named = {
+        (name, node.value)
+        for name in MODULES
+        if room(name) == "library" and name not in COMMANDS
+        for node in ast.walk(ast.parse(MODULES[name].read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.startswith(STUDY)
+        and node.value in MODULES
+    }
+    assert named == {("fastent", "fastent.grokking.experiments.tables")}
+
+
 def test_an_integration_imports_its_host_and_the_library_and_nothing_imports_it() -> None:
     hosts = {
         f"{INTEGRATIONS}.{name}": {name}

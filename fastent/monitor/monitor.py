@@ -43,8 +43,8 @@ from fastent.process import Interrupts, at_exit, interrupts_held, uncompiled, wa
 from fastent.records import (
     Collapse,
     Course,
+    Drawing,
     EntropyRecord,
-    Kind,
     Recording,
     checked_count,
     checked_step,
@@ -748,7 +748,7 @@ class SpectralEntropyMonitor(Shown):
         """Give the `history` as a data frame of polars, as `to_pandas`: Int64, Float64, String, null where missing."""
         return records_frame("polars", self.history)
 
-    def plot(self, kind: Kind | None = None, *, ax: Any = None) -> Any:
+    def plot(self, kind: Drawing | None = None, *, ax: Any = None) -> Any:
         """Draw the `history`: the normalised entropy of each layer over the steps.
 
         Parameters

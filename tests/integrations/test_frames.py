@@ -1,6 +1,8 @@
 """Data frames of pandas and polars: every column with its type, empty ones too, and every value as it was."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from fastent import History, SpectralEntropyMonitor
 
+ROOT = Path(__file__).parents[2]
 WORDS = ("layer", "status", "flags", "message", "mask")
 COUNTS = ("step", "n", "d")
 MISSING = ("bias", "standard_error", "mask")
@@ -66,3 +69,38 @@ def test_a_historys_columns_are_numbers_and_nan_where_not_known(library: str, kn
     empty = getattr(History([], []), f"to_{library}")()
     assert types(empty) == types(frame) == dict.fromkeys(expected, "float64")
     assert len(empty) == 0
+
+
+def test_the_tables_of_runs_have_their_types_and_miss_what_is_missing(library: str, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from fastent import load_runs
+
+    (tmp_path / "a-seed0").mkdir()
+    (tmp_path / "a-seed0" / "DONE").write_text("{")
+    damaged = load_runs(tmp_path).runs
+    whole = load_runs(ROOT / "bench" / "results" / "paper" / "e1-baseline-add.parquet")
+    for table in (damaged, whole.runs, whole.rows):
+        frame = getattr(table, f"to_{library}")()
+        assert list(frame.columns) == table.columns
+        kinds = {str: "string", float: "float64", int: "int64", int | None: "int64", bool | None: "boolean"}
+        assert types(frame) == {name: kinds[kind] for name, kind in table.kinds.items()}
+        assert len(frame) == len(table)
+    frame = getattr(whole.runs, f"to_{library}")()
+    assert frame["t_grok"].to_list() == whole.runs.values["t_grok"]
+    assert frame["final_norm"].to_list() == [False] * 10
+    missing = getattr(damaged, f"to_{library}")()
+    assert [str(missing[name].to_list()[0]) in {"None", "nan", "<NA>"} for name in damaged.columns] == [
+        name not in ("run", "state", "detail") for name in damaged.columns
+    ]
+
+
+def test_the_example_of_tables_of_runs_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    monkeypatch.chdir(ROOT)
+    section = (ROOT / "docs" / "runs.md").read_text().partition("## In Python")[2]
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(code, names)
+    assert len(names["runs"]) == names["late"]["seed"].nunique() == 10
+    assert (names["late"]["step"] >= names["late"]["t_grok"]).all()
