@@ -62,7 +62,7 @@ def test_the_tutorial_runs_and_prints_what_it_says(tmp_path, monkeypatch):
         assert line == expected or [float(each) for each in numbers(line)] == pytest.approx(
             [float(each) for each in numbers(expected)], rel=0.01
         )
-    assert [record.step for record in names["records"]] == [0, 20]
+    assert [record.step for record in names["monitor"].history] == [0, 0, 20, 20]
     assert (tmp_path / "tutorial.png").read_bytes().startswith(b"\x89PNG")
 
 
