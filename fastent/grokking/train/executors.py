@@ -21,6 +21,7 @@ has to stay open: when it ends, whoever started it is gone, and the process save
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -30,11 +31,13 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol, Self
 
 import torch
@@ -42,7 +45,16 @@ import torch
 import fastent
 from fastent.grokking.train.loop import Observer, train
 from fastent.grokking.train.runs import Job
-from fastent.grokking.train.storage import Interrupted, RunError, RunLocked, StopRequest
+from fastent.grokking.train.storage import (
+    LOCK_NAME,
+    Interrupted,
+    RunError,
+    RunLocked,
+    StopRequest,
+    dump_json,
+    write_atomically,
+)
+from fastent.installation import install_command
 
 REFUSED = 3
 """Exit status for a `RunError`: trying again would end the same way."""
@@ -226,7 +238,7 @@ class Pool:
     def stop(self) -> None:
         """See `Executor`."""
         for worker in self.working:
-            worker.process.terminate()
+            worker.stop()
         for worker in self.working:
             sys.stderr.write(worker.end().messages)
         self.working.clear()
@@ -237,6 +249,324 @@ class Pool:
             worker.process.kill()
             worker.end()
         self.working.clear()
+
+
+RAY_RETRIES = 5
+"""How often Ray begins an attempt anew whose machine was lost; it is no fault of the job, and does not count as one."""
+
+RAY_STORE = 10**8
+"""Bytes of the object store of a Ray that is started here, which takes nothing but a line and its answer."""
+
+# Read at 2.60. Ray replaces `_node_ip_address="127.0.0.1"` by the machine's own address and listens on every interface
+# (findings/ray-told-127-0-0-1-listens-on-every-interface.sh); a switch for Windows and macOS binds it to loopback. With
+# usage statistics off it still asks the address of a cloud's metadata where it is
+# (findings/ray-asks-for-its-cloud-with-usage-statistics-off.sh): a proxy that nobody serves keeps that here.
+RAY_ALONE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HTTP_PROXY": "http://127.0.0.1:9",
+    "http_proxy": "http://127.0.0.1:9",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
+
+
+class Ray:
+    """Attempts as tasks of a Ray cluster, each with its processors and its share of a GPU.
+
+    Parameters
+    ----------
+    address : str, optional
+        Of a cluster, as `ray.init` takes it, such as "auto"; a Ray of this machine alone is started if not given. It is
+        bound to loopback, without a dashboard, and speaks to nobody.
+    size : int, optional
+        Attempts at a time, at most; as many as the cluster has room for if not given.
+    threads : int
+        Of each: so many processors are asked for.
+    gpus : float
+        GPUs that each is given: 0.25 lets four share one.
+
+    Raises
+    ------
+    RunError
+        If Ray is not installed, there is no cluster at `address`, or Ray would listen to other machines.
+    """
+
+    reach = Reach.NETWORK
+
+    def __init__(
+        self, *, address: str | None = None, size: int | None = None, threads: int = 1, gpus: float = 0.0
+    ) -> None:
+        self.size, self.threads = size, threads
+        self._orders: dict[Any, Order] = {}
+        self._ray, self._started = _connected(address, (size or 1) * threads)
+        resources = {"num_cpus": threads, "num_gpus": gpus, "max_retries": RAY_RETRIES}
+        self._attempt = self._ray.remote(**resources)(make_attempt)
+
+    def submit(self, orders: Sequence[Order]) -> None:
+        """See `Executor`."""
+        self._orders |= {self._attempt.remote(order.line()): order for order in orders}
+
+    def ended(self, observer: Observer, stop: StopRequest | None) -> Iterator[End]:
+        """See `Executor`."""
+        asked = list(self._orders)
+        ready, _ = self._ray.wait(asked, num_returns=len(asked), timeout=POLL_SECONDS)
+        for reference in ready:
+            job = self._orders.pop(reference).job
+            try:
+                yield self._ray.get(reference)
+            except self._ray.exceptions.RayError as error:
+                yield End(job, f"Ray lost it: {type(error).__name__}", messages=f"{error}\n")
+
+    def stop(self) -> None:
+        """See `Executor`."""
+        for reference in self._orders:
+            self._ray.cancel(reference)
+        _wait_until_saved(list(self._orders.values()))
+        self._orders.clear()
+
+    def close(self) -> None:
+        """See `Executor`."""
+        if self._started:
+            self._ray.shutdown()
+
+
+def _connected(address: str | None, processors: int) -> tuple[Any, bool]:
+    """Return the module `ray`, in a cluster, and whether it was not in one before."""
+    with _environment({} if address else RAY_ALONE):
+        ray = _imported("ray", "sweep")
+        if ray.is_initialized():
+            return ray, False
+        how = {"log_to_driver": False, "logging_level": "ERROR"}
+        if not address:
+            how |= {"num_cpus": processors, "include_dashboard": False, "object_store_memory": RAY_STORE}
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(address or "local", **how)
+        except ConnectionError as error:
+            raise RunError(f"no Ray cluster answers at {address}: {error}") from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray's own would end us with nothing saved
+    addresses = {node["NodeManagerAddress"] for node in ray.nodes()}
+    if not address and addresses - {"127.0.0.1", "::1"}:
+        ray.shutdown()
+        raise RunError(
+            f"Ray would listen to other machines, at {', '.join(sorted(addresses))}: it was imported before it could "
+            "be bound to loopback. Leave that import to fastent, or start a cluster yourself and give its address"
+        )
+    return ray, True
+
+
+def make_attempt(line: str) -> End:
+    """Make the attempt of an order in a process of its own; where this is interrupted, that process saves first."""
+    worker = Worker(Order.of_line(line))
+    try:
+        while worker.process.poll() is None:
+            time.sleep(POLL_SECONDS)
+    finally:
+        worker.stop()
+        end = worker.end()
+    return end
+
+
+TIMEOUTS = 100
+"""How often a Slurm job may come to its time limit and be requeued; each time it goes on where it was."""
+
+GRACE_SECONDS = 600.0
+"""How long a Slurm job that was told to end, and has saved, waits to be requeued or killed."""
+
+LAG_SECONDS = 15.0
+"""How long a file system may take to show the answer of a Slurm job that is over."""
+
+
+class Slurm:
+    """Attempts as Slurm jobs, those that begin together as one array, by submitit.
+
+    Its files lie in the folder ``.submitit`` of the runs: the order of each job, pickled, which that job alone reads,
+    its log, and its answer, as JSON.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the run folders, which all machines share.
+    local : bool
+        Start the jobs on this machine, without Slurm.
+    size : int, optional
+        Attempts at a time, at most; as many as Slurm gives if not given.
+    threads : int
+        Of each: so many processors are asked for.
+    gpus : int
+        GPUs of each.
+    options : mapping
+        What `submitit.SlurmExecutor` takes beside, as ``partition``, ``account``, ``time`` (minutes), ``mem``.
+
+    Raises
+    ------
+    RunError
+        If submitit or Slurm is not installed.
+    ValueError
+        If there is no such option, or a part of a GPU is asked for.
+    """
+
+    reach = Reach.NETWORK
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        local: bool = False,
+        size: int | None = None,
+        threads: int = 1,
+        gpus: float = 0,
+        options: Mapping[str, int | str] | None = None,
+    ) -> None:
+        if gpus != int(gpus):
+            raise ValueError(f"Slurm gives whole GPUs: gpus must be 0, 1 or more; got {gpus:g}")
+        self.size, self.threads = size, threads
+        self._folder = out.resolve() / ".submitit"
+        self._local = local
+        self._pause = POLL_SECONDS if local else 10 * POLL_SECONDS
+        self._jobs: list[_Submitted] = []
+        submitit = _imported("submitit", "slurm")
+        if local:
+            self._executor = submitit.LocalExecutor(self._folder, max_num_timeout=TIMEOUTS)
+            chosen: dict[str, Any] = {"timeout_min": 60 * 24 * 365, "gpus_per_node": int(gpus)}
+        else:
+            try:
+                self._executor = submitit.SlurmExecutor(self._folder, max_num_timeout=TIMEOUTS)
+            except RuntimeError as error:
+                raise RunError(f"{error} Give --address local to start such jobs on this machine") from error
+            chosen = {"job_name": "fastent", "time": 60, "cpus_per_task": threads}
+            chosen |= {"gpus_per_node": int(gpus)} if gpus else {}
+            chosen |= {"array_parallelism": size} if size else {}
+            chosen |= {"additional_parameters": {"requeue": True}}
+        self._executor.update_parameters(**{**chosen, **(options or {})})
+
+    def submit(self, orders: Sequence[Order]) -> None:
+        """See `Executor`."""
+        attempts = [SlurmAttempt(order.line(), self._folder / f"{uuid.uuid4().hex}.json") for order in orders]
+        try:
+            with self._executor.batch():
+                jobs = [self._executor.submit(attempt) for attempt in attempts]
+        except RuntimeError as error:  # of submitit, for what sbatch said
+            raise RunError(f"Slurm did not take the jobs: {error}") from error
+        self._jobs += map(_Submitted, jobs, orders, [attempt.answer for attempt in attempts])
+
+    def ended(self, observer: Observer, stop: StopRequest | None) -> Iterator[End]:
+        """See `Executor`."""
+        time.sleep(self._pause)
+        for submitted in list(self._jobs):
+            if submitted.job.done() and (end := self._end(submitted)) is not None:
+                self._jobs.remove(submitted)
+                yield end
+
+    def _end(self, submitted: _Submitted) -> End | None:
+        """Read the answer of a job that is over; None where it may still come."""
+        try:
+            said = json.loads(submitted.answer.read_bytes())
+        except FileNotFoundError:
+            submitted.over = submitted.over or time.monotonic()
+            if not self._local and time.monotonic() - submitted.over < LAG_SECONDS:
+                return None
+            reason = f"its Slurm job {submitted.job.job_id} was ended ({submitted.job.state})"
+            return End(submitted.order.job, reason, messages=submitted.job.stderr() or "")
+        submitted.answer.unlink()
+        return End(submitted.order.job, **said)
+
+    def stop(self) -> None:
+        """See `Executor`."""
+        for submitted in self._jobs:
+            submitted.job.cancel(check=False)
+        _wait_until_saved([submitted.order for submitted in self._jobs])
+        self._jobs.clear()
+
+    close = stop
+
+
+@dataclass
+class _Submitted:
+    job: Any
+    order: Order
+    answer: Path
+    over: float = 0.0
+
+
+class SlurmAttempt:
+    """What a job of submitit does; sent to it as a pickle."""
+
+    def __init__(self, line: str, answer: Path) -> None:
+        self.line, self.answer = line, answer
+        self._worker: Worker | None = None
+        self._asked = 0.0
+
+    def __call__(self) -> None:
+        """Make the attempt in a process of its own, and leave its answer.
+
+        On SIGTERM that process saves and stops; what follows (a requeue, the end) is Slurm's to say.
+        """
+        worker = self._worker = Worker(Order.of_line(self.line))
+        signal.signal(signal.SIGTERM, self._save)
+        try:
+            while worker.process.poll() is None:
+                time.sleep(POLL_SECONDS)
+            while worker.process.returncode and time.monotonic() < self._asked:
+                time.sleep(POLL_SECONDS)
+        finally:
+            worker.stop()
+            end = worker.end()
+        said = {"error": end.error, "final": end.final, "messages": end.messages}
+        write_atomically(self.answer, dump_json(said))
+
+    def _save(self, number: int, frame: FrameType | None) -> None:
+        assert self._worker is not None
+        self._asked = time.monotonic() + GRACE_SECONDS
+        self._worker.stop()
+
+    def checkpoint(self) -> Any:
+        """Save, and return what submitit is to submit anew: called on SIGUSR2, before preemption or the time limit."""
+        if self._worker is not None:
+            self._worker.stop()
+            # Not by Popen, whose lock the code that this signal interrupted may hold.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self._worker.process.pid, os.WEXITED | os.WNOWAIT)
+        return _imported("submitit", "slurm").helpers.DelayedSubmission(SlurmAttempt(self.line, self.answer))
+
+
+SAVE_SECONDS = 60.0
+"""How long attempts on other machines have to save when they are stopped."""
+
+
+def _wait_until_saved(orders: Sequence[Order]) -> None:
+    """Wait until no attempt holds its runs any more."""
+    locks = [order.out / order.job.run_name(seed) / LOCK_NAME for order in orders for seed in order.job.seeds]
+    deadline = time.monotonic() + SAVE_SECONDS
+    while any(lock.exists() for lock in locks) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def _imported(package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise RunError(f"this needs {package}, which is not installed: {install_command(extra)}") from error
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment, for what is started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 START_WORKER = """
@@ -272,6 +602,13 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # it died already: its status tells
             self.process.stdin.write(order.line())
             self.process.stdin.flush()
+        self._asked = False
+
+    def stop(self) -> None:
+        """Have it save and stop: told once, since a second signal would end it at once."""
+        if not self._asked:
+            self._asked = True
+            self.process.terminate()
 
     def end(self) -> End:
         """Wait for its end, and say how it was."""

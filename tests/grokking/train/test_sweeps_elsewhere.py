@@ -1,0 +1,262 @@
+"""Sweeps on the engines themselves: a Ray one of whose two nodes dies; submitit, whose jobs are killed and preempted.
+
+Each sweep is of the same 24 short runs, and the folder of runs is all that its processes have in common. Its files must
+be those of one process that was left alone, byte for byte. What was measured goes to FASTENT_SWEEPS, a JSON file, where
+that is set; times are told and never judged.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from toy_stack import contents
+
+from fastent.grokking.train import executors
+from fastent.grokking.train.checkpoint import checkpoint_steps
+from fastent.grokking.train.config import preset
+from fastent.grokking.train.environment import describe_environment
+from fastent.grokking.train.executors import RAY_ALONE, Inline, Pool, Ray, Slurm
+from fastent.grokking.train.runs import Job
+from fastent.grokking.train.storage import Interrupted, StopRequest, write_atomically
+from fastent.grokking.train.sweep import run_jobs
+
+pytestmark = [pytest.mark.sweeps, pytest.mark.filterwarnings("default")]
+
+
+def needs(package):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed: nox -s sweeps")
+
+
+STEPS, SAVED = 600, 300
+CONFIG = preset(
+    "quick", modulus=7, width=8, feedforward=8, heads=2, batch_size=8, probe_size=8,
+    evaluate_every=50, max_steps=STEPS,
+)  # fmt: skip
+JOBS = [Job("e1", "baseline", CONFIG, (seed,)) for seed in range(24)]
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """Rows of what was measured, written down once all of them are there."""
+    rows = []
+    yield rows
+    if path := os.environ.get("FASTENT_SWEEPS"):
+        data = {"machine": describe_environment(), "processors": os.cpu_count(), "sweeps": rows}
+        write_atomically(Path(path), (json.dumps(data, indent=1) + "\n").encode())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, figures):
+    """The files of the runs trained in one process, one after the other, and the folder of them."""
+    out = tmp_path_factory.mktemp("alone")
+    return sweep(out, Inline(), "in this process", figures)
+
+
+class Harm:
+    """Does harm once, at the first row of `SAVED` steps of a seed that `victim` takes."""
+
+    def __init__(self, out, harm):
+        self.out, self.harm, self.done_at = out, harm, []
+
+    def row(self, job, seed, row):
+        holder = self.out / job.run_name(seed) / "lock"
+        if row["step"] == SAVED and holder.exists() and self.harm(json.loads(holder.read_text())["pid"]):
+            self.done_at.append(seed)
+
+    def done(self, job, seed):
+        pass
+
+
+def sweep(out, executor, name, figures, harm=lambda pid: False):
+    """Run all jobs; return the files. Every run is complete, and was trained to its end once."""
+    harmed = Harm(out, harm)
+    start = time.monotonic()
+    outcomes = run_jobs(JOBS, out, executor=executor, observers=[harmed])
+    seconds = time.monotonic() - start
+    assert [outcome.error for outcome in outcomes] == [None] * len(JOBS)
+    starts, ends = {}, {}
+    for job in JOBS:
+        (seed,) = job.seeds
+        lines = (out / job.run_name(seed) / "timing.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines]
+        starts[seed] = [event["step"] for event in events if event["event"] in ("start", "resume")]
+        ends[seed] = sum(event["event"] == "evaluation" and event["step"] == STEPS for event in events)
+    files = {name: data for job in JOBS for name, data in of_run(out, job).items()}
+    figures.append(
+        {
+            "executor": name,
+            "runs": len(JOBS),
+            "complete": sum(name.endswith("DONE") for name in files),
+            "trained_twice_to_the_end": sum(count > 1 for count in ends.values()),
+            "resumed": sum(len(steps) > 1 for steps in starts.values()),
+            "harmed": len(harmed.done_at),
+            "seconds": round(seconds, 1),
+        }
+    )
+    assert set(ends.values()) == {1}
+    assert all(len(starts[seed]) > 1 and min(starts[seed][1:]) > 0 for seed in harmed.done_at)
+    return files
+
+
+def of_run(out, job):
+    (seed,) = job.seeds
+    name = job.run_name(seed)
+    return {f"{name}/{file}": data for file, data in contents(out / name).items()}
+
+
+def test_a_pool_one_of_whose_processes_is_killed(tmp_path, alone, figures):
+    killed = []
+
+    def kill(pid):
+        if killed:
+            return False
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+        return True
+
+    assert sweep(tmp_path, Pool(2, threads=1), "pool, one process killed", figures, kill) == alone
+    assert len(killed) == 1
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A Ray of two nodes with a processor each, on loopback, that asks nobody where it is."""
+    for name, value in {**RAY_ALONE, "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(name, value)
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 10**8, "include_dashboard": False}
+    quick = {
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 4,
+        "health_check_initial_delay_ms": 0,
+    }
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "_system_config": quick})
+    try:
+        yield cluster, cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    finally:
+        ours = psutil.Process().children(recursive=True)
+        cluster.shutdown()
+        for process in psutil.wait_procs(ours, timeout=10)[1]:
+            process.kill()
+
+
+@needs("ray")
+def test_a_ray_one_of_whose_two_nodes_dies(tmp_path, alone, figures, cluster):
+    ray, node = cluster
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    killed = []
+
+    def kill(pid):
+        """Kill all of the node at once where it has the run, as a power cut does."""
+        there = raylet.children(recursive=True) if raylet.is_running() else []
+        if pid not in [process.pid for process in there]:
+            return False
+        for process in (raylet, *there):
+            process.kill()
+            killed.append(process.pid)
+        return True
+
+    executor = Ray(address=ray.address, threads=1)
+    assert sweep(tmp_path, executor, "Ray, one of two nodes killed", figures, kill) == alone
+    assert raylet.pid in killed
+
+
+@needs("submitit")
+def test_submitit_one_of_whose_jobs_is_killed_and_one_preempted(tmp_path, alone, figures):
+    told = []
+
+    def harm(pid):
+        if len(told) == 2:
+            return False
+        job = psutil.Process(pid).parent()
+        job.send_signal(signal.SIGUSR2 if told else signal.SIGKILL)
+        told.append(job.pid)
+        return True
+
+    executor = Slurm(tmp_path, local=True, size=2, threads=1)
+    assert sweep(tmp_path, executor, "submitit, one job killed, one preempted", figures, harm) == alone
+    assert len(told) == 2
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A Slurm whose commands are those of fake_slurm.py; its folder."""
+    commands, folder = tmp_path / "bin", tmp_path / "slurm"
+    commands.mkdir()
+    folder.mkdir()
+    for name in ("sbatch", "srun", "sacct", "scontrol", "scancel"):
+        script = commands / name
+        script.write_text(f"#!{sys.executable}\n" + Path(__file__).with_name("fake_slurm.py").read_text())
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(folder))
+    return folder
+
+
+@needs("submitit")
+def test_an_array_of_slurm_jobs_one_of_which_is_preempted_and_one_comes_to_its_time_limit(
+    tmp_path, alone, slurm
+):
+    signals = {0: ["SIGTERM", "USR2"], 1: ["USR2"]}
+
+    class Slurmctld:
+        def row(self, job, seed, row):
+            if row["step"] == SAVED:
+                for each in signals.pop(seed, []):
+                    subprocess.run(["scancel", f"0_{seed}", "--signal", each], check=True)
+
+        def done(self, job, seed):
+            pass
+
+    out, jobs = tmp_path / "runs", JOBS[:3]
+    executor = Slurm(out, options={"partition": "short", "time": 1})
+    outcomes = run_jobs(jobs, out, executor=executor, observers=[Slurmctld()])
+    assert [(outcome.attempts, outcome.error) for outcome in outcomes] == 3 * [(1, None)]
+    files = {name: data for job in jobs for name, data in of_run(out, job).items()}
+    assert files == {name: data for name, data in alone.items() if name in files}
+    resumed = [
+        sum('"resume"' in line for line in (out / job.run_name(seed) / "timing.jsonl").open())
+        for seed, job in enumerate(jobs)
+    ]
+    assert resumed == [1, 1, 0]
+    (script,) = slurm.glob("*.script")
+    flags = set(re.findall("^#SBATCH (.*)$", script.read_text(), re.MULTILINE))
+    assert {"--array=0-2%3", "--requeue", "--cpus-per-task=1", "--partition=short", "--time=1"} <= flags
+    assert any(flag.startswith("--signal=USR2@") for flag in flags)
+
+
+@needs("submitit")
+def test_a_slurm_job_that_is_killed_is_ordered_again_and_a_stop_saves(tmp_path, slurm, monkeypatch):
+    monkeypatch.setattr(executors, "LAG_SECONDS", 0.0)
+    stop, out = StopRequest(), tmp_path / "runs"
+
+    class Harm:
+        killed = False
+
+        def row(self, job, seed, row):
+            if row["step"] == SAVED and not self.killed:
+                os.kill(int((slurm / "0.pid").read_text()), signal.SIGKILL)
+                self.killed = True
+            elif row["step"] > SAVED and self.killed:
+                stop.signal = signal.SIGINT
+
+        def done(self, job, seed):
+            pass
+
+    with pytest.raises(Interrupted, match="SIGINT: stopped and saved"):
+        run_jobs(JOBS[:1], out, executor=Slurm(out), observers=[Harm()], stop=stop)
+    assert len(list(slurm.glob("*.script"))) == 2
+    (folder,) = out.glob("e1-*")
+    assert not (folder / "lock").exists()
+    last_row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert max(checkpoint_steps(folder)) >= last_row > SAVED
