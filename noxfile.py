@@ -57,6 +57,14 @@ def integrations(session: nox.Session) -> None:
 
 
 @nox.session
+def sweeps(session: nox.Session) -> None:
+    """Train the same short runs in a pool, on a Ray that loses a node and by submitit, and compare every byte."""
+    install(session, "test", extra="train,sweep,slurm")
+    figures = {} if session.posargs else {"FASTENT_SWEEPS": "bench/results/faults/sweeps.json"}
+    session.run("pytest", "-n0", "-m", "sweeps", *session.posargs, env=figures)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))

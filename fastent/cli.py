@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import warnings
@@ -82,9 +83,15 @@ def run(
     out: Path = Path("runs"),
     workers: int | None = None,
     device: str = "cpu",
+    executor: Literal["inline", "pool", "ray", "slurm"] | None = None,
+    address: str | None = None,
+    threads: int | None = None,
+    gpus: float | None = None,
+    slurm: tuple[str, ...] = (),
     quiet: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    command: Callable[[], str] = str,
 ) -> int:
     """Train an experiment's runs, or go on with those that are not complete.
 
@@ -94,8 +101,8 @@ def run(
 
     For example:
         fastent run e1 --preset quick --seeds 0-2 --out runs/quick
-        fastent run all --preset paper --workers 2 --out runs/paper --dry-run
         fastent run own --task mul --width 64,128 --condition losses-0.2 --measures fourier --out runs/mixed
+        fastent run all --preset paper --executor ray --address auto --out /shared/paper --dry-run
 
     Parameters
     ----------
@@ -117,9 +124,21 @@ def run(
         Folder for one folder a run.
     workers : int
         Processes to train in, which share the threads out among them. Default: as many as there are threads on a
-        CPU, where a seed on one thread is cheapest, and one on other devices.
+        CPU, where a seed on one thread is cheapest, and one on other devices; on a cluster as many as it has room for.
     device : str
         Where to train, as torch names it.
+    executor : {"inline", "pool", "ray", "slurm"}, optional
+        What trains: this process; processes of this machine, the default where there are several; tasks of a Ray
+        cluster; Slurm jobs. For a cluster --out must be a folder that all its machines share.
+    address : str, optional
+        Of the Ray cluster, such as auto; without it a Ray of this machine alone. For Slurm, local starts the jobs on
+        this machine.
+    threads : int, optional
+        Of each process. Default: this machine's shared out, and one on a cluster.
+    gpus : float, optional
+        Of each process on a cluster: with Ray 0.25 lets four share one. Default: one if --device is cuda.
+    slurm : options, optional
+        What to ask Slurm for, such as partition=gpu time=240 mem=8GB, as sbatch names it.
     quiet : bool
         No progress bar.
     force : bool
@@ -127,19 +146,27 @@ def run(
     dry_run : bool
         Train nothing: print how many runs there are and the time to expect, by runs recorded in the folder or by a
         trial of a few seconds.
+    command : function
+        What was typed, for who wants to try again what failed.
     """
     from fastent.grokking.experiments.report import print_summary
+    from fastent.grokking.train.executors import Engine
     from fastent.grokking.train.progress import ProgressBar
     from fastent.grokking.train.storage import StopRequest
     from fastent.grokking.train.sweep import most_workers, run_jobs
 
     config = TrainConfig(**vars(config))
     with _wrong_usage():
+        engine = Engine(executor, address, threads, gpus, slurm)
+        engine.check(device)
+        asked, chosen = workers, parse_seeds(seeds)
         if workers is None:
-            workers = 1 if device.startswith("cuda") else min(torch.get_num_threads(), most_workers())
+            most = len(chosen) if engine.elsewhere else min(torch.get_num_threads(), most_workers())
+            workers = 1 if device.startswith("cuda") else most
         settings = combinations(config, preset)
         groups = _planned(
-            experiment, condition, settings, preset, parse_seeds(seeds), out, workers, device, force
+            *(experiment, condition, settings, preset, chosen, out, workers, device, force),
+            elsewhere=engine.elsewhere,
         )
     jobs = [job for group in groups.values() for job in group]
     if dry_run:
@@ -148,19 +175,29 @@ def run(
         found = expect(jobs, out, workers=workers, device=device, groups=groups)
         print("\n".join(describe(found, workers=workers, out=out)))
         return 0
-    with StopRequest() as stop, ProgressBar(jobs, quiet=quiet) as bar:
-        outcomes = run_jobs(
-            jobs, out, workers=workers, device=device, force=force, observers=[bar], stop=stop
-        )
+    with StopRequest() as stop:
+        started = engine.start(out, asked if engine.elsewhere else workers, device)
+        with ProgressBar(jobs, quiet=quiet) as bar:
+            outcomes = run_jobs(
+                *(jobs, out),
+                workers=workers,
+                device=device,
+                force=force,
+                observers=[bar],
+                stop=stop,
+                executor=started,
+                command=command(),
+            )
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if len(failed) < len(outcomes):
         print_summary(out, {job.run_name(seed) for job in jobs for seed in job.seeds})
     for outcome in failed:
         names = ", ".join(outcome.job.run_name(seed) for seed in outcome.job.seeds)
         tried = f" after {outcome.attempts} attempts" if outcome.attempts > 1 else ""
-        _complain(f"failed{tried}: {names}: {outcome.error}")
+        _complain("\n  ".join((f"failed{tried}: {names}: {outcome.error}", *outcome.lines)))
     if failed:
-        _complain(f"{len(failed)} of {len(outcomes)} jobs failed")
+        again = f"; to try again: {command()}" if command() else ""
+        _complain(f"{len(failed)} of {len(outcomes)} jobs failed{again}")
     return 1 if failed else 0
 
 
@@ -174,6 +211,8 @@ def _planned(
     workers: int,
     device: str,
     force: bool,
+    *,
+    elsewhere: bool,
 ) -> dict[str, list[Job]]:
     """Return the stacks to train of each of `settings`, each rule checked that can be checked before the first of them.
 
@@ -191,7 +230,7 @@ def _planned(
             f"--condition is for `fastent run {OWN}`: an experiment has its own; got {condition!r}"
         )
     _check_out(out)
-    check_jobs((), out, workers=workers, device=device)
+    check_jobs((), out, workers=workers, device=device, elsewhere=elsewhere)
     groups: dict[str, list[Job]] = {}
     runs: set[tuple[Job, int]] = set()
     for label, config in settings.items():
@@ -208,7 +247,7 @@ def _planned(
                 if new:
                     asked.append(dataclasses.replace(job, seeds=new))
             asked = named_as_before(asked, out)
-            check_jobs(asked, out, workers=workers, device=device, force=force)
+            check_jobs(asked, out, workers=workers, device=device, force=force, elsewhere=elsewhere)
         groups[label] = [stack for job in asked for stack in plan_stacks(job, out, workers)]
     return groups
 
@@ -1040,6 +1079,7 @@ def _dispatch(arguments: list[str]) -> int:
 
     from fastent.grokking.train.storage import Interrupted, RunError
 
+    typed = shlex.join(("fastent", *arguments))
     try:
         with _wrong_usage():
             arguments, lists = find_lists(arguments) if arguments[:1] == ["run"] else (arguments, {})
@@ -1048,6 +1088,7 @@ def _dispatch(arguments: list[str]) -> int:
                 run,
                 config=_default_settings(arguments),
                 combinations=functools.partial(every_combination, lists),
+                command=lambda: typed,
             ),
             "report": report,
             "runs": runs_,

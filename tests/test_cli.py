@@ -24,7 +24,7 @@ import fastent
 from fastent import cli, linalg, spectral_entropy
 from fastent.cli import main, parse_seeds
 from fastent.grokking.experiments.jobs import JOBS, planned
-from fastent.grokking.train import environment, estimate, sweep
+from fastent.grokking.train import environment, estimate, executors, sweep
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.storage import RunWarning
 from fastent.installation import install_command
@@ -249,6 +249,84 @@ def test_the_sweep_of_the_docs_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert main([*compare.split()]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if line.startswith("width ")] == [["width", "128", "64"]]
+
+
+def test_the_executors_of_the_docs_are_started_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started, ran = [], []
+
+    def of_name(name):
+        return lambda *arguments, **options: started.append((name, *arguments, options)) or name
+
+    for name in ("Ray", "Slurm", "Pool", "Inline"):
+        monkeypatch.setattr(executors, name, of_name(name))
+    monkeypatch.setattr(sweep, "run_jobs", lambda *_, **options: ran.append(options) or [])
+    monkeypatch.setattr(cli, "_check_out", lambda out: None)
+    text = (ROOT / "docs" / "runs.md").read_text()
+    part = text.partition("## On other machines\n")[2].partition("\n## ")[0]
+    commands = re.findall(r"^fastent (.*)$", part, re.MULTILINE)
+    for command in commands:
+        assert main(shlex.split(command)) == 0
+    ray, sharing, slurm, local = started
+    assert ray == ("Ray", {"address": "auto", "size": None, "threads": 1, "gpus": 0.0})
+    assert sharing == ("Ray", {"address": "auto", "size": None, "threads": 1, "gpus": 0.25})
+    assert slurm[1:3] == (
+        Path("/shared/paper"),
+        {
+            "local": False,
+            "size": None,
+            "threads": 1,
+            "gpus": 0.0,
+            "options": {"partition": "short", "time": 240, "mem": "8GB"},
+        },
+    )
+    assert (local[2]["local"], local[2]["size"]) == (True, 1)
+    assert [options["executor"] for options in ran] == ["Ray", "Ray", "Slurm", "Slurm"]
+    assert [options["command"] for options in ran] == [f"fastent {command}" for command in commands]
+    started.clear()
+    for given in ([], ["--workers", "2"], ["--executor", "pool"], ["--executor", "inline", "--workers", "2"]):
+        assert main(["run", "e1", "--out", "runs", *given]) == 0
+    assert started == [("Inline", {}), ("Pool", 2, None, {}), ("Pool", 1, None, {}), ("Inline", {})]
+
+
+def test_on_a_cluster_each_seed_is_a_job_on_a_cpu_and_all_are_one_on_a_gpu(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(executors, "Ray", lambda **_: None)
+    monkeypatch.setattr(sweep, "run_jobs", lambda jobs, *_, **__: seen.append(len(jobs)) or [])
+    cluster = ("--executor", "ray", "--address", "auto", "--seeds", "0-5", "--out", str(tmp_path))
+    for device in ("cpu", "cuda"):  # which this machine does not have
+        assert main(["run", "e1", *cluster, "--device", device]) == 0
+    assert seen == [6, 1]
+
+
+def test_a_failed_run_ends_with_its_last_lines_and_the_command_that_tries_it_again(
+    tmp_path, monkeypatch, capsys
+):
+    def run_jobs(jobs, *_, **__):
+        return [sweep.JobOutcome(job, 2, "its process ended with status 1", ("one", "two")) for job in jobs]
+
+    monkeypatch.setattr(sweep, "run_jobs", run_jobs)
+    assert main(["run", "e1", "--seeds", "7", "--out", str(tmp_path / "a b")]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "fastent: failed after 2 attempts: e1-baseline-add-seed7: its process ended with status 1",
+        "  one",
+        "  two",
+        f"fastent: 1 of 1 jobs failed; to try again: fastent run e1 --seeds 7 --out '{tmp_path / 'a b'}'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("executor", "package", "extra"), [("ray", "ray", "sweep"), ("slurm", "submitit", "slurm")]
+)
+def test_an_executor_that_is_not_installed_is_a_line_with_the_extra(
+    tmp_path, monkeypatch, capsys, executor, package, extra
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["run", "e1", "--executor", executor, "--out", str(tmp_path / "runs")]) == 1
+    assert capsys.readouterr().err == (
+        f"fastent: this needs {package}, which is not installed: {install_command(extra)}\n"
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 def help_of(capsys, *command):

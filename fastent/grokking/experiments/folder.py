@@ -72,6 +72,10 @@ class RunState:
         When its metrics were last written, seconds since 1970.
     detail : str
         What there is to say of it, as why it failed.
+    lines : tuple of str
+        The last that the process of a failed run wrote to standard error.
+    command : str
+        What to type to try a failed run again; "" where it is not known.
     stored : StoredRun or None
         With all its lines, where these were read.
     """
@@ -86,11 +90,14 @@ class RunState:
     test_accuracy: float | None = None
     written: float | None = None
     detail: str = ""
+    lines: tuple[str, ...] = ()
+    command: str = ""
     stored: StoredRun | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("name", "detail"):  # they go to a terminal
+        for name in ("name", "detail", "command"):  # they go to a terminal
             object.__setattr__(self, name, printable(getattr(self, name)))
+        object.__setattr__(self, "lines", tuple(map(printable, self.lines)))
 
 
 class Folder:
@@ -200,6 +207,9 @@ class Folder:
         if trained_by is not None:
             return RunState(path.name, State.RUNNING, **told)
         if failed is not None:
+            lines = failed.get("lines")
+            told["lines"] = tuple(map(str, lines)) if isinstance(lines, list) else ()
+            told["command"] = str(failed.get("command", ""))
             return RunState(path.name, State.FAILED, detail=str(failed.get("reason", "")), **told)
         torn = f"line {len(log.rows) + 1} of its metrics is torn, and is dropped when it goes on"
         return RunState(path.name, State.INTERRUPTED, detail=torn if log.torn else "", **told)

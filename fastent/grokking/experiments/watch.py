@@ -344,6 +344,8 @@ def _remarks(states: Sequence[RunState], foreign: list[str]) -> list[Text]:
     for state in states:
         if state.detail and state.state is not State.COMPLETE:
             lines.append(Text(f"{state.name}: {state.detail}", style=COLOURS[state.state]))
+            lines += [Text(f"  {line}", style="dim") for line in state.lines]
+            lines += [Text(f"  to try again: {state.command}")] if state.command else []
     if foreign:
         lines.append(Text(skipped(foreign), style="dim"))
     return lines

@@ -569,6 +569,99 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@dataclass(frozen=True)
+class Engine:
+    """The executor that somebody chose, and what was said about it; `Executor` once it is started.
+
+    Attributes
+    ----------
+    name : {"inline", "pool", "ray", "slurm"} or None
+        None for `Inline` or `Pool`, by the number of workers.
+    address : str or None
+        See `Ray`; "local" for `Slurm` without Slurm.
+    threads, gpus : number or None
+        Of each attempt.
+    slurm : tuple of str
+        Options of `Slurm`, as "partition=gpu".
+    """
+
+    name: str | None = None
+    address: str | None = None
+    threads: int | None = None
+    gpus: float | None = None
+    slurm: tuple[str, ...] = ()
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether other machines than this one may train."""
+        return (self.name == "ray" and self.address is not None) or (
+            self.name == "slurm" and self.address != "local"
+        )
+
+    def check(self, device: str) -> None:
+        """Check that what was said fits together.
+
+        Raises
+        ------
+        ValueError
+            At the first rule that does not hold.
+        """
+        cluster = self.name in ("ray", "slurm")
+        if self.address is not None and not cluster:
+            raise ValueError(f"--address is for --executor ray or slurm; got {self.address!r} without either")
+        if self.name == "slurm" and self.address not in (None, "local"):
+            raise ValueError(
+                f"--address must be local for --executor slurm, or left out; got {self.address!r}"
+            )
+        if self.gpus is not None and not cluster:
+            raise ValueError(f"--gpus is for --executor ray or slurm; got {self.gpus:g} without either")
+        if self.gpus is not None and not self.gpus >= 0:
+            raise ValueError(f"--gpus must be 0 or more; got {self.gpus:g}")
+        if self.slurm and self.name != "slurm":
+            raise ValueError(f"--slurm is for --executor slurm; got {' '.join(self.slurm)} without it")
+        if wrong := [option for option in self.slurm if not option.partition("=")[2]]:
+            raise ValueError(f"--slurm takes options as name=value, such as partition=gpu; got {wrong[0]!r}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads must be at least 1; got {self.threads}")
+        here = torch.get_num_threads()
+        if self.name == "inline" and self.threads not in (None, here):
+            raise ValueError(
+                f"--threads must be {here} for --executor inline, as this process has; got {self.threads}: begin the "
+                f"command with OMP_NUM_THREADS={self.threads}"
+            )
+        if cluster and device not in ("cpu", "cuda"):
+            raise ValueError(f"--device must be cpu or cuda for --executor {self.name}; got {device!r}")
+
+    def start(self, out: Path, size: int | None, device: str) -> Executor:
+        """Start the executor, for `size` attempts at a time at most.
+
+        Raises
+        ------
+        RunError, ValueError
+            As the executors.
+        """
+        gpus = float(device == "cuda") if self.gpus is None else self.gpus
+        if self.name == "ray":
+            # A Ray that is started here is of this machine, whose threads are shared out as a pool does.
+            threads = self.threads or (1 if self.address or size is None else Pool(size).threads)
+            return Ray(address=self.address, size=size, threads=threads, gpus=gpus)
+        if self.name == "slurm":
+            pairs = (option.partition("=") for option in self.slurm)
+            options = {name: int(value) if value.isdecimal() else value for name, _, value in pairs}
+            return Slurm(
+                *(out,),
+                local=self.address == "local",
+                size=size,
+                threads=self.threads or 1,
+                gpus=gpus,
+                options=options,
+            )
+        several = size is None or size > 1 or self.threads not in (None, torch.get_num_threads())
+        if self.name == "pool" or (self.name is None and several):
+            return Pool(size or 1, self.threads)
+        return Inline()
+
+
 START_WORKER = """
 import importlib.util, os, sys
 spec = importlib.util.spec_from_file_location(

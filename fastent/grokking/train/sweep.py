@@ -53,23 +53,36 @@ MOST_SEEDS = 10_000
 WORKERS_PER_PROCESSOR = 4
 
 
-def check_jobs(jobs: Sequence[Job], out: Path, *, workers: int, device: str, force: bool = False) -> None:
+def check_jobs(
+    jobs: Sequence[Job],
+    out: Path,
+    *,
+    workers: int,
+    device: str,
+    force: bool = False,
+    elsewhere: bool = False,
+) -> None:
     """Check all jobs, the device and the folder `out`; nothing is written.
+
+    Where they are trained `elsewhere`, nothing is said of the processors, the memory and the devices, which are there.
 
     Raises
     ------
     ValueError
         At the first rule that does not hold: the rule, the value, the remedy, and the job where it is one's own.
     """
-    check_device(device)
-    most = most_workers()
+    if elsewhere:
+        device = "cpu"  # what is tried here is
+    else:
+        check_device(device)
+    most = max(workers, 1) if elsewhere else most_workers()
     if not 1 <= workers <= most:
         raise ValueError(
             f"workers must be at least 1{f' and at most {most} on this machine' if workers > 1 else ''}; got {workers}"
         )
     for job in jobs:
         try:
-            check_config(job.config)
+            check_config(job.config, elsewhere=elsewhere)
             if job.experiment == OWN:
                 make_condition(job, out, device)  # an experiment's are there
             if job.guests():
@@ -131,8 +144,8 @@ def check_device(device: str) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def check_config(config: TrainConfig) -> None:
-    """Check that a task, split and model of `config` can be made on this machine.
+def check_config(config: TrainConfig, *, elsewhere: bool = False) -> None:
+    """Check that a task, split and model of `config` can be made, on this machine unless they are trained `elsewhere`.
 
     Raises
     ------
@@ -141,7 +154,7 @@ def check_config(config: TrainConfig) -> None:
         entropy needs, or the memory of this machine is too small.
     """
     needed, there = memory(config), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
+    if needed > there and not elsewhere:
         raise ValueError(
             f"a seed of these settings needs some {needed / 1e9:.3g} GB, and this machine has {there / 1e9:.3g} GB: "
             "choose a smaller modulus, width, feedforward, hidden or batch_size"

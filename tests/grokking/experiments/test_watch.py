@@ -40,7 +40,13 @@ def sweep(tmp_path, three_runs, writer):
 
 def test_the_table_of_runs_is_plain_text_where_there_is_no_terminal(sweep, writer, capsys):
     run = writer(sweep, 4, last_step=200, done=False)
-    (run / "FAILED").write_text('{"attempts": 2, "reason": "out of memory"}')
+    failed = {
+        "attempts": 2,
+        "reason": "out of memory",
+        "lines": ["the \x1b[2Jlast"],
+        "command": "fastent run e1",
+    }
+    (run / "FAILED").write_text(json.dumps(failed))
     (sweep / "notes.txt").write_text("")
     assert main(["runs", str(sweep)]) == 0
     captured = capsys.readouterr()
@@ -57,6 +63,8 @@ def test_the_table_of_runs_is_plain_text_where_there_is_no_terminal(sweep, write
         "",
         "5 runs: 3 complete, 1 failed, 1 running; 8,700 of at most 23,500 steps",
         "e1-baseline-add-seed4: out of memory",
+        "  the \\x1b[2Jlast",
+        "  to try again: fastent run e1",
         "no runs, skipped: notes.txt",
     ]
     assert "\x1b" not in captured.out
@@ -79,6 +87,8 @@ def test_the_json_of_runs_holds_numbers_or_null(sweep, capsys):
         "entropy": 0.78,
         "test_accuracy": 0.25,
         "detail": "",
+        "lines": [],
+        "command": "",
     }
 
 
