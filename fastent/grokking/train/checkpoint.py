@@ -22,7 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fastent.grokking.train.storage import CheckpointError, RunError, dump_json, sync_folder, write_atomically
+from fastent.grokking.train.storage import (
+    CheckpointError,
+    RunError,
+    dump_json,
+    parse_object,
+    read_regular,
+    sync_folder,
+    write_atomically,
+)
 
 SCHEMA_VERSION = 1
 KEPT = 2
@@ -94,7 +102,7 @@ def read_checkpoint(folder: Path, step: int) -> Checkpoint:
         )
     try:
         tensors = load(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: its checksum is right but it is not a safetensors file: {error}"
         ) from error
@@ -165,7 +173,7 @@ def _path(folder: Path, step: int, suffix: str) -> Path:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
 
@@ -173,10 +181,10 @@ def _read(path: Path) -> bytes:
 def _read_record(path: Path) -> dict[str, Any]:
     data = _read(path)
     try:
-        record: dict[str, Any] = json.loads(data)
+        record = parse_object(data)
         expected = record.pop("record_sha256")
         version, step, _, _ = (record[key] for key in ("schema_version", "step", "sha256", "state"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: not a checkpoint's record ({len(data)} bytes): {error!r}") from error
     found = _record_sum(record)
     if found != expected:

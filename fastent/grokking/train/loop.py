@@ -158,6 +158,10 @@ def train(
             if run.done is not None:
                 told.done(job, run.seed)
         points = {run.seed: run.newest() for run in runs if run.done is None}
+        for run in runs:
+            _check_fits(run, points.get(run.seed))
+        for run in runs:
+            run.begin()
         _warn_of_lost_runs(runs, points)
         condition = make_condition(job, out, device) if points else None
         for part in _parts(runs, points, shared=Stack.shares_launches(device)):
@@ -178,6 +182,30 @@ def _parts(runs: Sequence[Run], points: Points, *, shared: bool) -> list[list[Ru
         return [list(runs)]
     steps = sorted({_step(point) for point in points.values()})
     return [[run for run in runs if run.seed in points and _step(points[run.seed]) == step] for step in steps]
+
+
+MOST_NAMED = 5
+"""Tensors of other shapes that a refusal names."""
+
+
+def _check_fits(run: Run, point: Checkpoint | None) -> None:
+    """See that a run can go on from `point` with the settings of its job, before anything in its folder is changed."""
+    if point is None:
+        return
+    wrong = Stack.misfits(run.job.config, point.tensors)
+    if not wrong and int(point.tensors["steps"]) != point.step:
+        wrong = [f"its tensors are of step {int(point.tensors['steps'])}"]
+    try:
+        SpectralEntropyMonitor(every=run.job.config.evaluate_every).load_state_dict(point.state["monitor"])
+    except (KeyError, TypeError, ValueError) as error:
+        wrong.append(f"monitor: {error}")
+    if wrong:
+        more = [f"and {len(wrong) - MOST_NAMED} more"] if len(wrong) > MOST_NAMED else []
+        raise RunError(
+            f"{run.path}: checkpoint {point.step} does not fit the settings given now, whatever is forced:\n  "
+            + "\n  ".join(wrong[:MOST_NAMED] + more)
+            + "\nNothing was changed: give the settings of the folder, or another --out"
+        )
 
 
 def _warn_of_lost_runs(runs: Sequence[Run], points: Points) -> None:

@@ -272,17 +272,34 @@ class Run:
         return self
 
     def _open(self) -> None:
-        remove_temporaries(self.path)
-        self._check_config()
+        self._ignored, self._config = self._check_config()
         self.done = read_done(self.path)
-        if self.done is None:
-            (self.path / "FAILED").unlink(missing_ok=True)
-        self._check_environment()
         self.metrics, self.timing = (
             JsonLines(self.path / f"{name}.jsonl", self._lock.check) for name in ("metrics", "timing")
         )
         for log in (self.metrics, self.timing):
             check_rows(log.path, log.rows)
+
+    def begin(self) -> None:
+        """Put the configuration and the environment down; until then nothing but the lock was written.
+
+        Warns
+        -----
+        RunWarning
+            Of what is ignored by `force`, and of another environment than the run began in.
+        """
+        remove_temporaries(self.path)
+        if self._ignored:
+            warnings.warn(
+                f"{self.path}: --force ignores that the folder has\n  " + "\n  ".join(self._ignored),
+                RunWarning,
+                stacklevel=2,
+            )
+        if self._config is not None:
+            write_atomically(self.path / "config.json", dump_json(self._config))
+        if self.done is None:
+            (self.path / "FAILED").unlink(missing_ok=True)
+        self._check_environment()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -291,7 +308,8 @@ class Run:
         self.timing.close()
         self._lock.release()
 
-    def _check_config(self) -> None:
+    def _check_config(self) -> tuple[list[str], dict[str, Any] | None]:
+        """Return what is ignored by `force`, and the content of config.json if it is to be written."""
         now = {
             "schema_version": SCHEMA_VERSION,
             "experiment": self.job.experiment,
@@ -330,15 +348,11 @@ class Run:
                     "Give another --out or the settings of the folder; --force goes on with those given now"
                 )
             if not changes or (self.path / "DONE").exists():
-                return
-            warnings.warn(
-                f"{self.path}: --force ignores that the folder has\n  " + "\n  ".join(changes),
-                RunWarning,
-                stacklevel=2,
-            )
+                return [], None
             at = max(checkpoint_steps(self.path), default=0)
             now["forced"] = [*recorded.get("forced", []), {"checkpoint": at, "changes": changes}]
-        write_atomically(path, dump_json(now))
+            return changes, now
+        return [], now
 
     def _check_environment(self) -> None:
         path = self.path / "environment.json"

@@ -28,6 +28,7 @@ from fastent.grokking.train.models import (
     logit_scale,
     make_model,
     pair_losses,
+    parameter_shapes,
     plain_model,
 )
 from fastent.grokking.train.stacked import Parameters, linear, tensor_norms
@@ -308,14 +309,40 @@ class Stack:
         Raises
         ------
         KeyError
-            If the seed is not of this stack, or a tensor is missing.
+            If the seed is not of this stack.
+        ValueError
+            If `misfits` finds any. Nothing is loaded then.
         """
         group, s = self._find(seed)
+        if wrong := self.misfits(self.config, state):
+            raise ValueError(f"the state is not of these settings: {'; '.join(wrong)}")
         for kind, tensors in group.state.items():
             for name, tensor in tensors.items():
                 tensor[s].copy_(state[f"{kind}.{name}"])
         group.count.fill_(float(state["steps"]))
         self.steps_done = int(state["steps"])
+
+    @staticmethod
+    def misfits(config: TrainConfig, state: Parameters) -> list[str]:
+        """Say which tensors of a seed's state a stack of `config` cannot take, each with its shape and the one needed.
+
+        Shapes are compared one by one: what only broadcasts would be another network's.
+        """
+        shapes = parameter_shapes(config, make_task(config))
+        kinds = ("parameter", "first", "second")
+        needed = {f"{kind}.{name}": tuple(shape) for kind in kinds for name, shape in shapes.items()}
+        needed["steps"] = ()
+        have = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        found = [
+            f"{name} has shape {have.get(name, 'none')} in the state, and {needed.get(name, 'none')} is needed"
+            for name in dict.fromkeys((*needed, *have))
+            if have.get(name) != needed.get(name)
+        ]
+        return found + [
+            f"{name} holds {tensor.dtype}, no numbers of its kind"
+            for name, tensor in state.items()
+            if tensor.is_floating_point() == (name == "steps") or tensor.is_complex()
+        ]
 
     def keep(self, seeds: Sequence[int]) -> None:
         """Drop every other seed; the ones kept go on unchanged."""

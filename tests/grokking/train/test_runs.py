@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import warnings
@@ -12,9 +13,11 @@ import torch
 from toy_stack import CONFIG, JOB, contents
 
 from fastent.grokking.train import environment
+from fastent.grokking.train.checkpoint import read_checkpoint, write_checkpoint
 from fastent.grokking.train.environment import describe_environment
+from fastent.grokking.train.loop import train
 from fastent.grokking.train.runs import Job, named_as_before, plan_stacks
-from fastent.grokking.train.storage import RunError, RunWarning
+from fastent.grokking.train.storage import Interrupted, RunError, RunWarning
 from fastent.grokking.train.sweep import _check_folder as check_folder
 
 OTHER = dataclasses.replace(JOB, config=dataclasses.replace(JOB.config, learning_rate=0.5, betas=(0.8, 0.9)))
@@ -78,6 +81,75 @@ def test_force_goes_on_with_the_new_configuration_says_what_it_ignores_and_recor
     toy(out, OTHER)  # is its configuration now
 
 
+class StopAfterTwoSteps:
+    asked = 0
+
+    @property
+    def signal(self):
+        self.asked += 1
+        return 15 if self.asked > 2 else None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"width": 8}, {"modulus": 5}, {"width": 1, "heads": 1}, {"model": "mlp", "hidden": (4,)}]
+)
+def test_settings_of_other_shapes_are_refused_under_force_too_and_the_command_of_before_goes_on(
+    tmp_path, changes
+):
+    small = {
+        "modulus": 7,
+        "width": 4,
+        "heads": 1,
+        "feedforward": 4,
+        "batch_size": 8,
+        "probe_size": 4,
+        "max_steps": 4,
+    }
+    job = dataclasses.replace(
+        JOB, config=dataclasses.replace(CONFIG, evaluate_every=2, **small), seeds=(0, 1)
+    )
+    with pytest.raises(Interrupted):
+        train(job, tmp_path, stop=StopAfterTwoSteps())
+    (tmp_path / job.run_name(0) / "FAILED").write_text("{}")
+    (tmp_path / job.run_name(0) / "config.json.tmp").write_text("of a killed process")
+    before = contents(tmp_path)
+    other = dataclasses.replace(job, config=dataclasses.replace(job.config, **changes))
+    with pytest.raises(RunError, match=r"seed0: checkpoint 2 does not fit the settings given now") as caught:
+        train(other, tmp_path, force=True)
+    assert re.search(r"parameter\.\S+ has shape \(.*\) in the state, and .* is needed", str(caught.value))
+    assert "Nothing was changed: give the settings of the folder" in str(caught.value)
+    assert contents(tmp_path) == before
+    train(job, tmp_path)
+    assert (tmp_path / job.run_name(1) / "DONE").exists()
+
+
+def forge(run, step, **changes):
+    """Write a checkpoint whose sums are right and whose content is not."""
+    old = read_checkpoint(run, step)
+    write_checkpoint(run, dataclasses.replace(old, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"state": {}}, "monitor: 'monitor'"),
+        ({"state": []}, "monitor: list indices must be"),
+        ({"state": {"monitor": {"version": "4"}}}, "monitor: "),
+        ({"tensors": {"weights": torch.zeros(8, 3), "steps": torch.tensor(7)}}, "its tensors are of step 7"),
+        ({"tensors": {"weights": torch.zeros(1), "steps": torch.tensor(20)}}, r".*\(1,\)"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_with_the_right_sums_is_refused_and_nothing_changed(
+    half, toy, changes, said
+):
+    out = half(27)
+    forge(out / JOB.run_name(2), 20, **changes)
+    before = contents(out)
+    with pytest.raises(RunError, match=rf"seed2: checkpoint 20 does not fit .*\n  {said}"):
+        toy(out)
+    assert contents(out) == before
+
+
 def test_a_newer_schema_is_refused_and_force_ignores_the_fields_it_does_not_know(half, toy, warned):
     out = half(27)
     edit_config(out, 2, schema_version=7, curriculum="easy first")
@@ -121,7 +193,7 @@ def test_a_configuration_that_is_none_is_refused_by_name(half, toy):
         ({"config": {"width": "4"}}, r"config\.width must be a whole number; got '4'"),
         ({"config": {"criterion": 10**400}}, r"config\.criterion must be a number; got 1000"),
         ({"config": {"betas": [[0.9], 0.98]}}, r"config\.betas must be a list of numbers or texts; got \[\[0\.9\]"),
-        ({"config": {"task": None}}, r"config\.task must be a text; got None"),
+        ({"config": {"task": None}}, r"config\.task must be a text in one line; got None"),
         ({"config": []}, r"config must be an object; got \[\]"),
     ],
     ids=lambda value: str(value)[:40],

@@ -120,6 +120,37 @@ def test_a_state_put_into_a_new_stack_goes_on_bit_for_bit(config, together):
     assert all(equal(resumed.state_dict(seed), stack.state_dict(seed)) for seed in stack.seeds)
 
 
+def narrower(state):
+    return state | {"parameter.head.bias": state["parameter.head.bias"][:1]}  # one bias would broadcast
+
+
+def without_moment(state):
+    return {name: tensor for name, tensor in state.items() if name != "second.head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (narrower, r"parameter\.head\.bias has shape \(1,\) in the state, and \(\d+,\) is needed"),
+        (without_moment, r"second\.head\.bias has shape none in the state, and \(\d+,\) is needed"),
+        (
+            lambda state: state | {"extra": torch.zeros(2)},
+            r"extra has shape \(2,\) in the state, and none is needed",
+        ),
+        (lambda state: state | {"steps": torch.zeros(1, dtype=torch.int64)}, r"steps has shape \(1,\)"),
+        (lambda state: {n: t.to(torch.complex64) for n, t in state.items()}, "holds torch.complex64"),
+        (lambda state: state | {"steps": torch.tensor(1.5)}, "steps holds torch.float32"),
+    ],
+)
+def test_a_state_of_other_shapes_is_refused_by_name_and_nothing_is_loaded(spoil, said):
+    stack = Stack(TINY, (3,))
+    stack.train_step()
+    before, other = stack.state_dict(3), Stack(TINY, (3,)).state_dict(3)
+    with pytest.raises(ValueError, match=f"the state is not of these settings: .*{said}"):
+        stack.load_state_dict(3, spoil(other))
+    assert equal(stack.state_dict(3), before)
+
+
 def test_a_state_is_a_copy_of_flat_tensors():
     stack = Stack(TINY, [1])
     train(stack, 1)
