@@ -39,17 +39,17 @@ from torch import Tensor
 import fastent
 from bench.harness import Row, beside, columns, environment, interleaved, quantiles, ratio_columns
 from bench.providers import (
-    COVARIANCES,
+    COVARIANCE,
     ENTROPY,
     INPUTS,
+    OURS,
     SHAPES,
     Input,
     Matrix,
-    Provider,
     Shape,
+    able,
     chosen,
-    covariances,
-    entropies,
+    loaded,
     rankme_truth,
 )
 from fastent.covariance import centered_matrix
@@ -103,14 +103,10 @@ def accuracy(quick: bool) -> list[Row]:
 
 def _entropy_errors(case: Input, h: Tensor, quick: bool) -> list[Row]:
     truth = spectral_entropy(h.double().numpy(), extended=True).entropy
-    answers: dict[Provider, float | str] = {}
-    for provider, call in entropies().items():
-        try:
-            answers[provider] = call(h)
-        except Exception as error:  # what a peer raises is its answer
-            answers[provider] = type(error).__name__
+    calls, left_out = able(ENTROPY, h, {"op": "accuracy", "input": case.name, **columns(h), "error": None})
+    answers = {provider: float(call(h)) for provider, call in calls.items()}
     seconds = interleaved(
-        {p.name: (lambda p=p: entropies()[p](h)) for p, a in answers.items() if isinstance(a, float)},
+        {provider.name: (lambda call=call: call(h)) for provider, call in calls.items()},
         rounds=7 if quick else 25,
         target=0.01,
     )
@@ -119,32 +115,30 @@ def _entropy_errors(case: Input, h: Tensor, quick: bool) -> list[Row]:
         right = truth if provider.quantity == ENTROPY else rankme_truth(h)
         row = {"op": "accuracy", "provider": provider.name, "quantity": provider.quantity, "input": case.name}
         row |= {**columns(h), "truth": right, "answer": str(answer), "error": None}
-        if isinstance(answer, float) and math.isfinite(answer):
+        if math.isfinite(answer):
             row |= {"answer": answer, "error": abs(answer - right) / math.log(h.shape[1])}
-        if provider.name in seconds:
-            row |= quantiles(seconds[provider.name])
-        rows.append(row | environment(provider.package))
-    return rows
+        rows.append(row | quantiles(seconds[provider.name]) | environment(provider.package))
+    # What a peer raises is its answer.
+    return rows + [row | {"answer": row["skipped"].partition(":")[0]} | environment() for row in left_out]
 
 
 def _covariance_errors(case: Input, h: Tensor) -> list[Row]:
     matrix, exponent = scaled_covariance(h.double().numpy(), extended=True)
     truth = np.ldexp(matrix, exponent)
     norm = float(np.sqrt((truth**2).sum()))
+    same = {"op": "covariance accuracy", "input": case.name, **columns(h)}
     return [
-        {
-            "op": "covariance accuracy",
-            "provider": name,
-            "input": case.name,
-            **columns(h),
-            **_covariance_error(call, h, truth, norm),
-            **environment(COVARIANCES[name][1]),
-        }
-        for name, call in covariances().items()
+        same
+        | {"provider": provider.name}
+        | _covariance_error(call, h, truth, norm)
+        | environment(provider.package)
+        for provider, call in loaded(COVARIANCE).items()
     ]
 
 
-def _covariance_error(call: Matrix, h: Tensor, truth: np.ndarray, norm: float) -> Row:
+def _covariance_error(call: Matrix | str, h: Tensor, truth: np.ndarray, norm: float) -> Row:
+    if isinstance(call, str):
+        return {"answer": call.partition(":")[0], "error": None, "skipped": call}
     try:
         got = call(h).to(torch.float64).numpy().astype(np.longdouble)
     except Exception as error:  # what a peer raises is its answer
@@ -169,21 +163,17 @@ def entropy(quick: bool) -> list[Row]:
 def _entropy_rows(shape: Shape, rates: Rates, *, rounds: int, budget: float) -> list[Row]:
     """Rows of one shape: each provider's time, and fastent's over it; the floor at `rates`."""
     h = shape.tensor()
-    calls = {
-        provider: (lambda call=call: call(h))
-        for provider, call in entropies().items()
-        if not (shape.dtype == "bfloat16" and "no copy" in provider.name)  # NumPy has no such type
-    }
-    named = {provider.name: call for provider, call in calls.items()}
-    seconds = beside("fastent", named, rounds=rounds, budget=budget)
+    calls, left_out = able(ENTROPY, h, {"op": "entropy", **shape.columns})
+    named = {provider.name: (lambda call=call: call(h)) for provider, call in calls.items()}
+    seconds = beside(OURS, named, rounds=rounds, budget=budget)
     rows = []
     for provider in calls:
-        mine = provider.name == "fastent"
+        mine = provider.name == OURS
         side = min(shape.n, shape.d) if mine else shape.d
         products = 2 * shape.n * shape.d * side
         row = {"op": "entropy", "provider": provider.name, "quantity": provider.quantity, **shape.columns}
         theirs, ours = seconds[provider.name]
-        row |= quantiles(theirs) | {"rounds": len(theirs)}
+        row |= quantiles(theirs)
         if mine or provider.name == "torch, direct":
             # bytes: read h + write and read the matrix (16 m m); flops: products of the side taken, half of
             # them for fastent, without the eigensolve
@@ -196,7 +186,7 @@ def _entropy_rows(shape: Shape, rates: Rates, *, rounds: int, budget: float) -> 
         if provider.name == "torch, direct" and shape.dtype == "float32":
             row["limit"] = LIMITS[shape.n, shape.d]
         rows.append(row | environment(provider.package))
-    return rows
+    return rows + [row | environment() for row in left_out]
 
 
 def covariance(quick: bool) -> list[Row]:
@@ -204,20 +194,23 @@ def covariance(quick: bool) -> list[Row]:
     rows: list[Row] = []
     for shape in chosen(SHAPES, quick):
         h = shape.tensor()
-        calls = {name: (lambda call=call, h=h: call(h)) for name, call in covariances().items()}
-        seconds = beside("fastent", calls, rounds=9 if quick else 25, budget=3.0 if quick else 8.0)
-        for name, (values, ours) in seconds.items():
+        found, left_out = able(COVARIANCE, h, {"op": "covariance", **shape.columns})
+        calls = {provider.name: (lambda call=call, h=h: call(h)) for provider, call in found.items()}
+        seconds = beside(OURS, calls, rounds=9 if quick else 25, budget=3.0 if quick else 8.0)
+        for provider in found:
+            values, ours = seconds[provider.name]
+            mine = provider.name == OURS
             # bytes: read h + write C (8 d d); flops: all products, or for fastent the lower triangle's
             flops = 2 * shape.n * shape.d**2
-            row = {"op": "covariance", "provider": name, **shape.columns, **quantiles(values)}
+            row = {"op": "covariance", "provider": provider.name, **shape.columns, **quantiles(values)}
             row |= {
-                "rounds": len(values),
                 "bytes": h.element_size() * h.numel() + 8 * shape.d**2,
-                "flops": flops // 2 if name == "fastent" else flops,
+                "flops": flops // 2 if mine else flops,
             }
-            if name != "fastent":
-                row |= ratio_columns(ours, values)
-            rows.append(row | environment(COVARIANCES[name][1]))
+            if not mine:
+                row |= ratio_columns(ours, values) | {"exact": provider.exact}
+            rows.append(row | environment(provider.package))
+        rows += [row | environment() for row in left_out]
     return rows
 
 
@@ -239,7 +232,7 @@ def eigensolve(quick: bool) -> list[Row]:
         seconds = interleaved(calls, rounds=9 if quick else 25, budget=3.0 if quick else 15.0)
         for name, values in seconds.items():
             row = {"op": "eigensolve", "provider": name, "n": 512, "d": m, "dtype": "float64"}
-            row |= quantiles(values) | {"rounds": len(values)}
+            row |= quantiles(values)
             # flops: reduction to tridiagonal form, 4/3 m^3 (LAPACK's count); the svd's are another algorithm's
             if "svd" not in name:
                 row["flops"] = 4 * m**3 // 3
@@ -280,7 +273,6 @@ def forecast(quick: bool) -> list[Row]:
             "op": "forecast",
             "provider": name,
             **quantiles(values),
-            "rounds": len(values),
             **environment("scipy"),
         }
         for name, values in seconds.items()

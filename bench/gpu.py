@@ -66,7 +66,7 @@ import torch
 from torch import Tensor, nn
 
 import fastent
-from bench.harness import COPY, PRODUCT, Row, columns, environment, quantiles, ratio, recorded_commit
+from bench.harness import COPY, PRODUCT, Row, columns, environment, quantiles, ratio, raw, recorded_commit
 from bench.providers import direct_covariance, direct_entropy, torch_cov
 from fastent.covariance import centered_matrix, triton_obstacle
 from fastent.grokking.train.stack import capture_cuda_graph
@@ -827,7 +827,8 @@ def slowdowns(
             for _ in range(turns):
                 without.append(seconds_for(session, step, steps, None, stride))
                 with_probe.append(seconds_for(session, step, steps, probe, stride))
-            middle, low, high = ratio(np.array(with_probe), np.array(without))
+            rounds = [raw(np.array(seconds) / steps) for seconds in (with_probe, without)]
+            middle, low, high = ratio(*map(np.array, rounds))
             session.add(
                 "slowdown",
                 step=kind,
@@ -844,6 +845,8 @@ def slowdowns(
                 slowdown=middle - 1.0,
                 slowdown_low=low - 1.0,
                 slowdown_high=high - 1.0,
+                ours_us=rounds[0],
+                theirs_us=rounds[1],
             )
 
 

@@ -3,10 +3,15 @@
 Machines are noisy, so providers are timed in turn within one process (A B A B ...) and compared by the ratio of
 neighbours; absolute microseconds are for orientation only. A pool of threads keeps the size that it started with, so
 each thread count has a process of its own (`pinned`, `bench.suite`).
+
+A row keeps the time of every round (``raw_us``; where it has a ratio, ``ours_us`` or ``theirs_us`` of the same rounds),
+and its quantiles, ratio and interval are of these very numbers, so that anyone can take them again (`differing`).
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -160,16 +165,53 @@ def ratio(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
     return median_interval(ours / theirs)
 
 
-def ratio_columns(ours: np.ndarray, theirs: np.ndarray) -> Row:
-    """`ratio` as columns of a row."""
-    middle, low, high = ratio(ours, theirs)
+def raw(seconds: np.ndarray) -> list[float]:
+    """Microseconds of each round, to the five digits that a row keeps."""
+    return [float(f"{1e6 * value:.5g}") for value in seconds]
+
+
+def ratio_columns(ours: np.ndarray, theirs: np.ndarray, *, row: str | None = "theirs") -> Row:
+    """`ratio` as columns of a row, with the rounds of both but of the one that the row keeps as its own, `row`."""
+    rounds = {"ours": raw(ours), "theirs": raw(theirs)}
+    return _ratio(**rounds) | {f"{name}_us": us for name, us in rounds.items() if name != row}
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> Row:
+    middle, low, high = ratio(np.array(ours), np.array(theirs))
     return {"ratio": round(middle, 4), "ratio_low": round(low, 4), "ratio_high": round(high, 4)}
 
 
 def quantiles(seconds: np.ndarray) -> Row:
-    """Microseconds at the 20th, 50th and 80th percentile."""
-    low, middle, high = np.quantile(seconds * 1e6, [0.2, 0.5, 0.8])
+    """Microseconds at the 20th, 50th and 80th percentile, and of each round."""
+    us = raw(seconds)
+    return _quantiles(us) | {"rounds": len(us), "raw_us": us}
+
+
+def _quantiles(us: list[float]) -> Row:
+    low, middle, high = np.quantile(us, [0.2, 0.5, 0.8])
     return {"us_p20": round(low, 2), "us_p50": round(middle, 2), "us_p80": round(high, 2)}
+
+
+def differing(rows: list[Row]) -> list[str]:
+    """Say which columns of rows do not follow from the rounds that these keep; rows without any are passed over."""
+    found = []
+    for row in rows:
+        again = _quantiles(row["raw_us"]) if "raw_us" in row else {}
+        if "ours_us" in row or "theirs_us" in row:
+            pair = [row[name] if name in row else row["raw_us"] for name in ("ours_us", "theirs_us")]
+            if "ratio" in row:
+                again |= _ratio(*pair)
+            else:
+                names = ("slowdown", "slowdown_low", "slowdown_high")
+                again |= {name: x - 1.0 for name, x in zip(names, ratio(*map(np.array, pair)), strict=True)}
+        wrong = [
+            f"{key} {row.get(key)}, of its rounds {value}"
+            for key, value in again.items()
+            if row.get(key) != value
+        ]
+        if wrong:
+            found.append(f"{row.get('op')} {row.get('provider')}: {'; '.join(wrong)}")
+    return found
 
 
 def columns(h: Tensor) -> Row:
@@ -190,13 +232,41 @@ def environment(*packages: str | None) -> Row:
         "threads": known["threads"],
         "load": round(os.getloadavg()[0], 2),  # above the threads of the benchmark: others were running
         "commit": recorded_commit(),
+        "changes": recorded_changes(),
     }
 
 
 def recorded_commit() -> str | None:
-    """Seven digits of the checkout's commit, or of the variable COMMIT where there is no checkout; "-dirty" if so."""
+    """Seven digits of the checkout's commit, or of the variable COMMIT where there is no checkout.
+
+    "-dirty" follows where the tree has other changes than in what measuring writes (`WRITTEN`).
+    """
     known = commit() or os.environ.get("COMMIT")
-    return known and known[:7] + ("-dirty" if known.endswith("-dirty") else "")
+    if known is None:
+        return None
+    dirty = known.endswith("-dirty") if commit() is None else recorded_changes() is not None
+    return known[:7] + ("-dirty" if dirty else "")
+
+
+WRITTEN = ("bench/results", "docs", "README.md")
+
+
+@functools.cache
+def recorded_changes() -> str | None:
+    """Eight digits of a hash of what the tree changes in its commit, new files too; None if nothing, or no checkout."""
+    if commit() is None:
+        return None
+    paths = (".", *(f":(exclude){path}" for path in WRITTEN))
+
+    def git(*command: str) -> bytes:
+        return subprocess.run(
+            ("git", "--no-optional-locks", *command, "--", *paths), cwd=ROOT, capture_output=True, check=True
+        ).stdout
+
+    found = git("diff", "HEAD", "--binary")
+    for name in git("ls-files", "-z", "--others", "--exclude-standard").split(b"\0")[:-1]:
+        found += name + b"\0" + (ROOT / name.decode()).read_bytes()
+    return hashlib.sha256(found).hexdigest()[:8] if found else None
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

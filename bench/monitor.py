@@ -80,11 +80,12 @@ from bench.harness import (
     quantiles,
     ratio,
     ratio_columns,
+    raw,
     read_rows,
     settle,
     write_rows,
 )
-from bench.providers import ENTROPIES, entropies
+from bench.providers import ENTROPY, OURS, able
 from fastent.activations import Resolution, Rows, Tokens
 from fastent.covariance import centered_matrix
 from fastent.grokking.train.config import TrainConfig, preset
@@ -339,16 +340,11 @@ def training(quick: bool) -> list[Row]:
         seconds = interleaved(calls, rounds=5 if quick else 25)
         seconds["fastent x8"] = seconds["fastent x8"] / 8
         for provider, values in seconds.items():
-            rows.append(
-                {
-                    "op": "training step, per seed",
-                    "model": name,
-                    "provider": provider.split()[0],
-                    "seeds": 8 if provider.endswith("x8") else 1,
-                    **quantiles(values),
-                    **environment(),
-                }
-            )
+            row: Row = {"op": "training step, per seed", "model": name, "provider": provider.split()[0]}
+            row |= {"seeds": 8 if provider.endswith("x8") else 1, **quantiles(values)}
+            if provider != "plain":
+                row |= ratio_columns(values, seconds["plain"], row="ours")
+            rows.append(row | environment())
         one = ratio(seconds["plain"], seconds["fastent"])
         eight = ratio(seconds["fastent x8"], seconds["fastent"])
         print(
@@ -469,7 +465,6 @@ def take_turns(runs: list[TimedRun], steps: int) -> None:
 
 def _monitor_rows(name: str, mode: str, runs: list[TimedRun]) -> list[Row]:
     """Rows of one loop in one mode."""
-    plain = np.array(runs[0].blocks)
     rows = []
     probe = min(float(np.median(run.probe_seconds)) for run in runs if run.probe_seconds)
     for run in runs:
@@ -477,13 +472,38 @@ def _monitor_rows(name: str, mode: str, runs: list[TimedRun]) -> list[Row]:
         row |= {"loop": name, "mode": mode, "stride": run.stride, "probe_us": round(1e6 * probe, 1)}
         row |= quantiles(np.array(run.blocks) / BLOCK) | {"steps": len(run.step_seconds)}
         if run.stride:
-            middle, low, high = overhead(np.array(run.blocks), plain, run.stride)
-            row |= {"overhead": middle, "overhead_low": low, "overhead_high": high}
+            row |= _overhead_columns(row, rows[0])
             row |= {"share": run.share, "probes": len(run.probe_seconds)}
             if run.stride == LIMIT_STRIDE:
                 row["limit"] = LIMIT
         rows.append(row | environment())
     return rows
+
+
+def _overhead_columns(row: Row, plain: Row) -> Row:
+    """`overhead` by the turns that two rows keep."""
+    found = overhead(np.array(row["raw_us"]), np.array(plain["raw_us"]), row["stride"])
+    return dict(zip(("overhead", "overhead_low", "overhead_high"), found, strict=True))
+
+
+def differing(rows: list[Row]) -> list[str]:
+    """Say which overheads, and times after a call, do not follow from the turns and rounds that the rows keep."""
+    found, plain = [], dict[tuple[Any, ...], Row]()
+    for row in rows:
+        run = tuple(row.get(key) for key in ("op", "loop", "mode", "threads"))
+        again: Row = {}
+        if "after_raw_us" in row:
+            again = _after(row["after_raw_us"])
+        elif "overhead" in row and "raw_us" in row:
+            again = _overhead_columns(row, plain[run])
+        elif row.get("stride") == 0:
+            plain[run] = row
+        found += [
+            f"{' '.join(map(str, run))}: {key} {row.get(key)}, of its rounds {value}"
+            for key, value in again.items()
+            if row.get(key) != value
+        ]
+    return found
 
 
 def overhead(blocks: np.ndarray, plain: np.ndarray, stride: int) -> tuple[float, ...]:
@@ -627,27 +647,35 @@ def turns(
 
 def _call_rows(name: str, loop: TrainingLoop, rounds: int) -> list[Row]:
     """Rows of one loop."""
+    h = probed(loop)()
+    case = {"op": "in training", "loop": name, "n": h.shape[0], "d": h.shape[1]}
+    found, left_out = able(ENTROPY, h, case)
+    rows: list[Row] = []
     calls: dict[str | None, Callable[[Tensor], Any]] = {None: lambda h: None}
-    calls |= {provider.name: call for provider, call in entropies().items()}
+    calls |= {provider.name: call for provider, call in found.items()}
     seconds = turns(loop, calls, rounds)
-    n, d = probed(loop)().shape
-    rows = []
-    for provider in entropies():
+    for provider in found:
         values, after = seconds[provider.name]
-        row: Row = {"op": "in training", "provider": provider.name, "quantity": provider.quantity}
-        row |= {"loop": name, "n": n, "d": d, "rounds": rounds, **quantiles(values)}
-        row |= excess(after, seconds[None][1])
-        if provider is not ENTROPIES[0]:
-            row |= ratio_columns(seconds[ENTROPIES[0].name][0], values)
+        row: Row = {**case, "provider": provider.name, "quantity": provider.quantity, "exact": provider.exact}
+        row |= quantiles(values) | excess(after, seconds[None][1])
+        if provider.name != OURS:
+            row |= ratio_columns(seconds[OURS][0], values)
         rows.append(row | environment(provider.package))
-    return rows
+    return rows + [row | environment() for row in left_out]
 
 
 def excess(after: np.ndarray, plain: np.ndarray) -> Row:
     """Median difference, in microseconds, of the steps after a call to those after none, and its 95 % interval."""
-    names = ("after_us", "after_low", "after_high")
-    values = median_interval(1e6 * (after - plain))
-    return {name: round(value, 1) for name, value in zip(names, values, strict=True)}
+    rounds = raw(after - plain)
+    return _after(rounds) | {"after_raw_us": rounds}
+
+
+def _after(rounds: list[float]) -> Row:
+    values = median_interval(np.array(rounds))
+    return {
+        name: round(value, 1)
+        for name, value in zip(("after_us", "after_low", "after_high"), values, strict=True)
+    }
 
 
 def in_training(quick: bool) -> list[Row]:
@@ -680,9 +708,9 @@ def early_end(quick: bool) -> list[Row]:
             "vocabulary": VOCABULARY,
             **quantiles(np.array(values)),
         }
-        row |= {"rounds": len(values), "flops": flops[name]}
+        row["flops"] = flops[name]
         if name == "early end":
-            row |= ratio_columns(np.array(values), np.array(seconds["whole pass"]))
+            row |= ratio_columns(np.array(values), np.array(seconds["whole pass"]), row="ours")
             row |= {"floor": round(flops[name] / flops["whole pass"], 4), "limit": EARLY_LIMIT}
         rows.append(row | environment())
     return rows
@@ -765,7 +793,7 @@ def _deferred_rows(n: int, d: int, layers: int, steps: int, rounds: int) -> list
         row = {"op": "deferred", "provider": name, "n": n, "d": d, "layers": layers, "dtype": "float32"}
         row |= quantiles(cost) | {"us_step": round(float(np.median(timings["none"])) / steps * 1e6, 1)}
         if name != "in line":
-            row |= ratio_columns(timings[name], timings["in line"])
+            row |= ratio_columns(timings[name], timings["in line"], row=None)
         if name == "worker":
             middle, low, high = median_interval(cost / costs["worker, matrices"])
             row |= {"cost_ratio": round(middle, 4), "cost_low": round(low, 4), "cost_high": round(high, 4)}

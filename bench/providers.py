@@ -6,8 +6,12 @@ their published packages. Nothing of a peer is rewritten here: what is timed is 
 documentation says, with its best settings: a float64 copy where it would compute in the input's precision ("no
 copy": without it), no logging, the cheaper of two forms of the same thing; the copy is part of its time. RankMe is a
 Lightning callback; it is called as Lightning would, with a queue that holds the activations and a module that keeps
-what is logged. A package is imported when its provider is loaded, and not before; what is not installed is left out
-and said.
+what is logged. A package is imported when its provider is loaded, and not before. What is not installed, or raises, has
+rows that say so, and ends nothing.
+
+A guest comes in by one line: an entry of `PROVIDERS`, or from outside ``fastent bench --provider module:name``, which
+names a function of activations that gives the entropy in nats, or a `Provider` (`invite`). It is in every question of
+providers from then on.
 
 How a peer's quantity becomes ours: exp H of ssrlib and of vendi-score by the logarithm; the Vendi score is of a
 kernel matrix, so it gets centred rows divided by their Frobenius norm, whose kernel has the shares of the variance as
@@ -20,7 +24,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -38,6 +42,7 @@ Call = Callable[[Tensor], float]
 Matrix = Callable[[Tensor], Tensor]
 
 ENTROPY = "entropy"
+COVARIANCE = "covariance"
 RANKME = "RankMe"
 
 
@@ -133,17 +138,18 @@ class Provider:
     name : str
         As it stands in the rows.
     load : callable
-        Imports what is needed and returns the function; raises ImportError where that is not installed.
+        Imports what is needed and returns the function, `Call` or `Matrix`; raises ImportError where that is not
+        installed.
     package : str, optional
         Distribution whose version goes into the rows; None for what comes with fastent.
     quantity : str
-        `ENTROPY`, in nats, or what it computes instead.
+        `ENTROPY`, in nats, `COVARIANCE`, a matrix with the normaliser 1/n, or what it computes instead of an entropy.
     exact : bool
         Whether it is meant to be right to float64 rounding on ordinary input.
     """
 
     name: str
-    load: Callable[[], Call]
+    load: Callable[[], Callable[[Tensor], Any]]
     package: str | None = None
     quantity: str = ENTROPY
     exact: bool = True
@@ -367,8 +373,9 @@ def _log(value: float) -> float:
     return math.log(value) if value > 0 else -math.inf
 
 
-ENTROPIES = (
-    Provider("fastent", lambda: ours),
+OURS = "fastent"
+PROVIDERS = [
+    Provider(OURS, lambda: ours),
     Provider("torch, direct", lambda: direct, exact=False),  # its clamp is an absolute one
     Provider("numpy", lambda: numpy_entropy, "numpy"),
     Provider("scikit-learn PCA, full", scikit_learn("full"), "scikit-learn"),
@@ -379,36 +386,91 @@ ENTROPIES = (
     Provider("vendi-score", vendi, "vendi-score"),
     Provider("torchmetrics FID states", torchmetrics_entropy, "torchmetrics"),
     Provider("stable-pretraining RankMe", rankme, "stable-pretraining", RANKME, exact=False),
-)
-
-COVARIANCES: dict[str, tuple[Callable[[], Matrix], str | None]] = {
-    "fastent": (lambda: fastent.covariance, None),
-    "torch, direct": (lambda: direct_covariance, None),
-    "torch.cov": (lambda: torch_cov, None),
-    "numpy.cov": (lambda: lambda h: torch.from_numpy(numpy_covariance(h)), "numpy"),
-    "ssrlib, streaming": (ssrlib_streaming, "ssrlib"),
-    "torchmetrics FID states": (torchmetrics_covariance, "torchmetrics"),
-}
+    Provider(OURS, lambda: fastent.covariance, None, COVARIANCE),
+    Provider("torch, direct", lambda: direct_covariance, None, COVARIANCE),
+    Provider("torch.cov", lambda: torch_cov, None, COVARIANCE),
+    Provider("numpy.cov", lambda: lambda h: torch.from_numpy(numpy_covariance(h)), "numpy", COVARIANCE),
+    # What these two sum is not centred.
+    Provider("ssrlib, streaming", ssrlib_streaming, "ssrlib", COVARIANCE, exact=False),
+    Provider("torchmetrics FID states", torchmetrics_covariance, "torchmetrics", COVARIANCE, exact=False),
+]
 
 
-def _installed(loads: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
-    """Load what is installed, and say what is not."""
-    found = {}
-    for key, load in loads.items():
-        try:
-            found[key] = load()
-        except ImportError as error:
-            print(f"left out: {getattr(key, 'name', key)} ({error})", file=sys.stderr)
+def invite(place: str) -> None:
+    """Take in a provider from outside.
+
+    Parameters
+    ----------
+    place : str
+        ``module:name`` of a `Provider`, or of a function of activations (n, d) that gives the entropy in nats, which is
+        then called by `place` and not taken for exact. What cannot be imported is a provider that is not installed.
+
+    Raises
+    ------
+    ValueError
+        If `place` names no module and name, or a provider of its name and quantity is there.
+    """
+    module, colon, name = place.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"a provider is given as module:name; got {place!r}")
+
+    def load() -> Any:
+        return getattr(importlib.import_module(module), name)
+
+    guest = Provider(place, load, exact=False)
+    try:
+        if isinstance(found := load(), Provider):
+            guest = found
+    except Exception:  # whatever the guest's module raises: its rows say so when it is loaded
+        pass
+    if any((guest.name, _of(guest)) == (other.name, _of(other)) for other in PROVIDERS):
+        raise ValueError(
+            f"a provider of the {_of(guest)} is called {guest.name!r} already: give it another name"
+        )
+    PROVIDERS.append(guest)
+    loaded.cache_clear()
+
+
+def _of(provider: Provider) -> str:
+    return COVARIANCE if provider.quantity == COVARIANCE else ENTROPY
+
+
+@cache
+def loaded(op: str) -> dict[Provider, Callable[[Tensor], Any] | str]:
+    """Load all providers of "entropy" or "covariance"; of one that cannot be loaded, why."""
+    found: dict[Provider, Callable[[Tensor], Any] | str] = {}
+    for provider in PROVIDERS:
+        if _of(provider) == op:
+            try:
+                found[provider] = provider.load()
+            except ImportError as error:
+                found[provider] = f"not installed: {error}"
+            except Exception as error:  # a guest must not end the benchmark
+                found[provider] = f"{type(error).__name__}: {error}"
+            if isinstance(reason := found[provider], str):
+                print(f"left out: {provider.name} ({reason})", file=sys.stderr)
     return found
 
 
-@cache
-def entropies() -> dict[Provider, Call]:
-    """Load the providers that are installed."""
-    return _installed({provider: provider.load for provider in ENTROPIES})
-
-
-@cache
-def covariances() -> dict[str, Matrix]:
-    """Load the providers of a covariance that are installed."""
-    return _installed({name: load for name, (load, _) in COVARIANCES.items()})
+def able(
+    op: str, h: Tensor, case: dict[str, Any]
+) -> tuple[dict[Provider, Callable[[Tensor], Any]], list[dict[str, Any]]]:
+    """Return the providers that can be called with `h`, and of each other one a row of `case` that says why not."""
+    calls: dict[Provider, Callable[[Tensor], Any]] = {}
+    rows = []
+    for provider, call in loaded(op).items():
+        reason = call
+        if not isinstance(call, str):
+            try:
+                answer = call(h)
+                if op == ENTROPY:
+                    float(answer)
+            except Exception as error:  # as above
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                calls[provider] = call
+                continue
+        rows.append(
+            {**case, "provider": provider.name, "quantity": provider.quantity, "skipped": str(reason)[:300]}
+        )
+    return calls, rows

@@ -2,14 +2,19 @@
 
 ``DIR/cpu/<question>.jsonl`` (`bench.suite`) gives ``DIR/cpu/report.md``, ``DIR/gpu.jsonl`` (`bench.gpu`)
 ``DIR/report.md``, each with its pictures beside it. Rows decide everything: the same rows give the same files. What was
-skipped is listed with its reason, so that a rehearsal on a CPU cannot be mistaken for a measurement of a GPU.
+skipped is listed with its reason, so that a rehearsal on a CPU cannot be mistaken for a measurement of a GPU; providers
+that are not installed, or raise, are named in their tables. What was measured in a changed tree is marked.
+
+Beside each report ``commits.md`` sets the same benchmarks over commits side by side, as ratios to what was timed in the
+same run; times of their own are of a GPU alone. ``commits.jsonl`` keeps what those pages show of rows that newer ones
+replace.
 
 The GPU's report begins with a verdict on each target (`verdicts`); it is printed too. Of a file with several runs the
 newest counts, part by part.
 
 ``--docs`` writes the tables of README.md and docs/benchmarks.md from the committed rows; they stand between
 ``<!-- bench: NAME -->`` and ``<!-- bench: end -->``. With ``--check`` nothing is written, and the exit status is 1
-where a table does not follow from the rows.
+where a table does not follow from the rows, or an interval not from the rounds that its row keeps.
 """
 
 from __future__ import annotations
@@ -17,8 +22,9 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +34,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from bench.harness import COPY, PRODUCT, ROOT, Row, read_rows
-from bench.providers import ENTROPIES
+from bench.harness import COPY, PRODUCT, ROOT, Row, differing, read_rows, write_rows
+from bench.providers import OURS, PROVIDERS
 from fastent.grokking.experiments.document import markdown_table, marked
 from fastent.grokking.experiments.figures import LIGHT, WIDTH, save_png
 
@@ -39,12 +45,16 @@ Draw = Callable[[list[Row]], Figure]
 
 @dataclass(frozen=True)
 class Chapter:
-    """A part of a report: its title, the table of its rows, a note on how to read it, and a picture."""
+    """A part of a report: its title, the table of its rows, a note on how to read it, and a picture.
+
+    `by_provider`: the table has a place for each provider, so it gets the rows that were skipped too.
+    """
 
     title: str
     table: Table
     note: str = ""
     draw: Draw | None = None
+    by_provider: bool = False
 
 
 def write(
@@ -70,12 +80,14 @@ def write(
         done = [row for row in rows.get(name, []) if "skipped" not in row]
         if not done:
             continue
-        parts += [f"## {section.title}", section.table(done), *([section.note] if section.note else [])]
+        table = section.table(rows[name] if section.by_provider else done)
+        parts += [f"## {section.title}", table, *([section.note] if section.note else [])]
         if section.draw is not None:
             files.append(out / f"{name.replace(' ', '-')}.png")
             save_png(functools.partial(section.draw, done), files[-1], dpi=110)
             parts.append(f"![{section.title}]({files[-1].name})")
-    skipped = [row for row in everything if "skipped" in row]
+    named = {name for name, section in sections.items() if section.by_provider}
+    skipped = [row for name, group in rows.items() if name not in named for row in group if "skipped" in row]
     if skipped:
         table = columns("op provider n d skipped", op="what", skipped="why")
         parts += ["## Not measured", table(skipped)]
@@ -86,9 +98,9 @@ def write(
 def write_cpu(folder: Path) -> list[Path]:
     """Report on the rows of `bench.suite` in `folder`, written there."""
     rows = {name: read_rows(folder / f"{name}.jsonl") for name in CPU}
-    return write(
-        "Benchmarks on a CPU", "Made by `fastent bench` from the rows beside this file.", CPU, rows, folder
-    )
+    origin = "Made by `fastent bench` from the rows beside this file. [The same over commits](commits.md)."
+    files = write("Benchmarks on a CPU", origin, CPU, rows, folder)
+    return files + write_commits(folder, [row for group in rows.values() for row in group])
 
 
 def write_gpu(folder: Path) -> list[Path]:
@@ -98,12 +110,9 @@ def write_gpu(folder: Path) -> list[Path]:
     print(verdict_table(everything))
     judged = [verdict._asdict() for verdict in verdicts(everything)]
     rows = {"verdicts": judged, **_group(found, lambda row: row["op"])}
-    return write(
-        "Benchmark of the entropy path",
-        "Made by `python -m bench.report` from gpu.jsonl beside this file.",
-        GPU,
-        rows,
-        folder,
+    origin = "Made by `python -m bench.report` from gpu.jsonl beside this file."
+    return write("Benchmark of the entropy path", origin, GPU, rows, folder) + write_commits(
+        folder, everything
     )
 
 
@@ -128,10 +137,49 @@ def _machine(rows: list[Row]) -> str:
 
 def listed(cells: Mapping[str, str | Callable[[Row], object]]) -> Table:
     """Table of the rows as they are, one line each: what stands under each heading, a key or what makes it."""
-    return lambda rows: markdown_table(
+    return lambda rows: marked_table(
         list(cells),
-        [[cell(row) if callable(cell) else _cell(row.get(cell)) for cell in cells.values()] for row in rows],
+        [
+            ([row], [cell(row) if callable(cell) else _cell(row.get(cell)) for cell in cells.values()])
+            for row in rows
+        ],
     )
+
+
+def marked_table(header: Sequence[str], lines: Sequence[tuple[list[Row], list[object]]]) -> str:
+    """Write a table; lines with rows of a changed tree are marked, and below it stands which changes those are."""
+    changed = [_tree(row) for rows, _ in lines for row in rows if _is_changed(row)]
+    text = markdown_table(
+        header,
+        [
+            [f"{cells[0]} {CHANGED}" if any(map(_is_changed, rows)) else cells[0], *cells[1:]]
+            for rows, cells in lines
+        ],
+    )
+    return text + (
+        f"\n\n{CHANGED} From a changed tree: {', '.join(dict.fromkeys(changed))}." if changed else ""
+    )
+
+
+CHANGED = "†"
+
+
+def _is_changed(row: Row) -> bool:
+    return str(row.get("commit")).endswith("-dirty")
+
+
+def _tree(row: Row) -> str:
+    """Name the commit of a row, with the hash of what the tree changed in it."""
+    commit = str(row.get("commit")).removesuffix("-dirty")
+    return (
+        f"{commit} with changes {row.get('changes') or '(not recorded which)'}"
+        if _is_changed(row)
+        else commit
+    )
+
+
+def _why(row: Row) -> str:
+    return str(row["skipped"]).partition(":")[0]
 
 
 def columns(keys: str, **headings: str) -> Table:
@@ -150,24 +198,23 @@ def _cell(value: Any) -> str:
 
 def ratio_table(rows: list[Row]) -> str:
     """List fastent's time over each provider's, a row for each shape and thread count."""
-    names = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "fastent"))
+    names = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
     groups = _group(rows, lambda row: (row["threads"], row["n"], row["d"], row["dtype"]))
-    lines = []
+    lines: list[tuple[list[Row], list[object]]] = []
     for (threads, n, d, dtype), group in groups.items():
         by_name = {row["provider"]: row for row in group}
-        lines.append(
-            [
-                f"{n:,} x {d:,} {dtype}",
-                threads,
-                microseconds(by_name["fastent"]["us_p50"]),
-                *(interval(by_name[name]) if name in by_name else "-" for name in names),
-            ]
-        )
-    return markdown_table(["rows x columns", "threads", "fastent", *names], lines)
+        ours = by_name.get(OURS, {})
+        cells: list[object] = [f"{n:,} x {d:,} {dtype}", threads]
+        cells.append(microseconds(ours["us_p50"]) if "us_p50" in ours else "-")
+        cells += [interval(by_name[name]) if name in by_name else "-" for name in names]
+        lines.append((group, cells))
+    return marked_table(["rows x columns", "threads", OURS, *names], lines)
 
 
 def interval(row: Row) -> str:
     """Write a ratio with its 95 % interval, bold where fastent is surely faster, and with a limit that it is above."""
+    if "skipped" in row:
+        return _why(row)
     text = f"{_short(row['ratio'])} [{_short(row['ratio_low'])}, {_short(row['ratio_high'])}]"
     if row["ratio_high"] < 1:
         text = f"**{text}**"
@@ -181,68 +228,62 @@ def accuracy_table(rows: list[Row]) -> str:
     for op, title in (("accuracy", "entropy: error / log d"), ("covariance accuracy", "covariance")):
         chosen = [row for row in rows if row["op"] == op]
         inputs = list(dict.fromkeys(row["input"] for row in chosen))
-        lines = []
+        lines: list[tuple[list[Row], list[object]]] = []
         for name, group in _group(chosen, lambda row: row["provider"]).items():
             by_input = {row["input"]: row for row in group}
             label = name
             if group[0].get("quantity", "entropy") != "entropy":
                 label = f"{name} (its own quantity)"
-            lines.append([label, *(_error(by_input[i]) if i in by_input else "-" for i in inputs)])
-        parts.append(markdown_table([title, *inputs], lines))
+            lines.append((group, [label, *(_error(by_input[i]) if i in by_input else "-" for i in inputs)]))
+        parts.append(marked_table([title, *inputs], lines))
     return "\n\n".join(parts)
 
 
 def memory_table(rows: list[Row]) -> str:
     """MiB beside the input, a row for each provider and a column for each shape; the host's reads of the first."""
     shapes = list(dict.fromkeys((row["n"], row["d"]) for row in rows))
-    lines = []
+    lines: list[tuple[list[Row], list[object]]] = []
     for name, group in _group(rows, lambda row: row["provider"]).items():
-        by_shape = {(row["n"], row["d"]): row["extra_bytes"] for row in group}
-        sizes = ("?" if by_shape[s] is None else f"{by_shape[s] / 2**20:.1f}" for s in shapes)
-        lines.append([name, *sizes, group[0]["host_reads"]])
-    return markdown_table(
+        by_shape = {(row["n"], row["d"]): row for row in group}
+        sizes = (_mebibytes(by_shape[s]) if s in by_shape else "-" for s in shapes)
+        lines.append((group, [name, *sizes, group[0].get("host_reads", "-")]))
+    return marked_table(
         ["MiB beside the input", *(f"{n:,} x {d:,}" for n, d in shapes), "reads by the host"], lines
     )
+
+
+def _mebibytes(row: Row) -> str:
+    if "skipped" in row:
+        return _why(row)
+    return "?" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.1f}"
 
 
 def eigensolve_table(rows: list[Row]) -> str:
     """Time of each solver, a row for each size and thread count."""
     names = list(dict.fromkeys(row["provider"] for row in rows))
-    lines = []
+    lines: list[tuple[list[Row], list[object]]] = []
     for (threads, m), group in _group(rows, lambda row: (row["threads"], row["d"])).items():
         by_name = {row["provider"]: row for row in group}
-        lines.append(
-            [
-                f"{m:,}",
-                threads,
-                *(microseconds(by_name[n]["us_p50"]) if n in by_name else "-" for n in names),
-            ]
-        )
-    return markdown_table(["m", "threads", *names], lines)
+        times = (microseconds(by_name[n]["us_p50"]) if n in by_name else "-" for n in names)
+        lines.append((group, [f"{m:,}", threads, *times]))
+    return marked_table(["m", "threads", *names], lines)
 
 
 def monitor_table(rows: list[Row]) -> str:
     """Overhead in percent of a step, a row for each loop and a column for each stride."""
     strides = sorted({row["stride"] for row in rows if row["stride"]})
-    lines = []
+    lines: list[tuple[list[Row], list[object]]] = []
     for (loop, mode, threads), group in _group(
         rows, lambda row: (row["loop"], row["mode"], row["threads"])
     ).items():
         by_stride = {row["stride"]: row for row in group}
         plain = by_stride[0]
         one = next(row for row in group if row["stride"])
-        lines.append(
-            [
-                loop,
-                mode,
-                threads,
-                microseconds(plain["us_p50"]),
-                microseconds(one["probe_us"]),
-                *(_percent(by_stride[s]) if s in by_stride else "-" for s in strides),
-            ]
-        )
+        times = (microseconds(plain["us_p50"]), microseconds(one["probe_us"]))
+        shares = (_percent(by_stride[s]) if s in by_stride else "-" for s in strides)
+        lines.append((group, [loop, mode, threads, *times, *shares]))
     header = ["loop", "mode", "threads", "step", "one probe", *(f"every {s:,}" for s in strides)]
-    return markdown_table(header, lines)
+    return marked_table(header, lines)
 
 
 def _percent(row: Row) -> str:
@@ -253,16 +294,19 @@ def _percent(row: Row) -> str:
 def in_training_table(rows: list[Row]) -> str:
     """Time of a call between training steps and what it adds to those that follow, a row for each provider."""
     columns = list(dict.fromkeys((row["loop"], row["threads"]) for row in rows))
-    lines = []
+    lines: list[tuple[list[Row], list[object]]] = []
     for name, group in _group(rows, lambda row: row["provider"]).items():
         by_column = {(row["loop"], row["threads"]): row for row in group}
-        lines.append([name, *(_between(by_column[c]) if c in by_column else "-" for c in columns)])
-    return markdown_table(
+        cells = (_between(by_column[c]) if c in by_column else "-" for c in columns)
+        lines.append((group, [name, *cells]))
+    return marked_table(
         ["call; the steps after it", *(f"{loop}, {_threads(t)}" for loop, t in columns)], lines
     )
 
 
 def _between(row: Row) -> str:
+    if "skipped" in row:
+        return _why(row)
     span = ", ".join(f"{row[name] / 1e3:+.2f}" for name in ("after_low", "after_high"))
     return f"{microseconds(row['us_p50'])}; {row['after_us'] / 1e3:+.2f} ms [{span}]"
 
@@ -274,22 +318,21 @@ def _threads(count: int) -> str:
 
 def deferred_table(rows: list[Row]) -> str:
     """Cost of an evaluation in line and by the worker, a row for each shape."""
-    lines: list[list[object]] = []
+    lines: list[tuple[list[Row], list[object]]] = []
     costs: dict[str, Row] = {}
     for (layers, n, d), group in _group(rows, lambda row: (row["layers"], row["n"], row["d"])).items():
         costs = {row["provider"]: row for row in group}
         worker = costs["worker"]
-        lines.append(
-            [
-                f"{layers} of {n} x {d}",
-                microseconds(group[0]["us_step"]),
-                *(microseconds(row["us_p50"]) for row in costs.values()),
-                interval(worker),
-                f"{worker['cost_ratio']:.2f} [{worker['cost_low']:.2f}, {worker['cost_high']:.2f}]",
-            ]
-        )
+        cells = [
+            f"{layers} of {n} x {d}",
+            microseconds(group[0]["us_step"]),
+            *(microseconds(row["us_p50"]) for row in costs.values()),
+            interval(worker),
+            f"{worker['cost_ratio']:.2f} [{worker['cost_low']:.2f}, {worker['cost_high']:.2f}]",
+        ]
+        lines.append((group, cells))
     names = [*costs, "loop with the worker over in line", "cost, copies over matrices"]
-    return markdown_table(["layers", "step", *names], lines)
+    return marked_table(["layers", "step", *names], lines)
 
 
 def microseconds(us: float) -> str:
@@ -319,14 +362,14 @@ def _group(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
 
 def gate_table(rows: list[Row]) -> str:
     """List the gates: one line for each way and dtype, with the largest error of each quantity over its gate."""
-    lines = []
+    lines: list[tuple[list[Row], list[object]]] = []
     for (provider, dtype), found in _group(rows, lambda row: (row["provider"], row["dtype"])).items():
         worst = [max((row[gate] for row in found if gate in row), default=None) for gate in GATES]
         batches = ", ".join(str(batch) for batch in sorted({row["batch"] for row in found}))
         counts = (len(found), sum(not row["passed"] for row in found))
-        lines.append([provider, dtype, batches, *map(_cell, (*counts, *worst))])
+        lines.append((found, [provider, dtype, batches, *map(_cell, (*counts, *worst))]))
     header = ("way", "dtype", "matrices", "cases", "outside", *(gate.partition("_")[0] for gate in GATES))
-    return markdown_table(header, lines)
+    return marked_table(header, lines)
 
 
 GATES = ("matrix_over_gate", "centre_over_gate", "spread_over_gate", "entropy_over_gate")
@@ -605,7 +648,9 @@ def styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each provider of `rows`, those of `STYLES` first and in its order."""
     names = dict.fromkeys(row["provider"] for row in rows)
     new = [name for name in names if name not in STYLES]
-    others = {name: (LIGHT.train, OTHER_MARKERS[i % len(OTHER_MARKERS)]) for i, name in enumerate(new)}
+    others = {
+        name: (LOOKS[i % len(LOOKS)][0], OTHER_MARKERS[i % len(OTHER_MARKERS)]) for i, name in enumerate(new)
+    }
     return {name: style for name, style in (STYLES | others).items() if name in names}
 
 
@@ -802,6 +847,7 @@ CPU = {
         "The truth is in long double. RankMe is held to the truth of its own quantity. `-inf` and `nan` "
         "are what a provider answered, the name of an exception what it raised.",
         draw=_accuracy,
+        by_provider=True,
     ),
     "entropy": Chapter(
         "Entropy: fastent's time over the others'",
@@ -811,14 +857,21 @@ CPU = {
         " clock starts; with several threads, once more before each measurement, after a pause in which "
         "all pools come to rest.",
         draw=_cost,
+        by_provider=True,
     ),
-    "covariance": Chapter("Covariance: fastent's time over the others'", ratio_table, "Read as above."),
+    "covariance": Chapter(
+        "Covariance: fastent's time over the others'",
+        ratio_table,
+        "Read as above.",
+        by_provider=True,
+    ),
     "in_training": Chapter(
         "A call between training steps",
         in_training_table,
         "Time of a call whose input comes straight from a forward pass, and by how much the ten training "
         "steps after it take longer than after no call, with the 95 % interval: what its pool of threads "
         "leaves behind.",
+        by_provider=True,
     ),
     "memory": Chapter(
         "Peak memory of one call, and what the host reads",
@@ -826,6 +879,7 @@ CPU = {
         "Reads by the host, counted on the CPU: numbers taken from a tensor, tensors handed to NumPy, "
         "decompositions, whose status it reads. Each would wait for a GPU; a monitor leaves its to "
         "another thread there.",
+        by_provider=True,
     ),
     "eigensolve": Chapter("Eigenvalues", eigensolve_table),
     "monitor": Chapter(
@@ -957,6 +1011,199 @@ GPU = {
 }
 
 
+BASELINE, SHAPE = "torch, direct", "512 x 128 float32"
+"""What all shapes are compared with over commits, and the shape at which all providers are."""
+
+MOST_TREES = 8
+"""Columns of a table over commits: the newest."""
+
+
+def comparisons(rows: list[Row]) -> list[Row]:
+    """Return what the page over commits shows of rows.
+
+    Ratios to what was timed in the same run, with their intervals; device times of a GPU, which is the only machine
+    whose own times are comparable; and for each commit, or changed tree, the machine.
+    """
+    found: list[Row] = []
+    plain = {
+        (row["model"], row["threads"], row["commit"]): row["us_p50"]
+        for row in rows
+        if row.get("provider") == "plain" and "model" in row
+    }
+    for row in rows:
+        if "skipped" in row or row.get("commit") is None:
+            continue
+        tree = {name: row.get(name) for name in ("commit", "changes")}
+        kept = {"op": row["op"], "against": row.get("provider"), "threads": row.get("threads"), **tree}
+        shape = f"{row['n']:,} x {row['d']:,} {row['dtype']}" if row.keys() >= {"n", "d", "dtype"} else ""
+        names = ("ratio", "ratio_low", "ratio_high")
+        if row.get("capability"):
+            names = ("us_p50", "us_p20", "us_p80")
+            if (
+                row["op"] not in ("kernel", "covariance", "entropy")
+                or row.get("timing") not in DEVICE_TIMINGS
+            ):
+                continue
+            of = [f"{row['batch']} of" if row.get("batch", 1) > 1 else "", shape, row.get("cache", "")]
+            kept |= {"case": " ".join(filter(None, of)), "threads": None, "card": row["device"]}
+            values = [row[name] for name in names]
+        elif (
+            row["op"] in ("entropy", "covariance")
+            and "ratio" in row
+            and (row["provider"] == BASELINE or shape == SHAPE)
+        ):
+            kept |= {"case": shape}
+            values = [row[name] for name in names]
+        elif row["op"] == "monitor" and "overhead" in row:
+            kept |= {
+                "case": f"{row['loop']}, {row['mode']}, every {row['stride']:,}",
+                "against": "no monitor",
+            }
+            values = [round(1 + row[name], 5) for name in ("overhead", "overhead_low", "overhead_high")]
+        elif row["op"] == "training step, per seed" and row["provider"] != "plain":
+            kept |= {"case": f"{row['model']}, seeds: {row['seeds']}", "against": "plain loop"}
+            of_medians = row["us_p50"] / plain[row["model"], row["threads"], row["commit"]]
+            # Rows from before they had ratios have no interval.
+            values = [row[name] for name in names] if "ratio" in row else [round(of_medians, 4)]
+        else:
+            continue
+        machine = {
+            "op": "machine",
+            **tree,
+            **{name: row.get(name) for name in ("device", "cores", "torch", "numpy")},
+        }
+        found += [machine, kept | dict(zip(names, values, strict=False))]
+    return list({_place(row): row for row in found}.values())
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("op", "case", "against", "threads", "card", "commit", "changes"))
+
+
+def write_commits(folder: Path, rows: list[Row]) -> list[Path]:
+    """Add what `rows` say to ``commits.jsonl`` in `folder`; write the page on all that it holds, and its picture."""
+    kept, pages = folder / "commits.jsonl", [folder / "commits.md", folder / "commits.png"]
+    items = list({_place(row): row for row in (*read_rows(kept), *comparisons(rows))}.values())
+    if not items:
+        return []
+    write_rows(kept, items)
+    machines = {_tree(row): row for row in items if row["op"] == "machine"}
+    parts = [
+        "# Benchmarks over commits",
+        "Made by `fastent bench` and `python -m bench.report` from commits.jsonl beside this file, which keeps what "
+        "older rows said. A ratio is to what was timed in the same run, with its 95 % interval: below 1, in **bold** "
+        'surely so, fastent took less time than what stands under "over"; of a monitor, the run with one is set over '
+        "the run without. A ratio without an interval is of medians, from before rows had it.",
+        columns("commit device cores torch numpy")(list(machines.values())),
+    ]
+    drawn = [item for item in items if item["op"] in ("entropy", "covariance") and "ratio" in item]
+    if drawn:
+        save_png(functools.partial(_over_commits, drawn), pages[1], dpi=110)
+        parts.append(f"![Ratios over commits]({pages[1].name})")
+    for (op, threads, card), group in _group(
+        [item for item in items if item["op"] != "machine"],
+        lambda item: (item["op"], item["threads"], item.get("card")),
+    ).items():
+        parts += [f"## {op}, {card or _threads(threads)}", _commits_table(group)]
+    pages[0].write_text("\n\n".join(parts) + "\n")
+    return pages if drawn else pages[:1]
+
+
+def _trees(items: list[Row]) -> dict[str, Row]:
+    """One item of each of the newest trees, by its name."""
+    trees = {_tree(item): item for item in items}
+    return dict(list(trees.items())[-MOST_TREES:])
+
+
+def _commits_table(items: list[Row]) -> str:
+    """Write the figures of one operation, a row for each case and a column for each commit or changed tree."""
+    trees = _trees(items)
+    heads = [
+        f"{item['commit'].removesuffix('-dirty')}{f' {CHANGED}' * _is_changed(item)}"
+        for item in trees.values()
+    ]
+    newest_first = sorted(
+        items, key=lambda item: -list(trees).index(_tree(item)) if _tree(item) in trees else 1
+    )
+    lines: list[list[object]] = []
+    for (case, against), group in _group(newest_first, lambda item: (item["case"], item["against"])).items():
+        by_tree = {_tree(item): item for item in group}
+        lines.append(
+            [case, against, *(_figure_of(by_tree[tree]) if tree in by_tree else "" for tree in trees)]
+        )
+    text = markdown_table(["of", "over", *heads], lines)
+    changed = [tree for tree, item in trees.items() if _is_changed(item)]
+    return text + (f"\n\n{CHANGED} {', '.join(changed)}." if changed else "")
+
+
+def _figure_of(item: Row) -> str:
+    if "us_p50" in item:
+        return f"{microseconds(item['us_p50'])} ({microseconds(item['us_p20'])} to {microseconds(item['us_p80'])})"
+    return interval(item) if "ratio_low" in item else _short(item["ratio"])
+
+
+def _size(name: str) -> int:
+    """Order shapes by their size; what is no shape keeps its place."""
+    found = re.match(r"([\d,]+) x ([\d,]+) ", name)
+    return math.prod(int(each.replace(",", "")) for each in found.groups()) if found else 0
+
+
+def _over_commits(items: list[Row]) -> Figure:
+    """Draw the ratios over commits: to the direct way for each shape, and at one shape to each provider."""
+    rows = [
+        (
+            f"{op}: time over that of the direct way",
+            [i for i in items if (i["op"], i["against"]) == (op, BASELINE) and "float32" in i["case"]],
+            "case",
+        )
+        for op in ("entropy", "covariance")
+    ] + [
+        (
+            f"{op}, {SHAPE}: time over that of",
+            [i for i in items if i["op"] == op and i["case"] == SHAPE],
+            "against",
+        )
+        for op in ("entropy", "covariance")
+    ]
+    threads = sorted({item["threads"] for item in items})
+    trees = list(_trees(items))
+    figure, axes = _figure(len(threads), len(rows), height=2.9)
+    for line, (title, chosen, name) in enumerate(rows):
+        series = sorted(dict.fromkeys(item[name] for item in chosen), key=_size)
+        looks = styles([{"provider": each} for each in series])
+        for ax, count in zip(axes[line * len(threads) :], threads, strict=False):
+            for place, each in enumerate(series):
+                found = [
+                    (trees.index(_tree(item)), item)
+                    for item in chosen
+                    if item[name] == each and item["threads"] == count and _tree(item) in trees
+                ]
+                # Shapes from small to large; providers as in the other figures.
+                colour, marker = looks[each] if name == "against" else (f"C{place % 10}", "o")
+                x = [at + 0.5 * (place / len(series) - 0.5) for at, _ in found]
+                ratios = [item["ratio"] for _, item in found]
+                spans = [
+                    [item["ratio"] - item["ratio_low"] for _, item in found],
+                    [item["ratio_high"] - item["ratio"] for _, item in found],
+                ]
+                ax.errorbar(
+                    x, ratios, spans, color=colour, marker=marker, markersize=4, linewidth=0.8, label=each
+                )
+            ax.axhline(1.0, color=LIGHT.ink, linewidth=0.8, linestyle="--")
+            ax.set_yscale("log")
+            _plain_ticks(ax.yaxis)
+            ax.tick_params(labelsize=8)
+            ax.set_xticks(
+                range(len(trees)), [tree.partition(" ")[0] for tree in trees], rotation=30, fontsize=7
+            )
+            ax.set_title(f"{title}, {_threads(count)}", fontsize=8)
+        if series:
+            axes[line * len(threads) + len(threads) - 1].legend(
+                loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=6
+            )
+    return figure
+
+
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 ROWS = ROOT / "bench" / "results" / "cpu"
 
@@ -973,14 +1220,15 @@ def fill(text: str, folder: Path) -> str:
 
 def _cost_of_loops(rows: list[Row]) -> str:
     """Give what a monitor costs in a line for each plain loop on one thread, at the strides that people choose."""
-    strides, lines = (100, 200, 1000), []
+    strides = (100, 200, 1000)
+    lines: list[tuple[list[Row], list[object]]] = []
     chosen = [row for row in rows if row["mode"] == "plain" and row["threads"] == 1]
     for loop, group in _group(chosen, lambda row: row["loop"]).items():
         by_stride = {row["stride"]: row for row in group}
         times = (by_stride[0]["us_p50"], by_stride[0]["probe_us"])
         shares = (f"{100 * by_stride[stride]['share']:.2f} %" for stride in strides)
-        lines.append([loop, *map(microseconds, times), *shares])
-    return markdown_table(["loop", "a step", "a probe", *(f"every {s:,} steps" for s in strides)], lines)
+        lines.append((group, [loop, *map(microseconds, times), *shares]))
+    return marked_table(["loop", "a step", "a probe", *(f"every {s:,} steps" for s in strides)], lines)
 
 
 def _entropy_against(rows: list[Row]) -> str:
@@ -990,8 +1238,9 @@ def _entropy_against(rows: list[Row]) -> str:
 
 def _covariance_against(rows: list[Row]) -> str:
     """Fastent's time for the covariance matrix alone over the same two."""
-    # What these three compute is the same, exactly centred in float64.
-    return _against(rows, {"torch, direct", "torch.cov", "numpy.cov"})
+    # Rows from before they said so: what these three compute is the same, exactly centred in float64.
+    known = {"torch, direct", "torch.cov", "numpy.cov"}
+    return _against(rows, {row["provider"] for row in rows if row.get("exact", row["provider"] in known)})
 
 
 def _plain_monitor(rows: list[Row]) -> str:
@@ -1001,28 +1250,31 @@ def _plain_monitor(rows: list[Row]) -> str:
 
 def _exact_in_training(rows: list[Row]) -> str:
     """List the calls of the exact providers, and of the direct way, between the steps of the first loop."""
-    exact = {provider.name for provider in ENTROPIES if provider.exact} | {"torch, direct"}
+    # Rows from before they said so are of providers that are still there.
+    known = {provider.name for provider in PROVIDERS if provider.exact}
+    exact = {row["provider"] for row in rows if row.get("exact", row["provider"] in known)}
     loop = rows[0]["loop"] if rows else None
-    return in_training_table([row for row in rows if row["provider"] in exact and row["loop"] == loop])
+    return in_training_table(
+        [row for row in rows if row["provider"] in exact | {"torch, direct"} and row["loop"] == loop]
+    )
 
 
 def _against(rows: list[Row], exact: set[str]) -> str:
-    rows = [row for row in rows if row["dtype"] == "float32"]
+    rows = [row for row in rows if row["dtype"] == "float32" and "skipped" not in row]
     threads = sorted({row["threads"] for row in rows})
-    lines = []
-    for n, d in dict.fromkeys((row["n"], row["d"]) for row in rows):
-        cells = [f"{n:,} x {d:,}"]
+    lines: list[tuple[list[Row], list[object]]] = []
+    for (n, d), group in _group(rows, lambda row: (row["n"], row["d"])).items():
+        cells: list[object] = [f"{n:,} x {d:,}"]
         for count in threads:
-            here = {
-                row["provider"]: row for row in rows if (row["n"], row["d"], row["threads"]) == (n, d, count)
-            }
-            fastest = min((row for name, row in here.items() if name in exact), key=lambda row: row["us_p50"])
+            here = {row["provider"]: row for row in group if row["threads"] == count}
+            peers = [row for name, row in here.items() if name in exact and "ratio" in row]
+            fastest = min(peers, key=lambda row: row["us_p50"])
             cells += [interval(here["torch, direct"]), f"{interval(fastest)} {fastest['provider']}"]
-        lines.append(cells)
+        lines.append((group, cells))
     header = ["rows x columns"]
     for count in threads:
         header += [f"{_threads(count)}: over the direct way's", "over the fastest exact peer's"]
-    return markdown_table(header, lines)
+    return marked_table(header, lines)
 
 
 TABLES: dict[str, tuple[str, Table]] = {
@@ -1033,6 +1285,18 @@ TABLES: dict[str, tuple[str, Table]] = {
     "monitor": ("monitor", _plain_monitor),
 }
 """Of the documents: the question whose rows a table is made from, and how."""
+
+
+def _differing(folder: Path) -> list[str]:
+    """Say what in the rows below `folder` does not follow from the rounds that they keep."""
+    from bench import monitor  # not where tables are drawn: it brings the trainer
+
+    found = {path: read_rows(path) for path in sorted(folder.rglob("*.jsonl"))}
+    return [
+        f"{path}: {text}"
+        for path, rows in found.items()
+        for text in (*differing(rows), *monitor.differing(rows))
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1047,7 +1311,14 @@ def main(argv: list[str] | None = None) -> int:
     if given.docs or given.check:
         filled = {path: fill(path.read_text(), ROWS) for path in DOCUMENTS}
         if given.check:
-            return int(any(path.read_text() != text for path, text in filled.items()))
+            wrong = [
+                f"{path}: a table is not that of the rows"
+                for path, text in filled.items()
+                if path.read_text() != text
+            ]
+            wrong += _differing(given.folder or ROWS)
+            print("\n".join(wrong) or "tables and intervals are those of the rows and of their rounds")
+            return int(bool(wrong))
         for path, text in filled.items():
             path.write_text(text)
         return 0

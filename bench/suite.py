@@ -2,8 +2,9 @@
 
 Each question is a function of one module and is asked in a process of its own for each thread count, whose pools are
 pinned to it. With ``--out DIR`` its rows go to ``DIR/cpu/<question>.jsonl``, and the figures and tables are made anew
-from all rows there (`bench.report`); without, its table is printed and nothing is written. A machine that is doing
-something else gives noise: its load is in every row, and a warning is printed here.
+from all rows there (`bench.report`); without, its table is printed and nothing is written. ``--provider MODULE:NAME``
+takes in one from outside (`bench.providers.invite`): it is in every question of providers, their tables and figures. A
+machine that is doing something else gives noise: its load is in every row, and a warning is printed here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 from bench.harness import ROOT, Row, pinned, read_rows, write_rows
+from bench.providers import invite
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def measure(name: str, *, quick: bool) -> list[Row]:
     return rows
 
 
-def part(name: str, threads: int, *, quick: bool) -> list[Row]:
+def part(name: str, threads: int, *, quick: bool, guests: Sequence[str] = ()) -> list[Row]:
     """Ask a question in a process of its own with so many threads.
 
     Raises
@@ -96,18 +98,21 @@ def part(name: str, threads: int, *, quick: bool) -> list[Row]:
             str(rows),
         ]
         line += ["--quick"] if quick else []
+        line += ["--provider", *guests] if guests else []
         subprocess.run(line, check=True, cwd=ROOT, env=pinned(threads) | dict(QUESTIONS[name].changes))
         return read_rows(rows)
 
 
-def ask(name: str, *, quick: bool, threads: Sequence[int] | None) -> list[Row] | None:
+def ask(
+    name: str, *, quick: bool, threads: Sequence[int] | None, guests: Sequence[str] = ()
+) -> list[Row] | None:
     """Rows of a question at all its thread counts; None if one of its processes failed."""
     question, start = QUESTIONS[name], time.perf_counter()
     print(f"== {name}", flush=True)
     rows: list[Row] | None = []
     try:
         for count in threads or (question.quick_threads if quick else question.threads):
-            rows += part(name, count, quick=quick)
+            rows += part(name, count, quick=quick, guests=guests)
     except subprocess.CalledProcessError as error:
         print(f"{name}: {error}", file=sys.stderr)
         rows = None
@@ -129,9 +134,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only", nargs="+", default=usual, choices=list(QUESTIONS), help=f"default: {' '.join(usual)}"
     )
     parser.add_argument("--threads", type=int, nargs="+")
+    parser.add_argument(
+        "--provider", nargs="+", default=(), metavar="MODULE:NAME", help="providers from outside"
+    )
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    try:
+        for place in arguments.provider:
+            invite(place)
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.part:
         torch.set_num_threads(arguments.part)
         write_rows(arguments.rows, measure(arguments.only[0], quick=arguments.quick))
@@ -143,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"warning: the load of this machine is {load:.1f} before anything was started", file=sys.stderr)
     done = 0
     for name in arguments.only:
-        rows = ask(name, quick=arguments.quick, threads=arguments.threads)
+        rows = ask(name, quick=arguments.quick, threads=arguments.threads, guests=arguments.provider)
         if rows is None:
             continue
         done += 1

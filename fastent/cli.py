@@ -990,13 +990,18 @@ def plan(
 
 
 def bench(
-    *, quick: bool = False, out: Path = Path("bench/results"), only: tuple[str, ...] | None = None
+    *,
+    quick: bool = False,
+    out: Path = Path("bench/results"),
+    only: tuple[str, ...] | None = None,
+    provider: tuple[str, ...] = (),
 ) -> int:
     """Run the benchmarks of a checkout: rows, figures and tables.
 
     For example:
         fastent bench --quick
         fastent bench --only entropy monitor --out rows
+        fastent bench --quick --only entropy accuracy --provider mine:entropy --out rows
 
     Parameters
     ----------
@@ -1006,6 +1011,9 @@ def bench(
         Folder for the rows (cpu/*.jsonl, one file a question), the figures and the tables.
     only : names, optional
         These questions alone, such as entropy or monitor.
+    provider : MODULE:NAME, optional
+        Further providers: functions of activations that give the entropy in nats, in modules of the current folder or
+        installed ones. Each is in every table and figure of providers.
     """
     if only == ():
         raise WrongUsage(
@@ -1014,7 +1022,10 @@ def bench(
     line = [sys.executable, "-m", "bench.suite", "--out", str(out.resolve())]
     line += ["--quick"] if quick else []
     line += ["--only", *only] if only else []
-    return subprocess.run(line, cwd=_checkout(), check=False).returncode
+    line += ["--provider", *provider] if provider else []
+    found = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": found} if provider else None
+    return subprocess.run(line, cwd=_checkout(), check=False, env=environment).returncode
 
 
 def _checkout() -> Path:

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 from bench import monitor, report
+from bench.harness import differing
 from bench.monitor import TrainingLoop
 from fastent.monitor import deferred
 
@@ -61,7 +62,25 @@ def test_calls_between_training_steps_take_turns_and_get_the_layer_of_the_probe(
 def test_what_a_call_adds_to_the_steps_after_it_is_a_difference_within_a_round():
     weather = np.array([1.0, 5.0, 2.0, 9.0, 3.0])
     found = monitor.excess(weather + 0.25, weather)
+    assert found.pop("after_raw_us") == [250_000.0] * 5
     assert found == {"after_us": 250_000.0, "after_low": 250_000.0, "after_high": 250_000.0}
+
+
+def test_overheads_and_times_after_a_call_follow_from_the_rounds_that_rows_keep():
+    loop = types.SimpleNamespace(activations=lambda: None)
+    runs = [monitor.TimedRun(loop, stride) for stride in (0, 10)]
+    g = np.random.default_rng(0)
+    for run in runs:
+        run.blocks, run.step_seconds, run.probe_seconds = g.exponential(size=40), [1.0], [0.5]
+    rows = monitor._monitor_rows("vision", "plain", runs)
+    rows.append({"op": "in training", **monitor.excess(g.exponential(size=9), g.exponential(size=9))})
+    assert differing(rows) == monitor.differing(rows) == []
+    assert len(rows[1]["raw_us"]) == 40
+    for row, key in ((rows[1], "overhead_high"), (rows[2], "after_low")):
+        right, row[key] = row[key], 0.5
+        (text,) = monitor.differing(rows)
+        assert f"{key} 0.5, of its rounds {right}" in text
+        row[key] = right
 
 
 @pytest.mark.parametrize(
@@ -104,7 +123,8 @@ def test_an_evaluation_of_many_layers_is_timed_in_line_with_matrices_and_with_co
     assert [row["us_p50"] for row in rows] == [3e6, 6e6, 9e6]
     assert rows[2]["cost_ratio"] == 1.5
     table = report.deferred_table(rows)
-    assert "| 2 of 40 x 12 |" in table
+    assert "| 2 of 40 x 12 " in table
+    assert differing(rows) == []
     assert "1.50 [1.50, 1.50]" in table
 
 

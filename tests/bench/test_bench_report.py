@@ -48,19 +48,26 @@ def test_the_fastest_exact_peer_is_named_beside_the_direct_way():
     )
 
 
-def test_the_committed_report_follows_from_the_committed_rows(tmp_path):
+def test_the_committed_report_follows_from_the_committed_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "save_png", lambda *_, **__: None)
     for path in ROWS.glob("*.jsonl"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     report.write_cpu(tmp_path)
-    assert (tmp_path / "report.md").read_text() == (ROWS / "report.md").read_text()
+    for name in ("report.md", "commits.md", "commits.jsonl"):
+        assert (tmp_path / name).read_text() == (ROWS / name).read_text()
 
 
-def test_check_compares_the_documents_and_writes_nothing(tmp_path, monkeypatch):
+def test_check_compares_the_documents_and_the_rounds_and_writes_nothing(tmp_path, monkeypatch, capsys):
     copies = tuple(tmp_path / path.name for path in DOCUMENTS)
     for path, copy in zip(DOCUMENTS, copies, strict=True):
         copy.write_text(path.read_text())
     monkeypatch.setattr(report, "DOCUMENTS", copies)
     assert report.main(["--check"]) == 0
+    rows = [{"op": "x", "raw_us": [1.0, 2.0, 3.0], "us_p20": 1.4, "us_p50": 2.5, "us_p80": 2.6}]
+    harness.write_rows(tmp_path / "rows" / "x.jsonl", rows)
+    capsys.readouterr()
+    assert report.main(["--check", str(tmp_path / "rows")]) == 1
+    assert "x None: us_p50 2.5, of its rounds 2.0" in capsys.readouterr().out
     for copy, name in zip(copies, ("cost", "entropy"), strict=True):
         right = copy.read_text()
         wrong = right.replace(f"<!-- bench: {name} -->\n", f"<!-- bench: {name} -->\nwrong\n")
@@ -95,6 +102,68 @@ def test_the_report_marks_where_fastent_wins_and_names_a_limit_that_was_missed(t
     assert [path.name for path in files[1:]] == ["entropy.png"]
     assert files[1].read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "entropy.jsonl").read_text().splitlines()[0])["provider"] == "fastent"
+
+
+CHANGED = {"op": "covariance", "n": 512, "d": 128, "dtype": "float32", "threads": 1, "us_p50": 8.0}
+TREES = ({"commit": "aaaaaaa"}, {"commit": "bbbbbbb-dirty", "changes": "1234abcd"})
+
+
+def test_lines_from_a_changed_tree_are_marked_and_the_changes_named():
+    rows = [
+        {
+            **CHANGED,
+            "provider": name,
+            "threads": threads,
+            "ratio": 0.5,
+            "ratio_low": 0.4,
+            "ratio_high": 0.6,
+            **tree,
+        }
+        for threads, tree in enumerate(TREES, 1)
+        for name in ("fastent", "torch, direct", "numpy.cov")
+    ]
+    clean, changed, _, note = report.ratio_table(rows).splitlines()[2:]
+    assert clean.startswith("| 512 x 128 float32 | 1 |")
+    assert changed.startswith("| 512 x 128 float32 † | 2 |")
+    assert note == "† From a changed tree: bbbbbbb with changes 1234abcd."
+    assert "| 512 x 128 † |" in TABLES["covariance"][1](rows)  # of the documents too
+    assert "†" not in report.ratio_table(rows[:3])
+    assert "changes (not recorded which)" in report.ratio_table([{**rows[3], "changes": None}])
+
+
+def test_the_page_over_commits_keeps_ratios_of_older_rows_and_shows_times_of_a_gpu_alone(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(report, "save_png", lambda *_, **__: None)
+    span = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6}
+    row = {**CHANGED, "provider": "torch, direct", "device": "x", **span}
+    training = {"op": "training step, per seed", "model": "paper", "seeds": 1, "threads": 1, **TREES[0]}
+    report.write_commits(
+        tmp_path,
+        [
+            {**row, **TREES[0]},
+            {**row, "provider": "numpy.cov", "d": 64, **TREES[0]},  # of the providers at one shape alone
+            {**training, "provider": "plain", "us_p50": 40.0},
+            {**training, "provider": "fastent", "us_p50": 10.0},
+        ],
+    )
+    page, _ = report.write_commits(tmp_path, [{**row, **TREES[1], "ratio": 0.55}])
+    text = page.read_text()
+    assert "| of | over | aaaaaaa | bbbbbbb † |" in text
+    assert "| 512 x 128 float32 | torch, direct | **0.50 [0.40, 0.60]** | **0.55 [0.40, 0.60]** |" in text
+    assert "| paper, seeds: 1 | plain loop | 0.25 |" in text  # of medians: no interval
+    assert "numpy.cov" not in text
+    assert not re.search(r"\d (?:us|ms|s)\b", text)
+    # The same tree again: the newer counts, in its place.
+    report.write_commits(tmp_path, [{**row, **TREES[0], "ratio": 0.45}])
+    assert "| **0.45 [0.40, 0.60]** | **0.55 [0.40, 0.60]** |" in page.read_text()
+
+    kernel = {**SMALL, **TIMES, "batch": 1, "threads": 2, **TREES[0]}
+    report.write_commits(tmp_path / "gpu", [kernel, {**kernel, "timing": "host", "n": 1024}])
+    text = (tmp_path / "gpu" / "commits.md").read_text()
+    assert "## kernel, NVIDIA H100" in text
+    assert "8.5 us (8 us to 9 us)" in text
+    assert "1,024" not in text
 
 
 def test_times_are_written_with_three_digits_and_a_unit():

@@ -1,6 +1,7 @@
 """Rounds in turn, ratios of neighbours, pools at rest, and what a row says of its machine."""
 
 import math
+import subprocess
 
 import numpy as np
 import pytest
@@ -76,13 +77,76 @@ def test_rows_come_back_as_they_were_and_say_where_they_were_made(tmp_path):
     assert list(row)[3:9] == ["device", "driver", "cores", "python", "torch", "numpy"]
 
 
+def test_quantiles_and_ratios_follow_from_the_rounds_that_a_row_keeps():
+    g = np.random.default_rng(0)
+    ours, theirs, cost = g.exponential(1e-3, (3, 25))
+    rows = [
+        {"op": "entropy"} | harness.quantiles(theirs) | harness.ratio_columns(ours, theirs),
+        {"op": "early end"} | harness.quantiles(ours) | harness.ratio_columns(ours, theirs, row="ours"),
+        {"op": "deferred"} | harness.quantiles(cost) | harness.ratio_columns(ours, theirs, row=None),
+        {"op": "before rounds were kept", "us_p50": 3.0, "ratio": 1.0},
+    ]
+    assert harness.differing(rows) == []
+    assert [row.keys() & {"ours_us", "theirs_us"} for row in rows] == [
+        {"ours_us"},
+        {"theirs_us"},
+        {"ours_us", "theirs_us"},
+        set(),
+    ]
+    assert [row["ratio"] for row in rows[:3]] == [round(harness.ratio(ours, theirs)[0], 4)] * 3
+    assert rows[0]["raw_us"] == pytest.approx(1e6 * theirs, rel=1e-4)
+    for row, key in ((rows[0], "ratio_high"), (rows[1], "us_p20"), (rows[2], "ratio")):
+        right, row[key] = row[key], 7.0
+        (text,) = harness.differing(rows)
+        assert text == f"{row['op']} None: {key} 7.0, of its rounds {right}"
+        row[key] = right
+
+
 def test_the_commit_is_that_of_the_checkout_else_of_the_environment_and_says_if_it_is_dirty(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setenv("COMMIT", "b" * 40)
-    for found, recorded in (("a" * 40, "a" * 7), ("a" * 40 + "-dirty", "aaaaaaa-dirty"), (None, "b" * 7)):
+    # Changes in what measuring writes are none.
+    for found, changes, recorded in (
+        ("a" * 40, None, "a" * 7),
+        ("a" * 40 + "-dirty", None, "a" * 7),
+        ("a" * 40 + "-dirty", "1234abcd", "aaaaaaa-dirty"),
+        (None, None, "b" * 7),
+    ):
         monkeypatch.setattr(harness, "commit", lambda found=found: found)
+        monkeypatch.setattr(harness, "recorded_changes", lambda changes=changes: changes)
         assert harness.recorded_commit() == recorded
-        assert harness.environment()["commit"] == recorded
+        known = harness.environment()
+        assert (known["commit"], known["changes"]) == (recorded, changes)
+    monkeypatch.setenv("COMMIT", "b" * 40 + "-dirty")
+    assert harness.recorded_commit() == "bbbbbbb-dirty"
     monkeypatch.delenv("COMMIT")
     assert harness.recorded_commit() is None
+
+
+def test_changes_of_the_tree_are_told_apart_by_a_hash_but_not_those_in_what_measuring_writes(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    def git(*command):
+        name = ("-c", "user.name=x", "-c", "user.email=x")
+        subprocess.run(("git", *name, *command), cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    for name in ("code.py", "README.md", "bench/results/rows.jsonl"):
+        (tmp_path / name).write_text("before")
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", "all")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "commit", lambda: "a" * 40)
+    changes = harness.recorded_changes.__wrapped__
+    for name in ("README.md", "bench/results/rows.jsonl", "bench/results/new.jsonl"):
+        (tmp_path / name).write_text("after")
+    found = [changes()]
+    for name, text in (("code.py", "after"), ("new.py", ""), ("new.py", "more")):
+        (tmp_path / name).write_text(text)
+        found.append(changes())
+    assert found[0] is None
+    assert len(set(found)) == 4
+    monkeypatch.setattr(harness, "commit", lambda: None)
+    assert changes() is None

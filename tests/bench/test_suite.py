@@ -1,5 +1,6 @@
 """The suite of all benchmarks: its questions, and the command that runs it from a checkout."""
 
+import os
 import types
 
 import pytest
@@ -24,15 +25,21 @@ def test_bench_outside_a_checkout_says_where_the_benchmarks_are(tmp_path, monkey
 def test_bench_hands_its_options_to_the_suite_of_the_checkout(monkeypatch, tmp_path):
     seen = []
 
-    def run(line, *, cwd, check):
-        seen.append((line[1:], cwd))
+    def run(line, *, cwd, check, env):
+        seen.append((line[1:], cwd, env and env["PYTHONPATH"].split(os.pathsep)[0]))
         return types.SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(cli.subprocess, "run", run)
     assert main(["bench", "--quick", "--out", str(tmp_path), "--only", "entropy", "monitor"]) == 0
-    ((line, cwd),) = seen
+    ((line, cwd, path),) = seen
     assert line == ["-m", "bench.suite", "--out", str(tmp_path), "--quick", "--only", "entropy", "monitor"]
     assert (cwd / "bench" / "suite.py").is_file()
+    assert path is None
+    # Modules of the current folder are found from the checkout.
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--provider", "mine:entropy", "--out", str(tmp_path)]) == 0
+    assert seen[1][0][-2:] == ["--provider", "mine:entropy"]
+    assert seen[1][2] == str(tmp_path)
 
 
 def test_every_question_has_a_function_and_a_place_in_the_report(monkeypatch):
@@ -57,13 +64,13 @@ def test_a_question_is_asked_in_a_process_for_each_thread_count_and_its_rows_are
 
 def test_without_a_folder_the_table_is_printed_and_a_failed_question_is_said(monkeypatch, tmp_path, capsys):
     rows = [{"provider": "x", "threads": 1, "us_p20": 1.0, "us_p50": 2.0, "us_p80": 3.0}]
-    monkeypatch.setattr(suite, "part", lambda name, threads, quick: rows)
+    monkeypatch.setattr(suite, "part", lambda name, threads, quick, guests: rows)
     monkeypatch.chdir(tmp_path)
     assert suite.main(["--only", "forecast"]) == 0
     assert "| x | 1 | 1 us | 2 us | 3 us |" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
-    def fails(name, threads, quick):
+    def fails(name, threads, quick, guests):
         raise suite.subprocess.CalledProcessError(3, "x")
 
     monkeypatch.setattr(suite, "part", fails)
