@@ -4,9 +4,9 @@ Links between README, docs/ and code are written for a code host. So that they h
 of the repository: README.md, docs/ and what they link to, source files as pages that show their text.
 """
 
-import importlib.util
 import logging
 import re
+from importlib.metadata import distribution
 from pathlib import Path
 
 import griffe
@@ -24,7 +24,8 @@ LINK = re.compile(r"\]\(([^)#\s:]+)[)#\s]")
 LOADED = re.compile(r'<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)="?(?:https?:)?//[^>]*>')
 SHOWN = {".cff", ".py", ".sh", ".toml", ".txt"}
 DOCUMENTED = ("fastent", "fastent.forecast", "fastent.integrations", "fastent.testing", "fastent.reference")
-mathml = LatexToMathML()
+FONT = Path(str(distribution("ziamath").locate_file("ziamath/fonts/STIXTwoMath-Regular.ttf")))
+mathml = LatexToMathML().convert_with_local_state  # an error where it knows no such command
 
 
 class Source(File):
@@ -37,15 +38,11 @@ class Source(File):
 
 def listing(path: Path) -> str:
     """Page of a source file, or of a folder: its text, or the names in it."""
-    name = path.relative_to(ROOT).as_posix()
-    if path.is_dir():
-        text = "\n".join(
-            sorted(each.name for each in path.iterdir() if not each.name.startswith((".", "__pyc")))
-        )
-    else:
-        text = path.read_text()
+    names = sorted(each.name for each in path.glob("[!.]*[!_]"))  # without __pycache__
+    text = "\n".join(names) if path.is_dir() else path.read_text()
     language = {".py": "python", ".sh": "bash"}.get(path.suffix, "text")
-    return f"---\nsearch: {{exclude: true}}\n---\n# `{name}`\n\n~~~~~~{language}\n{text}\n~~~~~~\n"
+    title = path.relative_to(ROOT).as_posix()
+    return f"---\nsearch: {{exclude: true}}\n---\n# `{title}`\n\n~~~~~~{language}\n{text}\n~~~~~~\n"
 
 
 def linked(path: Path) -> list[Path]:
@@ -90,11 +87,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             waiting += linked(path)
     for name in ("site.css", "iframe-worker.js"):
         files.append(file_of(HERE / name, config))
-    (ziamath,) = importlib.util.find_spec(
-        "ziamath"
-    ).submodule_search_locations  # not imported: its font is all we use
-    font = Path(ziamath, "fonts", "STIXTwoMath-Regular.ttf")
-    files.append(File.generated(config, f"docs/site/{font.name}", abs_src_path=str(font)))
+    files.append(File.generated(config, f"docs/site/{FONT.name}", abs_src_path=str(FONT)))
     package = griffe.load("fastent", search_paths=[ROOT])
     for name in DOCUMENTED:
         module = package if name == "fastent" else package[name.removeprefix("fastent.")]
@@ -106,8 +99,8 @@ class Formula(InlineProcessor):
     """A formula between a dollar sign with a backtick and the reverse, as code hosts have it."""
 
     def handleMatch(self, match: re.Match[str], data: str) -> tuple[str, int, int]:
-        """Its MathML."""
-        return self.md.htmlStash.store(converted(match[1], "inline")), match.start(0), match.end(0)
+        """MathML in its place."""
+        return self.md.htmlStash.store(mathml(match[1], displaystyle=False)), match.start(0), match.end(0)
 
 
 class Formulas(Extension):
@@ -118,22 +111,16 @@ class Formulas(Extension):
         md.inlinePatterns.register(Formula(r"\$`([^`]+)`\$", md), "formula", 200)
 
 
-def converted(latex: str, display: str) -> str:
-    """MathML of a formula; what cannot be converted is an error."""
-    return mathml.convert_with_local_state(latex, displaystyle=display == "block")
-
-
-def block(source: str, *_: object, **__: object) -> str:
+def formula(source: str, *_: object, **__: object) -> str:
     """MathML of a fence of the language `math`."""
-    return f'<div class="formula">{converted(source, "block")}</div>'
+    return f'<div class="formula">{mathml(source, displaystyle=True)}</div>'
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Add both ways to write a formula."""
     config.markdown_extensions.append(Formulas())
-    config.mdx_configs["pymdownx.superfences"] = {
-        "custom_fences": [{"name": "math", "class": "formula", "format": block}]
-    }
+    fence = {"name": "math", "class": "formula", "format": formula}
+    config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [fence]}
     return config
 
 
