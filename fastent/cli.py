@@ -1234,7 +1234,10 @@ def _files_only() -> Iterator[None]:
 
 
 def _complain(message: str) -> None:
-    print(f"fastent: {message}", file=sys.stderr)
+    from fastent.grokking.train.storage import printable
+
+    # Names of files and what they hold are in it.
+    print(f"fastent: {printable(message)}", file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -45,7 +45,14 @@ from fastent.grokking.experiments.figures import (
 )
 from fastent.grokking.experiments.folder import Folder, RunState, State, skipped, some
 from fastent.grokking.experiments.statistics import FEWEST, Array, Estimate, Times, over, share, welch
-from fastent.grokking.experiments.watch import blocks_of, new_table, show, sparkline, width_of
+from fastent.grokking.experiments.watch import (
+    blocks_of,
+    new_table,
+    plain_console,
+    show,
+    sparkline,
+    width_of,
+)
 from fastent.grokking.train.storage import RunError, write_atomically
 
 LOOKS: tuple[dict[str, Any], ...] = (
@@ -297,7 +304,7 @@ def compare(paths: Sequence[Path], out: Path | None = None, console: Console | N
         raise ValueError(f"--out must end in .html, for a page, or .png, for the curves alone; got {out}")
     if out is not None and out.parent.exists() and not out.parent.is_dir():
         raise ValueError(f"--out must lie in a folder, and {out.parent} is a file: give another place")
-    found, console = read(paths), console or Console()
+    found, console = read(paths), console or plain_console()
     for side in found.sides if out is not None and out.suffix == ".png" else ():
         _check_count(side, len(LOOKS), "curves can be told apart in a picture")
     for side in found.sides:

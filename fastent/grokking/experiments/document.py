@@ -1,9 +1,10 @@
 """The report as data: sections of text, tables, figures and code, written as HTML or as Markdown.
 
-Text is plain: a pair of backticks marks code and nothing else is markup; links are `Link`s. Everything is escaped on
-the way out, so text that comes from a file can hold no tag. The HTML is one page without scripts, fonts or links to
-anything outside it; figures are embedded as SVG data, once for light and once for dark screens. The Markdown links the
-light figures, which the caller writes beside it (`figures_of`).
+Text is plain: a pair of single backticks marks code and nothing else is markup; links are `Link`s. Everything is
+escaped on the way out, so text that comes from a file, whose names may hold anything, makes no tag, no line and no
+cell. The HTML is one page without scripts, fonts or links to anything outside it; figures are embedded as SVG data,
+once for light and once for dark screens. The Markdown links the light figures, which the caller writes beside it
+(`figures_of`).
 
 A committed document takes in a section of the report between two comments, which no reader of the page sees::
 
@@ -26,6 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from urllib.parse import quote
 
 from fastent.grokking.train.storage import RunError, write_atomically
 
@@ -209,7 +211,7 @@ def as_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     pages.filters |= {
-        "text": lambda text: Markup(html.escape(text)),
+        "text": lambda text: Markup(html.escape(_visible(text))),
         "words": lambda words: Markup(_html(words)),
         "data": _data,
         "kind": lambda block: type(block).__name__,
@@ -234,8 +236,18 @@ def _html(words: Words) -> str:
 
 def _inline(text: str) -> str:
     # A number keeps its per cent sign, and n its value, on one line.
-    kept = re.sub(r"(?<=\d) %", "&nbsp;%", html.escape(text)).replace("n = ", "n&nbsp;=&nbsp;")
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", kept)
+    kept = re.sub(r"(?<=\d) %", "&nbsp;%", html.escape(_visible(text))).replace("n = ", "n&nbsp;=&nbsp;")
+    return re.sub(CODE, r"<code>\1</code>", kept)
+
+
+CODE = r"(?<!`)`(?!`)([^`]+)(?<!`)`(?!`)"
+"""Code within text, as Markdown reads it: a backtick beside another is no mark."""
+
+
+def _visible(text: str) -> str:
+    """`text` without what has no place on a page: controls, changes of direction, halves of characters."""
+    kept = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", " ", text)
+    return kept.encode("utf-8", "backslashreplace").decode()
 
 
 def as_markdown(title: str, subtitle: str, sections: Sequence[Section], figures: str = "figures") -> str:
@@ -272,15 +284,12 @@ class _Markdown:
                 return found and f"See {found}."
             case Code(text):
                 fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-                return f"{fence}\n{text}\n{fence}"
+                return f"{fence}\n{_visible(text)}\n{fence}"
             case Table():
-                columns, *rows = (
-                    [self.words(cell).replace("\n", " ") for cell in row]
-                    for row in (block.columns, *block.rows)
-                )
+                columns, *rows = ([self.words(cell) for cell in row] for row in (block.columns, *block.rows))
                 return f"*{_plain(block.caption)}*\n\n" + markdown_table(columns, rows, block.numbers)
             case Figure():
-                picture = f"![{_plain(block.alt)}]({self.figures}/{block.name}.svg)"
+                picture = f"![{_plain(block.alt)}]({quote(f'{self.figures}/{block.name}.svg')})"
                 return f"{_place(block.name)}\n\n{picture}\n\n*{_plain(block.caption)}*"
             case Group():
                 # A renderer reads no Markdown in a summary.
@@ -302,7 +311,7 @@ class _Markdown:
 def _text(words: Words) -> str:
     if isinstance(words, tuple):
         return "".join(map(_text, words))
-    return html.escape(words if isinstance(words, str) else words.label, quote=False)
+    return html.escape(_line(words if isinstance(words, str) else words.label), quote=False)
 
 
 def markdown_table(
@@ -314,12 +323,24 @@ def markdown_table(
 
 
 def _plain(text: str) -> str:
-    """Escape what Markdown or a renderer of it would take for markup, outside of code spans."""
-    spans = re.split(r"(`[^`]+`)", text)
+    """Escape what Markdown or a renderer of it would take for markup; code spans stay, on the same line."""
+    spans = re.split(CODE, _line(text))
     return "".join(
-        s.replace("|", r"\|") if i % 2 else re.sub(r"([\\*_|\[\]])", r"\\\1", html.escape(s, quote=False))
+        _code(s) if i % 2 else re.sub(r"([\\`*_|\[\]])", r"\\\1", html.escape(s, quote=False))
         for i, s in enumerate(spans)
     )
+
+
+def _code(text: str) -> str:
+    if re.search(r"[\\<>&]", text) is None:
+        return f"`{text}`".replace("|", r"\|")
+    # A backslash before a bar would end the cell of a table, and with it the span.
+    marks = re.sub(r"[^\w\s]|_", lambda mark: f"&#{ord(mark[0])};", text)
+    return f"<code>{marks}</code>"
+
+
+def _line(text: str) -> str:
+    return re.sub(r"\s*[\n\u2028\u2029]\s*", " ", _visible(text))
 
 
 TAG = "fastent report"

@@ -112,6 +112,7 @@ def _drawn(draw: Callable[[], Figure]) -> Figure:
         "legend.frameon": False,
         "legend.fontsize": 9,
         "font.family": "DejaVu Sans",
+        "text.parse_math": False,  # a name may hold dollars
         "font.size": 10,
     }
     with mpl.rc_context(look):

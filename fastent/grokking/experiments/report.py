@@ -876,7 +876,8 @@ def print_summary(out: Path, names: set[str]) -> None:
         Of the runs to print; those without a record are left out.
     """
     from rich import box, table, text
-    from rich.console import Console
+
+    from fastent.grokking.experiments.watch import plain_console
 
     groups: dict[str, list[StoredRun]] = {}
     for name in names:
@@ -885,7 +886,7 @@ def print_summary(out: Path, names: set[str]) -> None:
             if (stored := read_run(out / name)).rows:
                 groups.setdefault(name.rpartition("-seed")[0], []).append(stored)
     kinds = {name: (run.experiment, run.condition, run.config["task"]) for name, (run, *_) in groups.items()}
-    console = Console()
+    console = plain_console()
     for name, runs in sorted(groups.items(), key=lambda group: (kinds[group[0]], group[0])):
         runs.sort(key=lambda run: run.seed)
         several = list(kinds.values()).count(kinds[name]) > 1  # settings, which the name carries

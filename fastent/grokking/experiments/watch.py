@@ -73,7 +73,7 @@ def print_runs(path: Path, *, as_json: bool = False, console: Console | None = N
     RunError
         As `Folder` and `Folder.look`.
     """
-    folder, console = Folder(path), console or Console()
+    folder, console = Folder(path), console or plain_console()
     states = folder.look()
     if as_json:
         print(json.dumps({"path": str(path), "runs": [*map(_as_json, states)], "skipped": folder.foreign}))
@@ -126,7 +126,7 @@ def watch(path: Path, *, once: bool = False, console: Console | None = None) -> 
     RunError
         As `Folder` and `Folder.look`.
     """
-    console = console or Console()
+    console = console or plain_console()
     folder, forecasts = Folder(path, whole=True), Forecasts()
     states = folder.look()
     if not once:
@@ -396,12 +396,17 @@ def width_of(console: Console) -> int:
     return console.width if console.is_terminal else WIDE
 
 
+def plain_console() -> Console:
+    """Make a console on standard output to which a bracket or a colon in a name is no markup."""
+    return Console(markup=False, emoji=False)
+
+
 def show(console: Console, shown: Any) -> None:
     """Print on a terminal as wide as it is; else as plain text that is neither folded nor padded."""
     if console.is_terminal:
         console.print(shown)
         return
-    plain = Console(width=WIDE, no_color=True)
+    plain = Console(width=WIDE, no_color=True, markup=False, emoji=False)
     with plain.capture() as captured:
         plain.print(shown, soft_wrap=False)
     text = "\n".join(line.rstrip() for line in captured.get().splitlines())

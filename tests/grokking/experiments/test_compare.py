@@ -36,6 +36,19 @@ def other(tmp_path, writer):
     return tmp_path / "slow"
 
 
+def test_what_a_name_holds_is_shown_and_is_no_markup_anywhere(three_runs, other, tmp_path, capsys):
+    for run in other.iterdir():
+        run.rename(other / run.name.replace("add", "a[bold]$\\frac${:smile:\x1b[2J\n<b>`"))
+    assert main(["compare", str(three_runs), str(other), "--out", str(tmp_path / "page.html")]) == 0
+    shown = r"e1-baseline-a[bold]$\frac${:smile:\x1b[2J"
+    out = capsys.readouterr().out
+    assert shown in out
+    assert "\x1b" not in out
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;`" in page
+    assert "<b>" not in page
+
+
 def test_two_folders_are_told_by_their_settings_and_by_pairs_of_seeds(three_runs, other, capsys):
     assert main(["compare", str(three_runs), str(other)]) == 0
     captured = capsys.readouterr()

@@ -10,6 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from fastent.cli import main
 from fastent.grokking.experiments.document import (
@@ -185,6 +188,97 @@ def test_markdown_escapes_tags_and_marks_and_links_the_figure():
     assert r"two \*not bold\*" in text
     assert "](figures/picture.svg)" in text
     assert "````\nfastent run <e1> & ```\n````" in text
+
+
+HOSTILE = (
+    "\n\n<img src=x onerror=alert(1)>\n\n",
+    "\r\r<b>\x85\u2028<b>",
+    "`<img src=x onerror=alert(1)>",
+    "``<b>`",
+    "a`<b>`c",
+    "a\\`<b>`",
+    r"x\|<img src=x onerror=alert(1)>",
+    r"\|<b>|\\|",
+    "</code><script>alert(1)</script>",
+    "[x](javascript:alert(1))",
+    "![x](https://elsewhere.example/pixel.png)",
+    "<!-- fastent report: end -->",
+    "\n- a\n# b\n```\n<b>\n",
+    "\udc80\x1b[2J\u202e\x00",
+    "_a_ *b* ~c~",
+)
+
+
+def elements(markdown):
+    """Raw HTML in Markdown as CommonMark's own parser finds it, and where links and pictures lead."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    inner = [child for token in tokens for child in (token, *(token.children or ()))]
+    raw = [token.content for token in inner if token.type in ("html_inline", "html_block")]
+    return " ".join(raw), [str(value) for token in inner for value in (token.attrs or {}).values()]
+
+
+def around(text):
+    """Every place of a page that text of a file comes to, as code and as it is."""
+    return Section(
+        "first",
+        "Title",
+        (
+            Text(text),
+            Text((f"a `{text}` b", f"{text} `{text}`"), "note"),
+            Items((text, f"`{text}`")),
+            Table(text, ("a", text), ((text, f"`{text}`"), (f"x {text} y", "z")), numbers=(0,)),
+            Code(text),
+            Group("folded", f"`{text}`", (Text(text),)),
+            Figure("picture", text, text, lambda: (SVG, SVG)),
+        ),
+    )
+
+
+def held_harmless(text):
+    page, markdown = as_html("T", "s", [around(text)]), as_markdown("T", "s", [around(text)])
+    parsed, plain = parse(page), parse(as_html("T", "s", [around("plain")]))
+    assert [tag for tag in parsed.tags if tag != "code"] == [tag for tag in plain.tags if tag != "code"]
+    assert {name for _, name, _ in parsed.attributes} == {name for _, name, _ in plain.attributes}
+    raw, leads = elements(markdown)
+    tags = re.findall(r"<!--|</?[a-zA-Z][^>]*>", raw)
+    ours = {'<a id="first">', '<a id="folded">', '<a id="picture">', "</a>"}
+    assert set(tags) <= ours | {"<details>", "</details>", "<summary>", "</summary>", "<code>", "</code>"}
+    assert set(leads) <= {"figures/picture.svg", "", "text-align:right", "1"}
+    assert page.encode()
+    assert markdown.encode()
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_what_a_name_holds_makes_no_element_no_link_and_no_picture(text):
+    held_harmless(text)
+
+
+MARKS = ("`", "\\", "|", "<b>", "</code>", "\n", "\r", "![", "](", ")", "_", "&lt;", " ", "a")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from(MARKS)).map("".join))
+def test_no_combination_of_marks_in_a_name_makes_an_element(text):
+    held_harmless(text)
+
+
+def test_a_name_makes_one_cell_and_is_read_as_it_is():
+    names = ("a|b", r"a\|b", "a`|`b", "c\n| d |")
+    markdown = as_markdown(
+        "T", "s", [Section("x", "X", (Table("", ("n",), tuple((f"`{n}`",) for n in names)),))]
+    )
+    cells = [
+        "".join(child.content for child in token.children if child.type != "html_inline")
+        for token in MarkdownIt("commonmark").enable("table").parse(markdown)
+        if token.type == "inline" and token.map and token.level == 4
+    ]
+    assert cells == ["n", "a|b", r"a\|b", "a|b", "c | d |"]
+
+
+def test_the_path_of_a_figure_is_quoted():
+    (figure,) = figures_of([SECTION])
+    markdown = as_markdown("T", "s", [Section("x", "X", (figure,))], "figures/my runs (1)")
+    assert "(figures/my%20runs%20%281%29/picture.svg)" in markdown
 
 
 def test_a_row_of_another_length_than_the_columns_is_refused():

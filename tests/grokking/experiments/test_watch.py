@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fastent.cli import main
 from fastent.grokking.experiments import watch as module
 from fastent.grokking.experiments.folder import Folder
 from fastent.grokking.experiments.watch import PLAIN, Forecasts, print_runs, sparkline, watch
+from fastent.grokking.train.storage import RunWarning
 
 
 def terminal(width=110, height=30):
@@ -36,6 +38,24 @@ def sweep(tmp_path, three_runs, writer):
     """Three complete runs and one in training, in `runs`."""
     hold(writer(three_runs, 3, last_step=1000, done=False))
     return three_runs
+
+
+@pytest.mark.parametrize("command", [["runs"], ["watch", "--once"], ["report", "--out"]])
+def test_what_files_hold_moves_no_cursor_and_is_no_markup(tmp_path, writer, capsys, command):
+    writer(tmp_path / "runs", 0)
+    failed = writer(tmp_path / "runs", 1, last_step=200, done=False)
+    (failed / "FAILED").write_text(json.dumps({"reason": "no [/such] style \x1b[2J\udc80"}))
+    (tmp_path / "runs" / "a\x1b[31m").mkdir()
+    (tmp_path / "runs" / "a\x1b[31m" / "config.json").write_text("{}")
+    out = [str(tmp_path / "report")] if command[0] == "report" else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RunWarning)
+        assert main([command[0], str(tmp_path / "runs"), *command[1:], *out]) == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert r"a\x1b[31m" in captured.out + captured.err
+    if command[0] != "report":
+        assert r"no [/such] style \x1b[2J\udc80" in captured.out
 
 
 def test_the_table_of_runs_is_plain_text_where_there_is_no_terminal(sweep, writer, capsys):
