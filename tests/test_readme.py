@@ -1,7 +1,7 @@
 """The Python of the README and of the pages on monitoring runs as it stands; its commands are those of the check.
 
-``python tests/test_readme.py`` runs the lines of the README and of the tutorial to their end, prints what they print
-and writes the pictures that both show.
+``python tests/test_readme.py`` runs the lines of the README, the tutorial and docs/monitoring.md to their end, prints
+what they print and writes the pictures that they show; of some of them, whose names (`PICTURES`) it is given.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shutil
+import sys
 import tempfile
 import tomllib
 from pathlib import Path
@@ -21,6 +22,12 @@ README = (ROOT / "README.md").read_text()
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 FIGURES = ROOT / "docs" / "figures"
 STEPS = "range(2001)"
+PICTURES = {
+    "README": ("entropy.png", "watch.png"),
+    "tutorial": ("tutorial.png",) * 2,
+    "monitoring": ("layers.png",) * 2,
+}
+"""What the lines of a page write, and what it is called in docs/figures."""
 
 
 def blocks(text: str) -> list[str]:
@@ -75,7 +82,11 @@ def ran(page: str) -> tuple[dict, list[str]]:
 def test_the_examples_of_pictures_and_of_a_result_without_a_model_run(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    names, _ = ran("monitoring")
+    code = blocks((ROOT / "docs" / "monitoring.md").read_text())
+    assert code[0].count("range(401)") == 1
+    names, _ = executed([block.replace("range(401)", "range(1)") for block in code])
+    layers = [f"encoder.layers.{block}" for block in range(12)]
+    assert [(record.step, record.layer) for record in names["records"]] == [(0, layer) for layer in layers]
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
     said = [text.get_text().partition(":")[0] for text in names["ax"].get_legend().get_texts()]
     assert said == ["as drawn", "decaying"]
@@ -190,6 +201,8 @@ def test_every_number_of_a_finding_about_the_paper_is_in_the_recorded_results():
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"
     os.chdir(tempfile.mkdtemp())
-    for text, picture in ((README, "entropy.png"), (TUTORIAL, "tutorial.png")):
+    for page in sys.argv[1:] or PICTURES:
+        text = README if page == "README" else (ROOT / "docs" / f"{page}.md").read_text()
         print("\n".join(executed(blocks(text))[1]))
-        shutil.move(picture, FIGURES / {"entropy.png": "watch.png"}.get(picture, picture))
+        written, shown = PICTURES[page]
+        shutil.move(written, FIGURES / shown)
