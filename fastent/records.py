@@ -16,9 +16,12 @@ import copy
 import importlib
 import math
 import re
+import reprlib
+import sys
 from collections import deque
 from collections.abc import Iterable, KeysView, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
+from itertools import pairwise
 from types import UnionType
 from typing import Any, Literal
 
@@ -297,10 +300,11 @@ class Course:
         """
         single = {name: checked_number(name, state[name]) for name in ("first", "peak", "below_since")}
         recent = [
-            (_number("a step", step), math.nan if h is None else _number("H", h))
-            for step, h in state["recent"]
+            (_number("a step", step), math.nan if h is None else _entropy(h)) for step, h in state["recent"]
         ]
-        usable = [_number("H", h) for h in state["usable"]]
+        if any(step <= before for (before, _), (step, _) in pairwise(recent)):
+            raise ValueError("the steps of recent must increase")
+        usable = [_entropy(h) for h in state["usable"]]
         peaks = _peaks(state["peaks"])
         self.first, self.peak, self.below_since = single["first"], single["peak"], single["below_since"]
         self._recent, self._usable = deque(recent, WINDOW), deque(usable, MEDIAN)
@@ -788,8 +792,8 @@ def rows_of(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 def checked_count(name: str, value: Any) -> int:
     """Give a saved count or step, or raise ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be an integer, 0 or more; got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ValueError(f"{name} must be an integer, 0 or more, of 63 bits; got {reprlib.repr(value)}")
     return value
 
 
@@ -800,15 +804,25 @@ def checked_step(name: str, state: Mapping[str, Any]) -> int | None:
 
 def checked_number(name: str, value: Any) -> float | None:
     """Give a saved number or None, or raise ValueError."""
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+    # A whole number of JSON may be larger than any float.
+    if value is None or (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    ):
         return value
-    raise ValueError(f"{name} must be a number or null; got {value!r}")
+    raise ValueError(f"{name} must be a finite number or null; got {reprlib.repr(value)}")
 
 
 def _name(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"a layer's name must be a string; got {value!r}")
     return value
+
+
+def _entropy(value: Any) -> float:
+    number = _number("H", value)
+    if not 0 <= number <= 1 + 1e-6:  # a little above 1 is rounding
+        raise ValueError(f"H must lie in [0, 1]; got {number:g}")
+    return number
 
 
 def _number(name: str, value: Any) -> float:

@@ -269,7 +269,13 @@ class SpectralEntropyCallback(transformers.TrainerCallback):
         """Read the state of the checkpoint that training resumes from, None if there is none."""
         for folder in (args.resume_from_checkpoint, _checkpoint(args, step)):
             if isinstance(folder, str | os.PathLike) and self._file(folder).exists():
-                return json.loads(self._file(folder).read_text(encoding="utf-8"))
+                try:
+                    return json.loads(self._file(folder).read_text(encoding="utf-8"))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(
+                        f"{self._file(folder)} is no state of a monitor ({error}): put it back from a copy, or remove "
+                        "it, and records begin anew"
+                    ) from error
         warn_user(
             f"training resumes at step {step}, and {self._file(_checkpoint(args, step))} is not there: records begin "
             "anew. If the checkpoint lies elsewhere, set args.resume_from_checkpoint to it",

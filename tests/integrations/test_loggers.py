@@ -72,6 +72,16 @@ def test_a_path_gets_a_line_for_each_record_and_keeps_what_it_had(
     assert lines_of((tmp_path / "log.jsonl").read_text()) == 2 * records(0, 100)
 
 
+def test_a_name_of_a_layer_is_text_in_a_line_and_no_path(tmp_path: Path) -> None:
+    name = '../../escaped/"a\\n\n{"step": 0}\x00'
+    monitor = fastent.SpectralEntropyMonitor(on_record=log_to(tmp_path / "h.jsonl", prefix="../out"))
+    monitor.observe(0, torch.eye(3), layer=name)
+    monitor.flush()
+    assert [path.name for path in tmp_path.iterdir()] == ["h.jsonl"]
+    (line,) = (tmp_path / "h.jsonl").read_bytes().splitlines()
+    assert json.loads(line)["layer"] == name
+
+
 def test_a_line_that_a_crash_cut_spoils_no_other(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     on_record = log_to(path)

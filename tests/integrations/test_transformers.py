@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,6 +263,15 @@ def test_a_training_that_broke_off_leaves_no_open_monitor_behind(tmp_path: Path)
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
+
+
+@pytest.mark.parametrize("data", ["{", "[" * 100_000], ids=["cut", "nested"])
+def test_a_state_that_is_no_json_is_named_with_the_remedy(tmp_path: Path, data: str) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "entropy.json").write_text(data)
+    args = SimpleNamespace(resume_from_checkpoint=None, output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"checkpoint-3/entropy\.json is no state of a monitor .*remove it"):
+        watch()._saved(args, 3)
 
 
 def test_a_resumed_run_has_the_records_of_one_that_was_never_cut(tmp_path: Path) -> None:

@@ -343,6 +343,61 @@ def test_a_distributed_checkpoint_saves_and_loads_a_monitor_as_it_does_a_model(t
     assert again.history == monitor.history != []
 
 
+# Damaged ones
+
+HOSTILE = (None, "x", [], {}, -1, 10**400, math.inf, math.nan, True)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Give the way to each value of a state, of lists to their first two."""
+    yield path
+    inner = (
+        value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    )
+    for key, each in inner:
+        yield from places(each, (*path, key))
+
+
+def put(state: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    state = copy.deepcopy(state)
+    inner = state
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return state
+
+
+def refusal(monitor: Monitor, state: Any) -> str:
+    try:
+        monitor.load_state_dict(state)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_state_with_any_value_replaced_is_refused_as_a_whole_or_serves() -> None:
+    original = Monitor(collapse=Collapse())
+    for step in range(0, 1000, 500):
+        original.observe(step, inputs(step), layer="a")
+    saved = json.loads(json.dumps(original.state_dict()))
+    monitor, tried = Monitor(collapse=Collapse()), 0
+    for path in places(saved):
+        for value in HOSTILE:
+            before, tried = monitor.state_dict(), tried + 1
+            said = refusal(monitor, put(saved, path, value))
+            if said:
+                assert said.startswith("nothing is loaded: ")
+                assert len(said) < 500
+                assert monitor.state_dict() == before
+            else:
+                json.dumps(monitor.state_dict(), allow_nan=False)
+                assert monitor.predict_grok_time().reason
+                monitor.load_state_dict(saved)
+    assert tried > 500
+
+
 # Older ones
 
 VERSION_2 = """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import re
 import threading
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from fastent.grokking.train.measures import Measure
 from fastent.grokking.train.models import Condition, ModelMaker
 from fastent.grokking.train.registry import Kind, check_known, find, names, register
 from fastent.grokking.train.runs import OWN, Job, plan_stacks
-from fastent.grokking.train.storage import RunError, StopRequest
+from fastent.grokking.train.storage import RunError, StopRequest, read_object
 from fastent.grokking.train.sweep import check_jobs, check_seeds, run_jobs
 from fastent.grokking.train.tasks import Task, TaskMaker
 
@@ -168,12 +167,12 @@ def check_there(kind: Kind, name: str, out: Path) -> None:
 
 def _guests(path: Path) -> list[dict[str, str]]:
     try:
-        found = json.loads(path.read_bytes()).get("guests", [])
+        found = (read_object(path, "") or {}).get("guests", [])
         return [
             {name: str(guest[name]) for name in ("kind", "name", "package", "version", "place")}
             for guest in found
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, RunError, KeyError, TypeError):
         return []  # what cannot be read is refused where it is asked for
 
 

@@ -1,8 +1,10 @@
 """The seam between a sweep and where its jobs are trained, with an executor that trains nothing."""
 
 import json
+import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from toy_stack import JOB, contents
@@ -177,3 +179,23 @@ def test_a_pool_shares_the_threads_out_unless_told(monkeypatch):
     monkeypatch.setattr(executors.torch, "get_num_threads", lambda: 7)
     assert [Pool(size).threads for size in (1, 2, 3, 9)] == [7, 3, 2, 1]
     assert Pool(4, threads=5).threads == 5
+
+
+def test_a_ray_that_would_listen_to_other_machines_is_refused(monkeypatch):
+    started, ended = [], []
+    ray = SimpleNamespace(
+        is_initialized=lambda: False,
+        init=lambda *address, **how: started.append((address, how, dict(os.environ))),
+        nodes=lambda: [{"NodeManagerAddress": address} for address in addresses],
+        shutdown=lambda: ended.append(True),
+    )
+    monkeypatch.setattr(executors, "_imported", lambda package, extra: ray)
+    addresses = ["127.0.0.1", "10.0.0.5"]
+    with pytest.raises(RunError, match=r"would listen to other machines, at 10\.0\.0\.5, 127\.0\.0\.1"):
+        executors._connected(None, 2)
+    assert ended == [True]
+    ((address, how, environment),) = started
+    assert (address, how["include_dashboard"]) == (("local",), False)
+    assert environment.items() >= executors.RAY_ALONE.items()
+    addresses = ["127.0.0.1"]
+    assert executors._connected(None, 2) == (ray, True)
