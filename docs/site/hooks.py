@@ -4,6 +4,7 @@ Links between README, docs/ and code are written for a code host. So that they h
 of the repository: README.md, docs/ and what they link to, source files as pages that show their text.
 """
 
+import json
 import logging
 import re
 from importlib.metadata import distribution
@@ -22,7 +23,7 @@ LOG = logging.getLogger("mkdocs.hooks.site")  # its warnings fail a strict build
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s:]+)[)#\s]")
 LOADED = re.compile(r'<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)="?(?:https?:)?//[^>]*>')
-SHOWN = {".cff", ".py", ".sh", ".toml", ".txt"}
+SHOWN = {".cff", ".ipynb", ".py", ".sh", ".toml", ".txt"}
 DOCUMENTED = ("fastent", "fastent.forecast", "fastent.integrations", "fastent.testing", "fastent.reference")
 FONT = Path(str(distribution("ziamath").locate_file("ziamath/fonts/STIXTwoMath-Regular.ttf")))
 mathml = LatexToMathML().convert_with_local_state  # an error where it knows no such command
@@ -36,13 +37,25 @@ class Source(File):
         return True
 
 
+def fenced(text: str, language: str) -> str:
+    """Block of code."""
+    return f"~~~~~~{language}\n{text}\n~~~~~~"
+
+
 def listing(path: Path) -> str:
-    """Page of a source file, or of a folder: its text, or the names in it."""
-    names = sorted(each.name for each in path.glob("[!.]*[!_]"))  # without __pycache__
-    text = "\n".join(names) if path.is_dir() else path.read_text()
-    language = {".py": "python", ".sh": "bash"}.get(path.suffix, "text")
-    title = path.relative_to(ROOT).as_posix()
-    return f"---\nsearch: {{exclude: true}}\n---\n# `{title}`\n\n~~~~~~{language}\n{text}\n~~~~~~\n"
+    """Page of a source file, of a notebook or of a folder: its text, its cells or the names in it."""
+    title = f"# `{path.relative_to(ROOT).as_posix()}`"
+    if path.is_dir():
+        names = sorted(each.name for each in path.glob("[!.]*[!_]"))  # without __pycache__
+        parts = [title, fenced("\n".join(names), "text")]
+    elif path.suffix == ".ipynb":
+        cells = [
+            (cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"]
+        ]
+        parts = [fenced(text, "python") if kind == "code" else text for kind, text in cells]
+    else:
+        parts = [title, fenced(path.read_text(), {".py": "python", ".sh": "bash"}.get(path.suffix, "text"))]
+    return "\n\n".join(["---\nsearch: {exclude: true}\n---", *parts])
 
 
 def linked(path: Path) -> list[Path]:
