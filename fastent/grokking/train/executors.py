@@ -143,15 +143,16 @@ class Executor(Protocol):
     ----------
     reach : Reach
         From another process, rows are read in the folder of runs, and a job whose process died is tried again.
-    size : int or None
-        Attempts at a time; None for as many as there are, where a queue takes them.
     threads : int
         Of each.
     """
 
     reach: Reach
-    size: int | None
     threads: int
+
+    @property
+    def size(self) -> int | None:
+        """Attempts at a time; None for as many as there are, where a queue takes them."""
 
     def submit(self, orders: Sequence[Order]) -> None:
         """Take `orders`, `size` at a time at most, those before that have not ended included."""

@@ -304,10 +304,9 @@ def run_jobs(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1; got {workers}")
-    if executor is None:
-        executor = Inline() if workers == 1 else Pool(workers)
-    with contextlib.closing(executor), announced(jobs, out) as sign:
-        return _Sweep(jobs, out, device, force, observers, stop, executor, command, sign).run()
+    chosen: Executor = executor or (Inline() if workers == 1 else Pool(workers))
+    with contextlib.closing(chosen), announced(jobs, out) as sign:
+        return _Sweep(jobs, out, device, force, observers, stop, chosen, command, sign).run()
 
 
 @dataclass
