@@ -60,8 +60,10 @@ HOSTS = (
     "wandb",
     "mlflow",
     "trackio",
+    "ray",
+    "submitit",
 )
-"""What `fastent.integrations` and its recipes are for; each is the user's own to install."""
+"""What `fastent.integrations`, its recipes and sweeps run on; each is the user's own to install."""
 
 DESCRIPTION = """spectral entropy of representations.
 

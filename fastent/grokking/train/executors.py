@@ -25,6 +25,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -258,6 +259,9 @@ RAY_RETRIES = 5
 RAY_STORE = 10**8
 """Bytes of the object store of a Ray that is started here, which takes nothing but a line and its answer."""
 
+CONNECT_SECONDS = 5.0
+"""How long a machine may take to answer at the address of a cluster."""
+
 # Read at 2.60. Ray replaces `_node_ip_address="127.0.0.1"` by the machine's own address and listens on every interface
 # (findings/ray-told-127-0-0-1-listens-on-every-interface.sh); a switch for Windows and macOS binds it to loopback. With
 # usage statistics off it still asks the address of a cloud's metadata where it is
@@ -343,9 +347,13 @@ def _connected(address: str | None, processors: int) -> tuple[Any, bool]:
             how |= {"num_cpus": processors, "include_dashboard": False, "object_store_memory": RAY_STORE}
         handler = signal.getsignal(signal.SIGTERM)
         try:
+            host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+            if port.isdecimal():  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
             ray.init(address or "local", **how)
-        except ConnectionError as error:
-            raise RunError(f"no Ray cluster answers at {address}: {error}") from error
+        except OSError as error:
+            what = f"no Ray cluster answers at {address}" if address else "Ray did not start"
+            raise RunError(f"{what}: {error}") from error
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)  # Ray's own would end us with nothing saved

@@ -1,8 +1,10 @@
 """The seam between a sweep and where its jobs are trained, with an executor that trains nothing."""
 
+import itertools
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,18 @@ from toy_stack import JOB, contents
 
 from fastent.grokking.train import executors
 from fastent.grokking.train.config import preset
-from fastent.grokking.train.executors import End, Inline, Order, Pool, Reach, _attempt
+from fastent.grokking.train.executors import (
+    End,
+    Inline,
+    Order,
+    Pool,
+    Ray,
+    Reach,
+    Slurm,
+    SlurmAttempt,
+    _attempt,
+    make_attempt,
+)
 from fastent.grokking.train.runs import Job
 from fastent.grokking.train.storage import Interrupted, RunError, RunLocked, StopRequest
 from fastent.grokking.train.sweep import JobOutcome, run_jobs
@@ -199,3 +212,100 @@ def test_a_ray_that_would_listen_to_other_machines_is_refused(monkeypatch):
     assert environment.items() >= executors.RAY_ALONE.items()
     addresses = ["127.0.0.1"]
     assert executors._connected(None, 2) == (ray, True)
+
+
+class Training:
+    """Stands for the process of an attempt: runs until it is told to save and stop, or to its end after some looks."""
+
+    def __init__(self, order, looks=10**9):
+        self.process, self.pid, self.looks, self.told = self, 0, looks, 0
+        self.returncode = None
+
+    def poll(self):
+        self.looks -= 1
+        if self.returncode is None and (self.told or self.looks < 0):
+            self.returncode = 143 if self.told else 0
+        return self.returncode
+
+    def stop(self):
+        self.told += 1
+
+    def end(self):
+        assert self.poll() is not None
+        return End(job(0), "stopped" if self.returncode else None)
+
+
+def test_an_attempt_on_another_machine_that_is_interrupted_has_its_process_save(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(executors, "Worker", lambda order: made.append(Training(order)) or made[-1])
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executors.time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make_attempt(Order(job(0), tmp_path).line())
+    assert [(each.told, each.returncode) for each in made] == [(1, 143)]
+    monkeypatch.setattr(executors, "Worker", lambda order: Training(order, looks=0))
+    assert make_attempt(Order(job(0), tmp_path).line()) == End(job(0))
+
+
+@pytest.fixture
+def slurm_attempt(tmp_path, monkeypatch):
+    """An attempt of a Slurm job, and a function that has a signal come while it waits."""
+    attempt = SlurmAttempt(Order(job(0), tmp_path).line(), tmp_path / "answer.json")
+    monkeypatch.setattr(executors, "Worker", Training)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def heard(*signals):
+        waiting = iter(signals)
+        monkeypatch.setattr(executors.time, "sleep", lambda seconds: next(waiting, lambda: None)())
+
+    yield attempt, heard
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_slurm_job_that_is_told_to_end_saves_and_waits_for_what_comes(slurm_attempt, tmp_path, monkeypatch):
+    attempt, heard = slurm_attempt
+    now = itertools.count()
+    monkeypatch.setattr(executors.time, "monotonic", lambda: 100.0 * next(now))
+    heard(lambda: signal.raise_signal(signal.SIGTERM))
+    attempt()
+    assert (
+        5 < next(now) < 12
+    )  # looks at the clock: it waited as long as it may be until it is killed or requeued
+    assert json.loads((tmp_path / "answer.json").read_text()) == {
+        "error": "stopped",
+        "final": False,
+        "messages": "",
+    }
+
+
+def test_a_slurm_job_that_ended_well_answers_at_once(slurm_attempt, tmp_path, monkeypatch):
+    attempt, _ = slurm_attempt
+    monkeypatch.setattr(executors, "Worker", lambda order: Training(order, looks=0))
+    attempt()
+    assert json.loads((tmp_path / "answer.json").read_text())["error"] is None
+
+
+def test_a_part_of_a_gpu_is_refused_for_slurm(tmp_path):
+    with pytest.raises(ValueError, match=r"Slurm gives whole GPUs: gpus must be 0, 1 or more; got 0\.5"):
+        Slurm(tmp_path, gpus=0.5)
+
+
+def test_the_environment_of_what_is_started_is_put_back(monkeypatch):
+    monkeypatch.setenv("FASTENT_A", "before")
+    monkeypatch.delenv("FASTENT_B", raising=False)
+    with executors._environment({"FASTENT_A": "1", "FASTENT_B": "2"}):
+        assert (os.environ["FASTENT_A"], os.environ["FASTENT_B"]) == ("1", "2")
+    assert os.environ["FASTENT_A"] == "before"
+    assert "FASTENT_B" not in os.environ
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nobody_answers_is_told_at_once(monkeypatch, scheme):
+    ray = SimpleNamespace(is_initialized=lambda: False, init=None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(RunError, match=f"no Ray cluster answers at {scheme}127.0.0.1:9: .*refused"):
+        Ray(address=f"{scheme}127.0.0.1:9")

@@ -5,6 +5,7 @@ be those of one process that was left alone, byte for byte. What was measured go
 that is set; times are told and never judged.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -88,6 +89,8 @@ def sweep(out, executor, name, figures, harm=lambda pid: False):
         (seed,) = job.seeds
         lines = (out / job.run_name(seed) / "timing.jsonl").read_text().splitlines()
         events = [json.loads(line) for line in lines]
+        environment = json.loads((out / job.run_name(seed) / "environment.json").read_text())
+        assert environment["threads"] == 1
         starts[seed] = [event["step"] for event in events if event["event"] in ("start", "resume")]
         ends[seed] = sum(event["event"] == "evaluation" and event["step"] == STEPS for event in events)
     files = {name: data for job in JOBS for name, data in of_run(out, job).items()}
@@ -134,15 +137,17 @@ def cluster(monkeypatch):
         monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 10**8, "include_dashboard": False}
+    node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 10**8}
     quick = {
         "health_check_period_ms": 500,
         "health_check_failure_threshold": 4,
         "health_check_initial_delay_ms": 0,
     }
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "_system_config": quick})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**node, "include_dashboard": False, "_system_config": quick}
+    )
     try:
-        yield cluster, cluster.add_node(num_cpus=1, object_store_memory=10**8)
+        yield cluster, cluster.add_node(**node)
     finally:
         ours = psutil.Process().children(recursive=True)
         cluster.shutdown()
@@ -166,9 +171,53 @@ def test_a_ray_one_of_whose_two_nodes_dies(tmp_path, alone, figures, cluster):
             killed.append(process.pid)
         return True
 
-    executor = Ray(address=ray.address, threads=1)
+    executor = Ray(address=ray.address, threads=1, gpus=0.5)  # a GPU in name, of which each job has its part
     assert sweep(tmp_path, executor, "Ray, one of two nodes killed", figures, kill) == alone
     assert raylet.pid in killed
+
+
+TINY = (
+    *("--modulus", "7", "--width", "8", "--feedforward", "8", "--heads", "2", "--batch-size", "8"),
+    *("--probe-size", "8", "--evaluate-every", "50", "--max-steps", "20000", "--seeds", "0-1"),
+)
+
+
+@needs("ray")
+def test_the_command_on_a_ray_of_its_own_listens_on_loopback_alone_and_saves_when_it_is_told_to_stop(
+    tmp_path,
+):
+    out = tmp_path / "runs"
+    command = (sys.executable, "-m", "fastent.cli", "run", "e1", "--executor", "ray", "--workers", "2")
+    process = subprocess.Popen([*command, "--out", str(out), *TINY], stderr=subprocess.PIPE, text=True)
+    started = [psutil.Process(process.pid)]
+    try:
+        deadline = time.monotonic() + 200
+        while len([path for path in out.glob("*/metrics.jsonl") if path.read_bytes().count(b"\n") > 1]) < 2:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, "the runs did not begin"
+            time.sleep(0.2)
+        started += started[0].children(recursive=True)
+        places = {
+            connection.laddr.ip
+            for each in started
+            for connection in each.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert places
+        assert places <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=100)
+    finally:
+        for each in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    assert process.returncode == 143
+    assert said == "fastent: SIGTERM: stopped and saved; the same command goes on\n"
+    assert not list(out.glob("*/lock"))
+    for folder in out.glob("e1-*"):
+        row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert max(checkpoint_steps(folder)) >= row["step"]
+    assert len(list(out.glob("e1-*"))) == 2
 
 
 @needs("submitit")
