@@ -25,7 +25,10 @@ def sbatch(script):
     jobs = [f"{number}_{i}" for i in range(int(last[1]) + 1)] if last else [str(number)]
     for job in jobs:
         (FOLDER / f"{job}.state").write_text("PENDING")
-        subprocess.Popen([sys.executable, __file__, "job", job, str(number)], start_new_session=True)
+        nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.Popen(
+            [sys.executable, __file__, "job", job, str(number)], start_new_session=True, **nowhere
+        )
     print(f"Submitted batch job {number}")
 
 
@@ -86,6 +89,7 @@ def scancel(name, *arguments):
 
 
 if __name__ == "__main__":
-    called = Path(sys.argv[0]).name
-    command, *arguments = sys.argv[1:] if called == "fake_slurm.py" else [called, *sys.argv[1:]]
+    command, *arguments = (
+        sys.argv[1:] if sys.argv[1:2] == ["job"] else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    )
     globals()[command](*arguments)

@@ -6,6 +6,7 @@ that is set; times are told and never judged.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -249,6 +250,7 @@ def slurm(tmp_path, monkeypatch):
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(folder))
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.02)
     return folder
 
 
@@ -288,6 +290,7 @@ def test_an_array_of_slurm_jobs_one_of_which_is_preempted_and_one_comes_to_its_t
 def test_a_slurm_job_that_is_killed_is_ordered_again_and_a_stop_saves(tmp_path, slurm, monkeypatch):
     monkeypatch.setattr(executors, "LAG_SECONDS", 0.0)
     stop, out = StopRequest(), tmp_path / "runs"
+    longer = dataclasses.replace(JOBS[0], config=dataclasses.replace(CONFIG, max_steps=100 * STEPS))
 
     class Harm:
         killed = False
@@ -296,14 +299,14 @@ def test_a_slurm_job_that_is_killed_is_ordered_again_and_a_stop_saves(tmp_path, 
             if row["step"] == SAVED and not self.killed:
                 os.kill(int((slurm / "0.pid").read_text()), signal.SIGKILL)
                 self.killed = True
-            elif row["step"] > SAVED and self.killed:
+            elif row["step"] > SAVED and len(list(slurm.glob("*.script"))) == 2:
                 stop.signal = signal.SIGINT
 
         def done(self, job, seed):
             pass
 
     with pytest.raises(Interrupted, match="SIGINT: stopped and saved"):
-        run_jobs(JOBS[:1], out, executor=Slurm(out), observers=[Harm()], stop=stop)
+        run_jobs([longer], out, executor=Slurm(out), observers=[Harm()], stop=stop)
     assert len(list(slurm.glob("*.script"))) == 2
     (folder,) = out.glob("e1-*")
     assert not (folder / "lock").exists()
