@@ -18,7 +18,7 @@ try:
     import matplotlib as mpl
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import Normalize, to_rgb
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patheffects import Normal, Stroke
@@ -135,7 +135,7 @@ class Spectrum(NamedTuple):
 def plot_spectra(spectra: Sequence[Spectrum], ax: Any) -> Axes:
     """Draw spectra, on a logarithmic scale, with their effective ranks as dashed lines."""
     axes = _axes(ax, 4.0)
-    colours = _colours(len(spectra)) if len(spectra) > 1 else [None]
+    colours = _colours(axes, len(spectra)) if len(spectra) > 1 else [None]
     for one, colour in zip(spectra, colours, strict=True):
         name = f"{one.label}: " if one.label else ""
         (line,) = axes.semilogy(
@@ -203,9 +203,10 @@ def _axes(ax: Any, height: float) -> Axes:
     return ax
 
 
-def _colours(count: int) -> list[Any]:
-    # Without the last tenth, whose yellow is lost on white.
-    return list(mpl.colormaps["viridis"](np.linspace(0.0, 0.9, count)))
+def _colours(ax: Axes, count: int) -> list[Any]:
+    """Return the colours of as many layers, without that end of viridis which is lost on the background."""
+    dark = sum(to_rgb(ax.get_facecolor())) < 1.5
+    return list(mpl.colormaps["viridis"](np.linspace(*((0.3, 1.0) if dark else (0.0, 0.8)), count)))
 
 
 def _draw_line(ax: Axes, one: Series, colour: Any, label: str | None = None) -> Any:
@@ -228,7 +229,7 @@ def _mark(ax: Axes, x: Array, y: Any, **look: Any) -> None:
 
 
 def _draw_lines(ax: Axes, series: Sequence[Series]) -> None:
-    ink, colours = mpl.rcParams["text.color"], _colours(len(series))
+    ink, colours = mpl.rcParams["text.color"], _colours(ax, len(series))
     levels = {one.threshold for one in series}
     common = levels.pop() if len(levels) == 1 else None
     for one, colour in zip(series, colours, strict=True):

@@ -185,6 +185,13 @@ def test_lines_of_runs_laws_and_forecasts() -> None:
     }
 
 
+def test_what_holds_arrays_is_a_line_too() -> None:
+    left_out = leave_one_run_out(RUNS)
+    run, score = left_out.runs[1], left_out.score("law")
+    assert repr(run) == f"HeldOut(run=1, t_grok=1000, {len(run.step)} evaluations, {run.law!r})"
+    assert repr(score).startswith(f"Score(r_squared={score.r_squared:.4g}, 4 runs, mean mape=")
+
+
 def test_a_record_is_told_with_its_standard_error_where_it_has_one() -> None:
     record = observed("a").history[0]
     assert "standard error" not in dict(Cells(record._repr_html_()).rows)

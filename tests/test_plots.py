@@ -24,6 +24,7 @@ from fastent import (
 
 pytest.importorskip("matplotlib")
 import matplotlib as mpl
+import matplotlib.style
 from matplotlib.figure import Figure
 
 from fastent import plots
@@ -125,6 +126,16 @@ def test_up_to_six_layers_are_lines_and_more_are_a_heatmap_unless_said() -> None
     assert count(6) == (6, 0)
     assert count(7) == (0, 7)
     assert (count(7, "lines"), count(6, "heatmap")) == ((7, 0), (0, 6))
+
+
+def test_every_line_stands_out_from_a_light_and_from_a_dark_background() -> None:
+    found = [one for i in range(6) for one in records(f"b.{i}", 0.9, 0.8)]
+    for style, paper in (("default", 1.0), ("dark_background", 0.0)):
+        with mpl.style.context(style):
+            lines = plot_records(found).lines
+        # Luminance of sRGB, relative to white.
+        apart = [abs(paper - float(np.dot([0.2126, 0.7152, 0.0722], line.get_color()[:3]))) for line in lines]
+        assert min(apart) > 0.25, style
 
 
 def test_a_single_evaluation_and_one_value_are_drawn() -> None:

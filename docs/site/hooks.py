@@ -24,7 +24,10 @@ CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s:]+)[)#\s]")
 LOADED = re.compile(r'<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)="?(?:https?:)?//[^>]*>')
 SHOWN = {".cff", ".ipynb", ".py", ".sh", ".toml", ".txt"}
-DOCUMENTED = ("fastent", "fastent.forecast", "fastent.integrations", "fastent.testing", "fastent.reference")
+DOCUMENTED = (
+    *("fastent", "fastent.forecast", "fastent.integrations", "fastent.testing", "fastent.reference"),
+    "fastent.grokking.experiments.tables",  # load_runs, which importing fastent does not bring
+)
 FONT = Path(str(distribution("ziamath").locate_file("ziamath/fonts/STIXTwoMath-Regular.ttf")))
 mathml = LatexToMathML().convert_with_local_state  # an error where it knows no such command
 

@@ -644,6 +644,9 @@ class HeldOut:
     by_clock: Array
     by_running_clock: Array
 
+    def __repr__(self) -> str:
+        return f"HeldOut(run={self.run}, t_grok={self.t_grok:.0f}, {len(self.step)} evaluations, {self.law})"
+
 
 @dataclass(frozen=True, eq=False)
 class Score:
@@ -663,6 +666,9 @@ class Score:
     r_squared: float
     mae: Array
     mape: Array
+
+    def __repr__(self) -> str:
+        return f"Score(r_squared={digits(self.r_squared)}, {len(self.mae)} runs, mean mape={np.nanmean(self.mape):.3g})"
 
 
 @dataclass(frozen=True)

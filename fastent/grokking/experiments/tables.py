@@ -17,6 +17,8 @@ from fastent.grokking.experiments.folder import Folder, RunState
 from fastent.grokking.train.config import TrainConfig
 from fastent.records import Kind, columns, frame
 
+__all__ = ["RunTable", "RunTables", "load_runs"]
+
 WORDS, COUNT, NUMBER = str, int | None, float
 
 RUN: Mapping[str, Kind] = {
@@ -30,6 +32,7 @@ SETTINGS: Mapping[str, Kind] = {
     name: {int: COUNT, float: NUMBER, bool: bool | None}.get(hint, WORDS)
     for name, hint in get_type_hints(TrainConfig).items()
 }
+# What every row has; measures bring more.
 ROW: Mapping[str, Kind] = {
     "run": WORDS,
     "step": int,
@@ -38,7 +41,6 @@ ROW: Mapping[str, Kind] = {
     "entropy_status": WORDS,
     **dict.fromkeys(("effective_rank", "participation_ratio"), NUMBER),
 }
-"""What every row has; measures bring more."""
 
 
 @dataclass(frozen=True, repr=False)
