@@ -321,7 +321,7 @@ class Ray:
             try:
                 yield self._ray.get(reference)
             except self._ray.exceptions.RayError as error:
-                yield End(job, f"Ray lost it: {type(error).__name__}", messages=f"{error}\n")
+                yield End(job, f"its Ray task ended with {type(error).__name__}", messages=f"{error}\n")
 
     def stop(self) -> None:
         """See `Executor`."""

@@ -1,5 +1,6 @@
 """The seam between a sweep and where its jobs are trained, with an executor that trains nothing."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -309,3 +310,114 @@ def test_an_address_where_nobody_answers_is_told_at_once(monkeypatch, scheme):
     monkeypatch.setitem(sys.modules, "ray", ray)
     with pytest.raises(RunError, match=f"no Ray cluster answers at {scheme}127.0.0.1:9: .*refused"):
         Ray(address=f"{scheme}127.0.0.1:9")
+
+
+class RayError(Exception):
+    pass
+
+
+def fake_ray(results):
+    """A module like `ray` of which each task gives the next of `results`; what it was asked for is in `calls`."""
+    calls = []
+
+    def remote(**resources):
+        calls.append(("remote", resources))
+        return lambda function: SimpleNamespace(
+            remote=lambda line: calls.append(("task", line)) or len(calls)
+        )
+
+    def get(reference):
+        if isinstance(result := next(results), RayError):
+            raise result
+        return result
+
+    return SimpleNamespace(
+        calls=calls,
+        remote=remote,
+        get=get,
+        wait=lambda references, **_: (references[:1], references[1:]),
+        cancel=lambda reference: calls.append(("cancel", reference)),
+        shutdown=lambda: calls.append(("shutdown",)),
+        exceptions=SimpleNamespace(RayError=RayError),
+    )
+
+
+def test_ray_is_asked_for_processors_and_parts_of_a_gpu_and_what_it_lost_is_not_final(tmp_path, monkeypatch):
+    ray = fake_ray(iter([End(job(0)), RayError("no node\nleft")]))
+    monkeypatch.setattr(executors, "_connected", lambda address, processors: (ray, True))
+    executor = Ray(address="auto", threads=2, gpus=0.25)
+    assert ray.calls == [("remote", {"num_cpus": 2, "num_gpus": 0.25, "max_retries": executors.RAY_RETRIES})]
+    orders = [Order(job(seed), tmp_path) for seed in range(3)]
+    executor.submit(orders)
+    assert [call[1] for call in ray.calls[1:]] == [order.line() for order in orders]
+    assert list(executor.ended(Told(), None)) == [End(job(0))]
+    lost = End(job(1), "its Ray task ended with RayError", final=False, messages="no node\nleft\n")
+    assert list(executor.ended(Told(), None)) == [lost]
+    executor.stop()
+    executor.close()
+    assert ray.calls[4:] == [("cancel", 4), ("shutdown",)]
+
+
+def test_a_stop_elsewhere_waits_until_the_runs_are_let_go(tmp_path, monkeypatch):
+    lock = tmp_path / job(0).run_name(0) / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    looks = []
+    monkeypatch.setattr(
+        executors.time, "sleep", lambda seconds: looks.append(1) or (len(looks) == 3 and lock.unlink())
+    )
+    executors._wait_until_saved([Order(job(seed), tmp_path) for seed in range(2)])
+    assert len(looks) == 3
+
+
+def test_a_slurm_job_is_ended_by_its_answer_or_by_the_lack_of_one(tmp_path, monkeypatch):
+    submitted = []
+
+    class Executor:
+        def __init__(self, folder, max_num_timeout):
+            self.folder = folder
+
+        def update_parameters(self, **parameters):
+            self.parameters = parameters
+
+        def batch(self):
+            return contextlib.nullcontext()
+
+        def submit(self, attempt):
+            submitted.append(attempt)
+            name = str(len(submitted))
+            return SimpleNamespace(job_id=name, state="FAILED", done=lambda: True, stderr=lambda: "killed")
+
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(SlurmExecutor=Executor))
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.0)
+    executor = Slurm(tmp_path, size=5, threads=2, gpus=1, options={"time": 240, "partition": "short"})
+    assert executor._executor.parameters == {
+        "job_name": "fastent",
+        "time": 240,
+        "cpus_per_task": 2,
+        "gpus_per_node": 1,
+        "array_parallelism": 5,
+        "additional_parameters": {"requeue": True},
+        "partition": "short",
+    }
+    executor.submit([Order(job(seed), tmp_path) for seed in range(2)])
+    assert [Order.of_line(attempt.line).job for attempt in submitted] == [job(0), job(1)]
+    assert not list(executor.ended(Told(), None))  # a file system may show an answer late
+    submitted[0].answer.parent.mkdir()
+    submitted[0].answer.write_text(json.dumps({"error": None, "final": False, "messages": "done"}))
+    assert list(executor.ended(Told(), None)) == [End(job(0), messages="done")]
+    monkeypatch.setattr(executors, "LAG_SECONDS", 0.0)
+    died = End(job(1), "its Slurm job 2 was ended (FAILED)", final=False, messages="killed")
+    assert list(executor.ended(Told(), None)) == [died]
+    assert not list(submitted[0].answer.parent.iterdir())
+
+
+def test_where_there_is_no_slurm_its_jobs_can_be_started_here(tmp_path, monkeypatch):
+    def missing(folder, max_num_timeout):
+        raise RuntimeError('Could not detect "srun".')
+
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(SlurmExecutor=missing))
+    with pytest.raises(
+        RunError, match=r'detect "srun"\. Give --address local to start such jobs on this machine'
+    ):
+        Slurm(tmp_path)
