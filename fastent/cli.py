@@ -452,6 +452,29 @@ def runs_(path: Path, *, json: bool = False) -> int:
     return 0
 
 
+def verify(path: Path, *, json: bool = False) -> int:
+    """Say what of runs is damaged, and what makes it again; exit status 1 if anything is.
+
+    Every file is held to its checksum. Nothing is written; runs in training may be verified too.
+
+    For example:
+        fastent verify runs/quick
+        fastent verify runs/quick/e1-baseline-add-seed0
+        fastent verify bench/results/paper
+        fastent verify runs/quick --json
+
+    Parameters
+    ----------
+    path : Path
+        The --out of `fastent run`, one run's folder, a folder of packed runs, or one of their files.
+    json : bool
+        One JSON object for programs.
+    """
+    from fastent.grokking.experiments.verify import verify as verify_runs
+
+    return verify_runs(path, as_json=json)
+
+
 def compare(paths: tuple[Path, ...], *, out: Path | None = None) -> int:
     """Set runs of several settings side by side: what differs, T_mem, T_grok, H* with intervals, and curves.
 
@@ -1106,6 +1129,7 @@ def _dispatch(arguments: list[str]) -> int:
             "report": report,
             "runs": runs_,
             "watch": watch,
+            "verify": verify,
             "compare": compare,
             "entropy": entropy,
             "list": list_,

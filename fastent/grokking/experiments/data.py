@@ -1,12 +1,17 @@
 """Runs read for analysis: folders, which are never written to, and runs packed into Parquet files.
 
 What a folder holds is told in `fastent.grokking.train.runs`; it may belong to a run that is still training. The last
-line of a live log may be half written; it is left out here with a warning, and left alone on disk.
+line of a live log may be half written; it is left out here with a warning, and left alone on disk. A complete run is
+read if it is what its DONE closed.
+
+Folders of one identity are one run and its copies, as by ``cp -r``, and so is a run that lies there packed as well: it
+counts once, and what lies there besides is named.
 
 Packed runs are one file for each experiment, condition, task and change of settings, its runs by seed. A row is a line
 of a run's metrics or of its timing (column ``log``) with the run's ``seed``; configurations, environments and ends are
 JSON in the file's metadata under ``fastent``. Numbers are kept to the last bit, so a report from packed runs has the
-bytes of a report from their folders. Only complete runs are packed, by ``python -m fastent.grokking.experiments.data
+bytes of a report from their folders; a SHA-256 of the whole file, in its metadata under ``fastent.sha256``, is verified
+whenever it is read. Only complete runs are packed, by ``python -m fastent.grokking.experiments.data
 RUNS FOLDER``: beside what is there, a run of the same name in the place of the one packed before.
 """
 
@@ -14,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import io
 import json
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,14 +40,24 @@ from fastent.grokking.experiments.statistics import Array, Mask, Times
 from fastent.grokking.train import milestones
 from fastent.grokking.train.config import JUDGED, PRESETS, TASK_SETTINGS, TrainConfig, completed
 from fastent.grokking.train.milestones import SUSTAINED, TAU, WINDOW
-from fastent.grokking.train.runs import REMEDY, check_done, check_record, check_rows, read_done
+from fastent.grokking.train.runs import (
+    REMEDY,
+    check_done,
+    check_record,
+    check_rows,
+    damages,
+    identity,
+    read_done,
+)
 from fastent.grokking.train.storage import (
+    Damaged,
+    Log,
     RunError,
     RunWarning,
     parse_object,
     printable,
     read_object,
-    read_rows,
+    read_regular,
     write_atomically,
 )
 
@@ -54,7 +71,8 @@ class StoredRun:
 
     `path` is its folder, `record` the content of its config.json, `environment` the machine and software (empty
     if not recorded), `rows` its metrics and `timing` its clocks, `done` the content of DONE (None while the run
-    is not complete), `failed` that of FAILED.
+    is not complete), `failed` that of FAILED. `packed` is the file that it is read from, where that is no folder;
+    `copies` names where it lies besides.
 
     Raises
     ------
@@ -69,6 +87,8 @@ class StoredRun:
     timing: tuple[dict[str, Any], ...]
     done: dict[str, Any] | None
     failed: dict[str, Any] | None
+    packed: Path | None = None
+    copies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         path = self.path / "config.json"
@@ -102,6 +122,16 @@ class StoredRun:
     def name(self) -> str:
         """The folder's name."""
         return printable(self.path.name)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Digest of what makes it the run it is (`fastent.grokking.train.runs.identity`)."""
+        return identity(self.record)
+
+    @property
+    def place(self) -> str:
+        """What tells it from its copies: its folder's name, or that of the packed file too."""
+        return self.name if self.packed is None else f"{self.name} in {self.packed.name}"
 
     @property
     def preset(self) -> tuple[str, dict[str, Any]]:
@@ -379,12 +409,13 @@ def read_runs(root: Path, skipped: dict[str, str] | None = None) -> list[StoredR
     Raises
     ------
     RunError
-        If `root` is not a folder, holds no run, or holds one twice.
+        If `root` is not a folder, holds no run, or holds two of one name.
 
     Warns
     -----
     RunWarning
-        Of each that is skipped.
+        Of each that is skipped, and of each run that lies there more than once, and whether what lies there is the
+        same.
     """
     if not root.is_dir():
         raise RunError(f"{root} is not a folder: give the --out of `fastent run`")
@@ -403,12 +434,62 @@ def read_runs(root: Path, skipped: dict[str, str] | None = None) -> list[StoredR
     if not found:
         said = "".join(f"\n  {name}: {reason}" for name, reason in left.items())
         raise RunError(f"{root} holds no run that can be read: give the --out of `fastent run`{said}")
+    found = counted_once(found, root)
     names = Counter(run.name for run in found)
     if twice := [name for name, count in names.items() if count > 1]:
         raise RunError(
-            f"{root} holds {', '.join(sorted(twice))} twice: as a folder and packed, or in two files"
+            f"{root} holds {', '.join(sorted(twice))} twice, of other settings: as a folder and packed, or in two files"
         )
     return sorted(found, key=lambda r: (r.experiment, r.condition, str(r.config.get("task")), r.seed))
+
+
+def counted_once(found: Iterable[StoredRun], root: Path) -> list[StoredRun]:
+    """Keep one of the runs of each identity: complete rather than not, longer, a folder, the shortest name.
+
+    Warns
+    -----
+    RunWarning
+        Of each run of which there are more in `root`, and whether what lies there is the same.
+    """
+    groups: dict[str, list[StoredRun]] = defaultdict(list)
+    for run in found:
+        groups[run.identity].append(run)
+    kept = []
+    for group in groups.values():
+        order = sorted(
+            group,
+            key=lambda run: (
+                run.done is None,
+                -len(run.rows),
+                run.packed is not None,
+                len(run.name),
+                run.name,
+            ),
+        )
+        first, *copies = order
+        if copies:
+            first = replace(first, copies=tuple(run.place for run in copies))
+            said = "".join(
+                f"; {run.place} is another from step {step:,} on"
+                for run in copies
+                if (step := _parting(first, run)) is not None
+            )
+            warnings.warn(
+                f"{root}: {' and '.join(run.place for run in order)} are one run, by settings and seed, and count "
+                f"once, as {first.place}{said}",
+                RunWarning,
+                stacklevel=3,
+            )
+        kept.append(first)
+    return kept
+
+
+def _parting(run: StoredRun, other: StoredRun) -> int | None:
+    """Step of the first row in which two runs differ, as far as both go and record the same; None if in none."""
+    for a, b in zip(run.rows, other.rows, strict=False):
+        if any(a[key] != b[key] for key in a.keys() & b.keys()):
+            return int(a["step"])
+    return None
 
 
 def read_run(path: Path) -> StoredRun:
@@ -418,7 +499,12 @@ def read_run(path: Path) -> StoredRun:
     ------
     RunError
         If one of its files cannot be read, or holds what no run writes.
+    Damaged
+        If it is complete, and a file that is read here is not what its DONE closed.
     """
+    done = read_done(path)  # before the others: what it closes no longer changes
+    for damaged in damages(path) if done is not None else ():
+        raise damaged
     record = read_object(path / "config.json", REMEDY)
     if record is None:
         raise RunError(f"{path / 'config.json'} is missing: {REMEDY}")
@@ -426,10 +512,10 @@ def read_run(path: Path) -> StoredRun:
         StoredRun(
             path=path,
             record=record,
-            environment=read_object(path / "environment.json", REMEDY) or {},
+            environment=_without(read_object(path / "environment.json", REMEDY) or {}, "schema_version"),
             rows=tuple(_rows(path / "metrics.jsonl")),
             timing=tuple(_rows(path / "timing.jsonl")),
-            done=read_done(path),
+            done=None if done is None else _without(done, "settings_sha256", "files"),
             failed=read_object(path / "FAILED", REMEDY),
         )
     )
@@ -458,18 +544,30 @@ def sound(run: StoredRun) -> StoredRun:
     return run
 
 
+def _without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in keys}
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
-    size = path.stat().st_size if path.exists() else 0  # before reading: the file may grow meanwhile
-    rows, end = read_rows(path, 0)
-    if end < size:
-        message = f"{path}: line {len(rows) + 1} is torn; it and what follows it are not in the report"
-        warnings.warn(message, RunWarning, stacklevel=2)
-    return rows
+    log = Log.of(path, read_regular(path) if path.exists() else b"")
+    if log.fault is not None:
+        said = f"{path}: line {len(log.rows) + 1} is torn" if log.torn else log.fault.finding
+        warnings.warn(f"{said}; it and what follows it are not in the report", RunWarning, stacklevel=2)
+    return log.rows
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of packed files: 1 had no checksums."""
 
 _KEY = b"fastent"
+_SUM = re.compile(rb"fastent\.sha256..([0-9a-f]{64})", re.DOTALL)
+"""The checksum in a packed file, behind its name: 64 digits, counted as zeros in what it is a checksum of."""
+
+_NO_SUM = b"0" * 64
+
+PACK_AGAIN = (
+    "put it back from a copy, or pack its runs again: python -m fastent.grokking.experiments.data RUNS FOLDER"
+)
 _LOGS = ("metrics", "timing")
 
 
@@ -531,10 +629,12 @@ def _as_parquet(runs: Sequence[StoredRun]) -> bytes:
         for run in runs
     ]
     head = json.dumps({"schema_version": SCHEMA_VERSION, "runs": heads}, sort_keys=True)
-    table = pa.table(columns).replace_schema_metadata({_KEY: head.encode()})
+    table = pa.table(columns).replace_schema_metadata({_KEY: head.encode(), b"fastent.sha256": _NO_SUM})
     file = io.BytesIO()
     pq.write_table(table, file, compression="zstd", compression_level=19)
-    return file.getvalue()
+    data = file.getvalue()
+    (place,) = _SUM.finditer(data)
+    return data[: place.start(1)] + hashlib.sha256(data).hexdigest().encode() + data[place.end(1) :]
 
 
 def unpack(path: Path) -> list[StoredRun]:
@@ -542,31 +642,45 @@ def unpack(path: Path) -> list[StoredRun]:
 
     Raises
     ------
+    Damaged
+        If it is no such file, or not what was written.
     RunError
-        If it is no such file, or was packed by a newer fastent.
+        If it was packed by a newer fastent.
     """
+    data = read_regular(path)
+    mark = _SUM.search(data)
+    if mark is not None:
+        expected = mark[1].decode()
+        found = hashlib.sha256(data[: mark.start(1)] + _NO_SUM + data[mark.end(1) :]).hexdigest()
+        if found != expected:
+            raise Damaged(path, f"sha256 {expected}", found, remedy=PACK_AGAIN)
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(pa.BufferReader(data))
         head = parse_object(table.schema.metadata[_KEY])
         version, heads = head["schema_version"], head["runs"]
         if version > SCHEMA_VERSION:
             raise RunError(
                 f"{path} was packed with schema {version}, by a newer fastent than this ({SCHEMA_VERSION})"
             )
+        if mark is None and version != 1:
+            raise Damaged(path, "fastent.sha256, its checksum", "none", remedy=PACK_AGAIN)
         logs: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
         for line in table.to_pylist():
             logs[line.pop("seed"), line.pop("log")].append(line)
-        return [
-            _run(path.parent, each, *(logs[each["config"]["seed"], log] for log in _LOGS)) for each in heads
-        ]
+        return [_run(path, each, *(logs[each["config"]["seed"], log] for log in _LOGS)) for each in heads]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path} does not hold packed runs ({error!r}): {REMEDY}") from error
+        raise Damaged(path, "packed runs", f"none that can be read ({error!r})", remedy=PACK_AGAIN) from error
+
+
+def is_checked(path: Path) -> bool:
+    """Whether a packed file has a checksum, which `unpack` verifies: those from before there were any have none."""
+    return _SUM.search(path.read_bytes()) is not None
 
 
 def _run(
-    folder: Path, head: dict[str, Any], metrics: list[dict[str, Any]], timing: list[dict[str, Any]]
+    file: Path, head: dict[str, Any], metrics: list[dict[str, Any]], timing: list[dict[str, Any]]
 ) -> StoredRun:
-    path = folder / head["name"]
+    path = file.parent / head["name"]
     if head["name"] != path.name or path.name == "..":
         raise ValueError(f"{head['name']!r} is no name of a folder")
     done = head["done"]
@@ -581,6 +695,7 @@ def _run(
             timing=tuple({name: value for name, value in row.items() if value is not None} for row in timing),
             done=done,
             failed=None,
+            packed=file,
         )
     )
 

@@ -1,11 +1,14 @@
 """What is in a folder of runs: the state of each, read from the ends of its files, and never written to.
 
 `Folder.look` may be called again and again; each look reads what was written since the last. Of a run that is complete
-``DONE`` has its times, and the last line of its metrics the rest, so a thousand of them take a second or two; of others
-all lines are read once, for T_mem and T_grok. Packed runs (`fastent.grokking.experiments.data`) are complete.
+``DONE`` has its times, and the last line of its metrics the rest, so a thousand of them take a second or two, with the
+checksums of their logs; of others all lines are read once, for T_mem and T_grok. Packed runs
+(`fastent.grokking.experiments.data`) are complete.
 
 A last line that is not whole is one that is being written, or that a crash cut short and the run drops when it goes on:
-it is left out. A line that is not whole and has others after it, and a file that cannot be read, make a run `DAMAGED`.
+it is left out. A line that is not whole and has others after it, and a file that cannot be read or is not what DONE
+closed, make a run `DAMAGED`. Copies of a run count once (`Folder.look`).
+
 Whether somebody trains is told by the run's lock, whose process is looked for on this host; on another host it counts
 as alive, and the time of the last line says how far to believe that.
 """
@@ -13,7 +16,7 @@ as alive, and the time of the last line says how far to believe that.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -22,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from fastent.grokking.experiments.data import Runs, StoredRun, sound, unpack
-from fastent.grokking.train.runs import awaited, check_rows, read_done, what_counts
+from fastent.grokking.train.runs import awaited, check_rows, damages, read_done, what_counts
 from fastent.grokking.train.storage import (
+    MEND,
     RunError,
     holder,
     open_regular,
@@ -34,7 +38,6 @@ from fastent.grokking.train.storage import (
 )
 
 REMEDY = "give the --out of `fastent run`, or a folder of packed runs"
-MEND = "put the file back from a copy, or move the folder away to train the seed anew"
 
 
 class State(StrEnum):
@@ -76,6 +79,10 @@ class RunState:
         The last that the process of a failed run wrote to standard error.
     command : str
         What to type to try a failed run again; "" where it is not known.
+    identity : str
+        Of the run, wherever it lies (`fastent.grokking.train.runs.identity`); "" where it cannot be read.
+    copies : tuple of str
+        Where it lies besides.
     stored : StoredRun or None
         With all its lines, where these were read.
     """
@@ -92,6 +99,8 @@ class RunState:
     detail: str = ""
     lines: tuple[str, ...] = ()
     command: str = ""
+    identity: str = ""
+    copies: tuple[str, ...] = ()
     stored: StoredRun | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -134,18 +143,22 @@ class Folder:
     def look(self) -> list[RunState]:
         """Return its runs by name, seeds in the order of their numbers.
 
+        A run that lies there several times counts once: complete rather than in training, further rather than less
+        far, under the shortest name. Its other places are its `copies`.
+
         Raises
         ------
         RunError
             If there is none, and none announced: what is there instead.
         """
         self.foreign = []
-        alone = self.path.is_file() or _is_run(self.path)
-        found = {
-            each.name: each
+        alone = self.path.is_file() or is_run(self.path)
+        states = [
+            each
             for path in ([self.path] if alone else sorted(self.path.iterdir()))
             for each in self._of(path)
-        }
+        ]
+        found = {each.name: each for each in _counted_once(states)}
         if not alone:
             for name, limit in awaited(self.path).items():
                 known = found.get(name, RunState(name, State.WAITING, limit=limit))
@@ -161,7 +174,7 @@ class Folder:
         if path.suffix == ".parquet" and path.is_file():
             self._settled[path] = _packed(path)
             return self._settled[path]
-        if not (path.is_dir() and _is_run(path)):
+        if not (path.is_dir() and is_run(path)):
             if not path.name.startswith((".", "sweep-")):
                 self.foreign.append(printable(path.name) + ("/" if path.is_dir() else ""))
             return []
@@ -179,7 +192,11 @@ class Folder:
 
     def _read(self, path: Path) -> RunState:
         trained_by = holder(path)  # before the files: a run that ends meanwhile is complete, not interrupted
-        done, failed = read_done(path), read_object(path / "FAILED", MEND)
+        done = read_done(path)
+        if done is not None and "files" in done:
+            for damaged in damages(path):
+                raise damaged
+        failed = read_object(path / "FAILED", MEND)
         record = read_object(path / "config.json", MEND)
         if record is None:
             if trained_by is not None:
@@ -188,10 +205,7 @@ class Folder:
                 return RunState(
                     path.name, State.INTERRUPTED, written=_written(path), detail="it has not begun"
                 )
-            raise RunError(
-                f"{path / 'config.json'} is missing: put it back from a copy (another seed's, with this one's number "
-                "in it), or move the folder away to train the seed anew"
-            )
+            raise RunError(f"{path / 'config.json'} is missing: {MEND}")
         log = self._logs.setdefault(path, _Log(path / "metrics.jsonl"))
         known = done is not None and {"t_mem", "t_grok"} <= done.keys() and not self._whole
         log.read(last=known)
@@ -201,6 +215,7 @@ class Folder:
         stored = sound(StoredRun(path, record, {}, tuple(log.rows), (), done, failed))
         told = _told(stored, done if known else None)
         told["stored"] = None if known else stored
+        told["identity"] = stored.identity
         told["written"] = _written(path)
         if done is not None:
             return RunState(path.name, State.COMPLETE, detail=str(done.get("reason", "")), **told)
@@ -215,14 +230,36 @@ class Folder:
         return RunState(path.name, State.INTERRUPTED, detail=torn if log.torn else "", **told)
 
     def _nothing(self) -> str:
-        inside = [
-            each for each in self.path.iterdir() if each.is_dir() and any(map(_is_run, each.glob("*/")))
-        ]
+        inside = [each for each in self.path.iterdir() if each.is_dir() and any(map(is_run, each.glob("*/")))]
         if inside:
             return f"{self.path} holds no run itself: give {' or '.join(map(str, sorted(inside)))}"
         if not self.foreign:
             return f"{self.path} is empty: {REMEDY}"
         return f"{self.path} holds no run, only {some(self.foreign)}: {REMEDY}"
+
+
+def _counted_once(states: Iterable[RunState]) -> list[RunState]:
+    groups: dict[str, list[RunState]] = {}
+    for state in states:
+        groups.setdefault(state.identity or state.name, []).append(state)
+    ranks = (State.COMPLETE, State.RUNNING)
+    kept = []
+    for group in groups.values():
+        first, *copies = sorted(
+            group,
+            key=lambda each: (
+                ranks.index(each.state) if each.state in ranks else len(ranks),
+                -(each.step or 0),
+                len(_place(each)),
+                each.name,
+            ),
+        )
+        kept.append(replace(first, copies=tuple(map(_place, copies))))
+    return kept
+
+
+def _place(state: RunState) -> str:
+    return state.name if state.stored is None else state.stored.place
 
 
 def some(names: list[str], most: int = 5) -> str:
@@ -235,7 +272,8 @@ def skipped(foreign: list[str]) -> str:
     return f"no runs, skipped: {some(foreign)}" if foreign else ""
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether `path` is the folder of a run: by a file that only runs have, or its name and its config.json."""
     if any((path / name).is_file() for name in ("metrics.jsonl", "DONE", "FAILED")):
         return True
     # A folder of another kind may hold one of these, as that of a model does.
@@ -297,6 +335,7 @@ def _packed(path: Path) -> list[RunState]:
                 detail=str((run.done or {}).get("reason", "")),
                 written=max((row["time"] for row in run.timing if "time" in row), default=None),
                 stored=run,
+                identity=run.identity,
                 **_told(run, None),
             )
             for run in runs

@@ -841,7 +841,8 @@ def _runs_table(stored: Sequence[StoredRun]) -> Table:
     for run in stored:
         name, changes = run.preset
         setting = name + "".join(f", {key} = {value}" for key, value in changes.items())
-        rows.append((f"`{run.name}`", setting, str(len(run.rows)), run.state))
+        again = f"; lies there again: {', '.join(run.copies)}" if run.copies else ""
+        rows.append((f"`{run.name}`", setting, str(len(run.rows)), run.state + again))
     return Table("Run folders.", ("folder", "setting", "evaluations", "state"), tuple(rows), (2,))
 
 

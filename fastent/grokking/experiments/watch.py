@@ -28,7 +28,7 @@ from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import predict_grok_time
 from fastent.grokking.experiments.claims import NONE, decimal, steps
 from fastent.grokking.experiments.data import Runs, StoredRun
-from fastent.grokking.experiments.folder import Folder, RunState, State, skipped
+from fastent.grokking.experiments.folder import Folder, RunState, State, skipped, some
 from fastent.grokking.experiments.statistics import Array
 from fastent.grokking.train.storage import StopRequest
 
@@ -346,6 +346,8 @@ def _remarks(states: Sequence[RunState], foreign: list[str]) -> list[Text]:
             lines.append(Text(f"{state.name}: {state.detail}", style=COLOURS[state.state]))
             lines += [Text(f"  {line}", style="dim") for line in state.lines]
             lines += [Text(f"  to try again: {state.command}")] if state.command else []
+        if state.copies:
+            lines.append(Text(f"{state.name} lies there again, and counts once: {some(list(state.copies))}"))
     if foreign:
         lines.append(Text(skipped(foreign), style="dim"))
     return lines

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,12 @@ from torch import Tensor
 
 from fastent.grokking.train.storage import (
     CheckpointError,
+    Damaged,
     RunError,
-    dump_json,
-    parse_object,
     read_regular,
+    seal,
     sync_folder,
+    unseal,
     write_atomically,
 )
 
@@ -72,7 +72,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     # Written over a checkpoint of the same step, new tensors beside the old record would be a broken pair.
     json_path.unlink(missing_ok=True)
     write_atomically(_path(folder, checkpoint.step, "safetensors"), data)
-    write_atomically(json_path, dump_json({**record, "record_sha256": _record_sum(record)}))
+    write_atomically(json_path, seal(record))
 
 
 def read_checkpoint(folder: Path, step: int) -> Checkpoint:
@@ -97,14 +97,12 @@ def read_checkpoint(folder: Path, step: int) -> Checkpoint:
     data = _read(path)
     found = hashlib.sha256(data).hexdigest()
     if found != record["sha256"]:
-        raise CheckpointError(
-            f"{path}: expected sha256 {record['sha256']}, found {found} ({len(data)} bytes)"
-        )
+        raise CheckpointError(path, f"sha256 {record['sha256']}", f"{found} ({len(data)} bytes)")
     try:
         tensors = load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: its checksum is right but it is not a safetensors file: {error}"
+            path, "a safetensors file", f"none, though its checksum is right: {error}"
         ) from error
     return Checkpoint(record["step"], tensors, record["state"])
 
@@ -175,25 +173,18 @@ def _read(path: Path) -> bytes:
     try:
         return read_regular(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing") from error
+        raise CheckpointError(path, "a file", "none") from error
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     data = _read(path)
     try:
-        record = parse_object(data)
-        expected = record.pop("record_sha256")
-        version, step, _, _ = (record[key] for key in ("schema_version", "step", "sha256", "state"))
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint's record ({len(data)} bytes): {error!r}") from error
-    found = _record_sum(record)
-    if found != expected:
-        raise CheckpointError(f"{path}: expected sha256 {expected} of its content, found {found}")
-    if not (isinstance(version, int) and isinstance(step, int) and path == _path(path.parent, step, "json")):
-        raise CheckpointError(f"{path}: holds schema {version!r}, step {step!r}, not those of its name")
+        record = unseal(path, data, must=True)
+    except Damaged as error:
+        raise CheckpointError(path, error.expected, error.found) from error
+    names = ("schema_version", "step", "sha256", "state")
+    version, step, _, state = (record.get(name) for name in names)
+    whole = isinstance(version, int) and isinstance(step, int) and isinstance(state, dict)
+    if not whole or path != _path(path.parent, step, "json"):
+        raise CheckpointError(path, "a record of its name's step", f"schema {version!r}, step {step!r}")
     return record
-
-
-def _record_sum(record: dict[str, Any]) -> str:
-    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()

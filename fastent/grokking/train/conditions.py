@@ -53,7 +53,7 @@ from torch import Tensor
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.models import Condition, head_gradients, initial_parameters, logit_scale
 from fastent.grokking.train.registry import BUILT_IN, check_known, find, names, origin
-from fastent.grokking.train.runs import OWN, Job, check_rows, read_settings
+from fastent.grokking.train.runs import OWN, Job, check_rows, damages, read_settings
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.stacked import Parameters, tensor_norms
 from fastent.grokking.train.storage import RunError, RunWarning, read_rows
@@ -509,6 +509,8 @@ def _log(source: Job, seed: int, out: Path, column: str, *, until_memorised: boo
     remedy = f"`fastent run {command}` with the same settings, seeds and --out makes it"
     if not (path / "DONE").exists():
         raise RunError(f"{path}, whose {what} is to be followed, is missing or not complete: {remedy}")
+    for damaged in damages(path):
+        raise damaged
     recorded = read_settings(path)
     if recorded | {"measures": []} != source.settings() | {"measures": []}:  # they do not change the training
         raise RunError(f"{path}, whose {what} is to be followed, was trained with other settings: {remedy}")

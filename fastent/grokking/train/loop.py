@@ -338,7 +338,7 @@ class _Training:
     def _finish(self, ended: dict[int, str], step: int) -> None:
         for run in self._recorded(step):
             if run.seed in ended:
-                run.finish(step, ended[run.seed], reached(run.metrics.rows, self.job.config))
+                run.finish(step, ended[run.seed], reached(run.metrics.rows, self.job.config), self._now())
                 self.observers.done(self.job, run.seed)
         self.stack.keep([seed for seed in self.stack.seeds if seed not in ended])
 

@@ -8,8 +8,8 @@
                             what came from other packages (guests)
         environment.json    machine and software of the first start
         metrics.jsonl       one row an evaluation; a function of the configuration alone, so equal after a resume
-        timing.jsonl        clocks, starts and resumes, and what H cost the stack at each evaluation; all that
-                            differs from one execution to the next
+        timing.jsonl        clocks, starts, resumes and the end, and what H cost the stack at each evaluation; all
+                            that differs from one execution to the next
         checkpoint-<step>.safetensors, .json
         DONE                why and when the run ended, as JSON; it is complete
         FAILED              why a sweep gave the run up, as JSON; removed when it goes on
@@ -21,6 +21,14 @@ again, and the files of the others stay as they are.
 
 A name carries the settings that were changed from the preset's, as in ``e1-baseline-add-learning_rate=0.0005-seed0``,
 so runs of several settings lie side by side. Folders from before names did keep theirs, and go on under them.
+
+Each JSON file and each row has its checksum (`fastent.grokking.train.storage`). DONE holds length and SHA-256 of the
+metrics and the last checkpoint, and the SHA-256 of the settings; the last row of the timing that of the environment,
+since these two differ between executions and DONE must not. `damages` finds what of a complete run is not as DONE
+closed it.
+
+A run is told by what makes it: experiment, condition, settings and seed (`identity`), not by where it lies, because it
+is a function of them. Two folders of one identity are one run and its copy.
 """
 
 from __future__ import annotations
@@ -32,7 +40,7 @@ import hashlib
 import json
 import reprlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,8 +59,11 @@ from fastent.grokking.train.config import TrainConfig, completed
 from fastent.grokking.train.environment import changes_of_bits
 from fastent.grokking.train.registry import BUILT_IN, TAKEN, Kind, origin
 from fastent.grokking.train.storage import (
+    MEND,
     CheckpointError,
+    Damaged,
     JsonLines,
+    Log,
     Process,
     RowsLost,
     RunError,
@@ -64,10 +75,13 @@ from fastent.grokking.train.storage import (
     read_regular,
     read_rows,
     remove_temporaries,
+    seal,
+    unseal,
     write_atomically,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of config.json, environment.json, DONE and FAILED: 1 had no checksums."""
 
 OWN = "own"
 """Experiment of runs that belong to none: one's own."""
@@ -197,8 +211,8 @@ def plan_stacks(job: Job, out: Path, workers: int = 1) -> list[Job]:
 
     def recorded(seed: int) -> tuple[int, ...] | None:
         path = out / job.run_name(seed)
-        record = read_record(path)
-        return None if record is None or not what_counts(path) else tuple(record["stack"])
+        record = read_record(path) if what_counts(path) else None
+        return None if record is None else tuple(record["stack"])
 
     stacks: list[tuple[int, ...]] = []
     started: set[int] = set()
@@ -245,6 +259,8 @@ class Run:
         On ``with``, if another process holds the folder.
     RunError
         On ``with``, if the folder was written with another configuration or a newer schema, and not `force`.
+    Damaged
+        On ``with``, if a file of its settings is damaged, or any of a complete run but its checkpoint.
     OSError
         If the folder cannot be written.
     """
@@ -273,9 +289,12 @@ class Run:
 
     def _open(self) -> None:
         self._ignored, self._config = self._check_config()
+        for damaged in damages(self.path):
+            raise damaged
         self.done = read_done(self.path)
         self.metrics, self.timing = (
-            JsonLines(self.path / f"{name}.jsonl", self._lock.check) for name in ("metrics", "timing")
+            JsonLines(self.path / f"{name}.jsonl", self._lock.check, sums=True)
+            for name in ("metrics", "timing")
         )
         for log in (self.metrics, self.timing):
             check_rows(log.path, log.rows)
@@ -296,7 +315,7 @@ class Run:
                 stacklevel=2,
             )
         if self._config is not None:
-            write_atomically(self.path / "config.json", dump_json(self._config))
+            write_atomically(self.path / "config.json", seal(self._config))
         if self.done is None:
             (self.path / "FAILED").unlink(missing_ok=True)
         self._check_environment()
@@ -322,13 +341,14 @@ class Run:
         if guests:
             now["guests"] = guests
         path = self.path / "config.json"
-        recorded, kept = read_record(self.path), what_counts(self.path)
+        kept = what_counts(self.path)
+        recorded = read_record(self.path) if kept else None
         if recorded is None and kept and not self._force:
             raise RunError(
-                f"{path} is missing beside {kept}: put it back (another seed's, with this one's number in it), or move "
-                "the folder away to train the seed anew; --force goes on with the settings given now"
+                f"{path} is missing beside {kept}: put it back from a copy, or move the folder away to train the seed "
+                "anew; --force goes on with the settings given now"
             )
-        if recorded is not None and kept:
+        if recorded is not None:
             if self.seed in recorded["stack"]:
                 # Which seeds began together does not change what any of them is.
                 now["stack"] = recorded["stack"]
@@ -356,13 +376,11 @@ class Run:
 
     def _check_environment(self) -> None:
         path = self.path / "environment.json"
+        if self.done is not None:
+            return
         if not path.exists() or not what_counts(self.path):
-            write_atomically(path, dump_json(self._environment))
-        elif self.done is None and (
-            changes := changes_of_bits(
-                read_object(path, "put it back from a copy, or remove it") or {}, self._environment
-            )
-        ):
+            write_atomically(path, seal({"schema_version": SCHEMA_VERSION, **self._environment}))
+        elif changes := changes_of_bits(read_object(path, REMEDY_OF_ENVIRONMENT) or {}, self._environment):
             warnings.warn(
                 f"{self.path}: it began with {'; '.join(changes)}: the last bits of its numbers may differ from "
                 "an uninterrupted run's",
@@ -372,7 +390,7 @@ class Run:
 
     def evaluation_due(self, step: int) -> bool:
         """Whether a row belongs to `step`: every `evaluate_every` steps, and at the last."""
-        return step % self.job.config.evaluate_every == 0 or step == self.job.config.max_steps
+        return _evaluation_due(step, vars(self.job.config))
 
     @property
     def last_row_step(self) -> int:
@@ -402,11 +420,11 @@ class Run:
         for step in reversed(steps):
             try:
                 checkpoint = read_checkpoint(self.path, step)
-                self._check_rows(step)
+                _check_saved(self.path, self.metrics.log, checkpoint, vars(self.job.config))
             except RowsLost as error:
-                whole, reason = whole or step, str(error)
+                whole, reason = whole or step, error.finding
             except CheckpointError as error:
-                reason = str(error)
+                reason = error.finding
             else:
                 return checkpoint
             warnings.warn(f"falls back to the checkpoint before: {reason}", RunWarning, stacklevel=2)
@@ -423,15 +441,6 @@ class Run:
             )
         return None
 
-    def _check_rows(self, step: int) -> None:
-        have = [row["step"] for row in self.metrics.rows if row["step"] <= step]
-        due = [s for s in range(step + 1) if self.evaluation_due(s)]
-        if have != due:
-            lost = next((s for s in due if s not in have), step)
-            raise RowsLost(
-                f"{self.metrics.path}: the row of step {lost} is lost, so checkpoint {step} cannot serve"
-            )
-
     def rewind(self, step: int | None) -> None:
         """Drop rows and checkpoints after `step`, its newest that can serve; all of them if it is None."""
         limit = -1 if step is None else step
@@ -442,7 +451,9 @@ class Run:
         """Write `checkpoint`, the rows before it first."""
         self._lock.check()
         self.metrics.sync()
-        write_checkpoint(self.path, checkpoint)
+        count = sum(row["step"] <= checkpoint.step for row in self.metrics.rows)
+        state = {**checkpoint.state, "metrics": self.metrics.log.extent(count)}
+        write_checkpoint(self.path, dataclasses.replace(checkpoint, state=state))
 
     def keep_newest(self, count: int) -> None:
         """Remove all that is older than the `count` newest checkpoints."""
@@ -452,11 +463,22 @@ class Run:
         """Remove all that is older than the newest checkpoint that can be read: what a complete run needs."""
         keep_last_sound(self.path)
 
-    def finish(self, steps: int, reason: str, quantities: dict[str, Any]) -> None:
-        """Mark the run complete after `steps` steps."""
+    def finish(self, steps: int, reason: str, quantities: dict[str, Any], now: dict[str, float]) -> None:
+        """Mark the run complete after `steps` steps, saved before; the timing ends with the clocks `now`."""
         self._lock.check()
-        done = {"schema_version": SCHEMA_VERSION, "steps": steps, "reason": reason, **quantities}
-        write_atomically(self.path / "DONE", dump_json(done))
+        environment, config = (read_regular(self.path / f"{name}.json") for name in ("environment", "config"))
+        last = {"event": "end", "step": steps, **now, "environment_sha256": _sum(environment)["sha256"]}
+        self.timing.append(last)
+        self.timing.sync()
+        done = {
+            "schema_version": SCHEMA_VERSION,
+            "steps": steps,
+            "reason": reason,
+            **quantities,
+            "settings_sha256": _settings_sum(unseal(self.path / "config.json", config)),
+            "files": {name: _sum(read_regular(self.path / name)) for name in _closed(steps)},
+        }
+        write_atomically(self.path / "DONE", seal(done))
         self.done = done
 
 
@@ -503,11 +525,17 @@ def mark_failed(
 
     It says why, the last lines that the process wrote, and what to type to go on.
     """
-    said = {"attempts": attempts, "reason": reason, "lines": list(lines), "command": command}
+    said = {
+        "schema_version": SCHEMA_VERSION,
+        "attempts": attempts,
+        "reason": reason,
+        "lines": list(lines),
+        "command": command,
+    }
     for seed in job.seeds:
         path = out / job.run_name(seed)
         if path.is_dir() and not (path / "DONE").exists():
-            write_atomically(path / "FAILED", dump_json(said))
+            write_atomically(path / "FAILED", seal(said))
 
 
 REMEDY = "put it back from a copy, or move the folder away"
@@ -569,7 +597,8 @@ _DONE_REMEDY = "put it back from a copy, or remove it, and the run goes on from 
 def check_done(path: Path, done: dict[str, Any]) -> None:
     """See that `done`, of a file `path`, says when and why a run ended; raises RunError as `check_record`."""
     times = {name: (int, None) for name in ("t_mem", "t_grok", "t_grok_sustained") if name in done}
-    _check_fields(path, done, {"steps": int, "reason": str, **times}, _DONE_REMEDY)
+    sums = {name: kind for name, kind in (("files", dict), ("settings_sha256", str)) if name in done}
+    _check_fields(path, done, {"steps": int, "reason": str, **times, **sums}, _DONE_REMEDY)
 
 
 def check_record(path: Path, record: dict[str, Any]) -> None:
@@ -680,6 +709,201 @@ def check_rows(path: Path, rows: Sequence[dict[str, Any]], first: int = 1) -> No
 
 def _refuse_row(path: Path, line: int, name: str, rule: str, value: Any) -> None:
     raise RunError(f"{path}: line {line}: {name} must be {rule}; got {_short(value)}: {REMEDY}")
+
+
+REMEDY_OF_ENVIRONMENT = (
+    "put it back from a copy, or remove it and DONE, and what this machine is takes its place"
+)
+REMEDY_OF_TIMING = (
+    "put it back from a copy, or remove DONE, and the same command closes the run without the rows from there on: they "
+    "hold clocks alone"
+)
+
+
+def _closed(steps: int) -> tuple[str, ...]:
+    """Name the files that are a function of the configuration, whose checksums DONE holds."""
+    return "metrics.jsonl", f"checkpoint-{steps}.json", f"checkpoint-{steps}.safetensors"
+
+
+def _sum(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _settings_sum(record: dict[str, Any]) -> str:
+    """SHA-256 of a config.json, but for the seeds that were trained beside, which change nothing."""
+    own = {key: value for key, value in record.items() if key != "stack"}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def damages(path: Path, *, checkpoint: bool = False) -> list[Damaged]:
+    """Find what of the complete run in the folder `path` is not as it was when it ended, one for each file.
+
+    Of a run from before there were checksums: logs whose rows are not whole or do not come to the end.
+
+    Parameters
+    ----------
+    path : Path
+    checkpoint : bool
+        Look at the last checkpoint too, which no report reads and which is far larger than all the rest.
+    """
+    try:
+        done = read_done(path)
+    except Damaged as damaged:
+        return [damaged]
+    if done is None:
+        return []
+    found: list[Damaged] = []
+    for check in (_check_settings, _check_metrics, _check_timing, *([_check_last] if checkpoint else [])):
+        try:
+            check(path, done)
+        except Damaged as damaged:
+            found.append(damaged)
+    return found
+
+
+def _check_settings(path: Path, done: dict[str, Any]) -> None:
+    path = path / "config.json"
+    found, expected = _settings_sum(unseal(path, _content(path))), done.get("settings_sha256")
+    if expected not in (None, found):
+        raise Damaged(path, f"sha256 {expected} of the settings", found)
+
+
+def _check_metrics(path: Path, done: dict[str, Any]) -> None:
+    path = path / "metrics.jsonl"
+    data = _content(path)
+    if _is_closed(path, data, done):
+        return
+    log = Log.of(path, data)
+    if log.fault is not None:
+        raise log.fault
+    last = log.rows[-1].get("step") if log.rows else None
+    if last != done["steps"]:
+        raise Damaged(
+            path, f"rows up to step {done['steps']:,}", f"{len(log.rows):,}, the last of step {last}"
+        )
+    if "files" in done:
+        raise Damaged(path, f"{done['files'].get(path.name)}", f"{_sum(data)}")
+
+
+def _check_timing(path: Path, done: dict[str, Any]) -> None:
+    path, environment = path / "timing.jsonl", path / "environment.json"
+    if "files" not in done:
+        if path.exists() and (fault := Log.of(path, read_regular(path)).fault) is not None:
+            raise fault.replaced(REMEDY_OF_TIMING)
+        read_object(environment, REMEDY_OF_ENVIRONMENT)
+        return
+    log = Log.of(path, _content(path, remedy=REMEDY_OF_TIMING))
+    if log.fault is not None:
+        raise log.fault.replaced(REMEDY_OF_TIMING)
+    last = log.rows[-1] if log.rows else {}
+    if last.get("event") != "end":
+        raise Damaged(
+            path, 'a last row of the event "end"', f"{last.get('event')!r}", remedy=REMEDY_OF_TIMING
+        )
+    expected = last.get("environment_sha256")
+    found = _sum(_content(environment, remedy=REMEDY_OF_ENVIRONMENT))["sha256"]
+    if found != expected:
+        raise Damaged(environment, f"sha256 {expected}", found, remedy=REMEDY_OF_ENVIRONMENT)
+
+
+def _check_last(path: Path, done: dict[str, Any]) -> None:
+    if "files" in done:
+        for name in _closed(done["steps"])[1:]:
+            data = _content(path / name)
+            if not _is_closed(path / name, data, done):
+                raise Damaged(path / name, f"{done['files'].get(name)}", f"{_sum(data)}")
+    elif steps := checkpoint_steps(path):
+        read_checkpoint(path, steps[-1])
+
+
+def _content(path: Path, *, remedy: str = MEND) -> bytes:
+    try:
+        return read_regular(path)
+    except FileNotFoundError as error:
+        raise Damaged(path, "a file", "none", remedy=remedy) from error
+
+
+def _is_closed(path: Path, data: bytes, done: dict[str, Any]) -> bool:
+    return bool(done.get("files", {}).get(path.name) == _sum(data))
+
+
+def has_checksums(path: Path) -> bool:
+    """Whether the run in the folder `path`, whose files are whole, was written with checksums from its beginning."""
+    record = read_done(path) or read_record(path)
+    return record is None or record.get("schema_version") != 1
+
+
+def what_is_left(path: Path) -> tuple[list[Damaged], int | None]:
+    """Find what is damaged of the run in the folder `path`, which is not complete, and where it can go on.
+
+    A last row without an end, as a crash leaves it, is no damage: the run writes it again.
+
+    Returns
+    -------
+    list of Damaged
+    int or None
+        Step of the newest checkpoint that can serve; 0 where there is none, so that it starts anew. None if it has to
+        be moved away for that, as checkpoints are whole and what belongs to them is lost.
+    """
+    found: list[Damaged] = []
+    record: dict[str, Any] | None = None
+    try:
+        record = read_record(path)
+        if record is None and what_counts(path):
+            raise Damaged(path / "config.json", "a file", "none")
+    except Damaged as damaged:
+        found.append(damaged)
+    for name in ("environment.json", "FAILED"):
+        try:
+            read_object(path / name)
+        except Damaged as damaged:
+            found.append(damaged)
+    logs = {}
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        file = path / name
+        logs[name] = log = Log.of(file, read_regular(file) if file.exists() else b"")
+        check_rows(file, log.rows)
+        if log.fault is not None and not log.torn:
+            found.append(log.fault)
+    whole, serving = False, None
+    for step in checkpoint_steps(path):
+        try:
+            checkpoint, whole = read_checkpoint(path, step), True
+            if record is not None:
+                _check_saved(path, logs["metrics.jsonl"], checkpoint, record["config"])
+                serving = step
+        except Damaged as damaged:
+            found.append(damaged)
+    return found, 0 if serving is None and not whole else serving
+
+
+def _check_saved(path: Path, log: Log, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """See that all rows up to a checkpoint are there and are those it was saved with."""
+    path, step = path / "metrics.jsonl", checkpoint.step
+    have = [row["step"] for row in log.rows if row["step"] <= step]
+    due = [s for s in range(step + 1) if _evaluation_due(s, config)]
+    if have != due:
+        lost = next((s for s in due if s not in have), step)
+        raise RowsLost(path, f"the row of step {lost}, for checkpoint {step}", "none")
+    found = log.extent(len(have))
+    expected = checkpoint.state.get("metrics", found)  # one from before there were checksums does not say
+    if found != expected:
+        raise RowsLost(path, f"{expected}, for checkpoint {step}", f"{found}")
+
+
+def _evaluation_due(step: int, config: Mapping[str, Any]) -> bool:
+    return step % config["evaluate_every"] == 0 or step == config["max_steps"]
+
+
+def identity(record: Mapping[str, Any]) -> str:
+    """Digest of what makes a run the one it is, from its config.json.
+
+    Experiment, condition, seed, every setting and the changes that were forced upon it; neither where it lies, nor
+    the seeds trained beside it, nor the measures, which change nothing of the training.
+    """
+    settings = {**completed(record["config"]), "measures": []}
+    own = [record.get(key) for key in ("experiment", "condition", "seed", "forced")]
+    return hashlib.sha256(json.dumps([own, settings], sort_keys=True).encode()).hexdigest()
 
 
 def what_counts(path: Path) -> str:

@@ -1,9 +1,15 @@
-"""A run's folder kept whole: files written at once or not at all, logs, the lock, signals, and what can go wrong.
+"""A run's folder kept whole: files written at once or not at all, logs, checksums, the lock, signals, errors.
 
 Files are written whole under a temporary name, synced, renamed and their folder synced, so that a reader finds the old
 content or the new one, also after a power cut. A log has one JSON object a line and is only ever appended to; a line
-that a crash cut short has no newline (or does not parse), and is dropped with all that follows it when the log is
-opened again. Errors are `OSError` with the file's name in it, so that a message can say what was full or read-only.
+that a crash cut short has no newline, and is dropped when the log is opened again. Errors are `OSError` with the file's
+name in it, so that a message can say what was full or read-only.
+
+What a disk or a copy damages is noticed. A JSON file of ours is sealed: its member ``record_sha256`` is the SHA-256 of
+the others, and its bytes are those that `dump_json` makes of them. The last member of a row of a log with checksums,
+``crc32``, continues the CRC-32 of the row before over the row's own bytes: whatever is changed, missing, doubled or
+swapped shows at the first row that does not continue its forerunner. What ends a log early shows where its length is
+written down: in the checkpoint, and in DONE. Files from before there were checksums are read without.
 
 One process has a folder: by `flock` on the file ``lock``, so that it ends with its process however that dies; the
 file names the holder (`Process`) for the message that another process gets. Where the file system has no `flock`,
@@ -18,15 +24,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import re
 import reprlib
 import signal
 import socket
 import stat
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, BinaryIO, Self
@@ -40,7 +49,36 @@ class RunLocked(RunError):
     """Refusal of a run folder that another process holds."""
 
 
-class CheckpointError(RunError):
+MEND = "put it back from a copy, or move the folder away to train the seed anew"
+
+
+class Damaged(RunError):
+    """Error of a file that does not hold what was written to it.
+
+    Attributes
+    ----------
+    path : Path
+    row : int or None
+        Of a log, from 1.
+    expected, found : str
+    finding : str
+        All of these in words; the message says what to do besides.
+    """
+
+    def __init__(
+        self, path: Path, expected: str, found: str, *, row: int | None = None, remedy: str = MEND
+    ) -> None:
+        self.path, self.row, self.expected, self.found = path, row, expected, found
+        what = "damaged" if row is None else f"row {row} is damaged"
+        self.finding = f"{path}: {what}: expected {expected}, found {found}"
+        super().__init__(f"{self.finding}: {remedy}")
+
+    def replaced(self, remedy: str) -> Damaged:
+        """Return the same with another remedy."""
+        return Damaged(self.path, self.expected, self.found, row=self.row, remedy=remedy)
+
+
+class CheckpointError(Damaged):
     """Error of one checkpoint that cannot be used; the one before it may."""
 
 
@@ -179,20 +217,59 @@ def _inside(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
-def read_object(path: Path, remedy: str) -> dict[str, Any] | None:
-    """Read the JSON object in the file `path`; None if there is no such file.
+SEAL = "record_sha256"
+"""Member of a sealed record that holds the checksum of the others."""
+
+
+def seal(record: dict[str, Any]) -> bytes:
+    """`record` as `dump_json` writes it, with the checksum of its content."""
+    return dump_json({**record, SEAL: _content_sum(record)})
+
+
+def unseal(path: Path, data: bytes, *, must: bool = False, remedy: str = MEND) -> dict[str, Any]:
+    """Return the record that `data`, the content of the file `path`, holds, its checksum verified and left out.
 
     Raises
     ------
-    RunError
-        If it holds something else; the message has `remedy`, what to do then.
+    Damaged
+        If it is no JSON object or not what was sealed, or if it has no checksum where it `must`: by what it is, or
+        by its schema version, which is 2 at least where there are checksums.
     """
     try:
-        return parse_object(read_regular(path))
+        record = parse_object(data)
+    except ValueError as error:
+        raise Damaged(path, "a JSON object", f"none ({error})", remedy=remedy) from error
+    expected = record.pop(SEAL, None)
+    if expected is None:
+        version = record.get("schema_version")
+        if must or (type(version) is int and version > 1):
+            raise Damaged(path, f"{SEAL}, the checksum of its content", "none", remedy=remedy)
+        return record
+    found = _content_sum(record)
+    if found != expected:
+        raise Damaged(path, f"sha256 {expected} of its content", found, remedy=remedy)
+    if dump_json({**record, SEAL: expected}) != data:  # such as a digit too many for a float to hold
+        raise Damaged(path, "the bytes of its content", "others of the same meaning", remedy=remedy)
+    return record
+
+
+def _content_sum(record: dict[str, Any]) -> str:
+    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_object(path: Path, remedy: str = MEND) -> dict[str, Any] | None:
+    """Read the JSON object in the file `path`, sealed or from before there were checksums; None without the file.
+
+    Raises
+    ------
+    Damaged
+        If it holds something else than was written; the message has `remedy`, what to do then.
+    """
+    try:
+        return unseal(path, read_regular(path), remedy=remedy)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise RunError(f"{path} is not a JSON object ({error}): {remedy}") from error
 
 
 def read_regular(path: Path) -> bytes:
@@ -254,6 +331,89 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+_CHECKED = re.compile(rb', "crc32": "([0-9a-f]{8})"\}')
+_CHECKED_LENGTH = len(b', "crc32": "01234567"}')
+
+
+@dataclass
+class Log:
+    """What the bytes of a log hold, up to the first row that is not whole.
+
+    Attributes
+    ----------
+    rows : list of dict
+        Without their checksums.
+    ends : list of int
+        Where each ends, in bytes.
+    sums : list of int
+        CRC-32 up to each.
+    fault : Damaged or None
+        Why the next row is not read; None at the end.
+    torn : bool
+        Whether that is because it has no end, as a crash leaves the last one, or as it is while it is being written.
+    checked : bool
+        Whether the last row has a checksum. From the first that has, all must.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    sums: list[int] = field(default_factory=list)
+    fault: Damaged | None = None
+    torn: bool = False
+    checked: bool = False
+
+    @property
+    def end(self) -> int:
+        """Where the last row ends, in bytes."""
+        return self.ends[-1] if self.ends else 0
+
+    def extent(self, count: int) -> dict[str, Any]:
+        """Return bytes and CRC-32 of the first `count` rows, by which a checkpoint knows them again."""
+        if not count:
+            return {"bytes": 0, "crc32": "00000000"}
+        return {"bytes": self.ends[count - 1], "crc32": f"{self.sums[count - 1]:08x}"}
+
+    @classmethod
+    def of(cls, path: Path, data: bytes, before: bytes = b"") -> Self:
+        """Read the rows of `data`, from the file `path`, which there follow `before` (its end is enough).
+
+        The first row is not verified against what is before it where that is not empty and has no checksum.
+        """
+        log = cls()
+        mark = _CHECKED.fullmatch(before, len(before) - _CHECKED_LENGTH - 1, len(before) - 1)
+        log.checked, known = mark is not None, mark is not None or not before
+        total = int(mark[1], 16) if mark else 0
+        *lines, rest = data.split(b"\n")
+        end = 0
+        for number, line in enumerate(lines, 1):
+            mark = _CHECKED.fullmatch(line, max(0, len(line) - _CHECKED_LENGTH))
+            found = zlib.crc32(line[: mark.start()] if mark else line + b"\n", total)
+            total = int(mark[1], 16) if mark else found
+            if found != total and known:
+                log.fault = Damaged(path, f"crc32 {total:08x}", f"{found:08x}", row=number)
+            elif log.checked and not mark:
+                log.fault = Damaged(path, "its crc32", f"none in {line[-40:]!r}", row=number)
+            else:
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("no object")
+                except (ValueError, RecursionError):
+                    log.fault = Damaged(path, "a JSON object", f"{line[:40]!r}", row=number)
+            if log.fault is not None:
+                return log
+            row.pop("crc32", None)
+            end += len(line) + 1
+            log.checked, known = mark is not None, True
+            log.rows.append(row)
+            log.ends.append(end)
+            log.sums.append(total)
+        if rest:
+            log.fault = Damaged(path, "a line with an end", f"{rest[:40]!r}", row=len(lines) + 1)
+            log.torn = True
+        return log
+
+
 class JsonLines:
     """A log of one JSON object a line, each on its way to the disk before `append` returns.
 
@@ -263,36 +423,39 @@ class JsonLines:
         Opened for appending when the first row comes; its whole rows are read into `rows` at once.
     check : function, optional
         Called before each change of the file, as `RunLock.check`.
+    sums : bool
+        Write each row with a checksum that continues the one of the row before. Those that are there are verified.
 
     Attributes
     ----------
+    log : Log
+        What is in the file.
     rows : list of dict
-        All whole rows, in order.
+        All its whole rows, in order, without checksums.
 
     Warns
     -----
     RunWarning
-        If the end of the file is torn; those bytes are removed by the next `append` or `keep`.
+        If the end of the file is torn, or a row is damaged; the bytes from there on are removed by the next `append`
+        or `keep`.
     """
 
-    def __init__(self, path: Path, check: Callable[[], None] | None = None) -> None:
+    def __init__(self, path: Path, check: Callable[[], None] | None = None, *, sums: bool = False) -> None:
         self.path = path
-        self._check = check
-        self.rows: list[dict[str, Any]] = []
-        self._ends: list[int] = []
+        self._check, self._sums = check, sums
         self._descriptor: int | None = None
         data = read_regular(path) if path.exists() else b""
-        end = 0
-        for row, end in _whole_rows(data):
-            self.rows.append(row)
-            self._ends.append(end)
-        if end < len(data):
+        self.log = Log.of(path, data)
+        self.rows = self.log.rows
+        self._length = len(data)
+        if self.log.fault is not None:
+            torn = f"{path}: line {len(self.rows) + 1} is torn"
             warnings.warn(
-                f"{path}: line {len(self.rows) + 1} is torn; {len(data) - end} bytes from there on dropped",
+                f"{torn if self.log.torn else self.log.fault.finding}; {len(data) - self.log.end} bytes from there on "
+                "dropped",
                 RunWarning,
                 stacklevel=2,
             )
-        self._length = len(data)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add `row` to the file and to `rows`; on a failure the file ends where it ended before.
@@ -306,8 +469,10 @@ class JsonLines:
         ValueError
             If `row` holds NaN or an infinity.
         """
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
-        end = self._ends[-1] if self._ends else 0
+        body = json.dumps(row, allow_nan=False)[:-1].encode()
+        end, before = self.log.end, self.log.sums[-1] if self.rows else 0
+        total = zlib.crc32(body if self._sums else body + b"}\n", before)
+        line = body + (b', "crc32": "%08x"}\n' % total if self._sums else b"}\n")
         self.keep(len(self.rows))
         descriptor = self._own()
         try:
@@ -318,15 +483,15 @@ class JsonLines:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.rows.append(row)
         self._length = end + len(line)
-        self._ends.append(self._length)
+        self.log.ends.append(self._length)
+        self.log.sums.append(total)
 
     def keep(self, count: int) -> None:
         """Drop all rows after the first `count`, and a torn end, in the file too."""
-        del self.rows[count:], self._ends[count:]
-        end = self._ends[-1] if self._ends else 0
-        if end < self._length:
-            os.truncate(self._own(), end)
-            self._length = end
+        del self.rows[count:], self.log.ends[count:], self.log.sums[count:]
+        if self.log.end < self._length:
+            os.truncate(self._own(), self.log.end)
+            self._length = self.log.end
 
     def _own(self) -> int:
         """Return the open file, as nobody else has changed it since it was read."""
@@ -353,40 +518,25 @@ class JsonLines:
             self._descriptor = None
 
 
-def _whole_rows(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
-    """Rows of a log, each with where it ends, up to the first line that is torn."""
-    end = 0
-    for line in data.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            return
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            return
-        if not isinstance(row, dict):
-            return
-        end += len(line)
-        yield row, end
-
-
 def read_rows(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     """Read the whole rows that begin at byte `offset` of a log which another process is writing.
 
     Returns
     -------
     rows : list of dict
-        Empty if there is no such file yet.
+        Without checksums; up to the first row that is not whole. Empty if there is no such file yet.
     offset : int
         Where to go on next time.
     """
     try:
         with open_regular(path) as file:
-            file.seek(offset)
+            before = max(0, offset - _CHECKED_LENGTH - 1)
+            file.seek(before)
             data = file.read()
     except FileNotFoundError:
         return [], offset
-    found = list(_whole_rows(data))
-    return [row for row, _ in found], offset + (found[-1][1] if found else 0)
+    log = Log.of(path, data[offset - before :], data[: offset - before])
+    return log.rows, offset + log.end
 
 
 LOCK_NAME = "lock"

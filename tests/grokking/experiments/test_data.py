@@ -138,6 +138,7 @@ def edit_head(path, change):
     table = pq.read_table(path)
     head = json.loads(table.schema.metadata[b"fastent"])
     change(head["runs"][1])
+    head["schema_version"] = 1  # of before there were checksums
     pq.write_table(table.replace_schema_metadata({b"fastent": json.dumps(head)}), path)
 
 
@@ -147,9 +148,9 @@ def edit_head(path, change):
         (lambda head: head.update(name="../escaped-seed1"), "'../escaped-seed1' is no name of a folder"),
         (lambda head: head.update(name=".."), "no name of a folder"),
         (lambda head: head.update(done={"steps": []}), r"steps must be a whole number; got \[\]"),
-        (lambda head: head.update(config=[]), "does not hold packed runs"),
-        (lambda head: head.update(columns=7), "does not hold packed runs"),
-        (lambda head: head.update(environment=None), "does not hold packed runs"),
+        (lambda head: head.update(config=[]), "damaged: expected packed runs"),
+        (lambda head: head.update(columns=7), "damaged: expected packed runs"),
+        (lambda head: head.update(environment=None), "damaged: expected packed runs"),
         (lambda head: head["config"].update(seed="1"), "seed must be a whole number; got '1'"),
     ],
 )
@@ -252,9 +253,18 @@ def test_a_report_from_packed_runs_has_the_bytes_of_one_from_their_folders(three
     assert "fastent run e1 --preset quick --seeds 0-2 --out runs/packed" in text
 
 
-def test_a_run_that_is_there_twice_is_refused(packed, writer):
-    writer(packed, 1)
-    with pytest.raises(RunError, match="holds e1-baseline-add-seed1 twice"):
+def of_width(run, width):
+    """Make of a planted run one of another width, under its name."""
+    record = json.loads((run / "config.json").read_text())
+    record["config"]["width"] = width
+    (run / "config.json").write_text(json.dumps(record))
+
+
+def test_two_runs_of_one_name_are_refused(packed, writer):
+    of_width(writer(packed, 1), 64)
+    with pytest.raises(
+        RunError, match="holds e1-baseline-add-seed1 twice, of other settings: as a folder and"
+    ):
         read_runs(packed)
 
 
@@ -263,7 +273,7 @@ def test_a_file_that_is_not_of_packed_runs_or_newer_is_refused_by_name(packed):
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({}), packed / "other.parquet")
     with pytest.warns(
-        RunWarning, match=r"skipped other\.parquet: .*other\.parquet does not hold packed runs"
+        RunWarning, match=r"skipped other\.parquet: .*other\.parquet: damaged: expected packed runs"
     ):
         assert len(read_runs(packed)) == 3
     head = json.loads(table.schema.metadata[b"fastent"]) | {"schema_version": 9}
@@ -271,7 +281,7 @@ def test_a_file_that_is_not_of_packed_runs_or_newer_is_refused_by_name(packed):
     with pytest.raises(RunError, match="packed with schema 9, by a newer fastent"):
         unpack(path)
     path.write_bytes(b"PAR1, not really")
-    with pytest.raises(RunError, match=r"baseline-add\.parquet does not hold packed runs"):
+    with pytest.raises(RunError, match=r"baseline-add\.parquet: damaged: expected packed runs, found none"):
         unpack(path)
 
 
@@ -377,6 +387,7 @@ def test_steps_that_do_not_increase_are_refused_by_name():
 def test_packed_runs_of_two_settings_are_two_files_and_share_no_row(tmp_path, writer):
     first = writer(tmp_path / "runs", 0, t_grok=1500)
     second = writer(tmp_path / "other", 0, t_grok=1600, last_step=2600)
+    of_width(second, 64)
     second.rename(tmp_path / "runs" / "e1-baseline-add-width=64-seed0")
     pack(read_runs(tmp_path / "runs"), tmp_path / "packed")
     again = {run.name: run.rows for run in read_runs(tmp_path / "packed")}

@@ -52,7 +52,7 @@ def test_each_state_is_told_by_the_files_of_a_run(tmp_path, writer):
     }
     details = {state.name[-1]: state.detail for state in Folder(tmp_path).look()}
     assert details["3"] == "out of memory"
-    assert "seed4/config.json is not a JSON object" in details["4"]
+    assert "seed4/config.json: damaged: expected a JSON object" in details["4"]
 
 
 def test_a_complete_run_is_told_by_its_ends_and_its_other_lines_are_not_read(tmp_path, writer):
@@ -93,7 +93,7 @@ def test_a_torn_last_line_is_left_out_and_told_of_a_run_that_nobody_trains(tmp_p
     ("break_it", "said"),
     [
         (lambda run: (run / "config.json").unlink(), "config.json is missing: put it back from a copy"),
-        (lambda run: (run / "config.json").write_text("[]"), "config.json is not a JSON object (it holds []"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json: damaged: expected a JSON object, found"),
         (lambda run: (run / "DONE").write_text('{"reason": "grokked"}'), "not what its name says, for it has no steps"),
         (lambda run: (run / "DONE").write_text('{"steps": 2600, "reason": ""}'), "at step 2,500, and DONE says 2,600"),
         (lambda run: (run / "DONE").write_text('{"steps": "x", "reason": ""}'), "DONE: steps must be a whole number"),
@@ -231,5 +231,5 @@ def test_packed_runs_are_told_as_their_folders_are(tmp_path, three_runs):
     for state, packed in zip(from_folders, from_file, strict=True):
         assert {**vars(packed), "written": 0, "stored": 0} == {**vars(state), "written": 0, "stored": 0}
     assert (broken.name, broken.state) == ("broken.parquet", State.DAMAGED)
-    assert "does not hold packed runs" in broken.detail
+    assert "damaged: expected packed runs" in broken.detail
     assert len(look(tmp_path / "packed" / "e1-baseline-add.parquet")) == 3

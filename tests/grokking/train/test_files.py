@@ -3,12 +3,16 @@
 import errno
 import json
 import os
+import re
+import warnings
+import zlib
 from pathlib import Path
 
 import pytest
 
 from fastent.grokking.train import storage
 from fastent.grokking.train.storage import (
+    Damaged,
     JsonLines,
     RunError,
     RunWarning,
@@ -17,6 +21,8 @@ from fastent.grokking.train.storage import (
     read_regular,
     read_rows,
     remove_temporaries,
+    seal,
+    unseal,
     write_atomically,
 )
 
@@ -141,7 +147,10 @@ def test_json_that_is_no_plain_object_is_refused_with_the_file_the_reason_and_th
 ):
     path = tmp_path / "config.json"
     path.write_bytes(data)
-    with pytest.raises(RunError, match=rf"config\.json is not a JSON object \(.*{said}.*\): look elsewhere"):
+    with pytest.raises(
+        RunError,
+        match=rf"config\.json: damaged: expected a JSON object, found none \(.*{said}.*\): look elsewhere",
+    ):
         read_object(path, "look elsewhere")
 
 
@@ -165,21 +174,24 @@ def test_rows_come_back_as_they_were_appended(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tail",
+    ("tail", "said"),
     [
-        b'{"step": 100',
-        b'{"step": 100}',
-        b"\x00\x00\x00\n",
-        b'{"step": 100}garbage\n{"step": 150}\n',
-        b"[100]\n",
+        (b'{"step": 100', "line 3 is torn"),
+        (b'{"step": 100}', "line 3 is torn"),
+        (b"\x00\x00\x00", "line 3 is torn"),
+        (b"\x00\x00\x00\n", "row 3 is damaged: expected a JSON object"),
+        (b'{"step": 100}garbage\n{"step": 150}\n', "row 3 is damaged: expected a JSON object"),
+        (b"[100]\n", r"row 3 is damaged: expected a JSON object, found b'\[100\]'"),
     ],
-    ids=["cut", "without newline", "zeros after a power cut", "damaged in the middle", "not an object"],
+    ids=["cut", "without newline", "zeros", "zeros and a newline", "damaged in the middle", "not an object"],
 )
-def test_a_torn_end_is_dropped_with_a_warning_and_can_be_written_again(tmp_path, tail):
+def test_what_follows_the_last_whole_row_is_dropped_with_a_warning_and_can_be_written_again(
+    tmp_path, tail, said
+):
     path = tmp_path / "metrics.jsonl"
     whole = b'{"step": 0}\n{"step": 50}\n'
     path.write_bytes(whole + tail)
-    with pytest.warns(RunWarning, match=rf"metrics\.jsonl: line 3 is torn; {len(tail)} bytes"):
+    with pytest.warns(RunWarning, match=rf"metrics\.jsonl: {said}.*; {len(tail)} bytes from there"):
         log = JsonLines(path)
     assert path.read_bytes() == whole + tail, "a log that is only read stays as it is"
     log.append({"step": 100})
@@ -232,3 +244,103 @@ def test_nan_never_enters_a_file_of_ours(tmp_path):
         dump_json({"loss": float("inf")})
     assert not log.path.exists()
     assert storage.dump_json({"b": 1, "a": [2]}) == b'{\n  "a": [\n    2\n  ],\n  "b": 1\n}\n'
+
+
+def checked_log(path, count=4):
+    log = JsonLines(path, sums=True)
+    for step in range(count):
+        log.append({"step": step, "loss": 1 / (1 + step)})
+    log.close()
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def opened(path):
+    """Open a log; its rows, and what was said of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RunWarning)
+        log = JsonLines(path, sums=True)
+    return [row["step"] for row in log.rows], [str(warning.message) for warning in caught]
+
+
+def test_a_row_carries_the_crc_of_all_bytes_up_to_it_and_stays_a_row_of_json(tmp_path):
+    lines = checked_log(tmp_path / "metrics.jsonl")
+    total = 0
+    for step, line in enumerate(lines):
+        row = json.loads(line)
+        body = json.dumps({"step": step, "loss": 1 / (1 + step)})[:-1].encode()
+        total = zlib.crc32(body, total)
+        assert row == {"step": step, "loss": 1 / (1 + step), "crc32": f"{total:08x}"}
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    assert log.rows == [{"step": step, "loss": 1 / (1 + step)} for step in range(4)]
+    assert log.log.extent(4) == {"bytes": sum(map(len, lines)), "crc32": f"{total:08x}"}
+
+
+@pytest.mark.parametrize(
+    ("change", "kept", "row"),
+    [
+        (lambda a: [a[0], a[2], a[3]], 1, 2),
+        (lambda a: [a[0], a[2], a[1], a[3]], 1, 2),
+        (lambda a: [a[0], a[1], a[1], a[2]], 2, 3),
+        (lambda a: [a[1], a[2], a[3]], 0, 1),
+        (lambda a: [a[0], a[1].replace(b"0.5", b"0.7"), a[2], a[3]], 1, 2),
+        (lambda a: [a[0], a[1], b'{"step": 2, "loss": 0.3}\n', a[3]], 2, 3),
+        (lambda a: [a[0], a[1], a[2], b'{"step": 3, "loss": 0.25}\n'], 3, 4),
+    ],
+    ids=["missing", "swapped", "doubled", "without the first", "changed", "without checksum", "last without"],
+)
+def test_a_log_is_read_up_to_the_first_row_that_does_not_continue_the_one_before(tmp_path, change, kept, row):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(change(checked_log(path))))
+    steps, said = opened(path)
+    assert steps == list(range(kept))
+    (text,) = said
+    assert re.search(
+        rf"metrics\.jsonl: row {row} is damaged: expected .*crc32.*, found .*bytes from there on dropped",
+        text,
+    )
+    assert [each["step"] for each in read_rows(path, 0)[0]] == steps
+
+
+def test_a_log_from_before_there_were_checksums_goes_on_with_them_and_what_went_before_is_covered(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0, "loss": 0.5}\n{"step": 1, "loss": 0.25}\n')
+    log = JsonLines(path, sums=True)
+    log.append({"step": 2})
+    log.close()
+    assert opened(path) == ([0, 1, 2], [])
+    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.75"))
+    steps, (said,) = opened(path)
+    assert steps == [0, 1]
+    assert "row 3 is damaged" in said
+
+
+def test_a_log_is_read_on_from_any_row_and_verified_from_there(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = checked_log(path)
+    for count in range(5):
+        offset = sum(map(len, lines[:count]))
+        rows, end = read_rows(path, offset)
+        assert [row["step"] for row in rows] == list(range(count, 4))
+        assert end == sum(map(len, lines))
+    path.write_bytes(b"".join([lines[0], lines[1], lines[3]]))
+    assert read_rows(path, len(lines[0]) + len(lines[1]))[0] == []
+
+
+def test_a_sealed_record_comes_back_and_every_bit_of_it_counts(tmp_path):
+    path, record = tmp_path / "config.json", {"schema_version": 2, "b": [0.1 + 0.2, None], "a": "x"}
+    data = seal(record)
+    assert unseal(path, data) == record
+    assert json.loads(data).keys() == {*record, "record_sha256"}
+    for place in range(8 * len(data)):
+        other = bytearray(data)
+        other[place // 8] ^= 1 << place % 8
+        with pytest.raises(Damaged, match=r"config\.json: damaged: expected .*, found "):
+            unseal(path, bytes(other))
+
+
+def test_a_record_from_before_there_were_checksums_is_read_and_a_later_one_without_is_not(tmp_path):
+    path = tmp_path / "config.json"
+    for record in ({"schema_version": 1, "a": 2}, {"a": 2}):
+        assert unseal(path, dump_json(record)) == record
+    with pytest.raises(Damaged, match="expected record_sha256, the checksum of its content, found none"):
+        unseal(path, dump_json({"schema_version": 2, "a": 2}))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from toy_stack import without_checksums
 
 from fastent.grokking.experiments.jobs import JOBS
 from fastent.grokking.train.conditions import (
@@ -21,7 +22,7 @@ from fastent.grokking.train.loop import train
 from fastent.grokking.train.models import initial_parameters, logit_scale, plain_model
 from fastent.grokking.train.runs import Job
 from fastent.grokking.train.stack import Stack
-from fastent.grokking.train.storage import RunError, RunWarning
+from fastent.grokking.train.storage import Damaged, RunError, RunWarning, read_rows
 from fastent.grokking.train.sweep import _Sweep
 from fastent.grokking.train.tasks import batch_index, make_task, split
 
@@ -152,8 +153,16 @@ def followed_runs(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def changed_runs(followed_runs):
+    """The same, from before there were checksums, so that a log may be changed."""
+    for seed in (0, 1):
+        without_checksums(followed_runs / f"e1-baseline-add-seed{seed}")
+    return followed_runs
+
+
 def rows(out, name):
-    return [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(out / name / "metrics.jsonl", 0)[0]
 
 
 def test_norm_follows_the_same_seeds_run_at_its_evaluations_and_log_linear_between(followed_runs):
@@ -188,13 +197,13 @@ def test_the_sham_replayed_from_every_step_is_the_baseline_to_rounding(followed_
 
 
 @pytest.mark.parametrize("how", ["each", "every-step"])
-def test_a_twin_that_leaves_the_recorded_run_is_told_of_once(followed_runs, how):
+def test_a_twin_that_leaves_the_recorded_run_is_told_of_once(changed_runs, how):
     # As where the record is of another machine, and from step 10 on the last bits have made a difference.
-    path = followed_runs / "e1-baseline-add-seed1" / "metrics.jsonl"
+    path = changed_runs / "e1-baseline-add-seed1" / "metrics.jsonl"
     changed = [{**row, "parameter_norm": row["parameter_norm"] * (1.01 if row["step"] >= 10 else 1)}
-               for row in rows(followed_runs, path.parent.name)]  # fmt: skip
+               for row in rows(changed_runs, path.parent.name)]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in changed))
-    held = make_condition(job(f"norm-as-baseline-{how}"), followed_runs)
+    held = make_condition(job(f"norm-as-baseline-{how}"), changed_runs)
     held.numbers((0, 1), 5)
     with pytest.warns(RunWarning, match="seed1, trained once more, has another norm at step 10") as told:
         held.numbers((0, 1), 20)
@@ -297,17 +306,17 @@ def test_evaluation_sees_logits_undivided(followed_runs):
     assert torch.equal(plain.evaluate()["train_loss"], held.evaluate()["train_loss"])
 
 
-def test_norm_held_from_memorising_on_follows_the_baseline_until_then(followed_runs):
-    path = followed_runs / "e1-baseline-add-seed1" / "metrics.jsonl"
-    logged = rows(followed_runs, "e1-baseline-add-seed1")
+def test_norm_held_from_memorising_on_follows_the_baseline_until_then(changed_runs):
+    path = changed_runs / "e1-baseline-add-seed1" / "metrics.jsonl"
+    logged = rows(changed_runs, "e1-baseline-add-seed1")
     # Memorised at step 10, as far as the log says.
     for k, row in enumerate(logged):
         row["train_accuracy"] = 0.995 if k >= 2 else 0.5
     path.write_text("".join(json.dumps(row) + "\n" for row in logged))
     with pytest.raises(RunError, match=r"seed0 never memorised"):
-        make_condition(job("norm-mem"), followed_runs)
+        make_condition(job("norm-mem"), changed_runs)
     held = Stack(
-        CONFIG, (1,), condition=make_condition(job("norm-mem", (1,)), followed_runs), dtype=torch.float64
+        CONFIG, (1,), condition=make_condition(job("norm-mem", (1,)), changed_runs), dtype=torch.float64
     )
     norms = []
     for _ in range(20):
@@ -318,29 +327,40 @@ def test_norm_held_from_memorising_on_follows_the_baseline_until_then(followed_r
     assert sources(job("losses-0.1+norm-mem")) == [Job("e1", "baseline", CONFIG, (0, 1))]
 
 
-def test_a_run_to_follow_must_be_there_complete_and_of_the_same_settings(followed_runs):
+def test_a_damaged_run_is_not_followed(followed_runs):
+    path = followed_runs / "e1-baseline-add-seed1" / "metrics.jsonl"
+    whole = path.read_bytes()
+    digit = whole.index(b'"parameter_norm": ') + len('"parameter_norm": ')
+    flipped = whole[:digit] + bytes([whole[digit] ^ 1]) + whole[digit + 1 :]
+    for data in (b"", whole[: whole.index(b"\n") + 1], flipped):
+        path.write_bytes(data)
+        with pytest.raises(Damaged, match=r"seed1/metrics\.jsonl: .*damaged: expected .*, found"):
+            make_condition(job("norm-as-baseline"), followed_runs)
+
+
+def test_a_run_to_follow_must_be_there_complete_and_of_the_same_settings(changed_runs):
     with pytest.raises(
         RunError, match=r"e2-losses-0\.1-add-seed0, whose norm .* missing .* `fastent run e2`"
     ):
-        make_condition(job("norm-as-losses-0.1"), followed_runs)
+        make_condition(job("norm-as-losses-0.1"), changed_runs)
     with pytest.raises(RunError, match=r"baseline-add-seed7.* missing or not complete"):
-        make_condition(job("norm-as-baseline", (0, 7)), followed_runs)
-    path = followed_runs / "e1-baseline-add-seed1" / "config.json"
+        make_condition(job("norm-as-baseline", (0, 7)), changed_runs)
+    path = changed_runs / "e1-baseline-add-seed1" / "config.json"
     record = json.loads(path.read_text())
     del record["config"]["sampling"]  # older than the setting, and no other settings for that
     path.write_text(json.dumps(record))
-    make_condition(job("norm-as-baseline"), followed_runs)
+    make_condition(job("norm-as-baseline"), changed_runs)
     with pytest.raises(RunError, match="other settings"):
         make_condition(
-            job("norm-as-baseline", config=dataclasses.replace(CONFIG, weight_decay=0.5)), followed_runs
+            job("norm-as-baseline", config=dataclasses.replace(CONFIG, weight_decay=0.5)), changed_runs
         )
-    path = followed_runs / "e1-baseline-add-seed0" / "metrics.jsonl"
+    path = changed_runs / "e1-baseline-add-seed0" / "metrics.jsonl"
     path.write_text(path.read_text().replace("logit_scale", "other"))
     with pytest.raises(RunError, match=r"holds no logit scale.* measure \"logit_scale\""):
-        make_condition(job("logits-as-baseline"), followed_runs)
-    (followed_runs / "e1-baseline-add-seed1" / "DONE").unlink()
+        make_condition(job("logits-as-baseline"), changed_runs)
+    (changed_runs / "e1-baseline-add-seed1" / "DONE").unlink()
     with pytest.raises(RunError, match=r"baseline-add-seed1.* missing or not complete"):
-        make_condition(job("norm-as-baseline"), followed_runs)
+        make_condition(job("norm-as-baseline"), changed_runs)
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,10 @@ def test_rows_lost_before_a_checkpoint_make_an_earlier_one_serve(half, toy, unin
     )  # steps 0, 5, 10; saved at 10 and 20
     toy(out)
     assert contents(out) == uninterrupted
-    assert "seed1/metrics.jsonl: the row of step 15 is lost" in warned()[0]
+    assert (
+        "seed1/metrics.jsonl: damaged: expected the row of step 15, for checkpoint 20, found none"
+        in warned()[0]
+    )
 
 
 def test_a_seed_without_the_newest_checkpoint_goes_on_from_the_one_before(half, toy, uninterrupted, warned):
@@ -424,7 +427,8 @@ def test_a_mark_of_completion_that_cannot_be_read_is_named_with_a_remedy(toy, tm
     (tmp_path / JOB.run_name(1) / "DONE").write_bytes(data)
     before = contents(tmp_path)
     with pytest.raises(
-        RunError, match=r"seed1/DONE.* (is not a JSON object|steps must be) .* remove it, and the run goes on"
+        RunError,
+        match=r"seed1/DONE.* (expected a JSON object|steps must be) .* remove it, and the run goes on",
     ):
         toy(tmp_path)
     assert contents(tmp_path) == before

@@ -10,14 +10,14 @@ import warnings
 
 import pytest
 import torch
-from toy_stack import CONFIG, JOB, contents
+from toy_stack import CONFIG, JOB, contents, without_checksums
 
 from fastent.grokking.train import environment
 from fastent.grokking.train.checkpoint import read_checkpoint, write_checkpoint
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.loop import train
 from fastent.grokking.train.runs import Job, named_as_before, plan_stacks
-from fastent.grokking.train.storage import Interrupted, RunError, RunWarning
+from fastent.grokking.train.storage import Interrupted, RunError, RunWarning, read_object, seal
 from fastent.grokking.train.sweep import _check_folder as check_folder
 
 OTHER = dataclasses.replace(JOB, config=dataclasses.replace(JOB.config, learning_rate=0.5, betas=(0.8, 0.9)))
@@ -29,15 +29,15 @@ CHANGES = (
 
 def edit_config(out, seed, **changes):
     path = out / JOB.run_name(seed) / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_bytes(seal({**read_object(path), **changes}))
 
 
 def test_config_json_holds_every_setting_and_the_stack(toy, tmp_path):
     toy(tmp_path)
-    record = json.loads((tmp_path / JOB.run_name(2) / "config.json").read_text())
+    record = read_object(tmp_path / JOB.run_name(2) / "config.json")
     settings = record.pop("config")
     assert record == {
-        "schema_version": 1, "experiment": "e1", "condition": "baseline", "seed": 2, "stack": [0, 2, 1],
+        "schema_version": 2, "experiment": "e1", "condition": "baseline", "seed": 2, "stack": [0, 2, 1],
     }  # fmt: skip
     assert settings.keys() == {field.name for field in dataclasses.fields(JOB.config)}
     assert Job.of_settings("e1", "baseline", settings, JOB.seeds) == JOB
@@ -46,6 +46,7 @@ def test_config_json_holds_every_setting_and_the_stack(toy, tmp_path):
 def test_a_folder_that_is_older_than_a_setting_is_of_what_was_done_before_it(toy, tmp_path):
     toy(tmp_path)
     for seed in JOB.seeds:
+        without_checksums(tmp_path / JOB.run_name(seed))
         old = {k: v for k, v in JOB.settings().items() if k not in ("final_norm", "start", "sampling")}
         edit_config(tmp_path, seed, config=old)
     before = contents(tmp_path)
@@ -153,7 +154,7 @@ def test_a_checkpoint_of_another_shape_with_the_right_sums_is_refused_and_nothin
 def test_a_newer_schema_is_refused_and_force_ignores_the_fields_it_does_not_know(half, toy, warned):
     out = half(27)
     edit_config(out, 2, schema_version=7, curriculum="easy first")
-    with pytest.raises(RunError, match="schema_version: 7, of a newer fastent; this one knows 1") as caught:
+    with pytest.raises(RunError, match="schema_version: 7, of a newer fastent; this one knows 2") as caught:
         toy(out)
     assert "curriculum: easy first in the folder, (absent) now" in str(caught.value)
     toy(out, force=True)
@@ -235,6 +236,7 @@ def test_a_configuration_of_another_shape_is_refused_with_the_field_before_anyth
 def test_a_row_of_another_shape_is_refused_with_its_line_and_its_field(tmp_path, toy, row, said):
     job = dataclasses.replace(JOB, seeds=(2,))
     toy(tmp_path, job)
+    without_checksums(tmp_path / JOB.run_name(2))
     path = tmp_path / JOB.run_name(2) / "metrics.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], row, *lines[2:]]) + "\n")
