@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import warnings
 
@@ -97,6 +98,7 @@ def test_the_json_of_runs_holds_numbers_or_null(sweep, capsys):
     assert told["path"] == str(sweep)
     assert told["skipped"] == []
     assert told["runs"][3].pop("written").endswith("+00:00")
+    assert re.fullmatch("[0-9a-f]{64}", told["runs"][3].pop("identity"))
     assert told["runs"][3] == {
         "name": "e1-baseline-add-seed3",
         "state": "running",
@@ -109,6 +111,7 @@ def test_the_json_of_runs_holds_numbers_or_null(sweep, capsys):
         "detail": "",
         "lines": [],
         "command": "",
+        "copies": [],
     }
 
 

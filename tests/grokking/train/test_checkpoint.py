@@ -1,5 +1,6 @@
 """Rows 3, 4 and 6 of the faults, for one folder of checkpoints."""
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -110,6 +111,14 @@ def test_a_checkpoint_of_another_step_under_this_name_is_refused(tmp_path):
         (tmp_path / f"checkpoint-7.{suffix}").rename(tmp_path / f"checkpoint-8.{suffix}")
     with pytest.raises(CheckpointError, match=r"checkpoint-8\.json: .* found schema 1, step 7"):
         read_checkpoint(tmp_path, 8)
+
+
+def test_a_record_whose_state_is_no_object_is_refused(tmp_path):
+    write_checkpoint(tmp_path, dataclasses.replace(checkpoint(7), state=[]))
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-7\.json: damaged: expected a record of its name's step"
+    ):
+        read_checkpoint(tmp_path, 7)
 
 
 def test_a_newer_schema_is_an_error_and_not_a_reason_to_fall_back(tmp_path, monkeypatch):

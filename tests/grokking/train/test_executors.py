@@ -27,7 +27,7 @@ from fastent.grokking.train.executors import (
     make_attempt,
 )
 from fastent.grokking.train.runs import Job
-from fastent.grokking.train.storage import Interrupted, RunError, RunLocked, StopRequest
+from fastent.grokking.train.storage import Interrupted, RunError, RunLocked, StopRequest, read_object
 from fastent.grokking.train.sweep import JobOutcome, run_jobs
 
 CONFIG = preset("paper", modulus=11, hidden=(8, 4), max_steps=400)
@@ -104,7 +104,8 @@ def test_a_job_that_dies_is_tried_again_then_failed_with_its_last_lines_and_the_
     assert outcomes[0].lines == ("first", "last")
     failed = {seed: tmp_path / job(seed).run_name(seed) / "FAILED" for seed in range(4)}
     assert [seed for seed, path in failed.items() if path.exists()] == [0]
-    assert json.loads(failed[0].read_text()) == {
+    assert read_object(failed[0]) == {
+        "schema_version": 2,
         "attempts": 2,
         "reason": DIED[0],
         "lines": ["first", "last"],

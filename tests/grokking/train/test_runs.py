@@ -134,7 +134,6 @@ def forge(run, step, **changes):
     ("changes", "said"),
     [
         ({"state": {}}, "monitor: 'monitor'"),
-        ({"state": []}, "monitor: list indices must be"),
         ({"state": {"monitor": {"version": "4"}}}, "monitor: "),
         ({"tensors": {"weights": torch.zeros(8, 3), "steps": torch.tensor(7)}}, "its tensors are of step 7"),
         ({"tensors": {"weights": torch.zeros(1), "steps": torch.tensor(20)}}, r".*\(1,\)"),

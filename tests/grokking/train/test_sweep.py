@@ -15,7 +15,7 @@ from fastent.grokking.train import executors, loop, sweep
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.executors import Pool
 from fastent.grokking.train.runs import Job
-from fastent.grokking.train.storage import Interrupted, RunError, StopRequest
+from fastent.grokking.train.storage import Interrupted, RunError, StopRequest, read_object
 from fastent.grokking.train.sweep import JobOutcome, run_jobs
 
 TINY = preset(
@@ -61,7 +61,8 @@ def test_a_killed_worker_is_retried_then_marked_failed_and_the_others_finish(tmp
     assert outcomes[3].attempts == 1
     assert "config.learning_rate: 0.002 in the folder, 0.5 now" in outcomes[3].error
     assert len(killer.pids) == 3
-    assert json.loads((tmp_path / jobs[0].run_name(0) / "FAILED").read_text()) == {
+    assert read_object(tmp_path / jobs[0].run_name(0) / "FAILED") == {
+        "schema_version": 2,
         "attempts": 2,
         "reason": killed,
         "lines": [],
