@@ -459,7 +459,6 @@ def verify(path: Path, *, json: bool = False) -> int:
 
     For example:
         fastent verify runs/quick
-        fastent verify runs/quick/e1-baseline-add-seed0
         fastent verify bench/results/paper
         fastent verify runs/quick --json
 

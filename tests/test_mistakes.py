@@ -84,7 +84,7 @@ COMMANDS = {
     "run e1 --out file/runs": "--out must be a folder, and file is a file: give another place",
     "report": "The --out of `fastent run`",
     "report nowhere": "nowhere is not a folder: give the --out of `fastent run`",
-    "report empty": "empty holds no run folder: give the --out of `fastent run`",
+    "report empty": "empty holds no run that can be read: give the --out of `fastent run`",
     "report empty --out file": "--out must be a folder, and file is a file: give another place",
     "report empty --check --fill": "give --check or --fill, not both",
     "runs file": "file is a file and no folder of runs: give the --out of `fastent run`",

@@ -415,7 +415,7 @@ class Run:
         RunWarning
             Of each checkpoint that cannot serve.
         """
-        whole = None
+        whole, reason = None, ""
         steps = checkpoint_steps(self.path)
         for step in reversed(steps):
             try:
@@ -429,9 +429,11 @@ class Run:
                 return checkpoint
             warnings.warn(f"falls back to the checkpoint before: {reason}", RunWarning, stacklevel=2)
         if whole is not None:
+            fault = self.metrics.log.fault
             raise RunError(
-                f"{self.path}: checkpoint {whole} is whole and rows before it are lost from {self.metrics.path.name}: "
-                "put them back from a copy, or move the folder away to train the seed anew"
+                f"{self.path}: checkpoint {whole} is whole and rows before it are lost "
+                f"({reason if fault is None else fault.finding}): put them back from a copy, or move the folder away "
+                "to train the seed anew"
             )
         if steps:
             warnings.warn(

@@ -1,7 +1,6 @@
 """Columns that the measures add: against the definitions on small stacks, and of planted networks."""
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -15,6 +14,7 @@ from fastent.grokking.train.loop import train
 from fastent.grokking.train.measures import Measures, task_harmonics
 from fastent.grokking.train.runs import Job
 from fastent.grokking.train.stack import Stack
+from fastent.grokking.train.storage import read_rows
 from fastent.grokking.train.tasks import make_task, probe_index, split
 
 ALL = ("test_probe", "probe_sizes", "fourier", "progress")
@@ -32,7 +32,7 @@ SMALL = TrainConfig(
 
 def read(out):
     (path,) = out.glob("*/metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_rows(path, 0)[0]
 
 
 def columns(config, seeds=(0, 1), steps=3, together=False):
