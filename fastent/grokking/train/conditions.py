@@ -51,10 +51,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastent.grokking.train.config import TrainConfig
-from fastent.grokking.train.models import Condition, head_gradients, initial_parameters, logit_scale
+from fastent.grokking.train.models import (
+    Condition,
+    head_gradients,
+    initial_parameters,
+    logit_scale,
+    starting_module,
+)
+from fastent.grokking.train.modules import AnyStack, stack_kind
 from fastent.grokking.train.registry import BUILT_IN, check_known, find, names, origin
 from fastent.grokking.train.runs import OWN, Job, check_rows, damages, read_settings
-from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.stacked import Parameters, tensor_norms
 from fastent.grokking.train.storage import RunError, RunWarning, read_rows
 from fastent.grokking.train.tasks import make_task
@@ -370,6 +376,11 @@ class InTurn(Condition):
         # In the order in which a step takes their numbers: the head comes first.
         self._numbered = [*heads, *(part for part in self._parts if part not in heads)]
 
+    @property
+    def touches_head(self) -> bool:
+        """Whether one of them does."""
+        return any(part.touches_head for part in self._parts)
+
     def before_head(self, hidden: Tensor) -> Tensor:
         """Pass through each."""
         for part in self._parts:
@@ -403,7 +414,12 @@ def _starting_norms(config: TrainConfig, *, each: bool) -> Norms:
 
     @functools.cache
     def at_start(seed: int) -> tuple[float, ...]:
-        norms = [float(torch.linalg.vector_norm(t)) for t in initial_parameters(config, task, seed).values()]
+        start = (
+            initial_parameters(config, task, seed)
+            if config.model in BUILT_IN["model"]
+            else {n: p.detach().double() for n, p in starting_module(config, task, seed).named_parameters()}
+        )
+        norms = [float(torch.linalg.vector_norm(t)) for t in start.values()]
         return tuple(norms) if each else (math.hypot(*norms),)
 
     return lambda seed, step: at_start(seed)
@@ -436,8 +452,8 @@ class _Twin:
         self._name = source.run_name(seed)
         self._recorded: dict[float, float] = dict(zip(*(column.tolist() for column in log), strict=True))
         condition = make_condition(dataclasses.replace(source, seeds=(seed,)), out, device)
-        self._make = functools.partial(Stack, source.config, (seed,), device, condition)
-        self._stack: Stack | None = None
+        self._make = functools.partial(stack_kind(source.config), source.config, (seed,), device, condition)
+        self._stack: AnyStack | None = None
         self._norms: list[Column] = []
 
     def norms(self, step: int) -> Column:

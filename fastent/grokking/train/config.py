@@ -11,13 +11,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fastent.grokking.train.registry import check_known
+from fastent.grokking.train.registry import BUILT_IN, check_known
 
 Sampling = Literal["epochs", "replacement"]
+
+_LAYER = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 MOST_STEPS = 2**24
 """Steps that AdamW's count, a float32, tells apart."""
@@ -48,6 +51,8 @@ class TrainConfig:
     model: str = "transformer"
     """transformer: one encoder layer; mlp: a multilayer perceptron on the embedded operands; or a model of another
     package."""
+    layers: int = 1
+    """Encoder layers (Transformer). Gradients are by hand for one; for more, torch's, and slower."""
     width: int = 128
     """Size of the embeddings (and of the Transformer's representation)."""
     heads: int = 4
@@ -62,8 +67,9 @@ class TrainConfig:
     """Vector read out of the layer: the last position's, or the mean over positions (Transformer)."""
     final_norm: bool = False
     """Whether one more LayerNorm stands between the vector read out and the head (Transformer)."""
-    entropy_at: Literal["readout", "final_norm"] = "readout"
-    """Where the representation is taken, for the entropy and every other measure: before or after that LayerNorm."""
+    entropy_at: str = "readout"
+    """Where the representation is taken, for the entropy and every other measure: readout or final_norm, before or
+    after that LayerNorm; or the name of a layer, where gradients are torch's."""
     equals_token: bool = False
     """Whether the input is a, b, "=" rather than a, b (Transformer)."""
     start: Literal["torch", "normal", "xavier"] = "torch"
@@ -119,7 +125,16 @@ class TrainConfig:
         check_known("model", self.model)
         for measure in self.measures:
             check_known("measure", measure, "measures")
-        for name in ("width", "heads", "feedforward", "batch_size", "max_steps", "evaluate_every", "modulus"):
+        for name in (
+            "layers",
+            "width",
+            "heads",
+            "feedforward",
+            "batch_size",
+            "max_steps",
+            "evaluate_every",
+            "modulus",
+        ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
         _require(
             self.max_steps <= MOST_STEPS,
@@ -143,7 +158,20 @@ class TrainConfig:
             f"reads two tokens; got task={self.task!r}, model={self.model!r}",
         )
         _require(
-            self.final_norm or self.entropy_at == "readout",
+            self.layers == 1 or self.model != "mlp",
+            f"the MLP's depth is that of hidden; got layers={self.layers}",
+        )
+        ours = self.model == "mlp" or (self.model == "transformer" and self.layers == 1)
+        _require(
+            self.entropy_at in ("readout", "final_norm")
+            if ours
+            else _LAYER.fullmatch(self.entropy_at) is not None,
+            "entropy_at must be readout or final_norm"
+            + ("" if ours else ", or the name of a layer such as layer.0")
+            + f"; got {self.entropy_at!r}",
+        )
+        _require(
+            self.final_norm or self.entropy_at != "final_norm" or self.model not in BUILT_IN["model"],
             'entropy_at="final_norm" needs final_norm=True: without that LayerNorm there is nothing after it',
         )
         _require(self.probe_size >= 2, f"probe_size must be at least 2; got {self.probe_size}")
@@ -193,6 +221,7 @@ SOURCES: dict[str, str] = {
     "operand_tokens": "ours: not given; one, as in Power et al. 2022",
     "train_fraction": "ours: 0.3, calibrated, and 0.5 for S5; lost in version 1, version 2 has 0.20 and 0.10",
     "model": "paper, section 4 and Appendix A; the MLP in section 11",
+    "layers": "paper, section 4: one",
     "width": "paper, Appendix A",
     "heads": "paper, Appendix A",
     "feedforward": "paper, Appendix A",
@@ -224,6 +253,7 @@ SOURCES: dict[str, str] = {
 """Where the `paper` preset's value of each field comes from."""
 
 _YOUNGER: dict[str, Any] = {
+    "layers": 1,
     "final_norm": False,
     "entropy_at": "readout",
     "start": "torch",

@@ -30,8 +30,8 @@ from fastent.grokking.train.checkpoint import checkpoint_steps
 from fastent.grokking.train.conditions import followed, make_condition
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.measures import Measures
+from fastent.grokking.train.modules import stack_kind
 from fastent.grokking.train.runs import Job, check_rows, read_done, read_record
-from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import RunError, read_object, read_rows
 
 TRIAL_SECONDS = 4.0
@@ -51,6 +51,7 @@ SIZES = (
         "final_norm",
     ),
     *(
+        "layers",
         "width",
         "heads",
         "feedforward",
@@ -278,9 +279,9 @@ def trial(job: Job, out: Path, device: str, budget: float) -> Speed:
 
     On a CPU the seeds of a stack take turns, and one of them is timed; else all of them are.
     """
-    seeds = job.seeds if Stack.shares_launches(device) else job.seeds[:1]
+    seeds = job.seeds if stack_kind(job.config).shares_launches(device) else job.seeds[:1]
     condition = None if followed(job.condition) else make_condition(job, out, device)
-    stack = Stack(job.config, seeds, device=device, condition=condition)
+    stack = stack_kind(job.config)(job.config, seeds, device, condition)
     measures = Measures(job.config)
 
     def evaluation() -> None:

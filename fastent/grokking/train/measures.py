@@ -56,8 +56,8 @@ from torch.nn.functional import log_softmax
 
 from fastent.entropy import spectral_entropy
 from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.modules import AnyStack
 from fastent.grokking.train.registry import NAME, find, origin
-from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.stacked import add_in_order
 from fastent.grokking.train.storage import RunError
 from fastent.grokking.train.tasks import Task, generator, make_task, probe_index, split
@@ -528,7 +528,7 @@ class Measures:
         grouped = any(isinstance(measure, Grouped) for measure in self._measures.values())
         self._harmonics = task_harmonics(config) if grouped else None
 
-    def __call__(self, stack: Stack) -> Columns:
+    def __call__(self, stack: AnyStack) -> Columns:
         """Return the columns of all measures, for the seeds of `stack` in their order.
 
         Raises
@@ -603,7 +603,7 @@ class Moment:
 
     Attributes
     ----------
-    stack : Stack
+    stack : AnyStack
         Not to be changed.
     seeds : tuple of int
         The order of every leading axis of S.
@@ -613,7 +613,7 @@ class Moment:
     task : Task
     """
 
-    def __init__(self, stack: Stack, pairs: list[_Pairs], harmonics: Harmonics | None) -> None:
+    def __init__(self, stack: AnyStack, pairs: list[_Pairs], harmonics: Harmonics | None) -> None:
         self.stack = stack
         self.pairs = pairs
         self._harmonics = harmonics
@@ -648,7 +648,7 @@ class Moment:
 
     def representations(self, which: Pairs = "probe") -> Tensor:
         """Representations of a set of pairs, (S, N, d)."""
-        return self.at(lambda pairs: getattr(pairs, which))  # type: ignore[no-any-return]
+        return self.at(lambda pairs: getattr(pairs, which))
 
     def logits(self, which: Pairs = "probe") -> Tensor:
         """Logits of a set of pairs, (S, N, classes)."""

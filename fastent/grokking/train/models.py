@@ -7,6 +7,7 @@ The stacked models (`fastent.grokking.train.stacked`) share the names of their p
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -18,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastent.grokking.train.config import TrainConfig
-from fastent.grokking.train.registry import find, origin
+from fastent.grokking.train.registry import BUILT_IN, find, origin
 from fastent.grokking.train.stacked import MLP, Parameters, Transformer, into_input, into_weight, linear
 from fastent.grokking.train.tasks import Task, generator
 
 
 class PlainTransformer(nn.Module):
-    """One encoder layer on embedded tokens and positions, and a linear head."""
+    """Encoder layers on embedded tokens and positions, and a linear head."""
 
     def __init__(self, config: TrainConfig, task: Task) -> None:
         super().__init__()
@@ -32,18 +33,8 @@ class PlainTransformer(nn.Module):
         self.equals = task.vocabulary if config.equals_token else None
         self.tokens = nn.Embedding(task.vocabulary + config.equals_token, config.width)
         self.positions = nn.Embedding(task.inputs.shape[1] + config.equals_token, config.width)
-        self.layer = nn.TransformerEncoderLayer(
-            config.width,
-            config.heads,
-            config.feedforward,
-            dropout=0.0,
-            activation=config.activation,
-            batch_first=True,
-            norm_first=config.norm_place == "pre",
-        )
-        if config.norm_place == "none":
-            self.layer.norm1 = nn.Identity()  # type: ignore[assignment]
-            self.layer.norm2 = nn.Identity()  # type: ignore[assignment]
+        layers = [_encoder_layer(config) for _ in range(config.layers)]
+        self.layer = layers[0] if config.layers == 1 else nn.Sequential(*layers)
         self.final_norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
         self.entropy_at = config.entropy_at
         self.head = nn.Linear(config.width, task.classes)
@@ -64,6 +55,22 @@ class PlainTransformer(nn.Module):
         """Logits (N, classes) of the tokens of pairs."""
         logits: Tensor = self.head(self.final_norm(self.read(pairs)))
         return logits
+
+
+def _encoder_layer(config: TrainConfig) -> nn.TransformerEncoderLayer:
+    layer = nn.TransformerEncoderLayer(
+        config.width,
+        config.heads,
+        config.feedforward,
+        dropout=0.0,
+        activation=config.activation,
+        batch_first=True,
+        norm_first=config.norm_place == "pre",
+    )
+    if config.norm_place == "none":
+        layer.norm1 = nn.Identity()  # type: ignore[assignment]
+        layer.norm2 = nn.Identity()  # type: ignore[assignment]
+    return layer
 
 
 class PlainMLP(nn.Module):
@@ -111,8 +118,20 @@ class ModelMaker(Protocol):
         """
 
 
-def plain_model(config: TrainConfig, task: Task) -> nn.Module:
-    """Return the ordinary module of a configuration, with torch's own initial values.
+def plain_model(config: TrainConfig, task: Task) -> PlainTransformer | PlainMLP:
+    """Return the ordinary module of a configuration of ours, with torch's own initial values."""
+    return PlainMLP(config, task) if config.model == "mlp" else PlainTransformer(config, task)
+
+
+def hand_written(config: TrainConfig) -> bool:
+    """Whether a configuration's model has gradients by hand (`fastent.grokking.train.stacked`)."""
+    return config.model in BUILT_IN["model"] and config.layers == 1
+
+
+def starting_module(config: TrainConfig, task: Task, seed: int) -> nn.Module:
+    """Return the ordinary module of a configuration as a seed starts it: a function of the seed alone.
+
+    Ours start at `initial_parameters`. Another's is made with torch's generators set by the seed.
 
     Raises
     ------
@@ -121,13 +140,25 @@ def plain_model(config: TrainConfig, task: Task) -> nn.Module:
     TypeError
         If its maker returns something else.
     """
-    made = find("model", config.model)(config, task)
+    with seeded(seed, "start"):
+        made = find("model", config.model)(config, task)
     if not isinstance(made, nn.Module):
         raise TypeError(
             f"model {config.model!r} of {origin('model', config.model)} must be made as a torch.nn.Module; got "
             f"{type(made).__name__}"
         )
+    if config.model in BUILT_IN["model"]:
+        made.load_state_dict(initial_parameters(config, task, seed))
     return made
+
+
+@contextlib.contextmanager
+def seeded(seed: int, purpose: str, turn: int = 0, device: torch.device | None = None) -> Iterator[None]:
+    """Set torch's random numbers by (seed, purpose, turn) while open, and put them back."""
+    on = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=on):
+        torch.manual_seed(int(generator(seed, purpose, turn).random_raw()))
+        yield
 
 
 class Model(Protocol):
@@ -156,8 +187,13 @@ def make_model(config: TrainConfig, task: Task, device: torch.device) -> Model:
 
 def pair_losses(p: Parameters, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each pair, and whether its class is likelier than every other: (S, N) each."""
+    return judged(linear(hidden, p["head.weight"], p["head.bias"]), labels)
+
+
+def judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`pair_losses` of logits (S, N, classes)."""
     places = labels.unsqueeze(2)
-    chances = linear(hidden, p["head.weight"], p["head.bias"]).log_softmax(2)
+    chances = logits.log_softmax(2)
     own = chances.gather(2, places).squeeze(2)
     # A quarter of argmax's time; and a tie, as of a head that says nothing, is not right.
     rival = chances.scatter_(2, places, -math.inf).amax(2)
@@ -166,7 +202,11 @@ def pair_losses(p: Parameters, hidden: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 def logit_scale(p: Parameters, hidden: Tensor) -> Tensor:
     """Root mean square of the logits, each row less its mean over the classes: (S, N, d) to (S,), float64."""
-    logits = linear(hidden, p["head.weight"], p["head.bias"])
+    return spread(linear(hidden, p["head.weight"], p["head.bias"]))
+
+
+def spread(logits: Tensor) -> Tensor:
+    """`logit_scale` of logits (S, N, classes)."""
     return (logits - logits.mean(2, keepdim=True)).double().square().mean((1, 2)).sqrt()
 
 
@@ -188,6 +228,12 @@ class Condition:
     A condition holds no state that a run accumulates: what it does is a function of the seed, the step and
     the tensors at hand, so that a run resumes exactly.
     """
+
+    @property
+    def touches_head(self) -> bool:
+        """Whether it changes what the head is trained on, or how: a model without `head` cannot have it."""
+        changed = ("before_head", "before_head_gradient", "head_gradients")
+        return any(getattr(type(self), name) is not getattr(Condition, name) for name in changed)
 
     def before_head(self, hidden: Tensor) -> Tensor:
         """Return what the head is trained on, (S, k N, d), for the batch's representations (S, N, d).
@@ -232,18 +278,22 @@ def parameter_shapes(config: TrainConfig, task: Task) -> dict[str, tuple[int, ..
     shapes = {
         "tokens.weight": (task.vocabulary + config.equals_token, d),
         "positions.weight": (task.inputs.shape[1] + config.equals_token, d),
-        "layer.self_attn.in_proj_weight": (3 * d, d),
-        "layer.self_attn.in_proj_bias": (3 * d,),
-        "layer.self_attn.out_proj.weight": (d, d),
-        "layer.self_attn.out_proj.bias": (d,),
-        "layer.linear1.weight": (f, d),
-        "layer.linear1.bias": (f,),
-        "layer.linear2.weight": (d, f),
-        "layer.linear2.bias": (d,),
     }
-    norms = [] if config.norm_place == "none" else ["layer.norm1", "layer.norm2"]
-    for norm in [*norms, "final_norm"] if config.final_norm else norms:
-        shapes |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    for layer in ["layer"] if config.layers == 1 else [f"layer.{k}" for k in range(config.layers)]:
+        shapes |= {
+            f"{layer}.self_attn.in_proj_weight": (3 * d, d),
+            f"{layer}.self_attn.in_proj_bias": (3 * d,),
+            f"{layer}.self_attn.out_proj.weight": (d, d),
+            f"{layer}.self_attn.out_proj.bias": (d,),
+            f"{layer}.linear1.weight": (f, d),
+            f"{layer}.linear1.bias": (f,),
+            f"{layer}.linear2.weight": (d, f),
+            f"{layer}.linear2.bias": (d,),
+        }
+        for norm in [] if config.norm_place == "none" else ["norm1", "norm2"]:
+            shapes |= {f"{layer}.{norm}.weight": (d,), f"{layer}.{norm}.bias": (d,)}
+    if config.final_norm:
+        shapes |= {"final_norm.weight": (d,), "final_norm.bias": (d,)}
     return shapes | {"head.weight": (task.classes, d), "head.bias": (task.classes,)}
 
 

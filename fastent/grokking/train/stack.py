@@ -13,16 +13,18 @@ prepares a window while the steps of the one before are computed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.models import (
     Condition,
+    PlainMLP,
+    PlainTransformer,
     head_gradients,
     initial_parameters,
     logit_scale,
@@ -351,7 +353,7 @@ class Stack:
         self._groups = [group for group in self._groups if group.seeds]
         self._graph()
 
-    def module(self, seed: int) -> nn.Module:
+    def module(self, seed: int) -> PlainTransformer | PlainMLP:
         """Return an ordinary module with a copy of a seed's parameters."""
         group, s = self._find(seed)
         module = plain_model(self.config, self.task).to(group.train.device, group.dtype)
@@ -435,6 +437,38 @@ class Stack:
         raise KeyError(f"seed {seed} is not in this stack; it has {self.seeds}")
 
 
+def adamw(state: Mapping[str, Parameters], gradients: Parameters, count: Tensor, config: TrainConfig) -> None:
+    """Take a step of AdamW, in place, by the kernel of `torch.optim.AdamW`; parameters without a gradient stay.
+
+    Parameters
+    ----------
+    state : mapping
+        "parameter" and its moments "first" and "second", each with a tensor a name.
+    gradients : dict of Tensor
+        By the same names.
+    count : Tensor, shape (), float32
+        Steps made; one more afterwards.
+    config : TrainConfig
+    """
+    count.add_(1)
+    names = [name for name in state["parameter"] if name in gradients]
+    torch._fused_adamw_(
+        [state["parameter"][name] for name in names],
+        [gradients[name] for name in names],
+        [state["first"][name] for name in names],
+        [state["second"][name] for name in names],
+        [],
+        [count] * len(names),
+        lr=config.learning_rate,
+        beta1=config.betas[0],
+        beta2=config.betas[1],
+        weight_decay=config.weight_decay,
+        eps=config.epsilon,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
 class _Group:
     """Seeds that share each launch: their split, parameters and AdamW, each tensor led by an axis of seeds."""
 
@@ -473,22 +507,7 @@ class _Group:
 
     def update(self, gradients: Parameters, config: TrainConfig) -> None:
         """Take one step of AdamW: S optimisers in one launch, as they share nothing and stand at one step."""
-        self.count.add_(1)
-        torch._fused_adamw_(
-            list(self.parameters.values()),
-            [gradients[name] for name in self.parameters],
-            list(self.first.values()),
-            list(self.second.values()),
-            [],
-            [self.count] * len(self.parameters),
-            lr=config.learning_rate,
-            beta1=config.betas[0],
-            beta2=config.betas[1],
-            weight_decay=config.weight_decay,
-            eps=config.epsilon,
-            amsgrad=False,
-            maximize=False,
-        )
+        adamw(self.state, gradients, self.count, config)
 
     def keep(self, seeds: Sequence[int]) -> None:
         """Drop every other seed."""

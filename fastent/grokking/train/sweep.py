@@ -19,6 +19,7 @@ import itertools
 import os
 import signal
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,8 @@ from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.executors import End, Executor, Inline, Order, Pool, Reach, last
 from fastent.grokking.train.loop import Observer, Observers
 from fastent.grokking.train.measures import Measures
+from fastent.grokking.train.models import hand_written
+from fastent.grokking.train.modules import stack_kind
 from fastent.grokking.train.registry import BUILT_IN
 from fastent.grokking.train.runs import (
     OWN,
@@ -44,8 +47,7 @@ from fastent.grokking.train.runs import (
     read_settings,
     what_counts,
 )
-from fastent.grokking.train.stack import Stack
-from fastent.grokking.train.storage import Interrupted, RunError, StopRequest, read_rows
+from fastent.grokking.train.storage import Interrupted, RunError, RunWarning, StopRequest, read_rows
 from fastent.grokking.train.tasks import make_task
 
 LARGEST_SEED = 2**64 - 1
@@ -85,12 +87,23 @@ def check_jobs(
             check_config(job.config, elsewhere=elsewhere)
             if job.experiment == OWN:
                 make_condition(job, out, device)  # an experiment's are there
-            if job.guests():
+            if job.guests() or not hand_written(job.config):
                 _rehearse(job, out, device)
         except (ValueError, RunError) as error:
             raise ValueError(f"{job.experiment}-{job.condition}-{job.config.task}: {error}") from error
     if not force:
         _check_folder(jobs, out)
+    if slow := dict.fromkeys(_model(job.config) for job in jobs if not hand_written(job.config)):
+        warnings.warn(
+            f"{', '.join(slow)}: gradients by torch, one seed after the other, which is slower than the Transformer of "
+            "one layer and the MLP, whose gradients are by hand; --dry-run times it",
+            RunWarning,
+            stacklevel=2,
+        )
+
+
+def _model(config: TrainConfig) -> str:
+    return f"model {config.model}" + (f" of {config.layers} layers" if config.layers > 1 else "")
 
 
 def _rehearse(job: Job, out: Path, device: str) -> None:
@@ -104,7 +117,7 @@ def _rehearse(job: Job, out: Path, device: str) -> None:
     alone = replace(job, seeds=job.seeds[:1])
     try:
         condition = None if sources(job) else make_condition(alone, out, device)
-        stack = Stack(job.config, alone.seeds, device, condition)
+        stack = stack_kind(job.config)(job.config, alone.seeds, device, condition)
         stack.evaluate()
         spectral_entropy(stack.representations(), batch_dims=1)
         Measures(job.config)(stack)
@@ -177,13 +190,15 @@ def memory(config: TrainConfig) -> int:
     else:
         n = make_task(config).operands
     d, tokens = config.width, n * (2 if config.separate_tokens else 1)
-    if config.model == "mlp":
+    if config.model not in BUILT_IN["model"]:
+        parameters = units = scores = 0  # of another package: nobody knows before
+    elif config.model == "mlp":
         sizes = [d * (2 if config.combine == "concat" else 1), *config.hidden]
         parameters = tokens * d + sum(a * b for a, b in pairwise(sizes)) + sizes[-1] * n
         units, scores = sum(sizes), 0
     else:
-        parameters = tokens * d + 4 * d * d + 2 * d * config.feedforward + d * n
-        units, scores = 6 * d + config.feedforward, 2 * n * n * config.heads
+        parameters = tokens * d + config.layers * (4 * d * d + 2 * d * config.feedforward) + d * n
+        units, scores = config.layers * (6 * d + config.feedforward), 2 * n * n * config.heads
     # Drawn in float64 from two words each, then float32 with AdamW's two moments and the gradient; the scores of all
     # pairs of tokens, twice with their gradient; numbers and label of each pair, int64; activations with gradients.
     return 24 * parameters + 8 * scores + 48 * n * n + 8 * config.batch_size * (units + n)

@@ -13,7 +13,7 @@ from fastent.grokking.train import registry
 from fastent.grokking.train.conditions import HeldLogits, HeldNorm, InTurn, Mixing, make_condition
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.measures import Measures, task_harmonics
-from fastent.grokking.train.models import Condition, plain_model
+from fastent.grokking.train.models import Condition, starting_module
 from fastent.grokking.train.runs import Job
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import RunError
@@ -164,7 +164,7 @@ def test_a_script_registers_for_its_own_process_and_again_as_a_cell_of_a_noteboo
         make_task(dataclasses.replace(SMALL, task="nothing"))
     registry.register("model", "nothing", lambda config, task: 3)
     with pytest.raises(TypeError, match=r"must be made as a torch.nn.Module; got int"):
-        plain_model(dataclasses.replace(SMALL, model="nothing"), make_task(SMALL))
+        starting_module(dataclasses.replace(SMALL, model="nothing"), make_task(SMALL), 0)
     with pytest.raises(TypeError, match="a measure must be callable"):
         registry.register("measure", "number", 3)
 
