@@ -17,6 +17,7 @@ def test_the_paper_preset_holds_what_the_papers_text_gives():
         "task": "add",
         "modulus": 97,
         "model": "transformer",
+        "layers": 1,
         "width": 128,
         "heads": 4,
         "feedforward": 512,
@@ -61,7 +62,7 @@ def test_a_config_survives_json(name):
 
 def test_a_record_that_lacks_a_younger_setting_means_the_value_that_it_was_trained_with():
     younger = {"final_norm": False, "entropy_at": "readout", "start": "torch", "sampling": "epochs"}
-    younger["operand_tokens"] = "one"
+    younger |= {"operand_tokens": "one", "layers": 1}
     record = {"task": "s5", "sampling": "replacement"}
     assert completed(record) == {**younger, **record}
     assert record == {"task": "s5", "sampling": "replacement"}
