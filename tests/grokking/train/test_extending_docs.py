@@ -41,7 +41,7 @@ def test_a_snippet_trains_what_it_brings_in_at_most_30_lines(snippet, name, caps
     assert len(snippet.splitlines()) <= 30
     assert SHORT[0] in snippet
     exec(compile(snippet.replace(*SHORT), "docs/extending.md", "exec"), {"__name__": "extending"})
-    runs = read_runs(Path("runs/own"))
+    runs = read_runs(Path("runs"))
     assert all(run.name.startswith(f"{name}-") and run.done is not None for run in runs)
     assert all(FOUND[name] in row for row in runs[0].rows)
     capsys.readouterr()
@@ -54,7 +54,7 @@ def test_a_command_of_the_page_trains(command, capsys):
     arguments[arguments.index("--max-steps") + 1] = "2"
     small = ["--evaluate-every", "1", "--batch-size", "8", "--workers", "1", "--quiet"]
     assert main([*arguments, *small]) == 0
-    assert all(run.done is not None for run in read_runs(Path("runs/own")))
+    assert all(run.done is not None for run in read_runs(Path("runs")))
     capsys.readouterr()
 
 
