@@ -197,7 +197,7 @@ def _check_fits(run: Run, point: Checkpoint | None) -> None:
     """See that a run can go on from `point` with the settings of its job, before anything in its folder is changed."""
     if point is None:
         return
-    wrong = Stack.misfits(run.job.config, point.tensors)
+    wrong = _kind(run.job).misfits(run.job.config, point.tensors)
     if not wrong and int(point.tensors["steps"]) != point.step:
         wrong = [f"its tensors are of step {int(point.tensors['steps'])}"]
     try:

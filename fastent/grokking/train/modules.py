@@ -36,7 +36,7 @@ from fastent.grokking.train.models import (
     spread,
     starting_module,
 )
-from fastent.grokking.train.stack import Stack, adamw, repeat_labels
+from fastent.grokking.train.stack import Stack, adamw, misfits, repeat_labels
 from fastent.grokking.train.stacked import Parameters, tensor_norms
 from fastent.grokking.train.tasks import Task, batch_index, make_task, probe_index, split
 
@@ -234,14 +234,23 @@ class ModuleStack:
         Raises
         ------
         KeyError
-            If the seed is not of this stack, or a tensor is missing.
+            If the seed is not of this stack.
+        ValueError
+            If `misfits` finds any. Nothing is loaded then.
         """
         part = self._parts[seed]
+        if wrong := part.misfits(state):
+            raise ValueError(f"the state is not of these settings: {'; '.join(wrong)}")
         for kind, tensors in part.whole_state.items():
             for name, tensor in tensors.items():
                 tensor.copy_(state[f"{kind}.{name}"])
         part.count.fill_(float(state["steps"]))
         self.steps_done = int(state["steps"])
+
+    @staticmethod
+    def misfits(config: TrainConfig, state: Parameters) -> list[str]:
+        """Say which tensors of a seed's state a stack of `config` cannot take, as `stack.misfits` does."""
+        return _Seed(config, make_task(config), 0, torch.device("cpu"), torch.float32).misfits(state)
 
     def keep(self, seeds: Sequence[int]) -> None:
         """Drop every other seed; the ones kept go on unchanged."""
@@ -388,6 +397,17 @@ class _Seed:
         if h.dim() != 3:
             return h
         return h[:, -1] if self._config.readout == "last" else h.mean(1)
+
+    def misfits(self, state: Parameters) -> list[str]:
+        """See `stack.misfits`."""
+        needed = {
+            f"{kind}.{name}": tensor
+            for kind, tensors in self.whole_state.items()
+            for name, tensor in tensors.items()
+        }
+        whole = {name for name, tensor in needed.items() if not tensor.is_floating_point()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in needed.items()}
+        return misfits(shapes | {"steps": ()}, whole | {"steps"}, state)
 
     @torch.no_grad()
     def norms(self) -> Tensor:

@@ -13,7 +13,7 @@ prepares a window while the steps of the one before are computed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -148,6 +148,25 @@ def repeat_labels(labels: Tensor, hidden: Tensor, condition: Condition) -> Tenso
             f"got {tuple(hidden.shape)} for N = {labels.shape[1]}"
         )
     return labels.repeat(1, copies)
+
+
+def misfits(needed: Mapping[str, tuple[int, ...]], whole: Collection[str], state: Parameters) -> list[str]:
+    """Say which tensors of a state are not as needed, each with its shape and the one needed.
+
+    Shapes are compared one by one: what only broadcasts would be another network's. Those named in `whole` hold no
+    floating-point numbers, and all others do.
+    """
+    have = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = [
+        f"{name} has shape {have.get(name, 'none')} in the state, and {needed.get(name, 'none')} is needed"
+        for name in dict.fromkeys((*needed, *have))
+        if have.get(name) != needed.get(name)
+    ]
+    return found + [
+        f"{name} holds {tensor.dtype}, no numbers of its kind"
+        for name, tensor in state.items()
+        if tensor.is_floating_point() == (name in whole) or tensor.is_complex()
+    ]
 
 
 _EVALUATION_ROWS = {"cpu": 1024}  # pairs in a forward pass of an evaluation: they stay in the cache
@@ -326,25 +345,11 @@ class Stack:
 
     @staticmethod
     def misfits(config: TrainConfig, state: Parameters) -> list[str]:
-        """Say which tensors of a seed's state a stack of `config` cannot take, each with its shape and the one needed.
-
-        Shapes are compared one by one: what only broadcasts would be another network's.
-        """
+        """Say which tensors of a seed's state a stack of `config` cannot take, as `misfits` does."""
         shapes = parameter_shapes(config, make_task(config))
         kinds = ("parameter", "first", "second")
         needed = {f"{kind}.{name}": tuple(shape) for kind in kinds for name, shape in shapes.items()}
-        needed["steps"] = ()
-        have = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        found = [
-            f"{name} has shape {have.get(name, 'none')} in the state, and {needed.get(name, 'none')} is needed"
-            for name in dict.fromkeys((*needed, *have))
-            if have.get(name) != needed.get(name)
-        ]
-        return found + [
-            f"{name} holds {tensor.dtype}, no numbers of its kind"
-            for name, tensor in state.items()
-            if tensor.is_floating_point() == (name == "steps") or tensor.is_complex()
-        ]
+        return misfits(needed | {"steps": ()}, ("steps",), state)
 
     def keep(self, seeds: Sequence[int]) -> None:
         """Drop every other seed; the ones kept go on unchanged."""

@@ -169,6 +169,11 @@ def test_random_numbers_and_buffers_are_of_the_seed_and_the_step_alone():
     assert torch.equal(losses, alone.train_step())
     both.keep([1])
     assert both.seeds == (1,)
+    other = {**state, "buffer.norm.running_mean": torch.zeros(3)}
+    with pytest.raises(
+        ValueError, match=r"buffer\.norm\.running_mean has shape \(3,\) in the state, and \(12,\) is"
+    ):
+        later.load_state_dict(1, other)
     assert torch.equal(losses, both.train_step())
 
 
