@@ -5,6 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("tyro")
 from guests import install
 
 from fastent.cli import main

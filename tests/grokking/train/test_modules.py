@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("tyro")
 from fastent import spectral_entropy
 from fastent.cli import main
 from fastent.grokking.experiments.data import read_run

@@ -6,6 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("tyro")
 from guests import install
 
 from fastent.cli import main
