@@ -51,8 +51,12 @@ def test_the_lines_of_the_readme_run_and_draw_what_they_say(tmp_path, monkeypatc
     assert watch.count(STEPS) == 1
     names, printed = executed([watch.replace(STEPS, "range(61)"), draw])
     assert all(re.fullmatch(r"\d+ [13] 0\.\d+ ok", line) for line in printed)  # the rest arrives at the flush
+    drawn = {tuple(line.get_ydata()) for line in names["ax"].lines}
     for layer in ("1", "3"):
-        assert [record.step for record in names["records"][layer]] == list(names["steps"]) == [0, 20, 40, 60]
+        found = [record for record in names["monitor"].history if record.layer == layer]
+        assert [record.step for record in found] == [0, 20, 40, 60]
+        assert tuple(record.normalized for record in found) in drawn
+    assert tuple(names["solved"]) in drawn
     assert (tmp_path / "entropy.png").read_bytes().startswith(b"\x89PNG")
 
 
