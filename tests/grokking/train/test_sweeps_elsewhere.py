@@ -58,13 +58,13 @@ def figures():
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, figures):
-    """The files of the runs trained in one process, one after the other, and the folder of them."""
+    """The files of each run, trained in one process, one after the other."""
     out = tmp_path_factory.mktemp("alone")
     return sweep(out, Inline(), "in this process", figures)
 
 
 class Harm:
-    """Does harm once, at the first row of `SAVED` steps of a seed that `victim` takes."""
+    """Does harm once, at the first row of `SAVED` steps of a run whose process `harm` takes."""
 
     def __init__(self, out, harm):
         self.out, self.harm, self.done_at = out, harm, []
@@ -78,8 +78,16 @@ class Harm:
         pass
 
 
-def sweep(out, executor, name, figures, harm=lambda pid: False):
-    """Run all jobs; return the files. Every run is complete, and was trained to its end once."""
+def events(folder):
+    return [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+
+
+def evaluations_at_the_end(folder):
+    return sum(event["event"] == "evaluation" and event["step"] == STEPS for event in events(folder))
+
+
+def sweep(out, executor, name, figures, alone=None, harm=lambda pid: False):
+    """Run all jobs; return the files. Every run is complete, trained to its end once, and has the bytes of `alone`."""
     harmed = Harm(out, harm)
     start = time.monotonic()
     outcomes = run_jobs(JOBS, out, executor=executor, observers=[harmed])
@@ -88,24 +96,24 @@ def sweep(out, executor, name, figures, harm=lambda pid: False):
     starts, ends = {}, {}
     for job in JOBS:
         (seed,) = job.seeds
-        lines = (out / job.run_name(seed) / "timing.jsonl").read_text().splitlines()
-        events = [json.loads(line) for line in lines]
-        environment = json.loads((out / job.run_name(seed) / "environment.json").read_text())
-        assert environment["threads"] == 1
-        starts[seed] = [event["step"] for event in events if event["event"] in ("start", "resume")]
-        ends[seed] = sum(event["event"] == "evaluation" and event["step"] == STEPS for event in events)
-    files = {name: data for job in JOBS for name, data in of_run(out, job).items()}
+        folder = out / job.run_name(seed)
+        assert json.loads((folder / "environment.json").read_text())["threads"] == 1
+        starts[seed] = [each["step"] for each in events(folder) if each["event"] in ("start", "resume")]
+        ends[seed] = evaluations_at_the_end(folder)
+    files = {job: of_run(out, job) for job in JOBS}
     figures.append(
         {
             "executor": name,
             "runs": len(JOBS),
-            "complete": sum(name.endswith("DONE") for name in files),
+            "complete": sum(any(name.endswith("/DONE") for name in each) for each in files.values()),
+            "same_bytes": sum(files[job] == (alone or files)[job] for job in JOBS),
             "trained_twice_to_the_end": sum(count > 1 for count in ends.values()),
             "resumed": sum(len(steps) > 1 for steps in starts.values()),
             "harmed": len(harmed.done_at),
             "seconds": round(seconds, 1),
         }
     )
+    assert files == (alone or files)
     assert set(ends.values()) == {1}
     assert all(len(starts[seed]) > 1 and min(starts[seed][1:]) > 0 for seed in harmed.done_at)
     return files
@@ -127,7 +135,7 @@ def test_a_pool_one_of_whose_processes_is_killed(tmp_path, alone, figures):
         killed.append(pid)
         return True
 
-    assert sweep(tmp_path, Pool(2, threads=1), "pool, one process killed", figures, kill) == alone
+    sweep(tmp_path, Pool(2, threads=1), "pool, one process killed", figures, alone, kill)
     assert len(killed) == 1
 
 
@@ -173,8 +181,35 @@ def test_a_ray_one_of_whose_two_nodes_dies(tmp_path, alone, figures, cluster):
         return True
 
     executor = Ray(address=ray.address, threads=1, gpus=0.5)  # a GPU in name, of which each job has its part
-    assert sweep(tmp_path, executor, "Ray, one of two nodes killed", figures, kill) == alone
+    sweep(tmp_path, executor, "Ray, one of two nodes killed", figures, alone, kill)
     assert raylet.pid in killed
+
+
+@needs("ray")
+def test_a_run_on_a_ray_node_that_is_cut_off_is_not_trained_twice_to_the_end(tmp_path, alone, cluster):
+    ray, node = cluster
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    left = []
+
+    class CutOff:
+        def row(self, job, seed, row):
+            lock = tmp_path / job.run_name(seed) / "lock"
+            if row["step"] == SAVED and not left and lock.exists():
+                pid = json.loads(lock.read_text())["pid"]
+                if pid in [process.pid for process in raylet.children(recursive=True)]:
+                    left.append((seed, psutil.Process(pid)))
+                    raylet.kill()  # its processes find out by themselves, some seconds later
+
+        def done(self, job, seed):
+            pass
+
+    jobs = JOBS[:3]
+    outcomes = run_jobs(jobs, tmp_path, executor=Ray(address=ray.address, gpus=0.5), observers=[CutOff()])
+    assert [outcome.error for outcome in outcomes] == [None] * 3
+    ((seed, process),) = left
+    assert not process.is_running()
+    assert [of_run(tmp_path, job) for job in jobs] == [alone[job] for job in jobs]
+    assert evaluations_at_the_end(tmp_path / jobs[seed].run_name(seed)) == 1
 
 
 TINY = (
@@ -234,7 +269,7 @@ def test_submitit_one_of_whose_jobs_is_killed_and_one_preempted(tmp_path, alone,
         return True
 
     executor = Slurm(tmp_path, local=True, size=2, threads=1)
-    assert sweep(tmp_path, executor, "submitit, one job killed, one preempted", figures, harm) == alone
+    sweep(tmp_path, executor, "submitit, one job killed, one preempted", figures, alone, harm)
     assert len(told) == 2
 
 
@@ -273,8 +308,7 @@ def test_an_array_of_slurm_jobs_one_of_which_is_preempted_and_one_comes_to_its_t
     executor = Slurm(out, options={"partition": "short", "time": 1})
     outcomes = run_jobs(jobs, out, executor=executor, observers=[Slurmctld()])
     assert [(outcome.attempts, outcome.error) for outcome in outcomes] == 3 * [(1, None)]
-    files = {name: data for job in jobs for name, data in of_run(out, job).items()}
-    assert files == {name: data for name, data in alone.items() if name in files}
+    assert [of_run(out, job) for job in jobs] == [alone[job] for job in jobs]
     resumed = [
         sum('"resume"' in line for line in (out / job.run_name(seed) / "timing.jsonl").open())
         for seed, job in enumerate(jobs)
