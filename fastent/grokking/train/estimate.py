@@ -31,6 +31,7 @@ from fastent.grokking.train.conditions import followed, make_condition
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.measures import Measures
 from fastent.grokking.train.modules import stack_kind
+from fastent.grokking.train.registry import BUILT_IN, TAKEN
 from fastent.grokking.train.runs import Job, check_rows, read_done, read_record
 from fastent.grokking.train.storage import RunError, read_object, read_rows
 
@@ -212,8 +213,12 @@ def makespan(costs: Iterable[float], workers: int) -> float:
 def _kind(settings: Mapping[str, Any], condition: str) -> str:
     """Tell apart what takes another time a step."""
     mixing = re.match(r"losses-\d|logits-\d", condition)
+    words = [part.partition("-")[0] for part in condition.split("+")]
+    guests = [word for word in words if word not in (*BUILT_IN["condition"], *TAKEN)]
+    if settings["task"] not in BUILT_IN["task"]:
+        guests.append(settings["task"])
     sizes = [settings.get(name) for name in SIZES]
-    return json.dumps([sizes, settings["task"] == "s5", mixing and mixing[0][:6]])
+    return json.dumps([sizes, settings["task"] == "s5", mixing and mixing[0][:6], guests])
 
 
 def _state(path: Path) -> tuple[bool, int]:

@@ -746,7 +746,11 @@ def last(messages: str, lines: int) -> list[str]:
 def worker() -> int:
     """Train what standard input orders; return the exit status."""
     with StopRequest() as stop:
-        order = Order.of_line(sys.stdin.readline())
+        try:
+            order = Order.of_line(sys.stdin.readline())
+        except ValueError as error:  # such as a task whose package is not installed on this machine
+            print(error, file=sys.stderr)
+            return REFUSED
         threading.Thread(target=_stop_at_end_of, args=(sys.stdin.fileno(),), daemon=True).start()
         torch.set_num_threads(order.threads)
         try:

@@ -22,8 +22,8 @@ from fastent.grokking.train.loop import Observer
 from fastent.grokking.train.measures import Measure
 from fastent.grokking.train.models import Condition, ModelMaker
 from fastent.grokking.train.registry import Kind, check_known, find, names, register
-from fastent.grokking.train.runs import OWN, Job, plan_stacks
-from fastent.grokking.train.storage import RunError, StopRequest, read_object
+from fastent.grokking.train.runs import OWN, Job, plan_stacks, read_record
+from fastent.grokking.train.storage import RunError, StopRequest
 from fastent.grokking.train.sweep import check_jobs, check_seeds, run_jobs
 from fastent.grokking.train.tasks import Task, TaskMaker
 
@@ -151,7 +151,7 @@ def check_there(kind: Kind, name: str, out: Path) -> None:
         check_known(kind, name)
     except ValueError as error:
         for path in sorted(out.glob("*/config.json")):
-            for guest in _guests(path):
+            for guest in _guests(path.parent):
                 if (guest["kind"], guest["name"]) == (kind, name):
                     package = " ".join(filter(None, (guest["package"], guest["version"])))
                     raise ValueError(
@@ -167,12 +167,8 @@ def check_there(kind: Kind, name: str, out: Path) -> None:
 
 def _guests(path: Path) -> list[dict[str, str]]:
     try:
-        found = (read_object(path, "") or {}).get("guests", [])
-        return [
-            {name: str(guest[name]) for name in ("kind", "name", "package", "version", "place")}
-            for guest in found
-        ]
-    except (OSError, RunError, KeyError, TypeError):
+        return list((read_record(path) or {}).get("guests", []))
+    except (OSError, RunError):
         return []  # what cannot be read is refused where it is asked for
 
 

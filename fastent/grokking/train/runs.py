@@ -57,7 +57,7 @@ from fastent.grokking.train.checkpoint import (
 )
 from fastent.grokking.train.config import TrainConfig, completed
 from fastent.grokking.train.environment import changes_of_bits
-from fastent.grokking.train.registry import BUILT_IN, TAKEN, Kind, origin
+from fastent.grokking.train.registry import BUILT_IN, TAKEN, Kind, Origin, origin
 from fastent.grokking.train.storage import (
     MEND,
     CheckpointError,
@@ -612,13 +612,19 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
         If a field has a value of another kind than its own: which, and what it holds.
     """
     kinds = {"experiment": str, "condition": str, "seed": int, "config": dict}
-    more = {"schema_version": int, "stack": list, "forced": list}
+    more = {"schema_version": int, "stack": list, "forced": list, "guests": list}
     _check_fields(path, record, kinds | {name: kind for name, kind in more.items() if name in record})
     for seed in record.get("stack", []):
         if not _whole(seed):
             raise RunError(
                 f"{path}: stack must hold whole numbers, for they name folders; got {_short(seed)}: {REMEDY}"
             )
+    for guest in record.get("guests", []):
+        if not isinstance(guest, dict):
+            raise RunError(f"{path}: guests must hold objects; got {_short(guest)}: {REMEDY}")
+        _check_fields(
+            path, guest, dict.fromkeys((f.name for f in dataclasses.fields(Origin)), str), of="guests."
+        )
     config = record["config"]
     known = {name: kind for name, kind in _setting_kinds().items() if name in config}
     _check_fields(path, config, known, of="config.")

@@ -1,7 +1,9 @@
 """Runs of one's own: folders, resume and commands are those of the experiments, whatever was brought along."""
 
+import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from fastent.grokking.experiments.data import Runs, read_runs
 from fastent.grokking.experiments.report import commands
 from fastent.grokking.train import Condition, TrainConfig, registry, task_of_table, train
 from fastent.grokking.train.config import preset
-from fastent.grokking.train.runs import Job
+from fastent.grokking.train.estimate import _kind
+from fastent.grokking.train.executors import REFUSED, Order, worker
+from fastent.grokking.train.runs import Job, check_record
 from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import RunError, RunWarning
 
@@ -221,6 +225,42 @@ def test_a_package_that_is_gone_is_named_and_another_version_of_it_is_warned_of(
     assert main(["run", "own", "--task", "nim", "--out", str(out)]) == 2
     assert main(["runs", str(out)]) == 0  # what only reads needs no package
     assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+
+
+def test_a_worker_without_the_package_says_so_in_a_sentence_and_is_not_tried_again(monkeypatch, capsys):
+    registry.register("task", "nim", nim)
+    line = Order(Job("own", "baseline", preset("quick", task="nim"), (0,)), Path("runs")).line()
+    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(sys, "stdin", io.StringIO(line))
+    assert worker() == REFUSED
+    assert "task must be add, sub, mul, mul_nonzero or s5; got 'nim'" in capsys.readouterr().err
+
+
+def test_kinds_of_jobs_that_other_packages_make_slower_are_timed_apart():
+    settings = Job("own", "baseline", TrainConfig(), (0,)).settings()
+    kinds = [
+        _kind(settings, each) for each in ("baseline", "norm-start", "silent-0.1", "losses-0.1+silent-0.1")
+    ]
+    assert kinds[0] == kinds[1]
+    assert (
+        len(
+            {
+                *kinds,
+                _kind({**settings, "task": "nim"}, "baseline"),
+                _kind({**settings, "layers": 2}, "baseline"),
+            }
+        )
+        == 5
+    )
+
+
+@pytest.mark.parametrize(
+    ("guests", "said"), [([3], "guests must hold objects; got 3"), ([{"kind": "task"}], "has no guests.name")]
+)
+def test_guests_of_another_shape_in_a_folder_are_refused_by_field(guests, said):
+    record = {"experiment": "own", "condition": "baseline", "seed": 0, "config": {}, "guests": guests}
+    with pytest.raises(RunError, match=said):
+        check_record(Path("config.json"), record)
 
 
 def test_a_job_of_built_in_names_has_no_guests():
