@@ -68,7 +68,7 @@ from fastent.grokking.experiments.document import (
 from fastent.grokking.experiments.jobs import JOBS, planned
 from fastent.grokking.experiments.leads import left_out_threshold
 from fastent.grokking.train.config import SOURCES, TASK_SETTINGS, TrainConfig
-from fastent.grokking.train.runs import OWN
+from fastent.grokking.train.runs import OWN, in_words
 from fastent.grokking.train.storage import RunError, printable, write_atomically
 
 __all__ = ["EXPERIMENTS", "check_documents", "fill_documents", "write_report"]
@@ -627,11 +627,13 @@ def origin_section(stored: Sequence[StoredRun], runs: Path, out: Path, skipped: 
     if any(not run.path.is_dir() for run in stored):
         source = str(run_folder(stored, runs))
         last.insert(0, shlex.join(["python", "-m", "fastent.grokking.experiments.data", source, str(runs)]))
+    guests = dict.fromkeys(in_words(each) for run in stored for each in run.record.get("guests", []))
     blocks: list[Block] = [
         Text(
             "The commands that made the runs and this page. The first goes on with runs that are not complete."
         ),
         Code("\n".join([*commands(stored, run_folder(stored, runs)), *last])),
+        *([Text(f"Not of this package: {'; '.join(guests)}.")] if guests else []),
         _runs_table(stored),
         _settings_table(stored),
         _environment_table(stored),

@@ -355,7 +355,8 @@ class Run:
             changes = _differences(recorded, now)
             if not changes and recorded.get("guests", []) != guests:
                 told = (
-                    ", ".join(_named(each) for each in some) for some in (recorded.get("guests", []), guests)
+                    ", ".join(in_words(each) for each in some)
+                    for some in (recorded.get("guests", []), guests)
                 )
                 warnings.warn(
                     f"{self.path}: it began with {'; it goes on with '.join(told)}, which may do something else",
@@ -938,7 +939,7 @@ def _differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _named(guest: dict[str, str]) -> str:
+def in_words(guest: dict[str, str]) -> str:
     """Write a guest for people."""
     where = " ".join(filter(None, (guest["package"], guest["version"]))) or "a script"
     return f"{guest['kind']} {guest['name']} of {where} ({guest['place']})"

@@ -225,6 +225,22 @@ def test_a_package_that_is_gone_is_named_and_another_version_of_it_is_warned_of(
     assert main(["run", "own", "--task", "nim", "--out", str(out)]) == 2
     assert main(["runs", str(out)]) == 0  # what only reads needs no package
     assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Not of this package: task nim of nim-games 1.0 (nim_games:nim)." in page
+
+
+@pytest.mark.nightly  # two processes, each with torch
+def test_an_installed_name_is_known_to_workers(tmp_path, monkeypatch):
+    site, out = tmp_path / "site", tmp_path / "runs"
+    site.mkdir()
+    install(site, "nim-games", "nim_games", SOURCE, {"fastent.tasks": {"nim": "nim_games:nim"}})
+    monkeypatch.delitem(sys.modules, "nim_games", raising=False)
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    there = train("nim", seeds=[0, 1], workers=2, out=out, **TINY)
+    here = train("nim", seeds=[0, 1], out=tmp_path / "here", **TINY)
+    for a, b in zip(there, here, strict=True):
+        assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
 
 
 def test_a_worker_without_the_package_says_so_in_a_sentence_and_is_not_tried_again(monkeypatch, capsys):
