@@ -644,7 +644,7 @@ class Moment:
 
     def labels(self, which: Pairs = "probe") -> Tensor:
         """Classes of a set of pairs, (S, N), int64, on the device."""
-        return self.task.labels[self.numbers(which)].to(self.everything.device)
+        return self.task.labels[self.numbers(which)].to(self.stack.device)
 
     def representations(self, which: Pairs = "probe") -> Tensor:
         """Representations of a set of pairs, (S, N, d)."""

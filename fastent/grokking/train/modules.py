@@ -99,6 +99,11 @@ class ModuleStack:
         return False
 
     @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return self._inputs.device
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds still in training."""
         return tuple(self._parts)
@@ -117,13 +122,14 @@ class ModuleStack:
         given = [] if condition is None else condition.numbers((part.seed,), step + 1)
         numbers = iter([torch.from_numpy(array).to(inputs.device) for array in given])
         part.module.train()
-        with seeded(part.seed, "step", step, inputs.device), part.head_watched() as seen:
-            logits = part.module(inputs)
-        if condition is None or not condition.touches_head:
-            loss = nn.functional.cross_entropy(logits, labels)
-            gradients = _gradients(loss, part.trained)
-        else:
-            loss, gradients = self._by_the_head(part, seen[0], labels, condition, numbers)
+        with seeded(part.seed, "step", step, inputs.device):
+            if condition is not None and condition.touches_head:
+                loss, gradients = self._by_the_head(
+                    part, part.read_by_head(inputs), labels, condition, numbers
+                )
+            else:
+                loss = nn.functional.cross_entropy(part.logits(inputs), labels)
+                gradients = _gradients(loss, part.trained)
         with torch.no_grad():
             adamw(part.state, gradients, part.count, config)
             if condition is not None:
@@ -154,12 +160,11 @@ class ModuleStack:
     def evaluate(self) -> dict[str, Tensor]:
         """Return train and test loss and accuracy, and parameter_norm, each (S,), float64."""
         columns: dict[str, list[Tensor]] = {}
-        everything = torch.arange(len(self._labels))
         for part in self._parts.values():
-            logits = self._of_pairs(part, everything, part.logits)
-            losses, right = (
-                each[0].double() for each in judged(logits.unsqueeze(0), self._labels.unsqueeze(0))
-            )
+            part.module.eval()
+            chunks = zip(self._inputs.split(_ROWS), self._labels.split(_ROWS), strict=True)
+            found = [judged(part.logits(x).unsqueeze(0), y.unsqueeze(0)) for x, y in chunks]
+            losses, right = (torch.cat(each, 1)[0].double() for each in zip(*found, strict=True))
             for name, pairs in (("train", part.train), ("test", part.test)):
                 columns.setdefault(f"{name}_loss", []).append(losses[pairs].mean())
                 columns.setdefault(f"{name}_accuracy", []).append(right[pairs].mean())
@@ -351,15 +356,6 @@ class _Seed:
             logits = self.module(inputs)
         return head if any(each is logits for each in seen) else None
 
-    @contextlib.contextmanager
-    def head_watched(self) -> Iterator[list[Tensor]]:
-        """Collect what the head reads while open; nothing without a head."""
-        if self.head is None:
-            yield []
-        else:
-            with _watched(self.head, lambda args, output: args[0]) as seen:
-                yield seen
-
     def logits(self, inputs: Tensor) -> Tensor:
         """Logits of tokens (N, T)."""
         logits: Tensor = self.module(inputs)
@@ -367,9 +363,11 @@ class _Seed:
 
     def read_by_head(self, inputs: Tensor) -> Tensor:
         """Input of the head, (N, d), for tokens (N, T)."""
-        with self.head_watched() as seen:
+        assert self.head is not None
+        with _watched(self.head, lambda args, output: args[0]) as seen:
             self.module(inputs)
-        return seen[0]
+        h: Tensor = seen[0]
+        return h
 
     def representation(self, inputs: Tensor) -> Tensor:
         """Representation where `entropy_at` says, of tokens (N, T)."""

@@ -244,6 +244,11 @@ class Stack:
         return torch.device(device).type != "cpu"
 
     @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return self._model.columns.device
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds still in training."""
         return tuple(seed for group in self._groups for seed in group.seeds)
