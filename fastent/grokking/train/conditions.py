@@ -417,7 +417,11 @@ def _starting_norms(config: TrainConfig, *, each: bool) -> Norms:
         start = (
             initial_parameters(config, task, seed)
             if config.model in BUILT_IN["model"]
-            else {n: p.detach().double() for n, p in starting_module(config, task, seed).named_parameters()}
+            else {
+                name: p.detach().double()
+                for name, p in starting_module(config, task, seed).named_parameters()
+                if p.requires_grad
+            }
         )
         norms = [float(torch.linalg.vector_norm(t)) for t in start.values()]
         return tuple(norms) if each else (math.hypot(*norms),)

@@ -158,7 +158,10 @@ class ModuleStack:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Tensor]:
-        """Return train and test loss and accuracy, and parameter_norm, each (S,), float64."""
+        """Return train and test loss and accuracy, and parameter_norm, each (S,), float64.
+
+        The norm is that of the parameters that are trained, as conditions hold it.
+        """
         columns: dict[str, list[Tensor]] = {}
         for part in self._parts.values():
             part.module.eval()
@@ -219,7 +222,7 @@ class ModuleStack:
         return spread(self.logits(torch.stack([part.probes["probe"] for part in self._parts.values()])))
 
     def norms(self) -> Tensor:
-        """Return the Euclidean norm of each parameter's tensor, (tensors, S), float64."""
+        """Return the Euclidean norm of the tensor of each parameter that is trained, (tensors, S), float64."""
         return torch.stack([part.norms() for part in self._parts.values()], 1)
 
     def state_dict(self, seed: int) -> Parameters:
@@ -409,8 +412,8 @@ class _Seed:
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """Euclidean norm of each parameter, (tensors,), float64."""
-        return tensor_norms({name: p.unsqueeze(0) for name, p in self.parameters.items()})[:, 0]
+        """Euclidean norm of each parameter that is trained, (tensors,), float64."""
+        return tensor_norms({name: p.unsqueeze(0) for name, p in self.trained.items()})[:, 0]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from fastent import spectral_entropy
 from fastent.cli import main
 from fastent.grokking.experiments.data import read_run
 from fastent.grokking.train import registry, train
-from fastent.grokking.train.conditions import HeldLogits, HeldNorm, InTurn, Mixing
+from fastent.grokking.train.conditions import HeldLogits, HeldNorm, InTurn, Mixing, make_condition
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.estimate import trial
 from fastent.grokking.train.measures import Measures
@@ -192,6 +192,18 @@ def test_a_parameter_that_takes_no_part_or_is_frozen_stays():
     after = stack.state_dict(0)
     same = {name for name in before if torch.equal(before[name], after[name])} - {"steps"}
     assert {"parameter.idle", "parameter.table.weight", "first.idle"} <= same
+    config = stack.config
+    for name in ("norm-start", "norm-start-each"):
+        held = make_condition(Job("own", name, config, (0,)), None)
+        stack = ModuleStack(config, (0,), condition=held)
+        before = stack.norms()
+        stack.train_step()
+        after = stack.norms()
+        if name == "norm-start":
+            assert float(after.norm()) == pytest.approx(float(before.norm()), rel=1e-6)
+        else:  # what starts at 0 is left free
+            torch.testing.assert_close(after[before > 0], before[before > 0], rtol=1e-6, atol=0)
+        assert float(stack.evaluate()["parameter_norm"]) == pytest.approx(float(stack.norms().norm()))
     assert "parameter.out.weight" not in same
 
 
