@@ -38,7 +38,14 @@ CHANGES = "modulus=7,width=8,heads=2,feedforward=8,batch_size=8,max_steps=40,eva
 NAME = f"e1-baseline-add-{CHANGES}-seed"
 
 
-def test_run_trains_every_seed_and_prints_a_row_for_each(tmp_path, capsys):
+def test_run_trains_every_seed_and_prints_a_row_for_each_whatever_lies_beside(tmp_path, capsys):
+    broken = tmp_path / "runs" / f"{NAME}9"
+    for folder in (broken, tmp_path / "runs" / "model", tmp_path / "runs" / "notes.tmp"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{")
+    (broken / "metrics.jsonl").write_text('{"step": 0}\n')
+    (tmp_path / "runs" / "table.parquet").write_text("PAR1")
+    (tmp_path / "runs" / "sweep-x-1.json").write_text('{"pid": 1e999, "host": [], "limits": 3}')
     assert main(["run", "e1", "--seeds", "0,3", "--out", str(tmp_path / "runs"), *TINY]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""  # no progress bar where there is no terminal

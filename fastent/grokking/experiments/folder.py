@@ -174,7 +174,11 @@ class Folder:
         if path.suffix == ".parquet" and path.is_file():
             self._settled[path] = _packed(path)
             return self._settled[path]
-        if not (path.is_dir() and is_run(path)):
+        try:
+            holds_run = path.is_dir() and is_run(path)
+        except OSError:
+            holds_run = False  # nobody may look into it
+        if not holds_run:
             if not path.name.startswith((".", "sweep-")):
                 self.foreign.append(printable(path.name) + ("/" if path.is_dir() else ""))
             return []

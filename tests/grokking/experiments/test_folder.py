@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -160,6 +161,22 @@ def test_what_lies_beside_runs_is_named_and_skipped(tmp_path, writer):
     os.mkfifo(tmp_path / "a\x1b[2J")
     assert len(folder.look()) == 1
     assert folder.foreign == ["a\\x1b[2J", "figures/", "model/", "notes.txt", "packages/"]
+
+
+def test_a_folder_that_nobody_may_look_into_is_skipped_by_name(tmp_path, writer, monkeypatch):
+    writer(tmp_path, 0)
+    (tmp_path / "private").mkdir()
+    real = Path.is_file
+
+    def is_file(path):
+        if path.parent.name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    folder = Folder(tmp_path)
+    assert [state.state for state in folder.look()] == [State.COMPLETE]
+    assert folder.foreign == ["private/"]
 
 
 def test_a_place_without_runs_is_refused_with_what_is_there_instead(tmp_path, writer):
