@@ -671,7 +671,7 @@ def _is(value: Any, kind: type | None) -> bool:
     if kind is float:
         return _number(value)
     if kind is tuple:
-        return isinstance(value, list) and all(isinstance(each, str) or _number(each) for each in value)
+        return isinstance(value, list) and all(_is(each, str) or _number(each) for each in value)
     if kind is str:
         return isinstance(value, str) and value.isprintable()
     return value is None if kind is None else isinstance(value, kind)

@@ -188,6 +188,8 @@ def test_a_configuration_that_is_none_is_refused_by_name(half, toy):
         ({"stack": {"0": 1}}, "stack must be a list; got {'0': 1}"),
         ({"schema_version": "1"}, "schema_version must be a whole number; got '1'"),
         ({"forced": 3}, "forced must be a list; got 3"),
+        ({"guests": [{"kind": "task", "name": []}]}, r"guests\.name must be a text in one line; got \[\]"),
+        ({"config": {"measures": ["a\x1b"]}}, r"config\.measures must be a list of numbers or texts"),
         ({"seed": True}, "seed must be a whole number; got True"),
         ({"seed": 10**400}, "seed must be a whole number; got 1000"),
         ({"config": {"width": "4"}}, r"config\.width must be a whole number; got '4'"),
