@@ -599,7 +599,9 @@ _DONE_REMEDY = "put it back from a copy, or remove it, and the run goes on from 
 
 def check_done(path: Path, done: dict[str, Any]) -> None:
     """See that `done`, of a file `path`, says when and why a run ended; raises RunError as `check_record`."""
-    times = {name: (int, None) for name in ("t_mem", "t_grok", "t_grok_sustained") if name in done}
+    times: dict[str, Any] = {
+        name: (int, None) for name in ("t_mem", "t_grok", "t_grok_sustained") if name in done
+    }
     sums = {name: kind for name, kind in (("files", dict), ("settings_sha256", str)) if name in done}
     _check_fields(path, done, {"steps": int, "reason": str, **times, **sums}, _DONE_REMEDY)
 
@@ -633,22 +635,21 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
 
 @functools.cache
 def _setting_kinds() -> dict[str, Any]:
-    """Kinds of the settings as JSON gives them back."""
+    """Kinds of the settings as JSON gives them back; of a list, the kind of its values in a list."""
     kinds = {}
     for name, hint in get_type_hints(TrainConfig).items():
-        origin = get_origin(hint)
-        kinds[name] = hint if origin is None else origin if origin is tuple else type(get_args(hint)[0])
+        origin, inner = get_origin(hint), get_args(hint)
+        kinds[name] = hint if origin is None else [inner[0]] if origin is tuple else type(inner[0])
     return kinds
 
 
-_KINDS = {
+_KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "a text in one line",
     bool: "true or false",
     dict: "an object",
     list: "a list",
-    tuple: "a list of numbers or texts",
     None: "null",
 }
 
@@ -661,17 +662,21 @@ def _check_fields(
             raise RunError(f"{path} is not what its name says, for it has no {of}{name}: {remedy}")
         allowed = kind if isinstance(kind, tuple) else (kind,)
         if not any(_is(values[name], each) for each in allowed):
-            words = " or ".join(_KINDS[each] for each in allowed)
+            words = " or ".join(_words(each) for each in allowed)
             raise RunError(f"{path}: {of}{name} must be {words}; got {_short(values[name])}: {remedy}")
 
 
-def _is(value: Any, kind: type | None) -> bool:
+def _words(kind: Any) -> str:
+    return f"a list, each {_KINDS[kind[0]]}" if isinstance(kind, list) else _KINDS[kind]
+
+
+def _is(value: Any, kind: Any) -> bool:
     if kind is int:
         return _whole(value)
     if kind is float:
         return _number(value)
-    if kind is tuple:
-        return isinstance(value, list) and all(_is(each, str) or _number(each) for each in value)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is(each, kind[0]) for each in value)
     if kind is str:
         return isinstance(value, str) and value.isprintable()
     return value is None if kind is None else isinstance(value, kind)
