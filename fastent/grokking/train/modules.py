@@ -165,7 +165,7 @@ class ModuleStack:
         columns: dict[str, list[Tensor]] = {}
         for part in self._parts.values():
             part.module.eval()
-            chunks = zip(self._inputs.split(_ROWS), self._labels.split(_ROWS), strict=True)
+            chunks = zip(*(torch.split(each, _ROWS) for each in (self._inputs, self._labels)), strict=True)
             found = [judged(part.logits(x).unsqueeze(0), y.unsqueeze(0)) for x, y in chunks]
             losses, right = (torch.cat(each, 1)[0].double() for each in zip(*found, strict=True))
             for name, pairs in (("train", part.train), ("test", part.test)):
