@@ -3,7 +3,7 @@
 A network learns addition modulo 31 from six in ten of all pairs. With weight decay it groks: the entropy of its second
 hidden layer falls, the alarm goes off, and new pairs are solved. Without, it knows its own pairs by heart; the entropy
 stays, and so does the alarm. Prints the alarms and what was solved; draws both runs, with a diamond at the alarm. It takes
-ten seconds on one core. It needs matplotlib.
+a quarter of a minute on one core. It needs matplotlib.
 
     python examples/collapse_alarm.py --picture docs/figures/examples/collapse_alarm.png
 """

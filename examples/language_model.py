@@ -2,7 +2,7 @@
 
 Nothing is downloaded: the model is a small Llama that reads bytes, and the text is this repository's documentation, or
 any file. Prints the loss of training and of new text, and at the end each block's entropy at first and at last; draws
-the entropy of each block over the training. It takes two minutes on one core. It needs transformers, accelerate and
+the entropy of each block over the training. It takes half a minute on one core. It needs transformers, accelerate and
 matplotlib.
 
     python examples/language_model.py --picture docs/figures/examples/language_model.png
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     """Train and draw; return the trainer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--text", type=Path, default=DOCS)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="steps between two evaluations of the entropy")
     parser.add_argument("--picture", type=Path, default=Path("language_model.png"))
     options = parser.parse_args(arguments)
