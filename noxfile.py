@@ -65,6 +65,13 @@ def sweeps(session: nox.Session) -> None:
 
 
 @nox.session
+def examples(session: nox.Session) -> None:
+    """Run every example in full, the notebook included, whose committed outputs have to be what comes."""
+    install(session, "test", "examples", extra="train,transformers")
+    session.run("pytest", "tests/examples", "-m", "", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))

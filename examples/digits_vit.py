@@ -20,13 +20,15 @@ import fastent
 class VisionTransformer(nn.Module):
     """Blocks of attention over the 16 patches of 2 x 2 pixels of an 8 x 8 image."""
 
-    def __init__(self, width: int = 64, depth: int = 8) -> None:
+    def __init__(self, width: int = 48, depth: int = 6) -> None:
         super().__init__()
         self.embed = nn.Linear(4, width)
         self.position = nn.Parameter(0.02 * torch.randn(16, width))
         self.blocks = nn.Sequential(
             *(
-                nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+                nn.TransformerEncoderLayer(
+                    width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True
+                )
                 for _ in range(depth)
             )
         )
@@ -53,10 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> fastent.SpectralEntropyMonit
     model = VisionTransformer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    # The last 512 images are for testing, and the probe. The head reads the mean over the patches, and so do we.
-    with fastent.SpectralEntropyMonitor(model, x[-512:], "blocks.*", every=options.every, tokens="mean") as monitor:
+    # The last 256 images are for testing, and the probe. The head reads the mean over the patches, and so do we.
+    with fastent.SpectralEntropyMonitor(
+        model, x[-256:], "blocks.*", every=options.every, tokens="mean"
+    ) as monitor:
         for step in range(options.steps + 1):
-            batch = torch.randint(len(x) - 512, (128,))
+            batch = torch.randint(len(x) - 256, (64,))
             loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
             monitor.step(step)
             optimizer.zero_grad()
@@ -64,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> fastent.SpectralEntropyMonit
             optimizer.step()
             if step % 100 == 0:
                 with torch.no_grad():
-                    right = (model(x[-512:]).argmax(1) == y[-512:]).float().mean()
+                    right = (model(x[-256:]).argmax(1) == y[-256:]).float().mean()
                 print(f"step {step:4}  loss {loss:.3f}  test accuracy {right:.3f}")
     print(monitor.cost)
     monitor.plot("heatmap").figure.savefig(options.picture, dpi=120)
