@@ -1,7 +1,8 @@
 """A small vision Transformer learns handwritten digits, with every block watched.
 
 Prints the loss, and the share of new digits that it reads, now and then; draws the entropy of each block over the
-training, a row for each block. It takes a minute on one core. It needs scikit-learn, for the digits, and matplotlib.
+training, a row for each block. It takes half a minute on one core. It needs matplotlib, and scikit-learn for the
+digits.
 
     python examples/digits_vit.py --picture docs/figures/examples/digits_vit.png
 """

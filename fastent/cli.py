@@ -1159,8 +1159,10 @@ def _dispatch(arguments: list[str]) -> int:
         _complain(str(error))
         return 2
     except (RunError, OSError, ValueError, TypeError) as error:
-        of_system = isinstance(error, OSError) and error.filename is not None
-        _complain(f"{error.filename}: {error.strerror}" if of_system else str(error))
+        if isinstance(error, OSError) and error.filename is not None:
+            _complain(f"{error.filename}: {error.strerror}")
+        else:
+            _complain(str(error))
         return 1
     return status
 

@@ -495,7 +495,7 @@ class SpectralEntropyMonitor(Shown):
                 raise TypeError(
                     f"threshold is a number, or one for each layer such as {{'head': 0.6}}; got {level!r}"
                 )
-            if level is not None and not 0 < level <= 1:
+            if level is not None and not 0 < float(level) <= 1:
                 raise ValueError(f"threshold is a normalised entropy, in (0, 1]; got {level}")
         if not isinstance(collapse, Collapse | None):
             raise TypeError(f"collapse must be a fastent.Collapse; got {collapse!r}")
