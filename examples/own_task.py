@@ -1,9 +1,10 @@
 """A task and a measure of one's own in the trainer of the experiments, with its folders.
 
 The task is the sum of two squares modulo 23. The measure is the share of the test pairs that get the most frequent
-answer: it tells what happens where the accuracy falls for a moment. Prints what became of each seed; draws test accuracy,
-entropy and the measure over the training. What was stopped goes on when it is started again, and `fastent runs`, `watch`
-and `report` read the folder. It takes half a minute on one core. It needs the extra train: pip install '.[train]'.
+answer: it tells what happens where the accuracy falls for a moment. Prints what became of each seed; draws test
+accuracy, entropy and the measure over the training. What was stopped goes on when it is started again, and `fastent
+runs`, `watch` and `report` read the folder. It takes half a minute on one core. It needs the extra train:
+pip install '.[train]'.
 
     python examples/own_task.py --picture docs/figures/examples/own_task.png
 """
