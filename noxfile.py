@@ -72,6 +72,17 @@ def examples(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Do the harm that a run must survive: kills, full disks, damaged files; and write down how much was tried."""
+    install(session, "test")
+    figures = {} if session.posargs else {"FASTENT_FAULTS": "bench/results/faults/faults.json"}
+    session.run("pytest", "-n", "auto", "-m", "not sweeps", *FAULTS, *session.posargs, env=figures)
+
+
+FAULTS = ("tests/faults", "tests/grokking/experiments/test_verify.py")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))

@@ -1,7 +1,9 @@
-"""Set-up shared by all tests: one thread, Triton's interpreter or compiled kernels, and `--device`."""
+"""Set-up shared by all tests: one thread, Triton's interpreter or compiled kernels, `--device`, faults' figures."""
 
 import importlib.util
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 # The products of the tests are small: a second thread costs more than it brings, much more on a busy machine. Before
 # torch is there: which library serves a product is decided then, and a test's processes must have the same.
@@ -9,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from fault_figures import Faults
 
 torch.set_num_threads(1)
 
@@ -31,6 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.getoption("--device") == "cuda" or config.getoption("markexpr") == "gpu"
     if not (asked and torch.cuda.is_available()):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    path = os.environ.get("FASTENT_FAULTS")
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Faults(Path(path)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,3 +56,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[[int, str, int, int], None]:
+    """Take down that of `tried` faults of a row all were survived; the session `faults` writes it to a file."""
+
+    def figure(row: int, what: str, tried: int, survived: int) -> None:
+        assert survived == tried > 0, f"{what}: {survived} of {tried} survived"
+        request.node.user_properties.append(
+            ("fault", {"row": row, "what": what, "tried": tried, "survived": survived})
+        )
+
+    return figure
