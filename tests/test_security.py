@@ -34,6 +34,7 @@ IMPORTERS = {
     "fastent.plan": "what `fastent plan --model` names",
     "fastent.integrations.lightning": "Lightning under its two names",
     "fastent.grokking.train": "its own public names",
+    "fastent.grokking.train.registry": "entry points of fastent's groups in installed packages, and of ours",
     "fastent.grokking.train.executors": "Ray or submitit, by a name of ours",
     "bench.counters": "what it measures the import of",
     "bench.providers": "what it compares with, by a name of ours or of --provider",
@@ -106,7 +107,11 @@ def _call(node: ast.Call, name: str, module: str) -> Iterator[tuple[int, str]]:
     if name.startswith("socket.") and name != "socket.gethostname" and not connects:
         yield node.lineno, name
     if (
-        name in ("importlib.import_module", "importlib.util.spec_from_file_location")
+        name
+        in (
+            *("importlib.import_module", "importlib.util.spec_from_file_location"),
+            *("importlib.metadata.EntryPoint", "importlib.metadata.entry_points"),
+        )
         and module not in IMPORTERS
     ):
         yield node.lineno, f"{name} in a module without a reason in IMPORTERS"
