@@ -251,19 +251,19 @@ def read(paths: Sequence[Path]) -> Compared:
             left_out.append(f"{path}: {skipped(folder.foreign)}")
     groups = []
     places: dict[str, str] = {}
-    for (source, kind, _), runs in found.items():
+    for (where, kind, _), runs in found.items():
         once = {run.identity: run for run in reversed(runs)}
         left_out += [
-            f"{source}: {run.name} is {once[run.identity].name} again, counted once"
+            f"{where}: {run.name} is {once[run.identity].name} again, counted once"
             for run in runs
             if run is not once[run.identity]
         ]
-        place = f"{source}/{kind}"
-        elsewhere = [run for run in once.values() if places.setdefault(run.identity, place) != place]
+        here = f"{where}/{kind}"
+        elsewhere = [run for run in once.values() if places.setdefault(run.identity, here) != here]
         if elsewhere:
-            names, others = some([run.name for run in elsewhere]), places[elsewhere[0].identity]
-            left_out.append(f"{source}: {names}: the same in {others}, copies and no other runs")
-        groups.append(Group(source, kind, Runs(tuple(sorted(once.values(), key=lambda run: run.seed)))))
+            names, first = some([run.name for run in elsewhere]), places[elsewhere[0].identity]
+            left_out.append(f"{where}: {names}: the same in {first}, copies and no other runs")
+        groups.append(Group(where, kind, Runs(tuple(sorted(once.values(), key=lambda run: run.seed)))))
     if len(groups) < 2:
         have = f"only {groups[0].kind} of {groups[0].source}" if groups else "none"
         also = f" ({'; '.join(left_out)})" if left_out else ""

@@ -182,9 +182,8 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = unseal(path, data, must=True)
     except Damaged as error:
         raise CheckpointError(path, error.expected, error.found) from error
-    names = ("schema_version", "step", "sha256", "state")
-    version, step, _, state = (record.get(name) for name in names)
-    whole = isinstance(version, int) and isinstance(step, int) and isinstance(state, dict)
-    if not whole or path != _path(path.parent, step, "json"):
+    version, step, state = (record.get(name) for name in ("schema_version", "step", "state"))
+    named = isinstance(step, int) and path == _path(path.parent, step, "json")
+    if not (named and isinstance(version, int) and isinstance(state, dict) and "sha256" in record):
         raise CheckpointError(path, "a record of its name's step", f"schema {version!r}, step {step!r}")
     return record

@@ -906,7 +906,7 @@ def _check_saved(path: Path, log: Log, checkpoint: Checkpoint, config: Mapping[s
 
 
 def _evaluation_due(step: int, config: Mapping[str, Any]) -> bool:
-    return step % config["evaluate_every"] == 0 or step == config["max_steps"]
+    return bool(step % config["evaluate_every"] == 0 or step == config["max_steps"])
 
 
 def identity(record: Mapping[str, Any]) -> str:

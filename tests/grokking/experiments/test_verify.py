@@ -75,7 +75,7 @@ def cuts(path, count, seed=0):
     for length in {
         0,
         len(whole) - 1,
-        *draw.sample(range(len(whole)), count),
+        *draw.sample(range(len(whole)), min(len(whole), count)),
         *draw.sample(lines, min(len(lines), count)),
     }:
         path.write_bytes(whole[:length])
