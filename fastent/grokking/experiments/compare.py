@@ -252,7 +252,9 @@ def read(paths: Sequence[Path]) -> Compared:
     groups = []
     places: dict[str, str] = {}
     for (where, kind, _), runs in found.items():
-        once = {run.identity: run for run in reversed(runs)}
+        once: dict[str, StoredRun] = {}
+        for run in runs:
+            once.setdefault(run.identity, run)
         left_out += [
             f"{where}: {run.name} is {once[run.identity].name} again, counted once"
             for run in runs
@@ -263,7 +265,7 @@ def read(paths: Sequence[Path]) -> Compared:
         if elsewhere:
             names, first = some([run.name for run in elsewhere]), places[elsewhere[0].identity]
             left_out.append(f"{where}: {names}: the same in {first}, copies and no other runs")
-        groups.append(Group(where, kind, Runs(tuple(sorted(once.values(), key=lambda run: run.seed)))))
+        groups.append(Group(where, kind, Runs(tuple(once.values()))))
     if len(groups) < 2:
         have = f"only {groups[0].kind} of {groups[0].source}" if groups else "none"
         also = f" ({'; '.join(left_out)})" if left_out else ""

@@ -443,8 +443,13 @@ def read_runs(root: Path, skipped: dict[str, str] | None = None) -> list[StoredR
     return sorted(found, key=lambda r: (r.experiment, r.condition, str(r.config.get("task")), r.seed))
 
 
+def plainest(name: str) -> tuple[bool, int, str]:
+    """Key that sorts names of a run's folders: first those that end in a seed, as they were made, and short ones."""
+    return re.search(r"-seed\d+$", name) is None, len(name), name
+
+
 def counted_once(found: Iterable[StoredRun], root: Path) -> list[StoredRun]:
-    """Keep one of the runs of each identity: complete rather than not, longer, a folder, the shortest name.
+    """Keep one of the runs of each identity: complete rather than not, longer, a folder, the plainest name.
 
     Warns
     -----
@@ -458,13 +463,7 @@ def counted_once(found: Iterable[StoredRun], root: Path) -> list[StoredRun]:
     for group in groups.values():
         order = sorted(
             group,
-            key=lambda run: (
-                run.done is None,
-                -len(run.rows),
-                run.packed is not None,
-                len(run.name),
-                run.name,
-            ),
+            key=lambda run: (run.done is None, -len(run.rows), run.packed is not None, *plainest(run.name)),
         )
         first, *copies = order
         if copies:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fastent.grokking.experiments.data import Runs, StoredRun, sound, unpack
+from fastent.grokking.experiments.data import Runs, StoredRun, plainest, sound, unpack
 from fastent.grokking.train.runs import awaited, check_rows, damages, read_done, what_counts
 from fastent.grokking.train.storage import (
     MEND,
@@ -144,7 +144,7 @@ class Folder:
         """Return its runs by name, seeds in the order of their numbers.
 
         A run that lies there several times counts once: complete rather than in training, further rather than less
-        far, under the shortest name. Its other places are its `copies`.
+        far, under the plainest name. Its other places are its `copies`.
 
         Raises
         ------
@@ -254,8 +254,8 @@ def _counted_once(states: Iterable[RunState]) -> list[RunState]:
             key=lambda each: (
                 ranks.index(each.state) if each.state in ranks else len(ranks),
                 -(each.step or 0),
-                len(_place(each)),
-                each.name,
+                len(_place(each)) > len(each.name),
+                *plainest(each.name),
             ),
         )
         kept.append(replace(first, copies=tuple(map(_place, copies))))

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from fastent.cli import main
+from fastent.grokking.experiments import compare
 from fastent.grokking.experiments.data import pack, read_run, read_runs, unpack
 from fastent.grokking.experiments.folder import Folder, State
+from fastent.grokking.experiments.report import origin_section
 from fastent.grokking.train.checkpoint import Checkpoint
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.runs import Job, Run, damages, what_is_left
@@ -369,3 +371,27 @@ def test_compare_sets_no_copy_beside_its_run(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "a comparison needs complete runs of two settings, and there is only e1-baseline-add" in said
     assert f"{run.name}.bak is {run.name} again, counted once" in said
+
+
+def test_compare_says_which_runs_of_a_place_are_copies_of_anothers(tmp_path, three_runs):
+    shutil.copytree(three_runs, tmp_path / "again")
+    (said,) = compare.read([three_runs, tmp_path / "again"]).left_out
+    assert said == (
+        f"{tmp_path / 'again'}: e1-baseline-add-seed0, e1-baseline-add-seed1, e1-baseline-add-seed2: the same in "
+        f"{three_runs / 'e1-baseline-add'}, copies and no other runs"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::fastent.grokking.train.storage.RunWarning")
+def test_a_report_leaves_a_damaged_run_out_by_name_and_names_copies(tmp_path):
+    for seed in (0, 1):
+        plant(tmp_path / "runs", seed)
+    flip(tmp_path / "runs" / JOB.run_name(1) / "metrics.jsonl")
+    shutil.copytree(tmp_path / "runs" / JOB.run_name(0), tmp_path / "runs" / "copy")
+    skipped = {}
+    stored = read_runs(tmp_path / "runs", skipped)
+    assert [run.seed for run in stored] == [0]
+    assert "metrics.jsonl: row 6 is damaged: expected crc32" in skipped[JOB.run_name(1)]
+    section = origin_section(stored, tmp_path / "runs", tmp_path / "report", skipped)
+    (table,) = (block for block in section.blocks if getattr(block, "columns", ())[:1] == ("folder",))
+    assert table.rows[0][3] == "complete: grokked; lies there again: copy"
