@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("tyro")
 from fastent.cli import main
 from fastent.grokking.experiments import compare
 from fastent.grokking.experiments.data import pack, read_run, read_runs, unpack
