@@ -309,10 +309,8 @@ def test_an_array_of_slurm_jobs_one_of_which_is_preempted_and_one_comes_to_its_t
     outcomes = run_jobs(jobs, out, executor=executor, observers=[Slurmctld()])
     assert [(outcome.attempts, outcome.error) for outcome in outcomes] == 3 * [(1, None)]
     assert [of_run(out, job) for job in jobs] == [alone[job] for job in jobs]
-    resumed = [
-        sum('"resume"' in line for line in (out / job.run_name(seed) / "timing.jsonl").open())
-        for seed, job in enumerate(jobs)
-    ]
+    logs = [events(out / job.run_name(seed)) for seed, job in enumerate(jobs)]
+    resumed = [sum(event["event"] == "resume" for event in log) for log in logs]
     assert resumed == [1, 1, 0]
     (script,) = slurm.glob("*.script")
     flags = set(re.findall("^#SBATCH (.*)$", script.read_text(), re.MULTILINE))
