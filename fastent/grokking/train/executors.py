@@ -262,9 +262,8 @@ RAY_STORE = 10**8
 CONNECT_SECONDS = 5.0
 """How long a machine may take to answer at the address of a cluster."""
 
-# Read at 2.60. Ray replaces `_node_ip_address="127.0.0.1"` by the machine's own address and listens on every interface
-# (findings/ray-told-127-0-0-1-listens-on-every-interface.sh); a switch for Windows and macOS binds it to loopback. With
-# usage statistics off it still asks the address of a cloud's metadata where it is
+# Read at 2.60. Told 127.0.0.1, Ray takes the machine's own address; a switch for Windows and macOS makes loopback its
+# address. With usage statistics off it still asks the address of a cloud's metadata where it is
 # (findings/ray-asks-for-its-cloud-with-usage-statistics-off.sh): a proxy that nobody serves keeps that here.
 RAY_ALONE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
