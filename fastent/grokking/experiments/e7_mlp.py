@@ -108,13 +108,13 @@ def analyse(runs: Runs) -> Sufficiency | None:
     base = runs.select("e1", "baseline")
     h_star = over(base.h_star, least=0, most=1)
     mlps = {mlp.label: runs.select("e7", mlp.condition) for mlp in MLPS}
-    if not len(runs.select("e7")):
+    few = {each.label: runs.select("e7", each.condition) for each in FEW_PAIRS}
+    if not any(len(each) for label, each in (mlps | few).items() if not label.startswith("Transformer")):
         return None
 
     def model(label: str, runs: Runs, h_star: Estimate = h_star) -> ModelRuns:
         return ModelRuns(label, runs, runs.first_below(h_star.value), outcomes_of(runs, h_star.value))
 
-    few = {each.label: runs.select("e7", each.condition) for each in FEW_PAIRS}
     transformers = [each.h_star for label, each in few.items() if label.startswith("Transformer")]
     few_h_star = over(np.concatenate(transformers), least=0, most=1)
     on_few = [model(label, each, few_h_star) for label, each in few.items() if len(each)]

@@ -702,6 +702,9 @@ NUMBERS = (
 )
 """Columns of metrics and timing that hold numbers or null; those of measures may hold words too."""
 
+SHARES = ("train_accuracy", "test_accuracy", "entropy")
+"""Those that lie from 0 to 1, rounding aside."""
+
 
 def check_rows(path: Path, rows: Sequence[dict[str, Any]], first: int = 1) -> None:
     """See that the rows of a log, from its line `first` on, hold a step, and numbers, words or null.
@@ -719,6 +722,8 @@ def check_rows(path: Path, rows: Sequence[dict[str, Any]], first: int = 1) -> No
                 value is None or _number(value) or (isinstance(value, str | bool) and name not in NUMBERS)
             ):
                 _refuse_row(path, line, name, "a number or null", value)
+            if name in SHARES and value is not None and not 0 <= value <= 1 + 1e-6:
+                _refuse_row(path, line, name, "from 0 to 1", value)
 
 
 def _refuse_row(path: Path, line: int, name: str, rule: str, value: Any) -> None:

@@ -174,6 +174,9 @@ def test_signals_are_dated_and_counted_before_grokking(transformers, undrawn):
 
 def test_without_mlps_there_is_no_analysis(transformers):
     assert e7_mlp.analyse(Runs(tuple(transformers))) is None
+    alone = planted(FEW["with-transformer-41-0.2"], 0, test=GROKS, entropy=FALLS, **SPECTRA)
+    unknown = planted(dataclasses.replace(CONCAT, condition="baseline"), 0, test=STUCK, entropy=LOW, **FLAT)
+    assert e7_mlp.analyse(Runs((*transformers, alone, unknown))) is None
 
 
 @pytest.mark.parametrize("transformer", [[], [planted(E1, 0, test=STUCK, entropy=FALLS)]])

@@ -231,6 +231,8 @@ def test_a_configuration_of_another_shape_is_refused_with_the_field_before_anyth
         ('{"step": 5, "entropy": NaN}', "entropy must be a number or null; got nan"),
         ('{"step": 5, "entropy": 1e999}', "entropy must be a number or null; got inf"),
         ('{"step": 5, "entropy": ' + "1" * 400 + "}", "entropy must be a number or null; got 1111"),
+        ('{"step": 5, "entropy": 1e307}', r"entropy must be from 0 to 1; got 1e\+307"),
+        ('{"step": 5, "test_accuracy": -1}', "test_accuracy must be from 0 to 1; got -1"),
         ('{"step": 5, "entropy": true}', "entropy must be a number or null; got True"),
     ],
     ids=lambda value: value[:40],
