@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -1088,12 +1089,40 @@ def check(subject: Literal["maths"], *, runs: Path | None = None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` if None), ``--version`` or a command; return the exit status.
 
+    That of a command whose reader has gone, as in ``fastent list | head -1``, is 141, as a shell has it for SIGPIPE.
+
     Raises
     ------
     SystemExit
         For ``--help`` and wrong usage, from the parser.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # here, and not when the interpreter ends, which would complain
+    except BrokenPipeError as error:
+        if not (_drop_unread(sys.stdout) | _drop_unread(sys.stderr)):
+            _complain(str(error))
+            return 1
+        return 128 + signal.SIGPIPE
+
+
+def _drop_unread(stream: IO[str]) -> bool:
+    """Drop what `stream` holds and will get if nobody reads it any more, and return whether that is so."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return True
+    return False
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the command line `arguments`, in the surroundings that every command has."""
     if arguments == ["--version"]:
         print(f"fastent {fastent.__version__}")
         return 0
@@ -1158,6 +1187,8 @@ def _dispatch(arguments: list[str]) -> int:
     except WrongUsage as error:
         _complain(str(error))
         return 2
+    except BrokenPipeError:
+        raise
     except (RunError, OSError, ValueError, TypeError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             _complain(f"{error.filename}: {error.strerror}")

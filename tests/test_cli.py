@@ -560,6 +560,33 @@ def test_list_names_experiments_and_presets(capsys):
     assert re.search(r"^  quick  .*evaluate_every = 50", printed, re.MULTILINE)
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("command", ["list", "entropy --help", "report nowhere", "--version"])
+def test_a_command_whose_reader_has_gone_ends_without_a_word(stream, command, monkeypatch, capfd):
+    written, complaints = os.pipe(), io.StringIO()
+    os.close(written[0])
+    streams = {"stdout": io.StringIO(), "stderr": complaints}
+    with open(written[1], "w") as unread:
+        for name, other in streams.items():
+            monkeypatch.setattr(sys, name, unread if name == stream else other)
+        silent = (command == "report nowhere") == (stream == "stdout")
+        try:
+            status = main(command.split())
+        except SystemExit as ended:
+            status = ended.code
+    assert status == ({"report nowhere": 1}.get(command, 0) if silent else 141)
+    assert "pipe" not in complaints.getvalue() + "".join(capfd.readouterr()).lower()
+
+
+def test_a_broken_pipe_of_another_kind_is_told(monkeypatch, capsys):
+    def broken():
+        raise BrokenPipeError("a worker has gone")
+
+    monkeypatch.setattr(cli, "list_", broken)
+    assert main(["list"]) == 1
+    assert capsys.readouterr().err == "fastent: a worker has gone\n"
+
+
 def test_doctor_says_what_would_be_used_and_what_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(cli, "EXTRA", ("tyro", "no-such-package"))
     assert main(["doctor"]) == 0
