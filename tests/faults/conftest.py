@@ -1,3 +1,5 @@
+import traceback
+
 import pytest
 
 pytest.importorskip("safetensors")
@@ -19,3 +21,25 @@ def start(processes):  # noqa: F811
     for process in started:
         process.kill()
         process.join()
+
+
+def answer(connection, function, arguments):
+    try:
+        connection.send((function(*arguments), ""))
+    except BaseException:
+        connection.send((None, traceback.format_exc()))
+
+
+@pytest.fixture
+def elsewhere(start, processes):  # noqa: F811
+    """What a function returns that is called in a process of its own: one thread, which may fork, and no pytest."""
+
+    def call(function, *arguments):
+        ours, theirs = processes.Pipe()
+        start(answer, theirs, function, arguments)
+        theirs.close()
+        result, error = ours.recv()
+        assert not error, error
+        return result
+
+    return call

@@ -3,14 +3,10 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import random
 import shutil
-import signal
-import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,66 +36,6 @@ class Real(Stack):
     def evaluate(self):
         reached = [self.steps_done >= 40 + 20 * seed for seed in self.seeds]
         return super().evaluate() | {"test_accuracy": torch.tensor(reached, dtype=torch.float64)}
-
-
-def together_as(together):
-    """Make the class of stacks whose seeds take turns, or share each launch, whatever the device."""
-
-    class Stacked(Real):
-        shares_launches = staticmethod(lambda device: together)
-
-    return Stacked
-
-
-def real(out, together, die_at_rename=None):
-    """Train the real job with one thread; die like a SIGKILL right before rename number `die_at_rename`."""
-    torch.set_num_threads(1)
-    loop.Stack = together_as(together)
-    rename, count = os.replace, 0
-
-    def replace(source, target):
-        nonlocal count
-        count += 1
-        if count == die_at_rename:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-
-    os.replace = replace
-    train(REAL, Path(out), checkpoint_every=20)
-
-
-def run_real(processes, *arguments, kill_after=None):
-    """Run `real` in a process; return its exit code."""
-    process = processes.Process(target=real, args=arguments)
-    process.start()
-    process.join(kill_after)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-    return process.exitcode
-
-
-@pytest.mark.parametrize("together", [False, True], ids=["seeds in turn", "seeds in one launch"])
-def test_a_run_killed_at_random_instants_and_between_writing_and_renaming_ends_as_if_never_killed(
-    processes, tmp_path, together
-):
-    began = time.monotonic()
-    assert run_real(processes, tmp_path / "whole", together) == 0
-    duration = time.monotonic() - began
-    whole = contents(tmp_path / "whole")
-    ends = [json.loads(whole[f"{REAL.run_name(seed)}/DONE"])["steps"] for seed in (0, 1, 4)]
-    assert ends == [60, 80, 140]
-    # Renames 1 to 6 are of configurations and environments; each checkpoint of a seed takes two.
-    for number in (2, 8, 9):
-        assert run_real(processes, tmp_path / "killed", together, number) == -signal.SIGKILL
-    instants = random.Random(time.time_ns())
-    for _ in range(4):
-        patience = instants.uniform(0.1, 0.9) * duration
-        assert run_real(processes, tmp_path / "killed", together, kill_after=patience) in (0, -signal.SIGKILL)
-    for number in (5, 6, 7):  # with less left to do than renames, it ends
-        assert run_real(processes, tmp_path / "killed", together, number) in (0, -signal.SIGKILL)
-    assert run_real(processes, tmp_path / "killed", together) == 0
-    assert contents(tmp_path / "killed") == whole
 
 
 class Crash(BaseException):
