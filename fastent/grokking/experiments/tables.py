@@ -15,6 +15,7 @@ from fastent.display import Shown, Table, digits, whole
 from fastent.grokking.experiments.data import Runs
 from fastent.grokking.experiments.folder import Folder, RunState
 from fastent.grokking.train.config import TrainConfig
+from fastent.grokking.train.runs import MEASURED, NUMBERS
 from fastent.records import Kind, columns, frame
 
 __all__ = ["RunTable", "RunTables", "load_runs"]
@@ -36,10 +37,7 @@ SETTINGS: Mapping[str, Kind] = {
 ROW: Mapping[str, Kind] = {
     "run": WORDS,
     "step": int,
-    **dict.fromkeys(("train_loss", "train_accuracy", "test_loss", "test_accuracy", "parameter_norm"), NUMBER),
-    "entropy": NUMBER,
-    "entropy_status": WORDS,
-    **dict.fromkeys(("effective_rank", "participation_ratio"), NUMBER),
+    **{name: NUMBER if name in NUMBERS else WORDS for name in MEASURED},
 }
 
 

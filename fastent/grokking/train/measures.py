@@ -58,6 +58,7 @@ from fastent.entropy import spectral_entropy
 from fastent.grokking.train.config import TrainConfig
 from fastent.grokking.train.modules import AnyStack
 from fastent.grokking.train.registry import NAME, find, origin
+from fastent.grokking.train.runs import NUMBERS
 from fastent.grokking.train.stacked import add_in_order
 from fastent.grokking.train.storage import RunError
 from fastent.grokking.train.tasks import Task, generator, make_task, probe_index, split
@@ -502,13 +503,10 @@ class Grouped:
         return self.columns(moment)
 
 
-OTHERS = frozenset(
-    (
-        *("step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "parameter_norm"),
-        *("entropy", "entropy_status", "effective_rank", "participation_ratio", "seed", "log"),
-    )
+OTHERS = NUMBERS.union(
+    ("step", "entropy_status", "event", "environment_sha256", "crc32"), ("run", "seed", "log")
 )
-"""Columns that every row has, and those by which packed runs are told apart."""
+"""Columns of a run's logs, and those by which tables and packed runs tell runs apart."""
 
 
 class Measures:

@@ -695,11 +695,13 @@ def _short(value: Any) -> str:
     return reprlib.repr(value)
 
 
-NUMBERS = (
+MEASURED = (
     *("train_loss", "train_accuracy", "test_loss", "test_accuracy", "parameter_norm"),
-    *("entropy", "effective_rank", "participation_ratio"),
-    *("time", "seconds", "monitor_seconds", "seeds"),
+    *("entropy", "entropy_status", "effective_rank", "participation_ratio"),
 )
+"""Columns that every row of the metrics has beside its step; measures bring more."""
+
+NUMBERS = frozenset((*MEASURED, "time", "seconds", "monitor_seconds", "seeds")) - {"entropy_status"}
 """Columns of metrics and timing that hold numbers or null; those of measures may hold words too."""
 
 SHARES = ("train_accuracy", "test_accuracy", "entropy")

@@ -187,7 +187,10 @@ def test_a_condition_may_not_be_called_as_what_changes_nothing():
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        ({"entropy": [1.0]}, "column 'entropy', which is there already"),
+        *(
+            ({name: [1.0]}, f"column '{name}', which is there already")
+            for name in ("entropy", "run", "crc32", "event", "seconds")
+        ),
         ({"logit_scale": [1.0]}, "column 'logit_scale', which is there already"),
         ({"<i>": [1.0]}, "column '<i>', which is no name of letters"),
         ({"own": [1.0, 2.0]}, "as 'own', which must be one number or word for each of 1 seeds"),
