@@ -171,17 +171,12 @@ class Folder:
     def _of(self, path: Path) -> list[RunState]:
         if path in self._settled:
             return self._settled[path]
-        if path.suffix == ".parquet" and path.is_file():
+        if not holds_runs(path):
+            self.foreign += beside(path)
+            return []
+        if path.is_file():
             self._settled[path] = _packed(path)
             return self._settled[path]
-        try:
-            holds_run = path.is_dir() and is_run(path)
-        except OSError:
-            holds_run = False  # nobody may look into it
-        if not holds_run:
-            if not path.name.startswith((".", "sweep-")):
-                self.foreign.append(printable(path.name) + ("/" if path.is_dir() else ""))
-            return []
         state = self._judge(path)
         if state.state is State.COMPLETE:
             self._settled[path] = [state]
@@ -274,6 +269,21 @@ def some(names: list[str], most: int = 5) -> str:
 def skipped(foreign: list[str]) -> str:
     """Say what was passed over, in a line; empty where nothing was."""
     return f"no runs, skipped: {some(foreign)}" if foreign else ""
+
+
+def holds_runs(path: Path) -> bool:
+    """Whether `path`, in a folder of runs, is a file of packed runs, or a run's folder that may be looked into."""
+    try:
+        return (path.suffix == ".parquet" and path.is_file()) or (path.is_dir() and is_run(path))
+    except OSError:
+        return False  # nobody may look into it
+
+
+def beside(path: Path) -> list[str]:
+    """Name what lies beside runs; nothing where it is hidden, or announces runs."""
+    if path.name.startswith((".", "sweep-")):
+        return []
+    return [printable(path.name) + ("/" if path.is_dir() else "")]
 
 
 def is_run(path: Path) -> bool:

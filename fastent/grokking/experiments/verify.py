@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fastent.grokking.experiments.data import PACK_AGAIN, StoredRun, is_checked, unpack
-from fastent.grokking.experiments.folder import REMEDY, is_run, skipped
+from fastent.grokking.experiments.folder import REMEDY, beside, holds_runs, is_run, skipped
 from fastent.grokking.train.runs import damages, has_checksums, what_is_left
-from fastent.grokking.train.storage import Damaged, RunError, holder, printable, read_object
+from fastent.grokking.train.storage import Damaged, RunError, holder, read_object
 
 GOOD, UNCHECKED, DAMAGED = "good", "unchecked", "damaged"
 
@@ -80,14 +80,12 @@ def look(path: Path) -> tuple[list[Verified], list[str]]:
     if not path.exists():
         raise RunError(f"{path} does not exist: {REMEDY}")
     alone = path.is_file() or is_run(path)
-    found, foreign = [], []
+    found, foreign = list[Verified](), list[str]()
     for each in [path] if alone else sorted(path.iterdir()):
-        if each.suffix == ".parquet" and each.is_file():
-            found.append(_packed(each))
-        elif each.is_dir() and is_run(each):
-            found.append(_folder(each))
-        elif not each.name.startswith((".", "sweep-")):
-            foreign.append(printable(each.name) + ("/" if each.is_dir() else ""))
+        if holds_runs(each):
+            found.append(_packed(each) if each.is_file() else _folder(each))
+        else:
+            foreign += beside(each)
     if not found:
         raise RunError(f"{path} holds no run: {REMEDY}")
     return found, foreign

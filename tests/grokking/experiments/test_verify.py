@@ -194,11 +194,20 @@ def flip(path, place=0.5):
     path.write_bytes(data)
 
 
-def test_verify_says_that_all_is_good(tmp_path, capsys):
+def test_verify_says_that_all_is_good_and_names_what_it_passes_over(tmp_path, capsys, monkeypatch):
     plant(tmp_path, 0)
     plant(tmp_path, 1, last=90, done=False)
     (tmp_path / "notes.txt").write_text("mine")
-    assert told(capsys, tmp_path) == (0, f"{tmp_path}: 2 good\nno runs, skipped: notes.txt\n")
+    (tmp_path / "private").mkdir()
+    real = Path.is_file
+
+    def is_file(path):
+        if path.parent.name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert told(capsys, tmp_path) == (0, f"{tmp_path}: 2 good\nno runs, skipped: notes.txt, private/\n")
 
 
 def test_verify_names_what_is_damaged_and_the_command_that_makes_it_again(tmp_path, capsys):
