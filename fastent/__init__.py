@@ -17,7 +17,6 @@ from fastent.forecast.diagnosis import Diagnosis, diagnose
 from fastent.forecast.history import History, calibrate_threshold
 from fastent.forecast.power_law import PowerLaw
 from fastent.forecast.predict import Forecast, predict_grok_time
-from fastent.installation import install_command
 from fastent.mixing import mix_representations
 from fastent.moments import Moments
 from fastent.monitor.monitor import SpectralEntropyMonitor, StopAfterCrossing
@@ -64,6 +63,8 @@ else:
         try:
             return importlib.import_module("fastent.grokking.experiments.tables").load_runs
         except ModuleNotFoundError as error:
+            from fastent.installation import install_command
+
             raise ModuleNotFoundError(
                 f"load_runs needs {error.name}, which is not installed: {install_command('train')}",
                 name=error.name,

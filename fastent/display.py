@@ -6,7 +6,6 @@ escaped: names of layers are the user's. Of a long table the ends are shown. A p
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -38,6 +37,8 @@ class Shown:
         raise NotImplementedError
 
     def _repr_html_(self) -> str:
+        import html
+
         table = self._table().cut()
 
         def row(kind: str, cells: Sequence[str]) -> str:

@@ -188,11 +188,6 @@ def _pooled(tasks: Sequence[TaskRuns]) -> Estimate:
     return proportion(sum(round(each.value * each.n) for each in known), sum(each.n for each in known))
 
 
-def _means(result: Tasks) -> dict[str, Estimate]:
-    found = {name: result.tasks[name].h_star for name in ("add", "mul", "sub") if name in result.tasks}
-    return {name: h for name, h in found.items() if h.known}
-
-
 def _modular(result: Tasks) -> Finding:
     tasks = [task for name in ("add", "mul", "sub") if (task := result.tasks.get(name)) and task.h_star.known]
     found = [task.runs.h_star[~np.isnan(task.runs.h_star)] for task in tasks]

@@ -31,7 +31,7 @@ from fastent.grokking.train.conditions import followed, make_condition
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.measures import Measures
 from fastent.grokking.train.modules import stack_kind
-from fastent.grokking.train.registry import BUILT_IN, TAKEN
+from fastent.grokking.train.registry import BUILT_IN, names_in
 from fastent.grokking.train.runs import Job, check_rows, read_done, read_record
 from fastent.grokking.train.storage import RunError, read_object, read_rows
 
@@ -41,28 +41,9 @@ TRIAL_SECONDS = 4.0
 LEAST_SECONDS = 0.2
 
 SIZES = (
-    *(
-        "model",
-        "modulus",
-        "separate_tokens",
-        "operand_tokens",
-        "equals_token",
-        "readout",
-        "norm_place",
-        "final_norm",
-    ),
-    *(
-        "layers",
-        "width",
-        "heads",
-        "feedforward",
-        "hidden",
-        "combine",
-        "batch_size",
-        "evaluate_every",
-        "probe_size",
-        "measures",
-    ),
+    *("model", "modulus", "separate_tokens", "operand_tokens", "equals_token"),
+    *("readout", "norm_place", "final_norm", "layers", "width", "heads", "feedforward", "hidden", "combine"),
+    *("batch_size", "evaluate_every", "probe_size", "measures"),
 )
 """Settings that decide what a step costs, as far as they matter; beside them S5, and whether the condition mixes."""
 
@@ -213,8 +194,7 @@ def makespan(costs: Iterable[float], workers: int) -> float:
 def _kind(settings: Mapping[str, Any], condition: str) -> str:
     """Tell apart what takes another time a step."""
     mixing = re.match(r"losses-\d|logits-\d", condition)
-    words = [part.partition("-")[0] for part in condition.split("+")]
-    guests = [word for word in words if word not in (*BUILT_IN["condition"], *TAKEN)]
+    guests = [name for name in names_in(condition) if name not in BUILT_IN["condition"]]
     if settings["task"] not in BUILT_IN["task"]:
         guests.append(settings["task"])
     sizes = [settings.get(name) for name in SIZES]

@@ -21,7 +21,7 @@ from fastent.grokking.train.config import preset as preset_called
 from fastent.grokking.train.loop import Observer
 from fastent.grokking.train.measures import Measure
 from fastent.grokking.train.models import Condition, ModelMaker
-from fastent.grokking.train.registry import Kind, check_known, find, names, register
+from fastent.grokking.train.registry import Kind, check_known, find, names, names_in, register
 from fastent.grokking.train.runs import OWN, Job, plan_stacks, read_record
 from fastent.grokking.train.storage import RunError, StopRequest
 from fastent.grokking.train.sweep import check_jobs, check_seeds, run_jobs
@@ -175,9 +175,8 @@ def _guests(path: Path) -> list[dict[str, str]]:
 def _named(kind: Kind, given: Any, out: Path) -> str:
     """Return the name of what is given, registered if it is no name."""
     if isinstance(given, str):
-        for name in given.split("+") if kind == "condition" else [given]:
-            if kind != "condition" or name.partition("-")[0] not in ("baseline", ""):
-                check_there(kind, name.partition("-")[0] if kind == "condition" else name, out)
+        for name in names_in(given) if kind == "condition" else [given]:
+            check_there(kind, name, out)
         return given
     if isinstance(given, Task | Condition):
         name = given.name if isinstance(given, Task) else _as_name(type(given).__name__)

@@ -164,6 +164,18 @@ def names(kind: Kind) -> list[Origin]:
     return [entry.origin for name in found for entry in _claims(kind, name)]
 
 
+def names_in(condition: str) -> list[str]:
+    """List the names that a condition has, without what changes nothing.
+
+    Examples
+    --------
+    >>> names_in("losses-0.1+norm-as-baseline"), names_in("to-the-end")
+    (['losses', 'norm'], [])
+    """
+    words = (part.partition("-")[0] for part in condition.split("+"))
+    return [word for word in words if word not in TAKEN]
+
+
 def check_known(kind: Kind, name: str, what: str = "") -> None:
     """Check that a name is there; `what` is called so, as by the setting that holds it.
 

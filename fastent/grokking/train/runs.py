@@ -57,7 +57,7 @@ from fastent.grokking.train.checkpoint import (
 )
 from fastent.grokking.train.config import TrainConfig, completed
 from fastent.grokking.train.environment import changes_of_bits
-from fastent.grokking.train.registry import BUILT_IN, TAKEN, Kind, Origin, origin
+from fastent.grokking.train.registry import BUILT_IN, Kind, Origin, names_in, origin
 from fastent.grokking.train.storage import (
     MEND,
     CheckpointError,
@@ -126,11 +126,11 @@ class Job:
     def guests(self) -> list[dict[str, str]]:
         """Say where its task, model, measures and parts of its condition came from that are not of this package."""
         named: list[tuple[Kind, str]] = [("task", self.config.task), ("model", self.config.model)]
-        named += [("condition", part.partition("-")[0]) for part in self.condition.split("+")]
+        named += [("condition", name) for name in names_in(self.condition)]
         named += [("measure", measure) for measure in self.config.measures]
         found = []
         for kind, name in named:
-            if name not in BUILT_IN[kind] and (kind != "condition" or name not in TAKEN):
+            if name not in BUILT_IN[kind]:
                 with contextlib.suppress(ValueError):  # a name that is not there is refused where it is used
                     found.append(dataclasses.asdict(origin(kind, name)))
         return found

@@ -307,7 +307,7 @@ def run_jobs(
 
     Returns
     -------
-    list of Outcome
+    list of JobOutcome
         In the order of `jobs`.
 
     Raises
