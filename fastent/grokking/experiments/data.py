@@ -41,7 +41,6 @@ from fastent.grokking.train import milestones
 from fastent.grokking.train.config import JUDGED, PRESETS, TASK_SETTINGS, TrainConfig, completed
 from fastent.grokking.train.milestones import SUSTAINED, TAU, WINDOW
 from fastent.grokking.train.runs import (
-    REMEDY,
     check_done,
     check_record,
     check_rows,
@@ -50,6 +49,7 @@ from fastent.grokking.train.runs import (
     read_done,
 )
 from fastent.grokking.train.storage import (
+    MEND,
     Damaged,
     Log,
     RunError,
@@ -94,9 +94,7 @@ class StoredRun:
         path = self.path / "config.json"
         check_record(path, self.record)
         if missing := [name for name in ANALYSED if name not in self.config]:
-            raise RunError(
-                f"{path} is not a run's configuration, for it has no {', '.join(missing)}: {REMEDY}"
-            )
+            raise RunError(f"{path} is not a run's configuration, for it has no {', '.join(missing)}: {MEND}")
 
     @property
     def experiment(self) -> str:
@@ -164,7 +162,7 @@ class StoredRun:
                 values = [row.get(name) if use else None for row, use in zip(self.rows, usable, strict=True)]
                 self._columns[name] = np.array(values, dtype=np.float64)
             except (ValueError, TypeError) as error:
-                raise RunError(f"{self.path / 'metrics.jsonl'}: column {name}: {error}: {REMEDY}") from error
+                raise RunError(f"{self.path / 'metrics.jsonl'}: column {name}: {error}: {MEND}") from error
         return self._columns[name]
 
     @property
@@ -504,18 +502,18 @@ def read_run(path: Path) -> StoredRun:
     done = read_done(path)  # before the others: what it closes no longer changes
     for damaged in damages(path) if done is not None else ():
         raise damaged
-    record = read_object(path / "config.json", REMEDY)
+    record = read_object(path / "config.json")
     if record is None:
-        raise RunError(f"{path / 'config.json'} is missing: {REMEDY}")
+        raise RunError(f"{path / 'config.json'} is missing: {MEND}")
     return sound(
         StoredRun(
             path=path,
             record=record,
-            environment=_without(read_object(path / "environment.json", REMEDY) or {}, "schema_version"),
+            environment=_without(read_object(path / "environment.json") or {}, "schema_version"),
             rows=tuple(_rows(path / "metrics.jsonl")),
             timing=tuple(_rows(path / "timing.jsonl")),
             done=None if done is None else _without(done, "settings_sha256", "files"),
-            failed=read_object(path / "FAILED", REMEDY),
+            failed=read_object(path / "FAILED"),
         )
     )
 
@@ -532,12 +530,12 @@ def sound(run: StoredRun) -> StoredRun:
     check_rows(metrics, run.rows)
     check_rows(run.path / "timing.jsonl", run.timing)
     if run.done is not None and not run.rows:
-        raise RunError(f"{metrics} holds no evaluation, and DONE says that the run ended: {REMEDY}")
+        raise RunError(f"{metrics} holds no evaluation, and DONE says that the run ended: {MEND}")
     for line, (before, row) in enumerate(pairwise(run.rows), 2):
         if row["step"] <= before["step"]:
             raise RunError(
                 f"{metrics}: line {line}: steps must increase from row to row; step {row['step']} follows "
-                f"{before['step']}: {REMEDY}"
+                f"{before['step']}: {MEND}"
             )
     run.column("entropy")
     return run

@@ -195,8 +195,8 @@ class Folder:
         if done is not None and "files" in done:
             for damaged in damages(path):
                 raise damaged
-        failed = read_object(path / "FAILED", MEND)
-        record = read_object(path / "config.json", MEND)
+        failed = read_object(path / "FAILED")
+        record = read_object(path / "config.json")
         if record is None:
             if trained_by is not None:
                 return RunState(path.name, State.RUNNING, written=_written(path))  # it is about to begin
@@ -293,7 +293,7 @@ def is_run(path: Path) -> bool:
     # A folder of another kind may hold one of these, as that of a model does.
     named = re.search(r"-seed\d+$", path.name) is not None
     try:
-        record = read_object(path / "config.json", MEND)
+        record = read_object(path / "config.json")
     except (RunError, OSError):
         return named
     if record is not None:

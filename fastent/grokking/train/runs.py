@@ -345,8 +345,7 @@ class Run:
         recorded = read_record(self.path) if kept else None
         if recorded is None and kept and not self._force:
             raise RunError(
-                f"{path} is missing beside {kept}: put it back from a copy, or move the folder away to train the seed "
-                "anew; --force goes on with the settings given now"
+                f"{path} is missing beside {kept}: {MEND}; --force goes on with the settings given now"
             )
         if recorded is not None:
             if self.seed in recorded["stack"]:
@@ -541,9 +540,6 @@ def mark_failed(
             write_atomically(path / "FAILED", seal(said))
 
 
-REMEDY = "put it back from a copy, or move the folder away"
-
-
 def read_record(path: Path) -> dict[str, Any] | None:
     """Read the config.json of the run folder `path`, the settings that are younger than it included; None without.
 
@@ -553,13 +549,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
         If it holds no run's configuration.
     """
     path = path / "config.json"
-    recorded = read_object(path, REMEDY)
+    recorded = read_object(path)
     if recorded is None:
         return None
     check_record(path, recorded)
     for name in ("schema_version", "stack"):
         if name not in recorded:
-            raise RunError(f"{path} is not a run's configuration, for it has no {name}: {REMEDY}")
+            raise RunError(f"{path} is not a run's configuration, for it has no {name}: {MEND}")
     return {**recorded, "config": completed(recorded["config"])}
 
 
@@ -575,7 +571,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     recorded = read_record(path)
     if recorded is None:
-        raise RunError(f"{path / 'config.json'} is missing: {REMEDY}")
+        raise RunError(f"{path / 'config.json'} is missing: {MEND}")
     settings: dict[str, Any] = recorded["config"]
     return settings
 
@@ -620,11 +616,11 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
     for seed in record.get("stack", []):
         if not _whole(seed):
             raise RunError(
-                f"{path}: stack must hold whole numbers, for they name folders; got {_short(seed)}: {REMEDY}"
+                f"{path}: stack must hold whole numbers, for they name folders; got {_short(seed)}: {MEND}"
             )
     for guest in record.get("guests", []):
         if not isinstance(guest, dict):
-            raise RunError(f"{path}: guests must hold objects; got {_short(guest)}: {REMEDY}")
+            raise RunError(f"{path}: guests must hold objects; got {_short(guest)}: {MEND}")
         _check_fields(
             path, guest, dict.fromkeys((f.name for f in dataclasses.fields(Origin)), str), of="guests."
         )
@@ -655,7 +651,7 @@ _KINDS: dict[Any, str] = {
 
 
 def _check_fields(
-    path: Path, values: dict[str, Any], kinds: dict[str, Any], remedy: str = REMEDY, of: str = ""
+    path: Path, values: dict[str, Any], kinds: dict[str, Any], remedy: str = MEND, of: str = ""
 ) -> None:
     for name, kind in kinds.items():
         if name not in values:
@@ -729,7 +725,7 @@ def check_rows(path: Path, rows: Sequence[dict[str, Any]], first: int = 1) -> No
 
 
 def _refuse_row(path: Path, line: int, name: str, rule: str, value: Any) -> None:
-    raise RunError(f"{path}: line {line}: {name} must be {rule}; got {_short(value)}: {REMEDY}")
+    raise RunError(f"{path}: line {line}: {name} must be {rule}; got {_short(value)}: {MEND}")
 
 
 REMEDY_OF_ENVIRONMENT = (
