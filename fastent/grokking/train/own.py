@@ -153,7 +153,7 @@ def check_there(kind: Kind, name: str, out: Path) -> None:
         for path in sorted(out.glob("*/config.json")):
             for guest in _guests(path.parent):
                 if (guest["kind"], guest["name"]) == (kind, name):
-                    package = " ".join(filter(None, (guest["package"], guest["version"])))
+                    package = f"{guest['package']} {guest['version']}".strip() if guest["package"] else ""
                     raise ValueError(
                         f"{kind} {name!r} of {path.parent.name} came from {guest['place']} of "
                         + (

@@ -22,12 +22,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
+import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
 
 Kind = Literal["task", "model", "condition", "measure"]
 
@@ -71,7 +77,7 @@ class Origin:
     package : str
         Distribution, such as "nim-games"; "fastent" for ours, "" for what was registered in this process.
     version : str
-        Of that distribution, "" where it has none.
+        Of that distribution, "" where it has none; of what was registered in this process the `fingerprint`.
     place : str
         ``module:attribute``.
     """
@@ -83,7 +89,7 @@ class Origin:
     place: str
 
     def __str__(self) -> str:
-        where = " ".join(filter(None, (self.package, self.version))) or "this process"
+        where = f"{self.package} {self.version}".strip() if self.package else "this process"
         return f"{where} ({self.place})"
 
 
@@ -120,10 +126,68 @@ def register(kind: Kind, name: str, value: Any) -> None:
     if not callable(value):
         raise TypeError(f"a {kind} must be callable ({__name__}); got {type(value).__name__} for {name!r}")
     place = f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
-    entry = _Entry(Origin(kind, name, "", "", place), lambda: value)
+    entry = _Entry(Origin(kind, name, "", fingerprint(value), place), lambda: value)
     if others := [other for other in _claims(kind, name) if other.origin.package]:
         raise ValueError(_twice(kind, name, [*others, entry]))
     _registered[kind, name] = entry
+
+
+def fingerprint(value: object) -> str:
+    """Return what tells an object of a script from what it was before somebody changed it, with Python's version.
+
+    It is of the compiled code, which that version decides, of what the code names in its own module, and of the values
+    that the object holds. Comments, formatting and docstrings of functions make no difference.
+
+    Examples
+    --------
+    >>> fingerprint(lambda config: 1)[:8] == fingerprint(lambda config: 2)[:8]
+    False
+    """
+    home = getattr(getattr(value, "func", value), "__module__", "")
+    digest = hashlib.sha256("\n".join(_told(value, home, {})).encode()).hexdigest()
+    return f"{digest[:8]} of Python {sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _told(value: Any, home: str, seen: dict[int, Any]) -> Iterator[str]:
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        yield repr(value)
+        return
+    if id(value) in seen:
+        return
+    seen[id(value)] = value  # kept alive: another object could get its id
+    within: Iterable[Any] = ()
+    if isinstance(value, Tensor | np.ndarray):
+        yield f"{value.dtype} {value.tolist()}"
+    elif isinstance(value, CodeType):
+        yield f"{value.co_code.hex()} {value.co_names}"
+        within = value.co_consts
+    elif isinstance(value, FunctionType) and value.__module__ != home:
+        yield f"{value.__module__}.{value.__qualname__}"
+    elif isinstance(value, FunctionType):
+        code = value.__code__
+        code = code.replace(co_consts=tuple(each for each in code.co_consts if each != value.__doc__))
+        beside = inspect.getclosurevars(value)
+        within = (code, value.__defaults__, value.__kwdefaults__, beside.nonlocals, beside.globals)
+    elif isinstance(value, functools.partial):
+        within = (value.func, value.args, value.keywords)
+    elif isinstance(value, staticmethod | classmethod | property):
+        within = (value.fget if isinstance(value, property) else value.__func__,)
+    elif isinstance(value, Mapping):
+        within = [each for key in sorted(value, key=str) for each in (key, value[key])]
+    elif isinstance(value, list | tuple):
+        within = value
+    elif isinstance(value, set | frozenset):
+        yield str(sorted(map(repr, value)))
+    elif isinstance(value, type):
+        yield value.__qualname__
+        if value.__module__ == home:
+            members = vars(value).items()
+            within = (*value.__bases__, {k: v for k, v in members if callable(v) or not k.startswith("__")})
+    else:
+        known = type(value).__module__ == home or type(value).__module__.startswith("fastent.")
+        within = (type(value), vars(value) if known else {})
+    for each in within:
+        yield from _told(each, home, seen)
 
 
 def find(kind: Kind, name: str) -> Any:

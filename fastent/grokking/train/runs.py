@@ -351,7 +351,7 @@ class Run:
             if self.seed in recorded["stack"]:
                 # Which seeds began together does not change what any of them is.
                 now["stack"] = recorded["stack"]
-            changes = _differences(recorded, now)
+            changes = _differences(recorded, now) + _rewritten(recorded.get("guests", []), guests)
             if not changes and recorded.get("guests", []) != guests:
                 told = (
                     ", ".join(in_words(each) for each in some)
@@ -947,10 +947,30 @@ def _differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _rewritten(recorded: Sequence[dict[str, str]], now: Sequence[dict[str, str]]) -> list[str]:
+    """Each guest of a script whose code or values are not what they were, in words.
+
+    Another version of Python compiles the same code to another `fingerprint`, which tells nothing then.
+    """
+    before = {(each["kind"], each["name"]): each for each in recorded if not each["package"]}
+    lines = []
+    for each in now:
+        old = before.get((each["kind"], each["name"]))
+        if old is None or each["package"] or old["version"] == each["version"]:
+            continue
+        if old["version"].partition(" ")[2] == each["version"].partition(" ")[2]:
+            lines.append(
+                f"{each['kind']} {each['name']} ({each['place']}): its code or the values that it holds"
+            )
+    return lines
+
+
 def in_words(guest: dict[str, str]) -> str:
     """Write a guest for people."""
-    where = " ".join(filter(None, (guest["package"], guest["version"]))) or "a script"
-    return f"{guest['kind']} {guest['name']} of {where} ({guest['place']})"
+    where, place = f"{guest['package']} {guest['version']}".strip(), guest["place"]
+    if not guest["package"]:
+        where, place = "a script", ", ".join(filter(None, (place, guest["version"])))
+    return f"{guest['kind']} {guest['name']} of {where} ({place})"
 
 
 _ABSENT = "(absent)"

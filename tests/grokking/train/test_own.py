@@ -85,6 +85,28 @@ def test_a_task_a_condition_and_a_measure_of_a_script_are_trained_recorded_and_r
     assert "--task nim --condition quiet --measures largest --seeds 0-1" in command
 
 
+class Scaled(Condition):
+    """A condition with a value."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def after_step(self, state, numbers):
+        for tensor in state["parameter"].values():
+            tensor.mul_(self.kept)
+
+
+def test_a_complete_run_is_no_answer_for_a_condition_of_another_value(tmp_path):
+    asked = {"modulus": 7, "seeds": [0], "out": tmp_path, **TINY}
+    path = train("add", condition=Scaled(0.9), **asked)
+    assert train("add", condition=Scaled(0.9), **asked) == path
+    with pytest.raises(
+        RunError,
+        match=r"condition scaled \(test_own:Scaled\): its code or the values that it holds\n.*another --out",
+    ):
+        train("add", condition=Scaled(0.5), **asked)
+
+
 def test_the_command_line_and_the_call_make_the_same_runs(tmp_path, capsys):
     arguments = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items() if k != "quiet"]
     common = [

@@ -169,6 +169,69 @@ def test_a_script_registers_for_its_own_process_and_again_as_a_cell_of_a_noteboo
         registry.register("measure", "number", 3)
 
 
+SCRIPT = """
+import functools
+import torch
+from fastent.grokking.train import Condition
+
+SCALE = 2
+def helper(x): return x + 1
+
+class Model(torch.nn.Module):
+    'What it is.'
+    depth = 3
+    def __init__(self, config, task):
+        super().__init__()
+        self.head = torch.nn.Linear(config.width, task.classes)
+    def forward(self, tokens):
+        'How.'
+        return helper(tokens) * SCALE  # so
+
+class Child(Model):
+    pass
+
+class Kept(Condition):
+    def __init__(self, kept, table=torch.zeros(2)):
+        self.kept, self.table = kept, table
+
+def made(k): return lambda config: k
+lambda_of_1, partial_of_1, kept_1 = made(1), functools.partial(helper, 1), Kept(1)
+"""
+
+
+def printed(text, name):
+    scope = {"__name__": "script"}
+    exec(compile(text, "script", "exec"), scope)
+    return registry.fingerprint(scope[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("Model", "depth = 3", "depth = 4"),
+        ("Model", "self.head =", "self.tail ="),
+        ("Model", "SCALE = 2", "SCALE = 3"),
+        ("Model", "x + 1", "x + 2"),
+        ("Child", "tokens) * SCALE", "tokens) + SCALE"),
+        ("lambda_of_1", "made(1)", "made(2)"),
+        ("partial_of_1", "helper, 1)", "helper, 2)"),
+        ("kept_1", "Kept(1)", "Kept(2)"),
+        ("kept_1", "zeros(2)", "ones(2)"),
+    ],
+)
+def test_the_fingerprint_changes_with_code_and_values(name, old, new):
+    assert SCRIPT.count(old) == 1
+    assert printed(SCRIPT, name) != printed(SCRIPT.replace(old, new), name)
+
+
+def test_the_fingerprint_does_not_change_with_comments_docstrings_lines_or_the_process():
+    moved = "\n\n" + SCRIPT.replace("  # so", "").replace("How.", "In which way.").replace(
+        "What it is.", "It."
+    )
+    for name in ("Model", "Child", "lambda_of_1", "partial_of_1", "kept_1"):
+        assert printed(SCRIPT, name) == printed(SCRIPT, name) == printed(moved, name)
+
+
 @pytest.mark.parametrize("name", ["<b>", "a/b", "Nim", "", "x" * 41, "a-b"])
 def test_a_name_that_could_not_stand_in_the_name_of_a_folder_is_refused(name):
     with pytest.raises(ValueError, match="must be a lower-case letter and then at most 39"):
