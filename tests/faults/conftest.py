@@ -1,3 +1,4 @@
+import os
 import traceback
 
 import pytest
@@ -24,6 +25,7 @@ def start(processes):  # noqa: F811
 
 
 def answer(connection, function, arguments):
+    os.fsync = lambda descriptor: None  # a test cannot cut the power, and a thousand syncs take their time
     try:
         connection.send((function(*arguments), ""))
     except BaseException:

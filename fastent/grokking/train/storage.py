@@ -646,13 +646,23 @@ class RunLock:
                 self._lock(descriptor)
                 # The last holder may have removed the file between our open and our lock.
                 if _same_file(descriptor, self.path):
-                    self._named = json.dumps(Process.here().as_json()).encode()
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, self._named, 0)
+                    self._named = self._name(descriptor)
                     self._descriptor = descriptor
             finally:
                 if self._descriptor is None:
                     os.close(descriptor)
+
+    def _name(self, descriptor: int) -> bytes:
+        """Write into the file that this process has the lock; one that cannot be written whole is removed."""
+        named = json.dumps(Process.here().as_json()).encode()
+        try:
+            os.ftruncate(descriptor, 0)
+            _write_all(descriptor, named)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        return named
 
     def _lock(self, descriptor: int) -> None:
         import fcntl  # where there is none, only training needs it

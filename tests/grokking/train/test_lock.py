@@ -164,3 +164,19 @@ def test_a_lock_that_leads_elsewhere_is_refused_and_nothing_is_written_there(tmp
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match="lock"):
         RunLock(tmp_path / "missing").acquire()
+
+
+@pytest.mark.parametrize("written", [0, 20])
+def test_a_lock_that_finds_the_disk_full_is_named_and_leaves_no_file(tmp_path, monkeypatch, written):
+    left = [written]
+
+    def full(descriptor, data):
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os.pwrite(descriptor, bytes(data)[: left.pop()], 0)
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        RunLock(tmp_path).acquire()
+    assert caught.value.filename == str(tmp_path / "lock")
+    assert os.listdir(tmp_path) == []
