@@ -522,7 +522,7 @@ def test_report_is_written_from_a_folder_of_runs(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(page)
     assert page.exists()
     assert main(["report", str(tmp_path / "nothing")]) == 1
-    assert "nothing is not a folder" in capsys.readouterr().err
+    assert "nothing does not exist: give the --out" in capsys.readouterr().err
 
 
 def test_entropy_prints_what_the_function_returns(tmp_path, capsys):

@@ -83,7 +83,7 @@ COMMANDS = {
     "run e1 --out file": "--out must be a folder, and file is a file: give another place",
     "run e1 --out file/runs": "--out must be a folder, and file is a file: give another place",
     "report": "The --out of `fastent run`",
-    "report nowhere": "nowhere is not a folder: give the --out of `fastent run`",
+    "report nowhere": "nowhere does not exist: give the --out of `fastent run`",
     "report empty": "empty holds no run that can be read: give the --out of `fastent run`",
     "report empty --out file": "--out must be a folder, and file is a file: give another place",
     "report empty --check --fill": "give --check or --fill, not both",
@@ -117,7 +117,7 @@ COMMANDS = {
     "plan --layers 0": "layers must be from 1 to .*; got 0",
     "plan --step-time 0": "step_time must be from 1e-09 to .* seconds; got 0",
     "check math": "'math'.*'maths'",
-    "check maths --runs nowhere": "nowhere is not a folder: give the --out of `fastent run`",
+    "check maths --runs nowhere": "nowhere does not exist: give the --out of `fastent run`",
     "bench --only": "--only names no question: give one or more, such as entropy",
     "list all": "Unrecognized options: all",
 }

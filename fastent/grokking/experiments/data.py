@@ -61,6 +61,8 @@ from fastent.grokking.train.storage import (
     write_atomically,
 )
 
+REMEDY = "give the --out of `fastent run`, or a folder of packed runs"
+
 ANALYSED = ("task", "model", "train_fraction", "max_steps", "evaluate_every", "criterion", "memorised")
 """Settings that analyses read; of others a run may be older."""
 
@@ -416,7 +418,8 @@ def read_runs(root: Path, skipped: dict[str, str] | None = None) -> list[StoredR
         same.
     """
     if not root.is_dir():
-        raise RunError(f"{root} is not a folder: give the --out of `fastent run`")
+        what = "is a file and no folder of runs" if root.exists() else "does not exist"
+        raise RunError(f"{root} {what}: {REMEDY}")
     found: list[StoredRun] = []
     left: dict[str, str] = {} if skipped is None else skipped
     for path in sorted(root.iterdir()):
@@ -431,7 +434,7 @@ def read_runs(root: Path, skipped: dict[str, str] | None = None) -> list[StoredR
             warnings.warn(f"skipped {name}: {left[name]}", RunWarning, stacklevel=2)
     if not found:
         said = "".join(f"\n  {name}: {reason}" for name, reason in left.items())
-        raise RunError(f"{root} holds no run that can be read: give the --out of `fastent run`{said}")
+        raise RunError(f"{root} holds no run that can be read: {REMEDY}{said}")
     found = counted_once(found, root)
     names = Counter(run.name for run in found)
     if twice := [name for name, count in names.items() if count > 1]:

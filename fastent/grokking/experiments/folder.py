@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fastent.grokking.experiments.data import Runs, StoredRun, plainest, sound, unpack
+from fastent.grokking.experiments.data import REMEDY, Runs, StoredRun, plainest, sound, unpack
 from fastent.grokking.train.runs import awaited, check_rows, damages, read_done, what_counts
 from fastent.grokking.train.storage import (
     MEND,
@@ -36,8 +36,6 @@ from fastent.grokking.train.storage import (
     read_object,
     read_rows,
 )
-
-REMEDY = "give the --out of `fastent run`, or a folder of packed runs"
 
 
 class State(StrEnum):

@@ -94,7 +94,7 @@ def write_report(runs: Path, out: Path) -> Path:
     Raises
     ------
     RunError
-        If `runs` is not a folder, holds no run, or holds one that cannot be read.
+        If `runs` is not a folder, or holds no run that can be read.
     OSError
         If `out` cannot be written.
     """

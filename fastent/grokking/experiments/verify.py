@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastent.grokking.experiments.data import PACK_AGAIN, StoredRun, is_checked, unpack
-from fastent.grokking.experiments.folder import REMEDY, beside, holds_runs, is_run, skipped
+from fastent.grokking.experiments.data import PACK_AGAIN, REMEDY, StoredRun, is_checked, unpack
+from fastent.grokking.experiments.folder import beside, holds_runs, is_run, skipped
 from fastent.grokking.train.runs import damages, has_checksums, what_is_left
 from fastent.grokking.train.storage import Damaged, RunError, holder, read_object
 

@@ -206,8 +206,13 @@ def test_without_a_complete_run_the_page_says_so(tmp_path, writer):
 def test_a_folder_without_runs_is_refused_by_name(tmp_path):
     with pytest.raises(RunError, match="holds no run that can be read"):
         write_report(tmp_path, tmp_path / "report")
-    with pytest.raises(RunError, match="is not a folder"):
-        write_report(tmp_path / "nowhere", tmp_path / "report")
+    (tmp_path / "file").touch()
+    for name, said in (
+        ("nowhere", "nowhere does not exist"),
+        ("file", "file is a file and no folder of runs"),
+    ):
+        with pytest.raises(RunError, match=said):
+            write_report(tmp_path / name, tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 
