@@ -1,9 +1,9 @@
 """The page on reliability, from its rows and from what was recorded: ``python -m bench.reliability``.
 
 ``bench/reliability.toml`` has the faults, what must happen at each, and the tests that do the harm. ``--run`` runs
-these tests and records how many cases of each passed. Kills, flips and fuzz cases are counted where they are done, by the
-sessions `faults` and `sweeps`, into the same folder. Without an option the marked parts of the page are made
-anew; ``--check`` compares them and writes nothing.
+these tests and records how many cases of each passed. Kills, flips and fuzz cases are counted where they are done, by
+the sessions `faults` and `sweeps`, into the same folder. Without an option the marked parts of the page are made anew;
+``--check`` compares them and writes nothing.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _read(folder: Path, name: str) -> Any:
 
 
 def table_of_faults(folder: Path) -> str:
-    """Faults, what happens, and what was tried: faults that were counted, and cases of tests."""
+    """Write faults, what happens, and what was tried: faults that were counted, and cases of tests."""
     counted = _read(folder, "faults.json") or []
     ended = (_read(folder, "cases.json") or {"tests": {}})["tests"]
     lines = []
@@ -124,7 +124,7 @@ def _recorded(folder: Path) -> str:
 
 
 def table_of_sweeps(folder: Path) -> str:
-    """Sweeps of the same runs on each engine, as recorded."""
+    """Write sweeps of the same runs on each engine, as recorded."""
     found = _read(folder, "sweeps.json")
     if found is None:
         return "No sweep is recorded.\n"
@@ -144,8 +144,10 @@ def table_of_sweeps(folder: Path) -> str:
 
 
 def list_of_tests(folder: Path) -> str:
-    """Tests of each row."""
-    return "".join(f"{fault.number}. {', '.join(f'`{test}`' for test in fault.tests)}\n" for fault in faults())
+    """List the tests of each row."""
+    return "".join(
+        f"{fault.number}. {', '.join(f'`{test}`' for test in fault.tests)}\n" for fault in faults()
+    )
 
 
 PARTS: dict[str, Callable[[Path], str]] = {
@@ -165,8 +167,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", action="store_true", help="run the tests of the rows first, and record their cases")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the page is not what its rows give")
+    parser.add_argument(
+        "--run", action="store_true", help="run the tests of the rows first, and record their cases"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 if the page is not what its rows give"
+    )
     given = parser.parse_args(argv)
     if given.run and (status := run(FIGURES)):
         return status

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,6 +148,33 @@ def test_without_triton_the_torch_path_answers_and_the_triton_backend_says_why(m
     with pytest.raises(RuntimeError, match="triton is not installed"):
         fastent.covariance(activations(4, 2), backend="triton")
     fastent.covariance(activations(4, 2))
+
+
+def test_an_old_gpu_and_a_compiler_that_fails_leave_it_to_torch_with_one_warning(monkeypatch):
+    from fastent.covariance import _cuda_obstacle, _use_triton, _warn_once
+    from fastent.kernels import covariance as kernels
+
+    def fails(*arguments, **options):
+        raise RuntimeError("no ptxas")
+
+    monkeypatch.setattr(torch, "zeros", lambda *arguments, **options: None)  # there is no such device here
+    monkeypatch.setattr(kernels, "covariance", fails)
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    for capability, reason in (
+        ((7, 5), "the GPU is sm_75"),
+        ((9, 0), "a trial compilation failed: .*no ptxas"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
+        for cached in (_cuda_obstacle, _warn_once):
+            cached.cache_clear()
+        with pytest.warns(RuntimeWarning, match=f"torch instead of its Triton kernels: {reason}") as warned:
+            assert [_use_triton(x, "auto") for _ in range(3)] == [False] * 3
+        assert len(warned) == 1
+        with pytest.raises(
+            RuntimeError, match=f'backend="triton" cannot run: {reason}.*; use backend="torch"'
+        ):
+            _use_triton(x, "triton")
+    _cuda_obstacle.cache_clear()
 
 
 MEMORY = """
