@@ -549,7 +549,7 @@ def _without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    log = Log.of(path, read_regular(path) if path.exists() else b"")
+    log = Log.read(path)
     if log.fault is not None:
         said = f"{path}: line {len(log.rows) + 1} is torn" if log.torn else log.fault.finding
         warnings.warn(f"{said}; it and what follows it are not in the report", RunWarning, stacklevel=2)

@@ -33,7 +33,6 @@ from fastent.grokking.train.checkpoint import KEPT, Checkpoint
 from fastent.grokking.train.conditions import make_condition
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.measures import Measures
-from fastent.grokking.train.milestones import reached
 from fastent.grokking.train.models import Condition, hand_written
 from fastent.grokking.train.modules import AnyStack, ModuleStack
 from fastent.grokking.train.runs import Job, Row, Run
@@ -314,9 +313,10 @@ class _Training:
                 "participation_ratio": record.participation_ratio,
                 **{name: column[at] for name, column in further.items()},
             }
-            run.metrics.append({key: _json_number(value) for key, value in row.items()})
+            row = {key: _json_number(value) for key, value in row.items()}
+            run.record(row)
             run.timing.append({"event": "evaluation", "step": step, **self._now(), **cost})
-            self.observers.row(self.job, run.seed, run.metrics.rows[-1])
+            self.observers.row(self.job, run.seed, row)
 
     def _ending(self, seed: int, step: int) -> str | None:
         """Why the run of `seed` ends at `step`, or None."""
@@ -329,7 +329,7 @@ class _Training:
             return "max_steps"
         if not run.evaluation_due(step):
             return None
-        grokked = reached(run.metrics.rows, config)["t_grok_sustained"]
+        grokked = run.reached.t_grok_sustained
         return "grokked" if grokked is not None and step >= config.last_step(grokked) else None
 
     def _save(self, step: int) -> None:
@@ -343,7 +343,7 @@ class _Training:
     def _finish(self, ended: dict[int, str], step: int) -> None:
         for run in self._recorded(step):
             if run.seed in ended:
-                run.finish(step, ended[run.seed], reached(run.metrics.rows, self.job.config), self._now())
+                run.finish(step, ended[run.seed], self._now())
                 self.observers.done(self.job, run.seed)
         self.stack.keep([seed for seed in self.stack.seeds if seed not in ended])
 

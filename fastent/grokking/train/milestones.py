@@ -18,7 +18,7 @@ takes no part: it can neither cross nor serve as the level that another fell fro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -63,16 +63,37 @@ def first_collapse(step: Array, entropy: Array, *, tau: float = TAU, window: int
     return first(step, highest - entropy > tau)
 
 
-def reached(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> dict[str, int | None]:
-    """``t_mem``, ``t_grok`` and ``t_grok_sustained`` of the lines of one run's metrics; None where it is not there."""
-    step, train, test = (
-        np.array([row[name] for row in rows], dtype=np.float64)
-        for name in ("step", "train_accuracy", "test_accuracy")
-    )
-    grokked = test >= config.criterion
-    found = {
-        "t_mem": first(step, train >= config.memorised),
-        "t_grok": first(step, grokked),
-        "t_grok_sustained": first(step, grokked, SUSTAINED),
-    }
-    return {name: None if np.isnan(value) else int(value) for name, value in found.items()}
+class Reached:
+    """What one run has reached, row by row of its metrics: the steps that DONE holds, None where it has not.
+
+    Attributes
+    ----------
+    t_mem, t_grok, t_grok_sustained : int or None
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.t_mem: int | None = None
+        self.t_grok: int | None = None
+        self.t_grok_sustained: int | None = None
+        self._config = config
+        self._in_a_row: list[int] = []  # steps at the criterion, without one below it in between
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take the next row; an accuracy of null, which was not finite, reaches nothing."""
+        step, train, test = row["step"], row.get("train_accuracy"), row.get("test_accuracy")
+        if self.t_mem is None and train is not None and train >= self._config.memorised:
+            self.t_mem = step
+        if self.t_grok_sustained is not None:
+            return
+        if test is None or not test >= self._config.criterion:
+            self._in_a_row.clear()
+            return
+        if self.t_grok is None:
+            self.t_grok = step
+        self._in_a_row.append(step)
+        if len(self._in_a_row) == SUSTAINED:
+            self.t_grok_sustained = self._in_a_row[0]
+
+    def as_json(self) -> dict[str, int | None]:
+        """Return the steps by name."""
+        return {"t_mem": self.t_mem, "t_grok": self.t_grok, "t_grok_sustained": self.t_grok_sustained}

@@ -40,8 +40,11 @@ import hashlib
 import json
 import reprlib
 import warnings
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args, get_origin, get_type_hints
@@ -57,6 +60,7 @@ from fastent.grokking.train.checkpoint import (
 )
 from fastent.grokking.train.config import TrainConfig, completed
 from fastent.grokking.train.environment import changes_of_bits
+from fastent.grokking.train.milestones import Reached
 from fastent.grokking.train.registry import BUILT_IN, Kind, Origin, names_in, origin
 from fastent.grokking.train.storage import (
     MEND,
@@ -70,10 +74,11 @@ from fastent.grokking.train.storage import (
     RunLock,
     RunWarning,
     dump_json,
+    has_row,
+    open_regular,
     parse_object,
     read_object,
     read_regular,
-    read_rows,
     remove_temporaries,
     seal,
     unseal,
@@ -293,11 +298,15 @@ class Run:
             raise damaged
         self.done = read_done(self.path)
         self.metrics, self.timing = (
-            JsonLines(self.path / f"{name}.jsonl", self._lock.check, sums=True)
+            JsonLines(
+                path := self.path / f"{name}.jsonl",
+                self._lock.check,
+                sums=True,
+                each=partial(check_row, path),
+            )
             for name in ("metrics", "timing")
         )
-        for log in (self.metrics, self.timing):
-            check_rows(log.path, log.rows)
+        self.reached = Reached(self.job.config)
 
     def begin(self) -> None:
         """Put the configuration and the environment down; until then nothing but the lock was written.
@@ -395,7 +404,7 @@ class Run:
     @property
     def last_row_step(self) -> int:
         """Step of the newest row; -1 if there is none."""
-        return int(self.metrics.rows[-1]["step"]) if self.metrics.rows else -1
+        return self.metrics.log.steps[-1] if self.metrics.log.count else -1
 
     def trains_after(self, step: int) -> bool:
         """Whether the run has steps to make after `step`, as far as is known."""
@@ -446,14 +455,22 @@ class Run:
     def rewind(self, step: int | None) -> None:
         """Drop rows and checkpoints after `step`, its newest that can serve; all of them if it is None."""
         limit = -1 if step is None else step
-        self.metrics.keep(sum(row["step"] <= limit for row in self.metrics.rows))
+        self.metrics.keep(bisect_right(self.metrics.log.steps, limit))
         remove_checkpoints(self.path, above=limit)
+        self.reached = Reached(self.job.config)
+        if self.metrics.log.count:
+            Log.read(self.metrics.path, lambda number, row: self.reached.add(row))
+
+    def record(self, row: Row) -> None:
+        """Write the next row of the metrics."""
+        self.metrics.append(row)
+        self.reached.add(row)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write `checkpoint`, the rows before it first."""
         self._lock.check()
         self.metrics.sync()
-        count = sum(row["step"] <= checkpoint.step for row in self.metrics.rows)
+        count = bisect_right(self.metrics.log.steps, checkpoint.step)
         state = {**checkpoint.state, "metrics": self.metrics.log.extent(count)}
         write_checkpoint(self.path, dataclasses.replace(checkpoint, state=state))
 
@@ -465,20 +482,22 @@ class Run:
         """Remove all that is older than the newest checkpoint that can be read: what a complete run needs."""
         keep_last_sound(self.path)
 
-    def finish(self, steps: int, reason: str, quantities: dict[str, Any], now: dict[str, float]) -> None:
+    def finish(self, steps: int, reason: str, now: dict[str, float]) -> None:
         """Mark the run complete after `steps` steps, saved before; the timing ends with the clocks `now`."""
         self._lock.check()
-        environment, config = (read_regular(self.path / f"{name}.json") for name in ("environment", "config"))
-        last = {"event": "end", "step": steps, **now, "environment_sha256": _sum(environment)["sha256"]}
+        environment = _sum_of(self.path / "environment.json")["sha256"]
+        last = {"event": "end", "step": steps, **now, "environment_sha256": environment}
         self.timing.append(last)
         self.timing.sync()
         done = {
             "schema_version": SCHEMA_VERSION,
             "steps": steps,
             "reason": reason,
-            **quantities,
-            "settings_sha256": _settings_sum(unseal(self.path / "config.json", config)),
-            "files": {name: _sum(read_regular(self.path / name)) for name in _closed(steps)},
+            **self.reached.as_json(),
+            "settings_sha256": _settings_sum(
+                unseal(self.path / "config.json", read_regular(self.path / "config.json"))
+            ),
+            "files": {name: _sum_of(self.path / name) for name in _closed(steps)},
         }
         write_atomically(self.path / "DONE", seal(done))
         self.done = done
@@ -713,15 +732,18 @@ def check_rows(path: Path, rows: Sequence[dict[str, Any]], first: int = 1) -> No
         At the first field that is something else: the line, the field, and what it holds.
     """
     for line, row in enumerate(rows, first):
-        if not _whole(row.get("step")):
-            _refuse_row(path, line, "step", "a whole number", row.get("step"))
-        for name, value in row.items():
-            if not (
-                value is None or _number(value) or (isinstance(value, str | bool) and name not in NUMBERS)
-            ):
-                _refuse_row(path, line, name, "a number or null", value)
-            if name in SHARES and value is not None and not 0 <= value <= 1 + 1e-6:
-                _refuse_row(path, line, name, "from 0 to 1", value)
+        check_row(path, line, row)
+
+
+def check_row(path: Path, line: int, row: Row) -> None:
+    """See that one row of a log, its line `line`, holds a step, and numbers, words or null; raises as `check_rows`."""
+    if not _whole(row.get("step")):
+        _refuse_row(path, line, "step", "a whole number", row.get("step"))
+    for name, value in row.items():
+        if not (value is None or _number(value) or (isinstance(value, str | bool) and name not in NUMBERS)):
+            _refuse_row(path, line, name, "a number or null", value)
+        if name in SHARES and value is not None and not 0 <= value <= 1 + 1e-6:
+            _refuse_row(path, line, name, "from 0 to 1", value)
 
 
 def _refuse_row(path: Path, line: int, name: str, rule: str, value: Any) -> None:
@@ -740,10 +762,6 @@ REMEDY_OF_TIMING = (
 def _closed(steps: int) -> tuple[str, ...]:
     """Name the files that are a function of the configuration, whose checksums DONE holds."""
     return "metrics.jsonl", f"checkpoint-{steps}.json", f"checkpoint-{steps}.safetensors"
-
-
-def _sum(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _settings_sum(record: dict[str, Any]) -> str:
@@ -780,45 +798,52 @@ def damages(path: Path, *, checkpoint: bool = False) -> list[Damaged]:
 
 def _check_settings(path: Path, done: dict[str, Any]) -> None:
     path = path / "config.json"
-    found, expected = _settings_sum(unseal(path, _content(path))), done.get("settings_sha256")
+    try:
+        found = _settings_sum(unseal(path, read_regular(path)))
+    except FileNotFoundError as error:
+        raise Damaged(path, "a file", "none") from error
+    expected = done.get("settings_sha256")
     if expected not in (None, found):
         raise Damaged(path, f"sha256 {expected} of the settings", found)
 
 
 def _check_metrics(path: Path, done: dict[str, Any]) -> None:
     path = path / "metrics.jsonl"
-    data = _content(path)
-    if _is_closed(path, data, done):
+    found = _sum_of(path)
+    if done.get("files", {}).get(path.name) == found:
         return
-    log = Log.of(path, data)
+    log = Log.read(path, _no_more)
     if log.fault is not None:
         raise log.fault
-    last = log.rows[-1].get("step") if log.rows else None
+    last = log.last.get("step")
     if last != done["steps"]:
-        raise Damaged(
-            path, f"rows up to step {done['steps']:,}", f"{len(log.rows):,}, the last of step {last}"
-        )
+        raise Damaged(path, f"rows up to step {done['steps']:,}", f"{log.count:,}, the last of step {last}")
     if "files" in done:
-        raise Damaged(path, f"{done['files'].get(path.name)}", f"{_sum(data)}")
+        raise Damaged(path, f"{done['files'].get(path.name)}", f"{found}")
+
+
+def _no_more(number: int, row: Row) -> None:
+    """Leave a row at being whole."""
 
 
 def _check_timing(path: Path, done: dict[str, Any]) -> None:
     path, environment = path / "timing.jsonl", path / "environment.json"
     if "files" not in done:
-        if path.exists() and (fault := Log.of(path, read_regular(path)).fault) is not None:
+        if (fault := Log.read(path, _no_more).fault) is not None:
             raise fault.replaced(REMEDY_OF_TIMING)
         read_object(environment, REMEDY_OF_ENVIRONMENT)
         return
-    log = Log.of(path, _content(path, remedy=REMEDY_OF_TIMING))
+    if not path.exists():
+        raise Damaged(path, "a file", "none", remedy=REMEDY_OF_TIMING)
+    log = Log.read(path, _no_more)
     if log.fault is not None:
         raise log.fault.replaced(REMEDY_OF_TIMING)
-    last = log.rows[-1] if log.rows else {}
-    if last.get("event") != "end":
+    if log.last.get("event") != "end":
         raise Damaged(
-            path, 'a last row of the event "end"', f"{last.get('event')!r}", remedy=REMEDY_OF_TIMING
+            path, 'a last row of the event "end"', f"{log.last.get('event')!r}", remedy=REMEDY_OF_TIMING
         )
-    expected = last.get("environment_sha256")
-    found = _sum(_content(environment, remedy=REMEDY_OF_ENVIRONMENT))["sha256"]
+    expected = log.last.get("environment_sha256")
+    found = _sum_of(environment, remedy=REMEDY_OF_ENVIRONMENT)["sha256"]
     if found != expected:
         raise Damaged(environment, f"sha256 {expected}", found, remedy=REMEDY_OF_ENVIRONMENT)
 
@@ -826,22 +851,21 @@ def _check_timing(path: Path, done: dict[str, Any]) -> None:
 def _check_last(path: Path, done: dict[str, Any]) -> None:
     if "files" in done:
         for name in _closed(done["steps"])[1:]:
-            data = _content(path / name)
-            if not _is_closed(path / name, data, done):
-                raise Damaged(path / name, f"{done['files'].get(name)}", f"{_sum(data)}")
+            found, expected = _sum_of(path / name), done["files"].get(name)
+            if found != expected:
+                raise Damaged(path / name, f"{expected}", f"{found}")
     elif steps := checkpoint_steps(path):
         read_checkpoint(path, steps[-1])
 
 
-def _content(path: Path, *, remedy: str = MEND) -> bytes:
+def _sum_of(path: Path, *, remedy: str = MEND) -> dict[str, Any]:
+    """Length and SHA-256 of a file that must be there."""
     try:
-        return read_regular(path)
+        with open_regular(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": file.tell(), "sha256": digest}
     except FileNotFoundError as error:
         raise Damaged(path, "a file", "none", remedy=remedy) from error
-
-
-def _is_closed(path: Path, data: bytes, done: dict[str, Any]) -> bool:
-    return bool(done.get("files", {}).get(path.name) == _sum(data))
 
 
 def has_checksums(path: Path) -> bool:
@@ -878,8 +902,7 @@ def what_is_left(path: Path) -> tuple[list[Damaged], int | None]:
     logs = {}
     for name in ("metrics.jsonl", "timing.jsonl"):
         file = path / name
-        logs[name] = log = Log.of(file, read_regular(file) if file.exists() else b"")
-        check_rows(file, log.rows)
+        logs[name] = log = Log.read(file, partial(check_row, file))
         if log.fault is not None and not log.torn:
             found.append(log.fault)
     whole, serving = False, None
@@ -897,10 +920,11 @@ def what_is_left(path: Path) -> tuple[list[Damaged], int | None]:
 def _check_saved(path: Path, log: Log, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     """See that all rows up to a checkpoint are there and are those it was saved with."""
     path, step = path / "metrics.jsonl", checkpoint.step
-    have = [row["step"] for row in log.rows if row["step"] <= step]
-    due = [s for s in range(step + 1) if _evaluation_due(s, config)]
+    have = array("q", (s for s in log.steps if s <= step))
+    due = array("q", (s for s in range(step + 1) if _evaluation_due(s, config)))
     if have != due:
-        lost = next((s for s in due if s not in have), step)
+        there = set(have)
+        lost = next((s for s in due if s not in there), step)
         raise RowsLost(path, f"the row of step {lost}, for checkpoint {step}", "none")
     found = log.extent(len(have))
     expected = checkpoint.state.get("metrics", found)  # one from before there were checksums does not say
@@ -927,7 +951,7 @@ def what_counts(path: Path) -> str:
     """Name a file in the run folder `path` that was trained for; "" where nothing has come of the run yet."""
     if (path / "DONE").exists():
         return "DONE"
-    if read_rows(path / "metrics.jsonl", 0)[0]:
+    if has_row(path / "metrics.jsonl"):
         return "metrics.jsonl"
     steps = checkpoint_steps(path) if path.is_dir() else []
     return f"checkpoint-{steps[-1]}.json" if steps else ""

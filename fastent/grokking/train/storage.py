@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -34,8 +35,10 @@ import socket
 import stat
 import warnings
 import zlib
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, BinaryIO, Self
@@ -335,17 +338,25 @@ _CHECKED = re.compile(rb', "crc32": "([0-9a-f]{8})"\}')
 _CHECKED_LENGTH = len(b', "crc32": "01234567"}')
 
 
+Each = Callable[[int, dict[str, Any]], object]
+"""Gets the rows of a log one by one: its number, from 1, and the row without its checksum."""
+
+
 @dataclass
 class Log:
-    """What the bytes of a log hold, up to the first row that is not whole.
+    """What a log holds, up to the first row that is not whole: 20 bytes for each row, and the rows if they are kept.
 
     Attributes
     ----------
     rows : list of dict
-        Without their checksums.
-    ends : list of int
+        Without their checksums; empty where somebody took them one by one.
+    last : dict
+        The last of them; empty without one.
+    steps : array of int
+        Step of each; -1 where it has none.
+    ends : array of int
         Where each ends, in bytes.
-    sums : list of int
+    sums : array of int
         CRC-32 up to each.
     fault : Damaged or None
         Why the next row is not read; None at the end.
@@ -356,11 +367,18 @@ class Log:
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    sums: list[int] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    ends: array[int] = field(default_factory=lambda: array("q"))
+    sums: array[int] = field(default_factory=lambda: array("I"))
     fault: Damaged | None = None
     torn: bool = False
     checked: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(self.ends)
 
     @property
     def end(self) -> int:
@@ -373,21 +391,34 @@ class Log:
             return {"bytes": 0, "crc32": "00000000"}
         return {"bytes": self.ends[count - 1], "crc32": f"{self.sums[count - 1]:08x}"}
 
-    @classmethod
-    def of(cls, path: Path, data: bytes, before: bytes = b"") -> Self:
-        """Read the rows of `data`, from the file `path`, which there follow `before` (its end is enough).
+    def add(self, row: dict[str, Any], end: int, total: int) -> None:
+        """Count a row that ends at byte `end`, where the CRC-32 is `total`."""
+        step = row.get("step")
+        self.last = row
+        self.steps.append(step if type(step) is int and 0 <= step < 1 << 63 else -1)
+        self.ends.append(end)
+        self.sums.append(total)
 
-        The first row is not verified against what is before it where that is not empty and has no checksum.
+    @classmethod
+    def of(cls, path: Path, lines: Iterable[bytes], before: bytes = b"", each: Each | None = None) -> Self:
+        """Read the rows of `lines`, from the file `path`, which there follow `before` (its end is enough).
+
+        The first row is not verified against what is before it where that is not empty and has no checksum. `each`
+        gets the rows if it is given, one at a time, so that a log of any length takes little memory.
         """
         log = cls()
         mark = _CHECKED.fullmatch(before, len(before) - _CHECKED_LENGTH - 1, len(before) - 1)
         log.checked, known = mark is not None, mark is not None or not before
         total = int(mark[1], 16) if mark else 0
-        *lines, rest = data.split(b"\n")
         end = 0
-        for number, line in enumerate(lines, 1):
+        for number, whole in enumerate(lines, 1):
+            line = whole.removesuffix(b"\n")
+            if line == whole:
+                log.fault = Damaged(path, "a line with an end", f"{line[:40]!r}", row=number)
+                log.torn = True
+                return log
             mark = _CHECKED.fullmatch(line, max(0, len(line) - _CHECKED_LENGTH))
-            found = zlib.crc32(line[: mark.start()] if mark else line + b"\n", total)
+            found = zlib.crc32(line[: mark.start()] if mark else whole, total)
             total = int(mark[1], 16) if mark else found
             if found != total and known:
                 log.fault = Damaged(path, f"crc32 {total:08x}", f"{found:08x}", row=number)
@@ -403,15 +434,23 @@ class Log:
             if log.fault is not None:
                 return log
             row.pop("crc32", None)
-            end += len(line) + 1
+            end += len(whole)
             log.checked, known = mark is not None, True
-            log.rows.append(row)
-            log.ends.append(end)
-            log.sums.append(total)
-        if rest:
-            log.fault = Damaged(path, "a line with an end", f"{rest[:40]!r}", row=len(lines) + 1)
-            log.torn = True
+            log.add(row, end, total)
+            if each is None:
+                log.rows.append(row)
+            else:
+                each(number, row)
         return log
+
+    @classmethod
+    def read(cls, path: Path, each: Each | None = None) -> Self:
+        """Read the log in the file `path`, line by line; empty without the file, raises as `read_regular`."""
+        try:
+            with open_regular(path) as file:
+                return cls.of(path, file, each=each)
+        except FileNotFoundError:
+            return cls()
 
 
 class JsonLines:
@@ -420,18 +459,20 @@ class JsonLines:
     Parameters
     ----------
     path : Path
-        Opened for appending when the first row comes; its whole rows are read into `rows` at once.
+        Opened for appending when the first row comes; its whole rows are read at once.
     check : function, optional
         Called before each change of the file, as `RunLock.check`.
     sums : bool
         Write each row with a checksum that continues the one of the row before. Those that are there are verified.
+    each : function, optional
+        Gets the rows that are there, one by one; no row is kept then.
 
     Attributes
     ----------
     log : Log
         What is in the file.
     rows : list of dict
-        All its whole rows, in order, without checksums.
+        All its whole rows, in order, without checksums; empty with `each`.
 
     Warns
     -----
@@ -440,19 +481,25 @@ class JsonLines:
         or `keep`.
     """
 
-    def __init__(self, path: Path, check: Callable[[], None] | None = None, *, sums: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        check: Callable[[], None] | None = None,
+        *,
+        sums: bool = False,
+        each: Each | None = None,
+    ) -> None:
         self.path = path
-        self._check, self._sums = check, sums
+        self._check, self._sums, self._kept = check, sums, each is None
         self._descriptor: int | None = None
-        data = read_regular(path) if path.exists() else b""
-        self.log = Log.of(path, data)
+        self._length = path.stat().st_size if path.exists() else 0
+        self.log = Log.read(path, each)
         self.rows = self.log.rows
-        self._length = len(data)
         if self.log.fault is not None:
-            torn = f"{path}: line {len(self.rows) + 1} is torn"
+            torn = f"{path}: line {self.log.count + 1} is torn"
             warnings.warn(
-                f"{torn if self.log.torn else self.log.fault.finding}; {len(data) - self.log.end} bytes from there on "
-                "dropped",
+                f"{torn if self.log.torn else self.log.fault.finding}; {self._length - self.log.end} bytes from there "
+                "on dropped",
                 RunWarning,
                 stacklevel=2,
             )
@@ -470,10 +517,10 @@ class JsonLines:
             If `row` holds NaN or an infinity.
         """
         body = json.dumps(row, allow_nan=False)[:-1].encode()
-        end, before = self.log.end, self.log.sums[-1] if self.rows else 0
+        end, before = self.log.end, self.log.sums[-1] if self.log.sums else 0
         total = zlib.crc32(body if self._sums else body + b"}\n", before)
         line = body + (b', "crc32": "%08x"}\n' % total if self._sums else b"}\n")
-        self.keep(len(self.rows))
+        self.keep(self.log.count)
         descriptor = self._own()
         try:
             _write_all(descriptor, line)
@@ -481,14 +528,14 @@ class JsonLines:
             with contextlib.suppress(OSError):
                 os.truncate(descriptor, end)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self.rows.append(row)
         self._length = end + len(line)
-        self.log.ends.append(self._length)
-        self.log.sums.append(total)
+        self.log.add(row, self._length, total)
+        if self._kept:
+            self.rows.append(row)
 
     def keep(self, count: int) -> None:
         """Drop all rows after the first `count`, and a torn end, in the file too."""
-        del self.rows[count:], self.log.ends[count:], self.log.sums[count:]
+        del self.rows[count:], self.log.steps[count:], self.log.ends[count:], self.log.sums[count:]
         if self.log.end < self._length:
             os.truncate(self._own(), self.log.end)
             self._length = self.log.end
@@ -518,6 +565,15 @@ class JsonLines:
             self._descriptor = None
 
 
+def has_row(path: Path) -> bool:
+    """Whether the log in the file `path` begins with a whole row; no more of it is read."""
+    try:
+        with open_regular(path) as file:
+            return Log.of(path, islice(file, 1)).count > 0
+    except FileNotFoundError:
+        return False
+
+
 def read_rows(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     """Read the whole rows that begin at byte `offset` of a log which another process is writing.
 
@@ -535,7 +591,7 @@ def read_rows(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
             data = file.read()
     except FileNotFoundError:
         return [], offset
-    log = Log.of(path, data[offset - before :], data[: offset - before])
+    log = Log.of(path, io.BytesIO(data[offset - before :]), data[: offset - before])
     return log.rows, offset + log.end
 
 

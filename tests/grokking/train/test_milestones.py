@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastent.grokking.train.config import preset
-from fastent.grokking.train.milestones import SUSTAINED, first, first_collapse, reached
+from fastent.grokking.train.milestones import SUSTAINED, Reached, first, first_collapse
 
 STEPS = np.arange(0, 1001, 100)
 
@@ -70,7 +70,27 @@ def test_a_run_reaches_what_its_accuracies_say_and_the_rest_is_none():
     train = [0.1, None, 0.99] + [1.0] * 8
     columns = zip(STEPS.tolist(), train, test, strict=True)
     rows = [{"step": at, "train_accuracy": a, "test_accuracy": b} for at, a, b in columns]
-    config = preset("quick", criterion=0.99, memorised=0.99)
-    assert reached(rows, config) == {"t_mem": 200, "t_grok": 400, "t_grok_sustained": 600}
-    assert reached(rows[:5], config) == {"t_mem": 200, "t_grok": 400, "t_grok_sustained": None}
-    assert reached(rows[:1], config) == dict.fromkeys(("t_mem", "t_grok", "t_grok_sustained"))
+
+    assert reached(rows) == {"t_mem": 200, "t_grok": 400, "t_grok_sustained": 600}
+    assert reached(rows[:5]) == {"t_mem": 200, "t_grok": 400, "t_grok_sustained": None}
+    assert reached(rows[:1]) == dict.fromkeys(("t_mem", "t_grok", "t_grok_sustained"))
+
+
+def reached(rows):
+    found = Reached(preset("quick", criterion=0.99, memorised=0.99))
+    for row in rows:
+        found.add(row)
+    return found.as_json()
+
+
+def test_row_by_row_a_run_reaches_what_all_rows_together_say():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        hit = rng.random((2, STEPS.size)) < rng.random()
+        rows = [
+            {"step": int(step), "train_accuracy": float(train), "test_accuracy": float(test)}
+            for step, train, test in zip(STEPS, *hit, strict=True)
+        ]
+        expected = first(STEPS, hit[0]), first(STEPS, hit[1]), first(STEPS, hit[1], SUSTAINED)
+        found = [np.nan if step is None else step for step in reached(rows).values()]
+        np.testing.assert_equal(found, expected)
