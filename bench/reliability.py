@@ -140,7 +140,44 @@ def table_of_sweeps(folder: Path) -> str:
         for row in found["sweeps"]
     ]
     header = ("trained by", "complete", "same bytes", "resumed", "trained twice to the end", "wall time")
-    return markdown_table(header, lines) + "\n"
+    machine = found["machine"]
+    return (
+        f"{markdown_table(header, lines)}\n\nRecorded at commit {machine['commit'][:7]} on {found['processors']} "
+        f"processors ({machine['cpu']}) that did other work too: times tell only that each ended.\n"
+    )
+
+
+def table_of_long_runs(folder: Path) -> str:
+    """Write how many calls, rows or runs were tried at once, and the memory and time that they took."""
+    found = _read(folder, "long.json")
+    if not found:
+        return "No long run is recorded.\n"
+    largest = {row["what"]: row for row in sorted(found, key=lambda row: row["count"])}
+    lines = [
+        (
+            what,
+            f"{row['count']:,}",
+            _memory(row.get("bytes")),
+            f"{row['seconds']:,.0f} s" if row["seconds"] >= 10 else f"{row['seconds']:.2g} s",
+            _time(row["seconds"] / row["count"]),
+        )
+        for what, row in sorted(largest.items(), key=lambda item: item[1]["test"])
+    ]
+    header = ("what", "number", "memory", "processor time", "each")
+    commits = ", ".join(sorted({row["commit"][:7] for row in largest.values()}))
+    return markdown_table(header, lines) + f"\n\nRecorded at commit {commits}.\n"
+
+
+def _memory(count: int | None) -> str:
+    if count is None:
+        return "–"
+    return (
+        "no growth" if count == 0 else f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:.2g} MB"
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.2g} µs" if seconds < 1e-4 else f"{seconds * 1e3:.2g} ms"
 
 
 def list_of_tests(folder: Path) -> str:
@@ -153,6 +190,7 @@ def list_of_tests(folder: Path) -> str:
 PARTS: dict[str, Callable[[Path], str]] = {
     "faults": table_of_faults,
     "sweeps": table_of_sweeps,
+    "long": table_of_long_runs,
     "tests": list_of_tests,
 }
 

@@ -25,6 +25,20 @@ def test_figures_of_tests_that_passed_are_written_in_order_of_rows_with_commit_a
     assert set(first) == {"row", "test", "what", "tried", "survived", "commit", "date"}
     assert (first["row"], first["what"], first["tried"], first["test"]) == (1, "y", 2, "tests/a.py::b")
     assert second["row"] == 8
+    assert not faults.path.with_name("long.json").exists()
+
+
+def test_figures_of_long_runs_are_written_beside_them(tmp_path):
+    faults = Faults(tmp_path / "faults.json")
+    figure = {"what": "calls", "count": 3, "seconds": 0.5}
+    faults.pytest_runtest_logreport(
+        SimpleNamespace(when="call", passed=True, nodeid="t", user_properties=[("long", figure)])
+    )
+    faults.pytest_sessionfinish(0)
+    assert json.loads(faults.path.read_text()) == []
+    (found,) = json.loads(faults.path.with_name("long.json").read_text())
+    assert figure.items() <= found.items()
+    assert {"test", "commit", "date"} <= set(found)
 
 
 @pytest.mark.parametrize(("tried", "survived"), [(3, 2), (0, 0)])
