@@ -1,4 +1,4 @@
-"""What the session `faults` writes down: how many faults of each row were tried and survived, and what long runs took."""
+"""What the session `faults` writes down: faults tried and survived by row, and what long runs took."""
 
 import datetime
 import json
