@@ -77,6 +77,8 @@ def faults(session: nox.Session) -> None:
     install(session, "test")
     figures = {} if session.posargs else {"FASTENT_FAULTS": "bench/results/faults/faults.json"}
     session.run("pytest", "-n", "auto", "-m", "not sweeps", *FAULTS, *session.posargs, env=figures)
+    if not session.posargs:  # all of it passed
+        session.run("python", "-m", "bench.reliability", "--run")
 
 
 FAULTS = ("tests/faults", "tests/grokking/experiments/test_verify.py")
