@@ -41,7 +41,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 
 class RunError(RuntimeError):
@@ -287,7 +287,7 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a file for reading; raises as `read_regular`."""
     return open(path, "rb", opener=_regular)
 
