@@ -18,7 +18,7 @@ from typing import Any
 from fastent.grokking.experiments.data import PACK_AGAIN, REMEDY, StoredRun, is_checked, unpack
 from fastent.grokking.experiments.folder import beside, holds_runs, is_run, skipped
 from fastent.grokking.train.runs import damages, has_checksums, what_is_left
-from fastent.grokking.train.storage import Damaged, RunError, holder, read_object
+from fastent.grokking.train.storage import Damaged, RunError, read_object
 
 GOOD, UNCHECKED, DAMAGED = "good", "unchecked", "damaged"
 
@@ -111,14 +111,19 @@ def _folder(path: Path) -> Verified:
 
 def _damages(path: Path) -> tuple[list[Damaged], int | None]:
     """Find what of a run is damaged, and the step from which it goes on where it is not complete."""
+    found, step = _look_once(path)
+    if found:
+        # What a run in training was about to replace, or removed as it ended, is no damage: gone at a second look.
+        seen = {damage.finding for damage in found}
+        again, step = _look_once(path)
+        found = [damage for damage in again if damage.finding in seen]
+    return found, step
+
+
+def _look_once(path: Path) -> tuple[list[Damaged], int | None]:
     if (path / "DONE").exists():
         return damages(path, checkpoint=True), None
-    found, step = what_is_left(path)
-    if found and holder(path) is not None:
-        # It trains: what it was about to replace is no damage, and is gone at a second look.
-        again, step = what_is_left(path)
-        found = [each for each in again if each.finding in {damage.finding for damage in found}]
-    return found, step
+    return what_is_left(path)
 
 
 COPY = "put what is damaged back from a copy"

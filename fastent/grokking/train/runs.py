@@ -75,6 +75,7 @@ from fastent.grokking.train.storage import (
     RunWarning,
     dump_json,
     has_row,
+    make_folder,
     open_regular,
     parse_object,
     read_object,
@@ -283,7 +284,7 @@ class Run:
         self._lock = RunLock(self.path)
 
     def __enter__(self) -> Self:
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         self._lock.acquire()
         try:
             self._open()
@@ -316,6 +317,7 @@ class Run:
         RunWarning
             Of what is ignored by `force`, and of another environment than the run began in.
         """
+        self._lock.check()
         remove_temporaries(self.path)
         if self._ignored:
             warnings.warn(
@@ -376,8 +378,12 @@ class Run:
                     f"{path} was written with another configuration:\n  " + "\n  ".join(changes) + "\n"
                     "Give another --out or the settings of the folder; --force goes on with those given now"
                 )
-            if not changes or (self.path / "DONE").exists():
+            if (self.path / "DONE").exists():
                 return [], None
+            if not changes:
+                # An older fastent, which knows no checksums, must not go on after rows that have them.
+                older = recorded["schema_version"] < SCHEMA_VERSION
+                return [], {**recorded, "schema_version": SCHEMA_VERSION} if older else None
             at = max(checkpoint_steps(self.path), default=0)
             now["forced"] = [*recorded.get("forced", []), {"checkpoint": at, "changes": changes}]
             return changes, now
@@ -455,6 +461,7 @@ class Run:
     def rewind(self, step: int | None) -> None:
         """Drop rows and checkpoints after `step`, its newest that can serve; all of them if it is None."""
         limit = -1 if step is None else step
+        self._lock.check()
         self.metrics.keep(bisect_right(self.metrics.log.steps, limit))
         remove_checkpoints(self.path, above=limit)
         self.reached = Reached(self.job.config)
@@ -869,9 +876,12 @@ def _sum_of(path: Path, *, remedy: str = MEND) -> dict[str, Any]:
 
 
 def has_checksums(path: Path) -> bool:
-    """Whether the run in the folder `path`, whose files are whole, was written with checksums from its beginning."""
-    record = read_done(path) or read_record(path)
-    return record is None or record.get("schema_version") != 1
+    """Whether all of the run in the folder `path`, whose files are whole, is covered by checksums."""
+    done, metrics = read_done(path), path / "metrics.jsonl"
+    if done is not None:
+        return done.get("schema_version") != 1
+    log = Log.read(metrics, _no_more)
+    return log.checked or not log.count  # the last covers those before
 
 
 def what_is_left(path: Path) -> tuple[list[Damaged], int | None]:
@@ -943,6 +953,9 @@ def identity(record: Mapping[str, Any]) -> str:
     the seeds trained beside it, nor the measures, which change nothing of the training.
     """
     settings = {**completed(record["config"]), "measures": []}
+    for name, kind in _setting_kinds().items():  # 1 is 1.0
+        if name in settings and kind in (float, [float]):
+            settings[name] = float(settings[name]) if kind is float else [*map(float, settings[name])]
     own = [record.get(key) for key in ("experiment", "condition", "seed", "forced")]
     return hashlib.sha256(json.dumps([own, settings], sort_keys=True).encode()).hexdigest()
 

@@ -174,6 +174,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder `path` and those above it, where they are not there; they last through a power cut."""
+    new = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in new:
+        sync_folder(each.parent)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove what writes of a killed process left behind; only the holder of the folder's lock may. No folders."""
     for path in folder.glob("*" + TEMPORARY):

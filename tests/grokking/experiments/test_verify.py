@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_stack import without_checksums
 
 pytest.importorskip("tyro")
 from fastent.cli import main
@@ -20,10 +21,19 @@ from fastent.grokking.experiments import compare
 from fastent.grokking.experiments.data import pack, read_run, read_runs, unpack
 from fastent.grokking.experiments.folder import Folder, State
 from fastent.grokking.experiments.report import origin_section
+from fastent.grokking.train import runs
 from fastent.grokking.train.checkpoint import Checkpoint
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.runs import Job, Run, damages, what_is_left
-from fastent.grokking.train.storage import Damaged, JsonLines, RunError, RunWarning, read_rows
+from fastent.grokking.train.storage import (
+    Damaged,
+    JsonLines,
+    RunError,
+    RunWarning,
+    read_object,
+    read_rows,
+    seal,
+)
 
 EVERY, SAVED = 10, (40, 80)
 JOB = Job("e1", "baseline", preset("quick", width=8, heads=1, evaluate_every=EVERY, max_steps=120), (0, 1))
@@ -210,6 +220,22 @@ def test_verify_says_that_all_is_good_and_names_what_it_passes_over(tmp_path, ca
     assert told(capsys, tmp_path) == (0, f"{tmp_path}: 2 good\nno runs, skipped: notes.txt, private/\n")
 
 
+def test_a_run_that_ends_while_it_is_verified_is_good(tmp_path, capsys, monkeypatch):
+    run, over = plant(tmp_path / "runs", last=90, done=False), plant(tmp_path / "over")
+    read = runs.read_checkpoint
+
+    def read_late(path, step):
+        if not (run / "DONE").exists():
+            shutil.copytree(over, run, dirs_exist_ok=True)
+            for name in ("checkpoint-40.json", "checkpoint-40.safetensors"):
+                (run / name).unlink()
+        return read(path, step)
+
+    monkeypatch.setattr(runs, "read_checkpoint", read_late)
+    assert told(capsys, run) == (0, f"{run}: 1 good\n")
+    assert (run / "DONE").exists()
+
+
 def test_verify_names_what_is_damaged_and_the_command_that_makes_it_again(tmp_path, capsys):
     whole, broken = plant(tmp_path, 0), plant(tmp_path, 1)
     line = (broken / "metrics.jsonl").read_bytes().index(b"\n") + 40
@@ -283,6 +309,13 @@ def test_runs_and_packed_files_without_checksums_are_unchecked_and_with_them_goo
     pack(read_runs(three_runs), tmp_path / "packed")
     path = tmp_path / "packed" / "e1-baseline-add.parquet"
     assert told(capsys, path) == (0, f"{path}: 1 good\n")
+    run = plant(tmp_path / "half", last=90, done=False)
+    without_checksums(run)
+    (run / "config.json").write_bytes(seal(read_object(run / "config.json") | {"schema_version": 2}))
+    unchecked = (0, f"{run}: 1 unchecked (from before there were checksums)\n")
+    assert told(capsys, run) == unchecked  # its settings alone are checked
+    JsonLines(run / "metrics.jsonl", sums=True).append({"step": 100})
+    assert told(capsys, run) == (0, f"{run}: 1 good\n")
     results = Path(__file__).parents[3] / "bench" / "results" / "paper"
     status, out = told(capsys, results)
     assert (status, "damaged" in out) == (0, False)
@@ -373,6 +406,17 @@ def test_runs_of_other_settings_seeds_or_kinds_are_no_copies_and_measures_make_n
     assert len(set(others)) == len(others)
     measured = dataclasses.replace(JOB.config, measures=("logit_scale",))
     assert identity_of(dataclasses.replace(JOB, config=measured, seeds=(0,))) == others[0]
+
+
+def test_numbers_written_with_a_point_and_without_are_one_setting(tmp_path):
+    first, second = (
+        dataclasses.replace(JOB, config=dataclasses.replace(JOB.config, weight_decay=decay, betas=betas))
+        for decay, betas in ((1.0, (0.0, 0.98)), (1, (0, 0.98)))
+    )
+    records = [vars(job) | {"seed": 0, "config": job.settings()} for job in (first, second)]
+    assert records[0]["config"] == records[1]["config"]
+    assert json.dumps(records[0]["config"]) != json.dumps(records[1]["config"])
+    assert runs.identity(records[0]) == runs.identity(records[1])
 
 
 def test_compare_sets_no_copy_beside_its_run(tmp_path, capsys):

@@ -17,6 +17,7 @@ from fastent.grokking.train.storage import (
     RunError,
     RunWarning,
     dump_json,
+    make_folder,
     read_object,
     read_regular,
     read_rows,
@@ -55,6 +56,15 @@ def test_the_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (order.append(name), real(*a))[1])
     write_atomically(tmp_path / "x", b"0")
     assert order == ["fsync", "replace", "fsync"]
+
+
+def test_a_new_folder_is_in_those_above_it_before_anything_is_written_there(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), real(file))[1])
+    make_folder(tmp_path / "runs" / "seed0")
+    assert synced == [(tmp_path / "runs").stat().st_ino, tmp_path.stat().st_ino]
+    make_folder(tmp_path / "runs" / "seed0")
+    assert len(synced) == 2
 
 
 def test_temporaries_of_a_killed_process_are_removed_and_nothing_else(tmp_path):

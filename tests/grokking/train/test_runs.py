@@ -16,8 +16,16 @@ from fastent.grokking.train import environment
 from fastent.grokking.train.checkpoint import read_checkpoint, write_checkpoint
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.loop import train
-from fastent.grokking.train.runs import Job, named_as_before, plan_stacks
-from fastent.grokking.train.storage import Interrupted, RunError, RunWarning, read_object, seal
+from fastent.grokking.train.runs import Job, Run, named_as_before, plan_stacks
+from fastent.grokking.train.storage import (
+    Interrupted,
+    RunError,
+    RunLock,
+    RunLocked,
+    RunWarning,
+    read_object,
+    seal,
+)
 from fastent.grokking.train.sweep import _check_folder as check_folder
 
 OTHER = dataclasses.replace(JOB, config=dataclasses.replace(JOB.config, learning_rate=0.5, betas=(0.8, 0.9)))
@@ -59,6 +67,28 @@ def test_a_folder_that_is_older_than_a_setting_is_of_what_was_done_before_it(toy
         toy(tmp_path, drawn)
     with pytest.raises(ValueError, match=r"other settings \(sampling 'epochs', now 'replacement'\)"):
         check_folder([dataclasses.replace(drawn, seeds=(3,))], tmp_path)
+
+
+def test_a_folder_from_before_there_were_checksums_goes_on_under_a_schema_that_older_ones_refuse(half, toy):
+    out = half(27)
+    for seed in JOB.seeds:
+        without_checksums(out / JOB.run_name(seed))
+    before = read_object(out / JOB.run_name(0) / "config.json")
+    toy(out)
+    assert read_object(out / JOB.run_name(0) / "config.json") == before | {"schema_version": 2}
+
+
+def test_a_holder_that_lost_its_lock_before_it_began_changes_nothing(half, toy):
+    out = half(27)
+    run = Run(out, dataclasses.replace(JOB, config=OTHER.config), 0, {}, force=True)
+    with run:
+        (run.path / "lock").unlink()
+        with RunLock(run.path):
+            before = contents(out)
+            for change in (run.begin, lambda: run.rewind(10)):
+                with pytest.raises(RunLocked, match="was removed or taken"):
+                    change()
+            assert contents(out) == before
 
 
 def test_another_configuration_is_refused_with_a_diff_and_changes_nothing(half, toy):
