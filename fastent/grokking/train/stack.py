@@ -455,20 +455,19 @@ def adamw(state: Mapping[str, Parameters], gradients: Parameters, count: Tensor,
     state : mapping
         "parameter" and its moments "first" and "second", each with a tensor a name.
     gradients : dict of Tensor
-        By the same names.
+        By names among these.
     count : Tensor, shape (), float32
         Steps made; one more afterwards.
     config : TrainConfig
     """
     count.add_(1)
-    names = [name for name in state["parameter"] if name in gradients]
     torch._fused_adamw_(
-        [state["parameter"][name] for name in names],
-        [gradients[name] for name in names],
-        [state["first"][name] for name in names],
-        [state["second"][name] for name in names],
+        [state["parameter"][name] for name in gradients],
+        list(gradients.values()),
+        [state["first"][name] for name in gradients],
+        [state["second"][name] for name in gradients],
         [],
-        [count] * len(names),
+        [count] * len(gradients),
         lr=config.learning_rate,
         beta1=config.betas[0],
         beta2=config.betas[1],
