@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -329,9 +330,11 @@ def recent_change(step: Array, values: Array, window: int) -> float | None:
     ----------
     Theil (1950) and Sen, "Estimates of the regression coefficient based on Kendall's tau", JASA 63 (1968).
     """
-    t, x = step[-window:], values[-window:]
-    t, x = t[~np.isnan(x)], x[~np.isnan(x)]
-    if t.size < 3:
+    # Without NumPy, whose calls cost more than ten slopes: a forecast may be asked for at each step.
+    recent = zip(step[-window:].tolist(), values[-window:].tolist(), strict=True)
+    known = [(t, x) for t, x in recent if not math.isnan(x)]
+    if len(known) < 3:
         return None
-    i, j = np.triu_indices(t.size, 1)
-    return float(np.median((x[j] - x[i]) / (t[j] - t[i])) * (t[-1] - t[0]))
+    slopes = sorted((later - x) / (then - t) for (t, x), (then, later) in combinations(known, 2))
+    middle = len(slopes) // 2
+    return (slopes[middle] + slopes[~middle]) / 2 * (known[-1][0] - known[0][0])
