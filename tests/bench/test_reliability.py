@@ -23,13 +23,13 @@ def names_in(path):
 
 def test_every_fault_names_tests_that_are_there():
     faults = reliability.faults()
-    assert [fault.number for fault in faults] == list(range(1, 46))
+    assert [fault.number for fault in faults] == list(range(1, len(faults) + 1))
     for fault in faults:
         assert all((fault.fault, fault.must, fault.tests)), f"row {fault.number} lacks a text or a test"
         assert len(set(fault.tests)) == len(fault.tests)
         for test in fault.tests:
-            path, name = test.split("::")
-            assert name in names_in(path), f"row {fault.number}: no {test}"
+            path, _, name = test.partition("::")
+            assert name in names_in(path) if name else names_in(path), f"row {fault.number}: no {test}"
 
 
 def test_the_page_is_what_its_rows_and_the_recorded_figures_give(monkeypatch, tmp_path):
