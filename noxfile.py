@@ -81,7 +81,7 @@ def faults(session: nox.Session) -> None:
         session.run("python", "-m", "bench.reliability", "--run")
 
 
-FAULTS = ("tests/faults", "tests/grokking/experiments/test_verify.py")
+FAULTS = ("tests/faults", "tests/grokking/train/test_sweep.py", "tests/grokking/experiments/test_verify.py")
 
 
 @nox.session

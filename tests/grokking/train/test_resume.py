@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import random
 import shutil
 import warnings
 
@@ -380,33 +379,3 @@ def test_on_a_cpu_a_seed_that_lost_its_folder_is_trained_alone_to_the_bits_it_ha
     lose_folder(tmp_path / "lost" / REAL.run_name(4))
     train(REAL, tmp_path / "lost", checkpoint_every=20)
     assert contents(tmp_path / "lost") == whole
-
-
-@pytest.mark.nightly
-@pytest.mark.filterwarnings("ignore::fastent.grokking.train.storage.RunWarning")
-def test_whatever_bit_of_an_interrupted_stack_is_turned_it_ends_as_if_it_were_not_or_stops_with_a_message(
-    half, toy, uninterrupted, tmp_path
-):
-    whole = half(27)
-    draw, stopped = random.Random(19), 0
-    paths = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
-    for count in range(1000):
-        out = tmp_path / "flipped"
-        shutil.copytree(whole, out)
-        path = out / paths[count % len(paths)]
-        data = bytearray(path.read_bytes())
-        if not data:
-            continue
-        place = draw.randrange(8 * len(data))
-        data[place // 8] ^= 1 << place % 8
-        path.write_bytes(data)
-        try:
-            toy(out)
-        except RunError as refusal:
-            stopped += 1
-            named = str(path) in str(refusal)
-            assert named, place
-        else:
-            assert contents(out) == uninterrupted, (path.name, place)
-        shutil.rmtree(out)
-    assert stopped < 500

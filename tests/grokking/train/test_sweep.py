@@ -47,7 +47,7 @@ class Killer:
         self.ended.append(seed)
 
 
-def test_a_killed_worker_is_retried_then_marked_failed_and_the_others_finish(tmp_path, capfd):
+def test_a_killed_worker_is_retried_then_marked_failed_and_the_others_finish(tmp_path, capfd, figure):
     short = dataclasses.replace(TINY, max_steps=60)
     refused = job(3, short)
     run_jobs([refused], tmp_path)
@@ -75,6 +75,7 @@ def test_a_killed_worker_is_retried_then_marked_failed_and_the_others_finish(tmp
         assert steps == sorted(set(steps)), "a row is told once, also after a retry"
         assert seed in killer.ended
     assert 0 not in killer.ended
+    figure(9, "SIGKILL of a pool's worker: tried again, then marked failed; the others finish", 3, 3)
 
 
 def test_a_stop_reaches_the_workers_which_save(tmp_path):
