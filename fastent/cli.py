@@ -19,6 +19,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -651,9 +652,12 @@ def open_array(path: Path) -> Iterator[Stored]:
             with _safetensors(path) as stored:
                 yield stored
         elif start.startswith(b"\x93NUMPY"):
-            yield _numpy(path, lambda: path.open("rb"), mapped=True)
+            yield _numpy(path, lambda: path.open("rb"), path.stat().st_size, mapped=True)
         elif start.startswith(b"PK") and path.suffix not in PICKLES:
-            yield _numpy(path, functools.partial(_member, path, _only_member(path)), mapped=False)
+            member = _only_member(path)
+            yield _numpy(
+                path, functools.partial(_member, path, member.filename), member.file_size, mapped=False
+            )
         elif path.suffix in PICKLES or start.startswith(b"\x80"):
             raise ValueError(
                 f"{path} is a pickle, and reading one runs the code in it: load it where you trust it, and save the "
@@ -665,11 +669,16 @@ def open_array(path: Path) -> Iterator[Stored]:
             )
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is cut short or damaged: {error}") from error
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, f"cannot be read ({error.strerror or error})", str(path)) from error
 
 
-def _only_member(path: Path) -> str:
+def _only_member(path: Path) -> zipfile.ZipInfo:
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+        members = archive.infolist()
+    names = [member.filename for member in members]
     if any(name.endswith(".pkl") for name in names):
         raise ValueError(
             f"{path} is a file of torch.save, a pickle, and reading one runs the code in it: save the activations with "
@@ -680,7 +689,12 @@ def _only_member(path: Path) -> str:
         raise ValueError(
             f"{path} holds {names[0]!r}, no array: save the activations with numpy.savez or numpy.save"
         )
-    return names[0]
+    if members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or members[0].flag_bits & 1:
+        raise ValueError(
+            f"{path} is encrypted or compressed in a way that NumPy does not write: save the activations with "
+            "numpy.savez or numpy.save"
+        )
+    return members[0]
 
 
 @contextlib.contextmanager
@@ -697,14 +711,16 @@ def _check_one(path: Path, names: list[str]) -> None:
         )
 
 
-def _numpy(path: Path, opened: Callable[[], AbstractContextManager[IO[bytes]]], *, mapped: bool) -> Stored:
-    """Describe the array of a .npy stream, which `opened` opens anew at each call."""
+def _numpy(
+    path: Path, opened: Callable[[], AbstractContextManager[IO[bytes]]], there: int, *, mapped: bool
+) -> Stored:
+    """Describe the array of a .npy stream of `there` bytes, which `opened` opens anew at each call."""
     with opened() as file:
         try:
             shape, column_major, dtype = _header(file)
-            if any(size < 0 for size in shape):
+            if not all(0 <= size < 1 << 63 for size in shape):
                 raise ValueError(f"shape {shape}")
-        except ValueError as error:
+        except (ValueError, SyntaxError, tokenize.TokenError) as error:
             raise ValueError(
                 f"{path} has no whole NumPy header, and is cut short or damaged: {error}"
             ) from error
@@ -726,10 +742,8 @@ def _numpy(path: Path, opened: Callable[[], AbstractContextManager[IO[bytes]]], 
     else:
         said = dtype.str if dtype.byteorder == ">" else dtype.name
     width = dtype.itemsize * math.prod(shape[1:])
-    if mapped and path.stat().st_size < start + dtype.itemsize * math.prod(shape):
-        raise ValueError(
-            f"{path} is cut short: its header says {shape} of {dtype}, and it has {path.stat().st_size} bytes"
-        )
+    if there < start + dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{path} is cut short: its header says {shape} of {dtype}, and it has {there} bytes")
 
     def whole() -> Tensor:
         if mapped:

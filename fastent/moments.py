@@ -342,6 +342,11 @@ class Moments:
             products[torch.ones(d, d, dtype=torch.bool, device=packed.device).tril()] = lower
             if bool((products.diagonal() < 0.0).any()):
                 raise ValueError("packed moments have sums of squares of 0 or more, and here one is below 0")
+            finite = products.diagonal().isfinite()
+            if bool((~products.isfinite() & finite & finite[:, None]).any()):
+                raise ValueError(
+                    "packed moments have finite products where the sums of squares are, and here one is not"
+                )
             moments.n, moments._finest = int(n), finest
             moments._state = (shift, delta, products, packed[1])
         return moments

@@ -143,7 +143,10 @@ class EntropyRecord(Shown):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EntropyRecord:
-        """Record from what `as_dict` gave; ValueError or TypeError for anything else."""
+        """Record from what `as_dict` gave; KeyError, ValueError or TypeError for anything else."""
+        for status in (values["status"], *values["flags"]):
+            if not isinstance(status, str):
+                raise TypeError(f"a status must be a string; got {reprlib.repr(status)}")
         record = cls(
             **{
                 **values,
@@ -154,9 +157,10 @@ class EntropyRecord(Shown):
         )
         for name in _COUNTS:
             checked_count(name, getattr(record, name))
-        for name in ("layer", "message"):
-            if not isinstance(getattr(record, name), str):
-                raise TypeError(f"{name} must be a string; got {getattr(record, name)!r}")
+        for name in ("layer", "message", "mask"):
+            value = getattr(record, name)
+            if not isinstance(value, str) and (name != "mask" or value is not None):
+                raise TypeError(f"{name} must be a string; got {reprlib.repr(value)}")
         for name in _ERRORS:
             checked_number(name, getattr(record, name))
         return record
@@ -663,7 +667,12 @@ def _plain(value: Any) -> Any:
 
 
 def _float(value: float | str | None) -> float:
-    return math.nan if value is None else float(value)
+    try:
+        return math.nan if value is None else float(value)
+    except OverflowError as error:  # a whole number of JSON may be larger than any float
+        raise ValueError(
+            f"a number of a record is too large for a float; got {reprlib.repr(value)}"
+        ) from error
 
 
 def matches_pattern(name: str, pattern: str) -> bool:
@@ -814,7 +823,7 @@ def checked_number(name: str, value: Any) -> float | None:
 
 def _name(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"a layer's name must be a string; got {value!r}")
+        raise TypeError(f"a layer's name must be a string; got {reprlib.repr(value)}")
     return value
 
 

@@ -45,6 +45,7 @@ import numpy as np
 
 from fastent.display import Shown, Table, between, digits
 from fastent.forecast.history import LEVEL, Array, History, Interval, mean_interval
+from fastent.records import checked_number
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -517,18 +518,46 @@ class PowerLaw(Shown):
         """Law from what `as_dict` gave, also by way of JSON, which turns tuples into lists.
 
         One that an earlier version saved lacks what forecasts were not told of then: see `note`.
+
+        Raises
+        ------
+        ValueError
+            For anything else.
         """
-        intervals = {k: None if v is None else tuple(v) for k, v in values["intervals"].items()}
-        advantage = values.get("advantage")
-        changes = {
-            "intervals": intervals,
-            "gap_range": tuple(values["gap_range"]),
-            "t_grok": tuple(values.get("t_grok", ())),
-            "folds": tuple(Fold(*fold) for fold in values.get("folds", ())),
-            "advantage": None if advantage is None else tuple(advantage),
-        }
-        # Earlier versions had the spread of a residual instead of the folds.
-        return cls(**{**{name: value for name, value in values.items() if name != "residual"}, **changes})
+        try:
+            advantage = values.get("advantage")
+            parts = {
+                "intervals": {k: None if v is None else _pair(v) for k, v in values["intervals"].items()},
+                "correlations": {
+                    k: None if v is None else _number(v) for k, v in values.get("correlations", {}).items()
+                },
+                "gap_range": _pair(values["gap_range"]),
+                "t_grok": tuple(map(_number, values.get("t_grok", ()))),
+                "folds": tuple(Fold(*map(_number, fold)) for fold in values.get("folds", ())),
+                "advantage": None if advantage is None else _pair(advantage),
+            }
+            # Earlier versions had the spread of a residual instead of the folds.
+            others = {name: values[name] for name in values.keys() - parts.keys() - {"residual"}}
+            optional = {each.name for each in dataclasses.fields(cls) if each.default is None}
+            for name, value in others.items():
+                if value is not None or name not in optional:
+                    _number(value)
+            return cls(**others, **parts)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"this is no law as as_dict gives it: {reason}") from error
+
+
+def _number(value: Any) -> float:
+    number = checked_number("a number of a law", value)
+    if number is None:
+        raise ValueError("a number of a law is null")
+    return number
+
+
+def _pair(value: Sequence[Any]) -> Interval:
+    low, high = map(_number, value)
+    return low, high
 
 
 def profile_gamma(histories: Sequence[History], gammas: ArrayLike) -> Array:

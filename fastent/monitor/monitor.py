@@ -951,7 +951,7 @@ class SpectralEntropyMonitor(Shown):
             recording = self._recording.empty()
             recording.load_state_dict(state)
             gone, added = self._watched.compare(ran) if self._watched else ({}, [])
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"nothing is loaded: {_reason(error)}") from error
         with interrupts_held():
             self._arrivals.forget()
