@@ -15,6 +15,7 @@ def report(outcome, **fault):
 
 def test_figures_of_tests_that_passed_are_written_in_order_of_rows_with_commit_and_date(tmp_path):
     faults = Faults(tmp_path / "new" / "faults.json")
+    faults.pytest_sessionstart()
     faults.pytest_runtest_logreport(report("passed", row=8, what="x", tried=3, survived=3))
     faults.pytest_runtest_logreport(report("passed", row=1, what="y", tried=2, survived=2))
     faults.pytest_runtest_logreport(report("failed", row=1, what="z", tried=2, survived=2))
