@@ -54,7 +54,8 @@ def found(source: str, module: str = "somewhere") -> list[str]:
 
 def _found(tree: ast.Module, module: str) -> Iterator[tuple[int, str]]:
     names: dict[str, str] = {}
-    nodes = list(ast.walk(tree))
+    kinds = (ast.Import, ast.ImportFrom, ast.Call, ast.Constant)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
