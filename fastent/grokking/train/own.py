@@ -22,7 +22,7 @@ from fastent.grokking.train.loop import Observer
 from fastent.grokking.train.measures import Measure
 from fastent.grokking.train.models import Condition, ModelMaker
 from fastent.grokking.train.registry import Kind, check_known, find, names, names_in, register
-from fastent.grokking.train.runs import OWN, Job, plan_stacks, read_record
+from fastent.grokking.train.runs import OWN, Job, in_words, plan_stacks, read_record
 from fastent.grokking.train.storage import RunError, StopRequest
 from fastent.grokking.train.sweep import check_jobs, check_seeds, run_jobs
 from fastent.grokking.train.tasks import Task, TaskMaker
@@ -153,14 +153,9 @@ def check_there(kind: Kind, name: str, out: Path) -> None:
         for path in sorted(out.glob("*/config.json")):
             for guest in _guests(path.parent):
                 if (guest["kind"], guest["name"]) == (kind, name):
-                    package = f"{guest['package']} {guest['version']}".strip() if guest["package"] else ""
+                    remedy = "install it" if guest["package"] else "give it again"
                     raise ValueError(
-                        f"{kind} {name!r} of {path.parent.name} came from {guest['place']} of "
-                        + (
-                            f"{package}, which is not installed: install it"
-                            if package
-                            else "a script: give it again"
-                        )
+                        f"{in_words(guest)}, which {path.parent.name} was trained with, is not there: {remedy}"
                     ) from error
         raise
 

@@ -241,7 +241,8 @@ def test_a_package_that_is_gone_is_named_and_another_version_of_it_is_warned_of(
             train("nim", seeds=[0], out=out, **TINY)
     registry._installed.cache_clear()
     with pytest.raises(
-        ValueError, match=r"nim_games:nim of nim-games 1\.0, which is not installed: install it"
+        ValueError,
+        match=r"nim of nim-games 1\.0 \(nim_games:nim\), which own-.* was trained with, is not there: install it",
     ):
         train("nim", seeds=[0], out=out, **TINY)
     assert main(["run", "own", "--task", "nim", "--out", str(out)]) == 2
