@@ -24,6 +24,7 @@ import contextlib
 import importlib
 import json
 import os
+import reprlib
 import signal
 import socket
 import subprocess
@@ -53,6 +54,8 @@ from fastent.grokking.train.storage import (
     RunLocked,
     StopRequest,
     dump_json,
+    parse_object,
+    read_regular,
     write_atomically,
 )
 from fastent.installation import install_command
@@ -156,7 +159,13 @@ class Executor(Protocol):
         """Attempts at a time; None for as many as there are, where a queue takes them."""
 
     def submit(self, orders: Sequence[Order]) -> None:
-        """Take `orders`, `size` at a time at most, those before that have not ended included."""
+        """Take `orders`, `size` at a time at most, those before that have not ended included.
+
+        Raises
+        ------
+        RunError
+            If none of `orders` is taken; those before are as they were.
+        """
 
     def ended(self, observer: Observer, stop: StopRequest | None) -> Iterator[End]:
         """Wait a moment, and yield the attempts that have ended since.
@@ -224,14 +233,21 @@ class Pool:
         self.size = size
         self.threads = threads or max(1, torch.get_num_threads() // size)
         self.working: list[Worker] = []
+        self._refused: list[End] = []
 
     def submit(self, orders: Sequence[Order]) -> None:
         """See `Executor`."""
-        self.working += [Worker(order) for order in orders]
+        for order in orders:
+            try:
+                self.working.append(Worker(order))
+            except OSError as error:  # no process, memory or temporary file is left for now
+                self._refused.append(End(order.job, f"its process could not be started: {error}"))
 
     def ended(self, observer: Observer, stop: StopRequest | None) -> Iterator[End]:
         """See `Executor`."""
         time.sleep(POLL_SECONDS)
+        while self._refused:
+            yield self._refused.pop()
         for worker in list(self.working):
             if worker.process.poll() is not None:
                 self.working.remove(worker)
@@ -388,6 +404,16 @@ LAG_SECONDS = 15.0
 """How long a file system may take to show the answer of a Slurm job that is over."""
 
 
+NO_OPTIONS = (
+    *("additional_parameters", "setup", "teardown", "srun_args", "use_srun", "stderr_to_stdout"),
+    *("nodes", "ntasks_per_node"),
+)
+"""What submitit takes that is no word, or starts a job more than once."""
+
+WHOLE = {"time": "minutes", "signal_delay_s": "seconds", "array_parallelism": "jobs at a time"}
+"""What submitit reckons with, and takes as it comes."""
+
+
 class Slurm:
     """Attempts as Slurm jobs, those that begin together as one array, by submitit.
 
@@ -414,7 +440,7 @@ class Slurm:
     RunError
         If submitit or Slurm is not installed.
     ValueError
-        If there is no such option, or a part of a GPU is asked for.
+        If there is no such option, or it is none of a job of one process, or a part of a GPU is asked for.
     """
 
     reach = Reach.NETWORK
@@ -429,6 +455,16 @@ class Slurm:
         gpus: float = 0,
         options: Mapping[str, int | str] | None = None,
     ) -> None:
+        for name, value in (options or {}).items():
+            if name in NO_OPTIONS or not str(value).isprintable():
+                raise ValueError(
+                    "a Slurm job here is one process that srun starts, and its options are in one line; got "
+                    f"{name}={value!r}"
+                )
+            if name in WHOLE and not (isinstance(value, int) and value >= 1):
+                raise ValueError(
+                    f"the Slurm option {name} must be a whole number from 1 ({WHOLE[name]}); got {value!r}"
+                )
         if gpus != int(gpus):
             raise ValueError(f"Slurm gives whole GPUs: gpus must be 0, 1 or more; got {gpus:g}")
         self.size, self.threads = size, threads
@@ -457,7 +493,7 @@ class Slurm:
         try:
             with self._executor.batch():
                 jobs = [self._executor.submit(attempt) for attempt in attempts]
-        except RuntimeError as error:  # of submitit, for what sbatch said
+        except (RuntimeError, OSError) as error:  # of submitit, for what sbatch said
             raise RunError(f"Slurm did not take the jobs: {error}") from error
         self._jobs += map(_Submitted, jobs, orders, [attempt.answer for attempt in attempts])
 
@@ -471,16 +507,25 @@ class Slurm:
 
     def _end(self, submitted: _Submitted) -> End | None:
         """Read the answer of a job that is over; None where it may still come."""
+        job = submitted.order.job
         try:
-            said = json.loads(submitted.answer.read_bytes())
-        except FileNotFoundError:
+            said = parse_object(read_regular(submitted.answer))
+        except OSError:
             submitted.over = submitted.over or time.monotonic()
             if not self._local and time.monotonic() - submitted.over < LAG_SECONDS:
                 return None
             reason = f"its Slurm job {submitted.job.job_id} was ended ({submitted.job.state})"
-            return End(submitted.order.job, reason, messages=submitted.job.stderr() or "")
-        submitted.answer.unlink()
-        return End(submitted.order.job, **said)
+            return End(job, reason, messages=submitted.job.stderr() or "")
+        except (RunError, ValueError) as error:
+            return End(job, f"the answer of its Slurm job {submitted.job.job_id} is none: {error}")
+        with contextlib.suppress(OSError):
+            submitted.answer.unlink()
+        error, final, messages = (said.get(name) for name in ("error", "final", "messages"))
+        if not isinstance(error, str | None) or type(final) is not bool or not isinstance(messages, str):
+            return End(
+                job, f"the answer of its Slurm job {submitted.job.job_id} is none: {reprlib.repr(said)}"
+            )
+        return End(job, error, final, messages)
 
     def stop(self) -> None:
         """See `Executor`."""
@@ -730,7 +775,8 @@ def _end(job: Job, status: int, messages: str) -> End:
     if status == REFUSED:
         return End(job, messages.strip(), final=True, messages=messages)
     if status < 0:
-        name = signal.Signals(-status).name
+        # Those of real time have no names.
+        name = signal.Signals(-status).name if -status in {*signal.Signals} else f"signal {-status}"
         said = f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     else:
         said = f"its process ended with status {status}" + "".join(f": {line}" for line in last(messages, 1))

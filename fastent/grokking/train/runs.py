@@ -524,12 +524,22 @@ def announced(jobs: Sequence[Job], out: Path) -> Iterator[str]:
     limits = {job.run_name(seed): job.config.max_steps for job in jobs for seed in job.seeds}
     with contextlib.suppress(OSError):  # a folder that takes no file is refused where a run needs it
         out.mkdir(parents=True, exist_ok=True)
+        _forget_the_dead(out)
         write_atomically(path, dump_json({**process.as_json(), "limits": limits}))
     try:
         yield path.name if path.exists() else ""
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _forget_the_dead(out: Path) -> None:
+    """Remove what processes of this host that were killed announced in `out`."""
+    for path in out.glob("sweep-*.json"):
+        with contextlib.suppress(RunError):
+            process = Process.named(read_regular(path))
+            if process is not None and not process.may_live():
+                path.unlink(missing_ok=True)
 
 
 def awaited(out: Path) -> dict[str, int]:

@@ -376,8 +376,15 @@ class _Sweep:
             self.attempts[job] += 1
             # What an attempt rewinds is read again from the start, and not told again.
             self.offsets.update({(job, seed): 0 for seed in job.seeds})
-        if ready:
+        if not ready:
+            return
+        try:
             self.executor.submit([self._order(job) for job in ready])
+        except RunError as error:
+            if not self.outcomes and self.working == {*ready}:
+                raise
+            for job in ready:  # a queue that takes nothing for now ends no other job
+                self._settle(End(job, str(error)))
 
     def _ready(self) -> list[Job]:
         """Find the jobs that may begin now: there is room, and they follow no run that is not over."""

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ from fastent.grokking.train.executors import (
     make_attempt,
 )
 from fastent.grokking.train.runs import Job
-from fastent.grokking.train.storage import Interrupted, RunError, RunLocked, StopRequest, read_object
+from fastent.grokking.train.storage import Interrupted, Process, RunError, RunLocked, StopRequest, read_object
 from fastent.grokking.train.sweep import JobOutcome, run_jobs
 
 CONFIG = preset("paper", modulus=11, hidden=(8, 4), max_steps=400)
@@ -411,6 +412,77 @@ def test_a_slurm_job_is_ended_by_its_answer_or_by_the_lack_of_one(tmp_path, monk
     died = End(job(1), "its Slurm job 2 was ended (FAILED)", final=False, messages="killed")
     assert list(executor.ended(Told(), None)) == [died]
     assert not list(submitted[0].answer.parent.iterdir())
+    for answer in ("", "[]", '{"error": 1}', '{"error": null, "final": 0, "messages": ""}'):
+        executor.submit([Order(job(0), tmp_path)])
+        submitted[-1].answer.write_text(answer)
+        (end,) = executor.ended(Told(), None)
+        assert (end.job, end.final) == (job(0), False)
+        assert end.error.startswith(f"the answer of its Slurm job {len(submitted)} is none: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"setup": "module load x"}, "one process that srun starts.*setup='module load x'"),
+        ({"nodes": 2}, "one process that srun starts.*nodes=2"),
+        ({"comment": "a\nrm b"}, r"in one line; got comment='a\\nrm b'"),
+        ({"time": "1:00:00"}, r"time must be a whole number from 1 \(minutes\); got '1:00:00'"),
+        ({"time": 0}, "time must be a whole number from 1"),
+    ],
+)
+def test_an_option_of_slurm_that_no_job_here_can_have_is_refused(tmp_path, options, said):
+    with pytest.raises(ValueError, match=said):
+        Slurm(tmp_path, options=options)
+
+
+class Full(Planned):
+    """Takes no more after the first jobs, as a queue that is full."""
+
+    def submit(self, orders):
+        if self.orders:
+            raise RunError("Slurm did not take the jobs: full")
+        super().submit(orders)
+
+
+def test_a_queue_that_takes_no_more_ends_no_other_job_and_one_that_takes_nothing_ends_the_sweep(tmp_path):
+    executor = Full({0: [DIED]})
+    outcomes = run_jobs([job(seed) for seed in range(4)], tmp_path, executor=executor)
+    assert outcomes == [
+        JobOutcome(job(0), 2, "Slurm did not take the jobs: full"),
+        *(JobOutcome(job(seed), 1) for seed in range(1, 4)),
+    ]
+    executor.orders.append(None)
+    with pytest.raises(RunError, match="did not take the jobs: full"):
+        run_jobs([job(4)], tmp_path, executor=executor)
+
+
+def test_a_process_that_cannot_be_started_is_an_attempt_that_failed(tmp_path, monkeypatch):
+    def full(order):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(executors, "Worker", full)
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.0)
+    said = "its process could not be started: [Errno 11] Resource temporarily unavailable"
+    outcomes = run_jobs([job(0), job(1)], tmp_path, executor=Pool(2, 1))
+    assert outcomes == [JobOutcome(job(0), 2, said), JobOutcome(job(1), 2, said)]
+
+
+def test_an_end_by_a_signal_without_a_name_is_told_by_its_number():
+    assert executors._end(job(0), -signal.SIGRTMIN - 1, "").error == (
+        f"its process was ended by signal {signal.SIGRTMIN + 1}"
+    )
+
+
+def test_what_a_killed_sweep_announced_goes_with_the_next_one(tmp_path):
+    here = Process.here()
+    for name, process in (
+        ("killed", replace(here, pid=2**22 + 1)),
+        ("elsewhere", replace(here, host="another")),
+    ):
+        (tmp_path / f"sweep-{name}.json").write_text(json.dumps(process.as_json()))
+    (tmp_path / "sweep-mine.json").write_text("[]")
+    run_jobs([], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep-elsewhere.json", "sweep-mine.json"]
 
 
 def test_where_there_is_no_slurm_its_jobs_can_be_started_here(tmp_path, monkeypatch):
