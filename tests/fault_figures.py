@@ -33,8 +33,11 @@ class Faults:
         from fastent.grokking.train.storage import write_atomically
 
         if exitstatus == 0:
-            rows = sorted(
-                ({**row, **self.when} for row in self.rows), key=lambda row: (row["row"], row["test"])
-            )
+            when = self.when
+            rows = sorted(({**row, **when} for row in self.rows), key=lambda row: (row["row"], row["test"]))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, (json.dumps(rows, indent=1) + "\n").encode())
+            if long := [{**row, **when} for row in sorted(self.long, key=lambda row: row["test"])]:
+                write_atomically(
+                    self.path.with_name("long.json"), (json.dumps(long, indent=1) + "\n").encode()
+                )

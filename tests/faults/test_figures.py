@@ -31,6 +31,7 @@ def test_figures_of_tests_that_passed_are_written_in_order_of_rows_with_commit_a
 
 def test_figures_of_long_runs_are_written_beside_them(tmp_path):
     faults = Faults(tmp_path / "faults.json")
+    faults.pytest_sessionstart()
     figure = {"what": "calls", "count": 3, "seconds": 0.5}
     faults.pytest_runtest_logreport(
         SimpleNamespace(when="call", passed=True, nodeid="t", user_properties=[("long", figure)])
