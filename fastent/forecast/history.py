@@ -332,7 +332,7 @@ def recent_change(step: Array, values: Array, window: int) -> float | None:
     """
     # Without NumPy, whose calls cost more than ten slopes: a forecast may be asked for at each step.
     recent = zip(step[-window:].tolist(), values[-window:].tolist(), strict=True)
-    known = [(t, x) for t, x in recent if not math.isnan(x)]
+    known: list[tuple[float, float]] = [(t, x) for t, x in recent if not math.isnan(x)]
     if len(known) < 3:
         return None
     slopes = sorted((later - x) / (then - t) for (t, x), (then, later) in combinations(known, 2))
