@@ -63,12 +63,12 @@ def run(folder: Path) -> int:
     """Run the tests of all rows and record in `folder` how many cases passed and were skipped; nothing if one fails."""
     import pytest
 
-    cases = Cases()
+    cases, at = Cases(), commit()
     named = sorted({test for fault in faults() for test in fault.tests})
     status = pytest.main(["-q", "-n0", "-m", "not sweeps", *named], plugins=[cases])
     if status == 0:
         record = {
-            "commit": commit(),
+            "commit": at,
             "date": datetime.date.today().isoformat(),
             "python": platform.python_version(),
             "tests": {name: dict(sorted(ended.items())) for name, ended in sorted(cases.ended.items())},
