@@ -520,12 +520,12 @@ class Slurm:
             return End(job, f"the answer of its Slurm job {submitted.job.job_id} is none: {error}")
         with contextlib.suppress(OSError):
             submitted.answer.unlink()
-        error, final, messages = (said.get(name) for name in ("error", "final", "messages"))
-        if not isinstance(error, str | None) or type(final) is not bool or not isinstance(messages, str):
+        why, final, messages = (said.get(name) for name in ("error", "final", "messages"))
+        if not isinstance(why, str | None) or type(final) is not bool or not isinstance(messages, str):
             return End(
                 job, f"the answer of its Slurm job {submitted.job.job_id} is none: {reprlib.repr(said)}"
             )
-        return End(job, error, final, messages)
+        return End(job, why, final, messages)
 
     def stop(self) -> None:
         """See `Executor`."""
