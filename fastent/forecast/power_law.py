@@ -526,7 +526,7 @@ class PowerLaw(Shown):
         """
         try:
             advantage = values.get("advantage")
-            parts = {
+            parts: dict[str, Any] = {
                 "intervals": {k: None if v is None else _pair(v) for k, v in values["intervals"].items()},
                 "correlations": {
                     k: None if v is None else _number(v) for k, v in values.get("correlations", {}).items()
