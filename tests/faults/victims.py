@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -48,3 +49,12 @@ def wait_for(process, condition):
         assert process.is_alive()
         assert time.monotonic() < deadline, "the process did not get there"
         time.sleep(0.01)
+
+
+def answer(connection, function, arguments):
+    """Send what a function returns, or the traceback of its error."""
+    os.fsync = lambda descriptor: None  # a test cannot cut the power, and a thousand syncs take their time
+    try:
+        connection.send((function(*arguments), ""))
+    except BaseException:
+        connection.send((None, traceback.format_exc()))
