@@ -330,6 +330,8 @@ def check_backend(
         At the first property that fails: its name, what it says, both values and the input.
     ValueError
         If there is no property of a name.
+    TypeError
+        If `properties` is a text, whose letters are no names.
     ModuleNotFoundError
         If Hypothesis or mpmath is missing.
 
@@ -343,6 +345,8 @@ def check_backend(
     >>> check_backend(lambda h: fastent.spectral_entropy(h).normalized, examples=3)
     """
     hypothesis = _needed("hypothesis")
+    if isinstance(properties, str):
+        raise TypeError(f"properties must be several names, such as [{properties!r}]; got a text")
     chosen = list(PROPERTIES if properties is None else properties)
     unknown = [name for name in chosen if name not in PROPERTIES]
     if unknown:

@@ -68,6 +68,7 @@ COMMANDS = {
     "run e1 --max-steps -5": "^fastent: max_steps must be at least 1; got -5$",
     "run e1 --max-steps lots": "--max-steps: .*'lots'",
     "run e1 --heads 3": "^fastent: width must be a multiple of heads; got width=128, heads=3$",
+    "run e7 --layers 2": "^fastent: layers must be 1 for the MLP, .* E7 trains MLPs; got 2$",
     "run e1 --workers -1": "workers must be at least 1; got -1",
     "run e1 --executor dask": "invalid choice 'dask'",
     "run e1 --address auto": "--address is for --executor ray or slurm; got 'auto' without either",

@@ -120,6 +120,8 @@ def test_an_error_of_the_implementation_is_passed_on_with_the_input() -> None:
 def test_an_unknown_property_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="no property is called 'speed'; there are ignores_translation, "):
         check_backend(lambda h: 0.0, properties=["speed"])
+    with pytest.raises(TypeError, match=r"several names, such as \['ignores_scale'\]; got a text"):
+        check_backend(float, properties="ignores_scale")
 
 
 @pytest.mark.parametrize("missing", ["hypothesis", "mpmath"])

@@ -98,6 +98,9 @@ class StoredRun:
         if missing := [name for name in ANALYSED if name not in self.config]:
             raise RunError(f"{path} is not a run's configuration, for it has no {', '.join(missing)}: {MEND}")
 
+    def __repr__(self) -> str:
+        return f"StoredRun({self.place}: {self.state}; {len(self.rows)} rows)"
+
     @property
     def experiment(self) -> str:
         """Which experiment asked for it, "e1" to "e8"."""

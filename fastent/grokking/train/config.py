@@ -159,7 +159,7 @@ class TrainConfig:
         )
         _require(
             self.layers == 1 or self.model != "mlp",
-            f"the MLP's depth is that of hidden; got layers={self.layers}",
+            f"layers must be 1 for the MLP, whose depth is that of hidden, and E7 trains MLPs; got {self.layers}",
         )
         ours = self.model == "mlp" or (self.model == "transformer" and self.layers == 1)
         _require(

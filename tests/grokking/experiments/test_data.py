@@ -30,6 +30,18 @@ def test_runs_are_read_in_the_order_of_their_seeds_with_all_that_they_hold(three
     assert runs[0].name == "e1-baseline-add-seed0"
 
 
+def test_a_run_shows_itself_in_a_line_without_its_rows():
+    record = {
+        "schema_version": 1,
+        "experiment": "e1",
+        "condition": "baseline",
+        "seed": 0,
+        "config": PRESETS_JSON["paper"],
+    }
+    run = StoredRun(Path("e1-seed0"), record, {}, ({"step": 0}, {"step": 200}), (), None, None)
+    assert repr(run) == "StoredRun(e1-seed0: not complete: step 200; 2 rows)"
+
+
 def test_a_torn_last_line_is_left_out_with_a_warning_and_left_alone_on_disk(tmp_path, writer):
     path = writer(tmp_path, 0, done=False) / "metrics.jsonl"
     whole = path.read_bytes()
