@@ -1103,7 +1103,8 @@ def check(subject: Literal["maths"], *, runs: Path | None = None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv` if None), ``--version`` or a command; return the exit status.
 
-    That of a command whose reader has gone, as in ``fastent list | head -1``, is 141, as a shell has it for SIGPIPE.
+    That of a command whose reader has gone, as in ``fastent list | head -1``, is 141, and that of one ended by Ctrl-C
+    is 130, as a shell has it for signals.
 
     Raises
     ------
@@ -1116,6 +1117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(arguments)
         finally:
             sys.stdout.flush()  # here, and not when the interpreter ends, which would complain
+    except KeyboardInterrupt:  # before or after training, which saves and says so
+        return 128 + signal.SIGINT
     except BrokenPipeError as error:
         if not (_drop_unread(sys.stdout) | _drop_unread(sys.stderr)):
             _complain(str(error))

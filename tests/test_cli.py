@@ -578,6 +578,15 @@ def test_a_command_whose_reader_has_gone_ends_without_a_word(stream, command, mo
     assert "pipe" not in complaints.getvalue() + "".join(capfd.readouterr()).lower()
 
 
+def test_ctrl_c_ends_a_command_that_trains_nothing_without_a_traceback(monkeypatch, capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "list_", stopped)
+    assert main(["list"]) == 130
+    assert capsys.readouterr().err == ""
+
+
 def test_a_broken_pipe_of_another_kind_is_told(monkeypatch, capsys):
     def broken():
         raise BrokenPipeError("a worker has gone")
