@@ -510,7 +510,10 @@ def test_a_damaged_run_is_read_without_a_traceback_and_nothing_changes(
     figure(46, "files of runs that are read", *2 * (search(cases, folders, survives, RUNS_FOUND),))
 
 
-RUNS_FOUND = ()
+RUNS_FOUND = (
+    Case("half", "config.json", Damage("set", "config.evaluate_every", 0), reader=1),
+    Case("half, unchecked", "config.json", Damage("set", "config.evaluate_every", 0), reader=7),
+)
 
 
 @few_and_many
@@ -543,7 +546,7 @@ def test_a_damaged_run_goes_on_to_the_end_or_is_refused_as_it_is(
     figure(46, "files of runs that go on", *2 * (search(cases, folders, survives, RESUMED_FOUND),))
 
 
-RESUMED_FOUND = ()
+RESUMED_FOUND = (Case("half, unchecked", "config.json", Damage("set", "config.evaluate_every", 0)),)
 
 
 # Files of activations

@@ -663,6 +663,9 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
     config = record["config"]
     known = {name: kind for name, kind in _setting_kinds().items() if name in config}
     _check_fields(path, config, known, of="config.")
+    for name in ("evaluate_every", "max_steps"):
+        if config.get(name) == 0:
+            raise RunError(f"{path}: config.{name} must be at least 1; got 0: {MEND}")
 
 
 @functools.cache
