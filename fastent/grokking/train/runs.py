@@ -37,6 +37,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import heapq
 import json
 import reprlib
 import warnings
@@ -45,6 +46,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args, get_origin, get_type_hints
@@ -405,7 +407,8 @@ class Run:
 
     def evaluation_due(self, step: int) -> bool:
         """Whether a row belongs to `step`: every `evaluate_every` steps, and at the last."""
-        return _evaluation_due(step, vars(self.job.config))
+        config = self.job.config
+        return step % config.evaluate_every == 0 or step == config.max_steps
 
     @property
     def last_row_step(self) -> int:
@@ -944,10 +947,9 @@ def _check_saved(path: Path, log: Log, checkpoint: Checkpoint, config: Mapping[s
     """See that all rows up to a checkpoint are there and are those it was saved with."""
     path, step = path / "metrics.jsonl", checkpoint.step
     have = array("q", (s for s in log.steps if s <= step))
-    due = array("q", (s for s in range(step + 1) if _evaluation_due(s, config)))
-    if have != due:
+    if any(due != there for due, there in zip_longest(_steps_due(step, config), have)):
         there = set(have)
-        lost = next((s for s in due if s not in there), step)
+        lost = next((due for due in _steps_due(step, config) if due not in there), step)
         raise RowsLost(path, f"the row of step {lost}, for checkpoint {step}", "none")
     found = log.extent(len(have))
     expected = checkpoint.state.get("metrics", found)  # one from before there were checksums does not say
@@ -955,8 +957,10 @@ def _check_saved(path: Path, log: Log, checkpoint: Checkpoint, config: Mapping[s
         raise RowsLost(path, f"{expected}, for checkpoint {step}", f"{found}")
 
 
-def _evaluation_due(step: int, config: Mapping[str, Any]) -> bool:
-    return bool(step % config["evaluate_every"] == 0 or step == config["max_steps"])
+def _steps_due(step: int, config: Mapping[str, Any]) -> Iterator[int]:
+    """List the evaluations up to `step`, one by one: of a forged checkpoint they may be more than memory holds."""
+    every, end = config["evaluate_every"], config["max_steps"]
+    return heapq.merge(range(0, step + 1, every), [end] if end <= step and end % every else [])
 
 
 def identity(record: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 from toy_stack import JOB, ToyStack, contents
 
 from fastent.grokking.train import loop
+from fastent.grokking.train.checkpoint import read_checkpoint, write_checkpoint
 from fastent.grokking.train.config import preset
 from fastent.grokking.train.loop import train
 from fastent.grokking.train.runs import Job
@@ -173,6 +174,15 @@ def test_rows_lost_before_a_checkpoint_make_an_earlier_one_serve(half, toy, unin
         "seed1/metrics.jsonl: damaged: expected the row of step 15, for checkpoint 20, found none"
         in warned()[0]
     )
+
+
+def test_a_checkpoint_that_claims_a_step_beyond_counting_is_refused_at_once(half, toy, uninterrupted, warned):
+    out = half(27)
+    run = out / JOB.run_name(1)
+    write_checkpoint(run, dataclasses.replace(read_checkpoint(run, 20), step=10**15))
+    toy(out)
+    assert contents(out) == uninterrupted
+    assert "expected the row of step 30, for checkpoint 1000000000000000, found none" in warned()[0]
 
 
 def test_a_seed_without_the_newest_checkpoint_goes_on_from_the_one_before(half, toy, uninterrupted, warned):
