@@ -27,6 +27,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("tyro")
 from planted_runs import planted_runs
 from safetensors.torch import save
 from toy_stack import JOB, contents, without_checksums

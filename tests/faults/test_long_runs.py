@@ -18,6 +18,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+
+pytest.importorskip("rich")
 from rich.console import Console
 
 import fastent

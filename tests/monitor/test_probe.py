@@ -211,7 +211,7 @@ def test_a_module_in_place_of_a_name_is_an_error() -> None:
         Monitor(model, inputs(), model.head)
     with pytest.raises(TypeError, match="got Linear among them"):
         Monitor(model, inputs(), [model.head])
-    with pytest.raises(TypeError, match="a name, several of them, or a function; got int"):
+    with pytest.raises(TypeError, match="a name, several of them, or a function; got 0"):
         Monitor(model, inputs(), 0)  # type: ignore[arg-type]
 
 
