@@ -300,6 +300,9 @@ class Run:
         for damaged in damages(self.path):
             raise damaged
         self.done = read_done(self.path)
+        self._began: dict[str, Any] | None = None
+        if self.done is None and what_counts(self.path):
+            self._began = read_object(self.path / "environment.json", REMEDY_OF_ENVIRONMENT)
         self.metrics, self.timing = (
             JsonLines(
                 path := self.path / f"{name}.jsonl",
@@ -392,12 +395,12 @@ class Run:
         return [], now
 
     def _check_environment(self) -> None:
-        path = self.path / "environment.json"
         if self.done is not None:
             return
-        if not path.exists() or not what_counts(self.path):
-            write_atomically(path, seal({"schema_version": SCHEMA_VERSION, **self._environment}))
-        elif changes := changes_of_bits(read_object(path, REMEDY_OF_ENVIRONMENT) or {}, self._environment):
+        if self._began is None:
+            record = seal({"schema_version": SCHEMA_VERSION, **self._environment})
+            write_atomically(self.path / "environment.json", record)
+        elif changes := changes_of_bits(self._began, self._environment):
             warnings.warn(
                 f"{self.path}: it began with {'; '.join(changes)}: the last bits of its numbers may differ from "
                 "an uninterrupted run's",

@@ -112,6 +112,17 @@ def test_force_goes_on_with_the_new_configuration_says_what_it_ignores_and_recor
     toy(out, OTHER)  # is its configuration now
 
 
+def test_a_damaged_environment_of_one_seed_is_refused_before_anything_of_the_others_is_changed(half, toy):
+    out = half(27)
+    for seed in JOB.seeds:
+        without_checksums(out / JOB.run_name(seed))  # whose configuration would be written anew
+    (out / JOB.run_name(1) / "environment.json").write_text("[")
+    before = contents(out)
+    with pytest.raises(RunError, match=r"seed1/environment\.json: damaged"):
+        toy(out)
+    assert contents(out) == before
+
+
 class StopAfterTwoSteps:
     asked = 0
 
