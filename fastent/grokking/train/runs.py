@@ -762,7 +762,7 @@ def check_rows(path: Path, rows: Sequence[dict[str, Any]], first: int = 1) -> No
 
 
 def check_row(path: Path, line: int, row: Row) -> None:
-    """See that one row of a log, its line `line`, holds a step, and numbers, words or null; raises as `check_rows`."""
+    """See that one row of a log, its line `line`, is one of metrics or of clocks; raises as `check_rows`."""
     if not _whole(row.get("step")):
         _refuse_row(path, line, "step", "a whole number", row.get("step"))
     for name, value in row.items():
@@ -770,6 +770,13 @@ def check_row(path: Path, line: int, row: Row) -> None:
             _refuse_row(path, line, name, "a number or null", value)
         if name in SHARES and value is not None and not 0 <= value <= 1 + 1e-6:
             _refuse_row(path, line, name, "from 0 to 1", value)
+    if path.name == "timing.jsonl":
+        if not isinstance(row.get("event"), str):
+            _refuse_row(path, line, "event", "a word", row.get("event"))
+        clocks = ("seconds", "monitor_seconds", "seeds") if "monitor_seconds" in row else ("seconds",)
+        for name in clocks:
+            if not _number(row.get(name)) or (name == "seeds" and row[name] < 1):
+                _refuse_row(path, line, name, "a number" + " from 1" * (name == "seeds"), row.get(name))
 
 
 def _refuse_row(path: Path, line: int, name: str, rule: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from fastent.grokking.train import environment
 from fastent.grokking.train.checkpoint import read_checkpoint, write_checkpoint
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.loop import train
-from fastent.grokking.train.runs import Job, Run, named_as_before, plan_stacks
+from fastent.grokking.train.runs import Job, Run, check_rows, named_as_before, plan_stacks
 from fastent.grokking.train.storage import (
     Interrupted,
     RunError,
@@ -260,6 +260,23 @@ def test_a_configuration_of_another_shape_is_refused_with_the_field_before_anyth
     assert contents(tmp_path) == before
     # Nor is another seed's job stopped by it.
     check_folder([dataclasses.replace(JOB, seeds=(9,))], run.parent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"event": None}, "event must be a word; got None"),
+        ({"seconds": None}, "seconds must be a number; got None"),
+        ({"monitor_seconds": None}, "monitor_seconds must be a number; got None"),
+        ({"seeds": None}, "seeds must be a number from 1; got None"),
+        ({"seeds": 0}, "seeds must be a number from 1; got 0"),
+    ],
+)
+def test_a_row_of_clocks_without_what_it_counts_is_refused(tmp_path, changes, said):
+    row = {"event": "evaluation", "step": 5, "time": 9.0, "seconds": 2.0, "monitor_seconds": 0.1, "seeds": 3}
+    check_rows(tmp_path / "timing.jsonl", [row])
+    with pytest.raises(RunError, match=rf"timing\.jsonl: line 2: {said}"):
+        check_rows(tmp_path / "timing.jsonl", [row, row | changes])
 
 
 @pytest.mark.parametrize(
