@@ -41,7 +41,13 @@ def train_without_flock(out):
 
 
 @pytest.mark.filterwarnings("ignore::fastent.grokking.train.storage.RunWarning")
-@pytest.mark.parametrize("target", [train_toy, train_without_flock], ids=["flock", "no flock"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(train_toy, marks=pytest.mark.nightly, id="flock"),
+        pytest.param(train_without_flock, id="no flock"),
+    ],
+)
 def test_a_stale_lock_is_no_obstacle_and_one_that_may_be_held_is_one_without_flock(
     start, toy, half, uninterrupted, figure, target
 ):
