@@ -403,12 +403,13 @@ def invite(place: str) -> None:
     ----------
     place : str
         ``module:name`` of a `Provider`, or of a function of activations (n, d) that gives the entropy in nats, which is
-        then called by `place` and not taken for exact. What cannot be imported is a provider that is not installed.
+        then called by `place` and not taken for exact.
 
     Raises
     ------
     ValueError
-        If `place` names no module and name, or a provider of its name and quantity is there.
+        If `place` names no module and name, or nothing that can be imported, or a provider of its name and quantity
+        is there.
     """
     module, colon, name = place.partition(":")
     if not (module and colon and name):
@@ -417,12 +418,11 @@ def invite(place: str) -> None:
     def load() -> Any:
         return getattr(importlib.import_module(module), name)
 
-    guest = Provider(place, load, exact=False)
     try:
-        if isinstance(found := load(), Provider):
-            guest = found
-    except Exception:  # whatever the guest's module raises: its rows say so when it is loaded
-        pass
+        found = load()
+    except Exception as error:  # whatever the guest's module raises: whoever typed the name reads it
+        raise ValueError(f"the provider {place} cannot be loaded: {type(error).__name__}: {error}") from error
+    guest = found if isinstance(found, Provider) else Provider(place, load, exact=False)
     if any((guest.name, _of(guest)) == (other.name, _of(other)) for other in PROVIDERS):
         raise ValueError(
             f"a provider of the {_of(guest)} is called {guest.name!r} already: give it another name"

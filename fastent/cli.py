@@ -562,8 +562,6 @@ def entropy(activations: Path, *, tokens: Tokens | None = None, convention: Conv
 # it is mapped instead, and the system reads the pages as they are needed; an .npz cannot be mapped and is read.
 WHOLE_BYTES = 1 << 28
 CHUNK_BYTES = 1 << 25
-# Nothing here reads a pickle, because unpickling runs code.
-PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -641,6 +639,8 @@ def open_array(path: Path) -> Iterator[Stored]:
     OSError, ValueError
         As `entropy_of_file`.
     """
+    from fastent.grokking.train.storage import PICKLED
+
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file of activations in it")
     if not path.exists():
@@ -653,12 +653,12 @@ def open_array(path: Path) -> Iterator[Stored]:
                 yield stored
         elif start.startswith(b"\x93NUMPY"):
             yield _numpy(path, lambda: path.open("rb"), path.stat().st_size, mapped=True)
-        elif start.startswith(b"PK") and path.suffix not in PICKLES:
+        elif start.startswith(b"PK") and path.suffix not in PICKLED:
             member = _only_member(path)
             yield _numpy(
                 path, functools.partial(_member, path, member.filename), member.file_size, mapped=False
             )
-        elif path.suffix in PICKLES or start.startswith(b"\x80"):
+        elif path.suffix in PICKLED or start.startswith(b"\x80"):
             raise ValueError(
                 f"{path} is a pickle, and reading one runs the code in it: load it where you trust it, and save the "
                 "activations with numpy.save or safetensors.torch.save_file"

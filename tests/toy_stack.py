@@ -112,7 +112,7 @@ def without_checksums(run):
 @pytest.fixture
 def toy(monkeypatch):
     """`train` of a toy job, as a function of the folder."""
-    monkeypatch.setattr(loop, "Stack", ToyStack)
+    monkeypatch.setattr(loop, "stack_kind", lambda config: ToyStack)
     # A test cannot cut the power, and a thousand syncs take their time.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
@@ -147,10 +147,10 @@ def half(toy, tmp_path):
                 return original(self)
 
         out = tmp_path / name
-        loop.Stack = Crashing
+        loop.stack_kind = lambda config: Crashing
         with pytest.raises(Crash):
             toy(out)
-        loop.Stack = ToyStack
+        loop.stack_kind = lambda config: ToyStack
         return out
 
     return make

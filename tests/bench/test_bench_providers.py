@@ -62,11 +62,14 @@ def tiny(monkeypatch, tmp_path):
 
 def test_a_provider_from_outside_is_in_rows_tables_and_figures(tiny):
     (tiny / "mine.py").write_text(
-        "import torch\n\ndef entropy(h):\n    p = torch.linalg.eigvalsh(torch.cov(h.double().T))\n"
+        "import torch\nfrom bench.providers import Provider\n\ndef entropy(h):\n"
+        "    p = torch.linalg.eigvalsh(torch.cov(h.double().T))\n"
         "    p = p / p.sum()\n    return float(-(p * p.log()).sum())\n\n\ndef broken(h):\n    return 1 / 0\n"
+        "\n\nabsent = Provider('absent', lambda: __import__('absent'))\n"
     )
-    guests = ["mine:entropy", "mine:broken", "absent:entropy"]
-    arguments = ["--quick", "--only", "entropy", "accuracy", "--provider", *guests, "--out", str(tiny)]
+    guests = ["mine:entropy", "mine:broken", "absent"]
+    places = [*guests[:2], "mine:absent"]
+    arguments = ["--quick", "--only", "entropy", "accuracy", "--provider", *places, "--out", str(tiny)]
     assert suite.main(arguments) == 0
     rows = {name: read_rows(tiny / "cpu" / f"{name}.jsonl") for name in ("entropy", "accuracy")}
     assert [row["provider"] for row in rows["entropy"]] == ["fastent", "torch, direct", "numpy", *guests]
@@ -76,7 +79,7 @@ def test_a_provider_from_outside_is_in_rows_tables_and_figures(tiny):
     assert f"| threads | fastent | torch, direct | numpy | {' | '.join(guests)} |" in text
     assert "| 1.00 [0.33, 3.00] | ZeroDivisionError | not installed |" in text
     assert "| mine:broken | ZeroDivisionError |" in text
-    assert "| absent:entropy | not installed |" in text
+    assert "| absent | not installed |" in text
     for draw, name in ((report._cost, "entropy"), (report._accuracy, "accuracy")):
         done = [row for row in rows[name] if "skipped" not in row]
         drawn = {label for ax in draw(done).axes for label in ax.get_legend_handles_labels()[1]}
@@ -88,7 +91,7 @@ def test_a_provider_from_outside_is_in_rows_tables_and_figures(tiny):
     assert "mine:entropy" in report._over_commits(same).axes[-2].get_legend_handles_labels()[1]
 
 
-def test_a_guest_may_be_a_provider_and_must_have_a_name_of_its_own(tiny):
+def test_a_guest_may_be_a_provider_and_must_be_there_under_a_name_of_its_own(tiny, capsys):
     (tiny / "theirs.py").write_text(
         "from bench.providers import Provider\n\n"
         "matrix = Provider('theirs', lambda: lambda h: h.T @ h, None, 'covariance')\n"
@@ -100,5 +103,7 @@ def test_a_guest_may_be_a_provider_and_must_have_a_name_of_its_own(tiny):
         providers.invite("theirs:taken")
     with pytest.raises(ValueError, match="a provider is given as module:name; got 'theirs'"):
         providers.invite("theirs")
-    with pytest.raises(SystemExit):
-        suite.main(["--only", "entropy", "--provider", "theirs"])
+    for place in ("theirs", "theirs:misspelt", "nowhere:entropy"):
+        with pytest.raises(SystemExit):
+            suite.main(["--only", "entropy", "--provider", place])
+    assert "the provider nowhere:entropy cannot be loaded: ModuleNotFoundError" in capsys.readouterr().err

@@ -11,10 +11,10 @@ import warnings
 import pytest
 from toy_stack import JOB, contents
 
-from fastent.grokking.train.checkpoint import PICKLED, read_checkpoint
+from fastent.grokking.train.checkpoint import read_checkpoint
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.runs import Run
-from fastent.grokking.train.storage import CheckpointError, RunError, RunWarning, read_object, seal
+from fastent.grokking.train.storage import PICKLED, CheckpointError, RunError, RunWarning, read_object, seal
 
 
 def check_noticed(out, path, environment):

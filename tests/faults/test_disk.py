@@ -69,7 +69,7 @@ def disk(elsewhere, tmp_path):
 
 def train_toy(out):
     """Train the toy job with what a crash may leave to be said left unsaid."""
-    loop.Stack = ToyStack
+    loop.stack_kind = lambda config: ToyStack
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RunWarning)
         train(JOB, out, checkpoint_every=CHECKPOINT_EVERY)

@@ -47,7 +47,7 @@ def training(out, stack):
     """Training, as work whose processes can be killed."""
     told = Told()
     tell_training(told)
-    loop.Stack = stack
+    loop.stack_kind = lambda config: stack
     job = TOY if stack is ToyStack else REAL
     return Work(functools.partial(loop.train, job, checkpoint_every=10), out, told=told)
 
@@ -57,7 +57,7 @@ def packing(out):
     from fastent.grokking.experiments import data
 
     runs, told = out.with_name("runs"), Told()
-    loop.Stack = ToyStack
+    loop.stack_kind = lambda config: ToyStack
     loop.train(JOB, runs)
     stored = data.read_runs(runs)
     (old,) = data.pack(stored[:2], out)
@@ -70,7 +70,7 @@ def reporting(out):
     from fastent.grokking.experiments import document, report
 
     runs, told = out.with_name("runs"), Told()
-    loop.Stack = ToyStack
+    loop.stack_kind = lambda config: ToyStack
     loop.train(JOB, runs)
     sections = report.make_sections(runs, out)
     old = {f"figures/{figure.name}.svg": b"<svg/>" for figure in document.figures_of(sections)}

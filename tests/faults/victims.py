@@ -32,7 +32,7 @@ def train_toy(out, stack=ToyStack, observers=()):
     """Train the toy job; exit with the status of the command line, the message left in the file ``error``."""
     os.chdir(Path(out).parent)
     torch.set_num_threads(1)
-    loop.Stack = stack
+    loop.stack_kind = lambda config: stack
     try:
         with StopRequest() as stop:
             train(JOB, Path(out), checkpoint_every=CHECKPOINT_EVERY, stop=stop, observers=observers)

@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fastent.grokking.train.storage import (
+    PICKLED,
     CheckpointError,
     Damaged,
     RunError,
@@ -34,7 +35,6 @@ from fastent.grokking.train.storage import (
 
 SCHEMA_VERSION = 1
 KEPT = 2
-PICKLED = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
 
 _NAME = re.compile(r"checkpoint-(\d+)\.(json|safetensors)")
 

@@ -33,10 +33,9 @@ from fastent.grokking.train.checkpoint import KEPT, Checkpoint
 from fastent.grokking.train.conditions import make_condition
 from fastent.grokking.train.environment import describe_environment
 from fastent.grokking.train.measures import Measures
-from fastent.grokking.train.models import Condition, hand_written
-from fastent.grokking.train.modules import AnyStack, ModuleStack
+from fastent.grokking.train.models import Condition
+from fastent.grokking.train.modules import AnyStack, stack_kind
 from fastent.grokking.train.runs import Job, Row, Run
-from fastent.grokking.train.stack import Stack
 from fastent.grokking.train.storage import Interrupted, RunError, RunWarning, StopRequest
 from fastent.monitor.monitor import SpectralEntropyMonitor
 
@@ -164,14 +163,10 @@ def train(
             run.begin()
         _warn_of_lost_runs(runs, points)
         condition = make_condition(job, out, device) if points else None
-        for part in _parts(runs, points, shared=_kind(job).shares_launches(device)):
+        for part in _parts(runs, points, shared=stack_kind(job.config).shares_launches(device)):
             _Training(job, part, points, device, told, condition).run(checkpoint_every, stop)
         for run in runs:
             run.keep_last()
-
-
-def _kind(job: Job) -> type[Stack] | type[ModuleStack]:
-    return Stack if hand_written(job.config) else ModuleStack
 
 
 Points = dict[int, Checkpoint | None]
@@ -196,7 +191,7 @@ def _check_fits(run: Run, point: Checkpoint | None) -> None:
     """See that a run can go on from `point` with the settings of its job, before anything in its folder is changed."""
     if point is None:
         return
-    wrong = _kind(run.job).misfits(run.job.config, point.tensors)
+    wrong = stack_kind(run.job.config).misfits(run.job.config, point.tensors)
     if not wrong and int(point.tensors["steps"]) != point.step:
         wrong = [f"its tensors are of step {int(point.tensors['steps'])}"]
     try:
@@ -247,7 +242,7 @@ class _Training:
         self.points = {run.seed: points[run.seed] for run in runs if run.done is None}
         first = min(_step(point) for point in self.points.values())
         seeds = [run.seed for run in runs if run.trains_after(first)]
-        self.stack: AnyStack = _kind(job)(job.config, seeds, device=device, condition=condition)
+        self.stack: AnyStack = stack_kind(job.config)(job.config, seeds, device=device, condition=condition)
         self.measures = Measures(job.config)
         self.monitors = {
             seed: SpectralEntropyMonitor(every=job.config.evaluate_every) for seed in self.points

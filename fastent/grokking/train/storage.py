@@ -136,6 +136,9 @@ class StopRequest:
 
 TEMPORARY = ".tmp"
 
+PICKLED = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
+"""Suffixes of files that are refused unread: reading a pickle runs the code in it."""
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path`, or leave what was there.

@@ -75,7 +75,7 @@ def test_nonfinite_values_become_null_and_training_goes_on(toy, tmp_path, monkey
         def representations(self, which="probe"):
             return super().representations().fill_(math.nan)
 
-    monkeypatch.setattr(loop, "Stack", Diverging)
+    monkeypatch.setattr(loop, "stack_kind", lambda config: Diverging)
     toy(tmp_path)
     last = rows(tmp_path, 1)[-1]
     assert last["step"] == 45

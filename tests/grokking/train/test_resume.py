@@ -255,7 +255,7 @@ LOSSES = [
 def test_what_one_seed_of_a_stack_loses_costs_the_others_no_byte_and_all_end_as_if_nothing_were_lost(
     half, toy, tmp_path, monkeypatch, lose, stack
 ):
-    monkeypatch.setattr(loop, "Stack", stack)
+    monkeypatch.setattr(loop, "stack_kind", lambda config: stack)
     toy(tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     out, crashed = tmp_path / "lost", []
@@ -270,7 +270,7 @@ def test_what_one_seed_of_a_stack_loses_costs_the_others_no_byte_and_all_end_as_
                 steps.append((self.steps_done, 2 in self.seeds))
             super().train_step()
 
-    monkeypatch.setattr(loop, "Stack", Watched)
+    monkeypatch.setattr(loop, "stack_kind", lambda config: Watched)
     with pytest.raises(Crash):
         toy(out)
     lose(out / JOB.run_name(2))
@@ -288,7 +288,7 @@ def test_what_one_seed_of_a_stack_loses_costs_the_others_no_byte_and_all_end_as_
 def test_a_seed_lost_from_a_complete_stack_is_trained_again_and_the_complete_ones_are_only_read(
     toy, tmp_path, monkeypatch, lose, stack
 ):
-    monkeypatch.setattr(loop, "Stack", stack)
+    monkeypatch.setattr(loop, "stack_kind", lambda config: stack)
     toy(tmp_path / "out")
     whole = contents(tmp_path / "out")
     lose(tmp_path / "out" / JOB.run_name(2))
@@ -303,7 +303,7 @@ def test_a_seed_lost_from_a_complete_stack_is_trained_again_and_the_complete_one
             trained.append(self.seeds)
             super().train_step()
 
-    monkeypatch.setattr(loop, "Stack", Watched)
+    monkeypatch.setattr(loop, "stack_kind", lambda config: Watched)
     toy(tmp_path / "out")
     assert contents(tmp_path / "out") == whole
     if stack is Alone:
@@ -316,11 +316,12 @@ def test_a_seed_that_is_trained_again_comes_further_with_every_interruption(half
         warnings.simplefilter("ignore", RunWarning)
         lose_checkpoints(out / JOB.run_name(2))
         for stop, step in ((12, 10), (25, 20), (33, 30)):
-            monkeypatch.setattr(loop, "Stack", crashing_at(stop))
+            crashing = crashing_at(stop)
+            monkeypatch.setattr(loop, "stack_kind", lambda config, stack=crashing: stack)
             with pytest.raises(Crash):
                 toy(out)
             assert (out / JOB.run_name(2) / f"checkpoint-{step}.json").exists()
-        monkeypatch.setattr(loop, "Stack", ToyStack)
+        monkeypatch.setattr(loop, "stack_kind", lambda config: ToyStack)
         toy(out)
         toy(tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
@@ -381,7 +382,7 @@ def test_a_mark_of_completion_that_cannot_be_read_is_named_with_a_remedy(toy, tm
 
 @pytest.mark.filterwarnings("ignore::fastent.grokking.train.storage.RunWarning")
 def test_on_a_cpu_a_seed_that_lost_its_folder_is_trained_alone_to_the_bits_it_had(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "Stack", Real)
+    monkeypatch.setattr(loop, "stack_kind", lambda config: Real)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     train(REAL, tmp_path / "whole", checkpoint_every=20)
     whole = contents(tmp_path / "whole")

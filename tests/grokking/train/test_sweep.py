@@ -115,13 +115,13 @@ def test_in_this_process_too_a_failed_job_does_not_stop_the_others(tmp_path, mon
                 raise MemoryError("no more")
             return super().train_step()
 
-    monkeypatch.setattr(loop, "Stack", Exploding)
+    monkeypatch.setattr(loop, "stack_kind", lambda config: Exploding)
     jobs = [job(0, CONFIG), job(1, CONFIG), job(2, CONFIG)]
     outcomes = run_jobs(jobs, tmp_path)
     assert [outcome.error for outcome in outcomes] == [None, "MemoryError('no more')", None]
     assert "Traceback" in capsys.readouterr().err
     assert json.loads((tmp_path / jobs[1].run_name(1) / "FAILED").read_text())["attempts"] == 1
-    monkeypatch.setattr(loop, "Stack", ToyStack)
+    monkeypatch.setattr(loop, "stack_kind", lambda config: ToyStack)
     assert run_jobs(jobs, tmp_path)[1].error is None
     assert not (tmp_path / jobs[1].run_name(1) / "FAILED").exists()
 
