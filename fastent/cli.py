@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import platform
+import select
 import shlex
 import signal
 import subprocess
@@ -1128,14 +1129,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _drop_unread(stream: IO[str]) -> bool:
     """Drop what `stream` holds and will get if nobody reads it any more, and return whether that is so."""
+    # Asked of the pipe: an unbuffered stream holds nothing whose writing would fail again.
+    asked = select.poll()
     try:
-        stream.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-        return True
-    return False
+        asked.register(stream, 0)
+    except (OSError, ValueError):  # it is no file
+        return False
+    if not asked.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+    return True
 
 
 def _run(arguments: list[str]) -> int:

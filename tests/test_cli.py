@@ -560,13 +560,14 @@ def test_list_names_experiments_and_presets(capsys):
     assert re.search(r"^  quick  .*evaluate_every = 50", printed, re.MULTILINE)
 
 
+@pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "PYTHONUNBUFFERED"])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("command", ["list", "entropy --help", "report nowhere", "--version"])
-def test_a_command_whose_reader_has_gone_ends_without_a_word(stream, command, monkeypatch, capfd):
+def test_a_command_whose_reader_has_gone_ends_without_a_word(stream, command, buffering, monkeypatch, capfd):
     written, complaints = os.pipe(), io.StringIO()
     os.close(written[0])
     streams = {"stdout": io.StringIO(), "stderr": complaints}
-    with open(written[1], "w") as unread:
+    with io.TextIOWrapper(open(written[1], "wb", buffering), write_through=not buffering) as unread:
         for name, other in streams.items():
             monkeypatch.setattr(sys, name, unread if name == stream else other)
         silent = (command == "report nowhere") == (stream == "stdout")
