@@ -200,7 +200,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
 
 def fill(text: str, folder: Path) -> str:
     """Return `text`, the page, with its marked parts made anew from the figures in `folder`."""
-    return marked(text, "reliability", lambda name: "\n" + PARTS[name](folder) + "\n")[0]
+    return marked(text, "reliability", lambda name: "\n" + PARTS[name](folder) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

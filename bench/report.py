@@ -1215,7 +1215,7 @@ def fill(text: str, folder: Path) -> str:
         question, made = TABLES[name]
         return f"{made(read_rows(folder / f'{question}.jsonl'))}\n"
 
-    return marked(text, "bench", table)[0]
+    return marked(text, "bench", table)
 
 
 def _cost_of_loops(rows: list[Row]) -> str:

@@ -766,7 +766,7 @@ def _verdicts(search: Search, verdicts: Mapping[int, Verdict]) -> str:
 
 def fill(text: str, rows: Iterable[Row]) -> str:
     """Return `text` with the marked part made anew from `rows`."""
-    return marked(text, "search", lambda name: results(Search(rows)))[0]
+    return marked(text, "search", lambda name: results(Search(rows)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import quote
 
@@ -346,14 +347,27 @@ def _line(text: str) -> str:
 TAG = "fastent report"
 
 
-def marked(text: str, tag: str, make: Callable[[str], str]) -> tuple[str, int]:
-    """Make anew what stands between ``<!-- TAG: NAME -->`` and ``<!-- TAG: end -->``; return the text and the count."""
-    return re.subn(
-        rf"(<!-- {tag}: (\w+) -->\n).*?(<!-- {tag}: end -->)",
-        lambda place: place[1] + make(place[2]) + place[3],
-        text,
-        flags=re.DOTALL,
-    )
+def marked(text: str, tag: str, make: Callable[[str], str]) -> str:
+    """Make anew what stands between each ``<!-- TAG: NAME -->`` and the ``<!-- TAG: end -->`` below it.
+
+    Raises
+    ------
+    ValueError
+        If no place is marked, or a mark is without its end or an end without its mark.
+    """
+    marks = list(re.finditer(rf"<!-- {tag}: (\w+) -->", text))
+    if not marks:
+        raise ValueError(f"no place is marked by <!-- {tag}: NAME --> and, below it, <!-- {tag}: end -->")
+    parts, kept = [], 0
+    for first, last in zip_longest(marks[::2], marks[1::2]):
+        line = text.count("\n", 0, first.start()) + 1
+        if first[1] == "end":
+            raise ValueError(f"{first[0]} in line {line} ends nothing")
+        if last is None or last[1] != "end":
+            raise ValueError(f"{first[0]} in line {line} has no end: put <!-- {tag}: end --> below it")
+        parts += [text[kept : first.end()], "\n", make(first[1])]
+        kept = last.start()
+    return "".join((*parts, text[kept:]))
 
 
 def documents(root: Path, runs: Path) -> list[Path]:
@@ -362,7 +376,7 @@ def documents(root: Path, runs: Path) -> list[Path]:
     One that says of which runs it is, as in ``<!-- fastent report of bench/results/paper -->``, is of those alone.
     """
     found = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
-    texts = {path: path.read_text(encoding="utf-8") for path in found if path.is_file()}
+    texts = {path: _contents(path) for path in found if path.is_file()}
     of = {path: re.search(rf"<!-- {TAG} of (\S+) -->", text) for path, text in texts.items()}
     return [
         path
@@ -370,6 +384,13 @@ def documents(root: Path, runs: Path) -> list[Path]:
         if f"<!-- {TAG}: " in text
         and ((said := of[path]) is None or (root / said[1]).resolve() == runs.resolve())
     ]
+
+
+def _contents(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is no text in UTF-8: {error}") from error
 
 
 def filled(path: Path, sections: Sequence[Section], figures: str) -> tuple[str, list[Figure]]:
@@ -380,10 +401,11 @@ def filled(path: Path, sections: Sequence[Section], figures: str) -> tuple[str, 
     Raises
     ------
     RunError
-        If it takes in no part, or a section that the report does not have.
+        If it takes in no part, or a section that the report does not have, if a mark is without its end, or if it is
+        not in UTF-8.
     """
     by_anchor: Mapping[str, Section] = {section.anchor: section for section in sections}
-    text = path.read_text(encoding="utf-8")
+    text = _contents(path)
     taken = re.findall(rf"<!-- {TAG}: (?!end )(\w+) -->", text)
     if not taken:
         raise RunError(
@@ -397,19 +419,22 @@ def filled(path: Path, sections: Sequence[Section], figures: str) -> tuple[str, 
             )
     parts = [by_anchor[anchor] for anchor in taken]
     write = _Markdown(figures, anchors_of(parts))
-    new, _ = marked(
-        text, TAG, lambda anchor: f"\n{_place(anchor)}\n\n{write.blocks(by_anchor[anchor].blocks)}\n\n"
-    )
+    try:
+        new = marked(
+            text, TAG, lambda anchor: f"\n{_place(anchor)}\n\n{write.blocks(by_anchor[anchor].blocks)}\n\n"
+        )
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from error
     return new, list(figures_of(parts))
 
 
 def fill(paths: Sequence[Path], sections: Sequence[Section], figures: str) -> None:
     """Write the parts of the report into the documents `paths`, and their figures into `figures` beside each.
 
-    Raises as `filled`, and OSError.
+    Raises as `filled`, before anything is written, and OSError.
     """
-    for path in paths:
-        text, pictures = filled(path, sections, figures)
+    made = [(path, *filled(path, sections, figures)) for path in paths]
+    for path, text, pictures in made:
         write_atomically(path, text.encode())
         save(pictures, path.parent / figures)
 
@@ -435,7 +460,7 @@ def check(paths: Sequence[Path], sections: Sequence[Section], figures: str) -> l
     for path in paths:
         new, pictures = filled(path, sections, figures)
         lines += difflib.unified_diff(
-            path.read_text(encoding="utf-8").splitlines(),
+            _contents(path).splitlines(),
             new.splitlines(),
             f"{path} as committed",
             f"{path} from the runs",

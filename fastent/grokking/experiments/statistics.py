@@ -753,9 +753,7 @@ def main() -> None:
     if given.fill is None:
         print(coverage_tables())
         return
-    text, _ = marked(
-        given.fill.read_text(encoding="utf-8"), "fastent statistics", lambda _: coverage_tables()
-    )
+    text = marked(given.fill.read_text(encoding="utf-8"), "fastent statistics", lambda _: coverage_tables())
     given.fill.write_text(text, encoding="utf-8")
 
 

@@ -363,6 +363,41 @@ def test_a_section_that_the_runs_do_not_give_and_a_document_without_a_place_are_
         fill_documents(three_runs, [document])
 
 
+MARK, END = "<!-- fastent report: e1 -->", "<!-- fastent report: end -->"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"{MARK}\nold\n", "line 1 has no end: put <!-- fastent report: end --> below it"),
+        (f"# A\n{MARK}\nmine\n{MARK}\nold\n{END}\n", "line 2 has no end"),
+        (f"{END}\n{MARK}\nold\n{END}\n", "end --> in line 1 ends nothing"),
+        (f"{MARK}\nold\n{END}\n{END}\n", "end --> in line 4 ends nothing"),
+        (f"{MARK}\nold\n{END}\n\udcff", "is no text in UTF-8: "),
+    ],
+)
+def test_a_document_whose_marks_do_not_pair_or_that_is_no_text_is_named_and_none_is_written(
+    three_runs, document, text, said
+):
+    before = document.read_bytes()
+    other = document.with_name("other.md")
+    other.write_bytes(text.encode(errors="surrogateescape"))
+    document.write_bytes(stale := before.replace(b"1,500", b"1,400"))
+    for act in (fill_documents, check_documents):
+        with pytest.raises(RunError, match=rf"{re.escape(str(other))}.*{re.escape(said)}"):
+            act(three_runs, [document, other])
+    assert document.read_bytes() == stale
+    assert other.read_bytes() == text.encode(errors="surrogateescape")
+
+
+def test_what_follows_a_mark_in_its_line_is_made_anew_too(three_runs, document):
+    right = document.read_bytes()
+    document.write_bytes(right.replace(f"{MARK}\n".encode(), f"{MARK} \n".encode()))
+    assert check_documents(three_runs, [document])
+    fill_documents(three_runs, [document])
+    assert document.read_bytes() == right
+
+
 def test_documents_are_the_readme_and_those_below_docs_that_have_a_place(tmp_path, document):
     (tmp_path / "README.md").write_text("# No place\n")
     (tmp_path / "docs" / "deep").mkdir()
