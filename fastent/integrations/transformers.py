@@ -13,7 +13,8 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -181,11 +182,13 @@ class SpectralEntropyCallback(transformers.TrainerCallback):
         monitor = SpectralEntropyMonitor(
             model, probe, self._layers, every=self._due, stopping=self._stopping, **self._options
         )
-        saved = _of_first(self._saved(args, state.global_step) if first and state.global_step else None)
+        found = _of_first(self._saved(args, state.global_step) if first and state.global_step else None)
         if not first and not monitor.needs_every_rank:
             monitor.close()
-        elif saved is not None:
-            monitor.load_state_dict(saved)
+        elif found is not None:
+            file, saved = found
+            with _named(file):
+                monitor.load_state_dict(saved)
         self.monitor, self._running = monitor, True
         if not self._of_batch:
             self._step(args, state, control)
@@ -265,17 +268,12 @@ class SpectralEntropyCallback(transformers.TrainerCallback):
                 values[record.layer] = record.normalized if record.status.usable else math.nan
         return {f"eval_{self._name}/{layer}": value for layer, value in values.items()}
 
-    def _saved(self, args: Any, step: int) -> Any:
-        """Read the state of the checkpoint that training resumes from, None if there is none."""
+    def _saved(self, args: Any, step: int) -> tuple[str, Any] | None:
+        """Read the state of the checkpoint that training resumes from, with its path; None if there is none."""
         for folder in (args.resume_from_checkpoint, _checkpoint(args, step)):
-            if isinstance(folder, str | os.PathLike) and self._file(folder).exists():
-                try:
-                    return json.loads(self._file(folder).read_text(encoding="utf-8"))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(
-                        f"{self._file(folder)} is no state of a monitor ({error}): put it back from a copy, or remove "
-                        "it, and records begin anew"
-                    ) from error
+            if isinstance(folder, str | os.PathLike) and (file := self._file(folder)).exists():
+                with _named(str(file)):
+                    return str(file), json.loads(file.read_text(encoding="utf-8"))
         warn_user(
             f"training resumes at step {step}, and {self._file(_checkpoint(args, step))} is not there: records begin "
             "anew. If the checkpoint lies elsewhere, set args.resume_from_checkpoint to it",
@@ -289,6 +287,18 @@ class SpectralEntropyCallback(transformers.TrainerCallback):
 
 def _checkpoint(args: Any, step: int) -> Path:
     return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+
+
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Name the file, and what to do, in errors about what it holds."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is no state that this monitor can take up ({error}): put it back from a copy, or remove it, and "
+            "records begin anew"
+        ) from error
 
 
 def _of_first(value: Any) -> Any:

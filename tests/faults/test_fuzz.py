@@ -73,7 +73,7 @@ def in_time():
             signal.signal(number, handler)
 
 
-MANY = 3_000
+MANY, DRAWN = 3_000, 100
 few_and_many = pytest.mark.parametrize("cases", [8, pytest.param(MANY, marks=pytest.mark.nightly)])
 
 
@@ -92,7 +92,7 @@ def search(cases, strategy, survives, found=()):
         test = example(case)(test)
     settings(
         max_examples=cases,
-        derandomize=cases < MANY,
+        derandomize=cases < DRAWN,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
@@ -549,6 +549,61 @@ def test_a_damaged_run_goes_on_to_the_end_or_is_refused_as_it_is(
 
 
 RESUMED_FOUND = (Case("half, unchecked", "config.json", Damage("set", "config.evaluate_every", 0)),)
+
+
+@pytest.mark.parametrize("cases", [1, pytest.param(DRAWN, marks=pytest.mark.nightly)])
+def test_a_report_on_a_damaged_run_is_drawn_or_the_run_is_named(cases, forms, tmp_path, figure):
+    out, page = tmp_path / "runs", tmp_path / "report" / "index.html"
+
+    def survives(case):
+        path = damaged(case, out, forms[case.form])
+        before = tree(out)
+        shutil.rmtree(page.parent, ignore_errors=True)
+        status, _, said = spoken(["report", str(out), "--out", str(page.parent)])
+        assert page.exists() == (status == 0)
+        assert status == 0 or str(out) in said, (path, said)
+        assert tree(out) == before
+
+    measured = folders.filter(lambda case: case.file in ("metrics.jsonl", "packed.parquet") and case.sealed)
+    figure(46, "reports that are drawn", *2 * (search(cases, measured, survives),))
+
+
+# Documents that a report is written into
+
+PARTS = (
+    *("<!-- fastent report: summary -->", "<!-- fastent report: claims -->", "<!-- fastent report: e9 -->"),
+    *("<!-- fastent report: end -->", "<!-- fastent report of runs -->", "<!-- fastent report of ../.. -->"),
+    *("<!-- fastent report: ", "-->", "<!--", "\n", "\r\n", "\0", "\ufeff", "\udcff", "```\n"),
+)
+DOCUMENT = f"# A\n{PARTS[0]}\nqwxz\n{PARTS[3]}\nbetween\n{PARTS[1]}\n{PARTS[3]}\nend\n"
+documents = st.lists(st.sampled_from(PARTS) | st.text(max_size=6), max_size=9).map(
+    lambda parts: "".join(parts).encode(errors="surrogatepass")
+) | raw.map(lambda damage: damage.of(DOCUMENT.encode()))
+
+
+@few_and_many
+def test_a_damaged_document_takes_in_the_report_or_is_named_and_left_as_it_is(
+    cases, uninterrupted, tmp_path, monkeypatch, figure
+):
+    runs = tmp_path / "uninterrupted"
+    sections = report.make_sections(runs)
+    monkeypatch.setattr(report, "make_sections", lambda *_: sections)
+    path = tmp_path / "document.md"
+
+    def survives(data):
+        path.write_bytes(data)
+        checked, _, said = spoken(["report", str(runs), "--check", str(path)])
+        assert checked == 0 or not said or str(path) in said
+        assert path.read_bytes() == data
+        filled, _, said = spoken(["report", str(runs), "--fill", str(path)])
+        if filled:
+            assert str(path) in said
+            assert path.read_bytes() == data
+        else:
+            assert spoken(["report", str(runs), "--check", str(path)])[0] == 0
+            assert b"qwxz" not in path.read_bytes()
+
+    figure(46, "documents of a report", *2 * (search(cases, documents, survives, (DOCUMENT.encode(),)),))
 
 
 # Files of activations

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fake_device import FakeStreams
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastent
@@ -265,13 +266,52 @@ def test_a_training_that_broke_off_leaves_no_open_monitor_behind(tmp_path: Path)
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 
 
-@pytest.mark.parametrize("data", ["{", "[" * 100_000], ids=["cut", "nested"])
-def test_a_state_that_is_no_json_is_named_with_the_remedy(tmp_path: Path, data: str) -> None:
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3" / "entropy.json").write_text(data)
-    args = SimpleNamespace(resume_from_checkpoint=None, output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=r"checkpoint-3/entropy\.json is no state of a monitor .*remove it"):
-        watch()._saved(args, 3)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2**65) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_state_of_any_content_is_taken_up_or_named_with_the_remedy(tmp_path: Path) -> None:
+    trainer_of(tmp_path, watch(), **SAVING).train()
+    file = tmp_path / "checkpoint-3" / "entropy.json"
+    whole = file.read_bytes()
+    state = json.loads(whole)
+    callback = watch()
+    trainer = trainer_of(tmp_path, callback, **SAVING)
+    trainer.state.global_step = 3
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(
+        st.binary(max_size=20)
+        | st.integers(0, len(whole) - 1).map(lambda at: whole[:at])
+        | JSON.map(lambda value: json.dumps(value).encode())
+        | st.builds(
+            lambda name, value: json.dumps({**state, name: value}).encode(),
+            st.sampled_from(sorted(state)),
+            JSON,
+        )
+    )
+    @example(b"[" * 100_000)
+    @example(json.dumps({**state, "probe": "x"}).encode())
+    @example(json.dumps([]).encode())
+    def survives(data: bytes) -> None:
+        file.write_bytes(data)
+        refused = None
+        try:
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        except ValueError as error:
+            refused = str(error)
+        if refused is not None:
+            assert refused.startswith(f"{file} is no state that this monitor can take up (")
+            assert refused.endswith("or remove it, and records begin anew")
+
+    survives()
+    file.write_bytes(whole)
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert steps(callback) == [0, 2]
 
 
 def test_a_resumed_run_has_the_records_of_one_that_was_never_cut(tmp_path: Path) -> None:
