@@ -262,7 +262,10 @@ FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "timing.jsonl", "DONE", "FAILED", "lock"),
     *("newest.json", "newest.safetensors", "sweep.json", "packed.parquet"),
 )
-PLACES = ("gone", "folder", "link", "loop", "pipe", "of another step", "of another run", "of another kind")
+PLACES = (
+    *("gone", "folder", "link", "loop", "pipe", "two names"),
+    *("of another step", "of another run", "of another kind"),
+)
 
 
 @dataclass(frozen=True)
@@ -408,6 +411,9 @@ def parquet_changed(case, data):
 
 
 def displaced(case, out, path, data):
+    if case.damage == "two names" and path.exists():
+        os.link(path, out / "another name")
+        return
     if path.exists():
         path.unlink()
     match case.damage:
@@ -548,7 +554,11 @@ def test_a_damaged_run_goes_on_to_the_end_or_is_refused_as_it_is(
     figure(46, "files of runs that go on", *2 * (search(cases, folders, survives, RESUMED_FOUND),))
 
 
-RESUMED_FOUND = (Case("half, unchecked", "config.json", Damage("set", "config.evaluate_every", 0)),)
+RESUMED_FOUND = (
+    Case("half, unchecked", "config.json", Damage("set", "config.evaluate_every", 0)),
+    Case("half", "timing.jsonl", "link", sealed=False),
+    Case("half", "timing.jsonl", "two names", sealed=False),
+)
 
 
 @pytest.mark.parametrize("cases", [1, pytest.param(DRAWN, marks=pytest.mark.nightly)])

@@ -312,6 +312,11 @@ class Run:
             )
             for name in ("metrics", "timing")
         )
+        if (
+            self.done is None
+        ):  # before a run beside it writes anything; of one that is complete nothing is written
+            self.metrics.check_place()
+            self.timing.check_place()
         self.reached = Reached(self.job.config)
 
     def begin(self) -> None:

@@ -515,6 +515,19 @@ class JsonLines:
                 stacklevel=2,
             )
 
+    def check_place(self) -> None:
+        """See that rows can be appended, if the file is there; nothing is written.
+
+        Raises
+        ------
+        OSError
+            If it may not be written.
+        RunError
+            If it is a link, or one file under several names.
+        """
+        if os.path.lexists(self.path):
+            os.close(_open_own(self.path, os.O_WRONLY | os.O_APPEND))
+
     def append(self, row: dict[str, Any]) -> None:
         """Add `row` to the file and to `rows`; on a failure the file ends where it ended before.
 
