@@ -521,6 +521,8 @@ def test_a_damaged_run_is_read_without_a_traceback_and_nothing_changes(
 RUNS_FOUND = (
     Case("half", "config.json", Damage("set", "config.evaluate_every", 0), reader=1),
     Case("half, unchecked", "config.json", Damage("set", "config.evaluate_every", 0), reader=7),
+    Case("half, unchecked", "config.json", Damage("drop", "config.evaluate_every"), reader=1),
+    Case("half, unchecked", "config.json", Damage("drop", "config.max_steps"), reader=2),
 )
 
 

@@ -672,10 +672,11 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
             path, guest, dict.fromkeys((f.name for f in dataclasses.fields(Origin)), str), of="guests."
         )
     config = record["config"]
-    known = {name: kind for name, kind in _setting_kinds().items() if name in config}
+    counts = ("evaluate_every", "max_steps")  # which steps have rows follows from them
+    known = {name: kind for name, kind in _setting_kinds().items() if name in config or name in counts}
     _check_fields(path, config, known, of="config.")
-    for name in ("evaluate_every", "max_steps"):
-        if config.get(name) == 0:
+    for name in counts:
+        if config[name] == 0:
             raise RunError(f"{path}: config.{name} must be at least 1; got 0: {MEND}")
 
 

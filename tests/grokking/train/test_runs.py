@@ -248,6 +248,8 @@ def test_a_configuration_of_another_shape_is_refused_with_the_field_before_anyth
     run = tmp_path / "out" / JOB.run_name(2)
     run.mkdir(parents=True)
     record = {"schema_version": 1, "experiment": "e1", "condition": "baseline", "seed": 2, "stack": [2]}
+    if changes.get("config"):
+        changes = {"config": {**JOB.settings(), **changes["config"]}}
     (run / "config.json").write_text(json.dumps({**record, "config": JOB.settings(), **changes}))
     (run / "metrics.jsonl").write_text('{"step": 0}\n')
     before = contents(tmp_path)
