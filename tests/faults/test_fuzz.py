@@ -523,6 +523,7 @@ RUNS_FOUND = (
     Case("half, unchecked", "config.json", Damage("set", "config.evaluate_every", 0), reader=7),
     Case("half, unchecked", "config.json", Damage("drop", "config.evaluate_every"), reader=1),
     Case("half, unchecked", "config.json", Damage("drop", "config.max_steps"), reader=2),
+    Case("complete", "config.json", Damage("rename", "config.width", "x"), reader=1),
 )
 
 
@@ -560,6 +561,7 @@ RESUMED_FOUND = (
     Case("half, unchecked", "config.json", Damage("set", "config.evaluate_every", 0)),
     Case("half", "timing.jsonl", "link", sealed=False),
     Case("half", "timing.jsonl", "two names", sealed=False),
+    Case("half, unchecked", "FAILED", "folder", sealed=False),
 )
 
 

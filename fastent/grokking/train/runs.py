@@ -80,6 +80,7 @@ from fastent.grokking.train.storage import (
     make_folder,
     open_regular,
     parse_object,
+    printable,
     read_object,
     read_regular,
     remove_temporaries,
@@ -317,6 +318,8 @@ class Run:
         ):  # before a run beside it writes anything; of one that is complete nothing is written
             self.metrics.check_place()
             self.timing.check_place()
+            if (failed := self.path / "FAILED").is_dir() and not failed.is_symlink():
+                raise RunError(f"{failed} is a folder: move it away")
         self.reached = Reached(self.job.config)
 
     def begin(self) -> None:
@@ -672,6 +675,12 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
             path, guest, dict.fromkeys((f.name for f in dataclasses.fields(Origin)), str), of="guests."
         )
     config = record["config"]
+    for name in config:
+        if name not in _setting_kinds():
+            raise RunError(
+                f"{path}: config.{printable(name)} is no setting that this fastent knows: {MEND}; a newer one may have "
+                "written it"
+            )
     counts = ("evaluate_every", "max_steps")  # which steps have rows follows from them
     known = {name: kind for name, kind in _setting_kinds().items() if name in config or name in counts}
     _check_fields(path, config, known, of="config.")
