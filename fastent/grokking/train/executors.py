@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import reprlib
 import signal
@@ -403,6 +404,44 @@ GRACE_SECONDS = 600.0
 LAG_SECONDS = 15.0
 """How long a file system may take to show the answer of a Slurm job that is over."""
 
+QUEUE_SECONDS = 30.0
+"""How often Slurm is asked which jobs it has, at most."""
+
+OVER = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+)
+"""States in which Slurm names a job that it does not start again; one that it may start again is pending."""
+
+
+class SlurmQueue:
+    """The jobs of this user that Slurm has: waiting, running, or suspended.
+
+    Not by `submitit.Job.done`: that takes a suspended job for one that is over, and without Slurm's accounting database
+    none for over.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, str] | None = None
+        self._asked = -math.inf
+
+    def state(self, job_id: str) -> str | None:
+        """Return the state of a job as it was when Slurm was asked; None where it did not answer.
+
+        "" of one that it does not know, as all are some minutes after they ended.
+        """
+        if time.monotonic() - self._asked >= QUEUE_SECONDS:
+            command = ("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i %T")
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+            except (OSError, subprocess.SubprocessError):  # such as a controller that starts anew
+                self._jobs = None
+            else:
+                lines = (line.split() for line in done.stdout.splitlines())
+                self._jobs = {line[0]: line[1] for line in lines if len(line) == 2}
+            self._asked = time.monotonic()
+        return None if self._jobs is None else self._jobs.get(job_id, "")
+
 
 NO_OPTIONS = (
     *("additional_parameters", "setup", "teardown", "srun_args", "use_srun", "stderr_to_stdout"),
@@ -472,6 +511,7 @@ class Slurm:
         self._local = local
         self._pause = POLL_SECONDS if local else 10 * POLL_SECONDS
         self._jobs: list[_Submitted] = []
+        self._queue = SlurmQueue()
         submitit = _imported("submitit", "slurm")
         if local:
             self._executor = submitit.LocalExecutor(self._folder, max_num_timeout=TIMEOUTS)
@@ -501,20 +541,19 @@ class Slurm:
         """See `Executor`."""
         time.sleep(self._pause)
         for submitted in list(self._jobs):
-            if submitted.job.done() and (end := self._end(submitted)) is not None:
+            if (end := self._end(submitted)) is not None:
                 self._jobs.remove(submitted)
                 yield end
 
     def _end(self, submitted: _Submitted) -> End | None:
-        """Read the answer of a job that is over; None where it may still come."""
-        job = submitted.order.job
+        """Read the answer of a job; None where it may still come."""
+        job, over = submitted.order.job, self._over(submitted)
         try:
             said = parse_object(read_regular(submitted.answer))
         except OSError:
-            submitted.over = submitted.over or time.monotonic()
-            if not self._local and time.monotonic() - submitted.over < LAG_SECONDS:
+            if over is None:
                 return None
-            reason = f"its Slurm job {submitted.job.job_id} was ended ({submitted.job.state})"
+            reason = f"its Slurm job {submitted.job.job_id} was ended{over}"
             return End(job, reason, messages=submitted.job.stderr() or "")
         except (RunError, ValueError) as error:
             return End(job, f"the answer of its Slurm job {submitted.job.job_id} is none: {error}")
@@ -526,6 +565,18 @@ class Slurm:
                 job, f"the answer of its Slurm job {submitted.job.job_id} is none: {reprlib.repr(said)}"
             )
         return End(job, why, final, messages)
+
+    def _over(self, submitted: _Submitted) -> str | None:
+        """Say in which state a job is over, for long enough that its answer would be there; None if it is not."""
+        if self._local:
+            return f" ({submitted.job.state})" if submitted.job.done() else None
+        state = self._queue.state(submitted.job.job_id)
+        if state is None or (state and state not in OVER):
+            submitted.over = None
+            return None
+        submitted.over = submitted.over or time.monotonic()
+        waited = time.monotonic() - submitted.over >= LAG_SECONDS
+        return (f" ({state})" if state else "") if waited else None
 
     def stop(self) -> None:
         """See `Executor`."""
@@ -542,7 +593,7 @@ class _Submitted:
     job: Any
     order: Order
     answer: Path
-    over: float = 0.0
+    over: float | None = None
 
 
 class SlurmAttempt:

@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -279,13 +280,14 @@ def slurm(tmp_path, monkeypatch):
     commands, folder = tmp_path / "bin", tmp_path / "slurm"
     commands.mkdir()
     folder.mkdir()
-    for name in ("sbatch", "srun", "sacct", "scontrol", "scancel"):
+    for name in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
         script = commands / name
         script.write_text(f"#!{sys.executable}\n" + Path(__file__).with_name("fake_slurm.py").read_text())
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(folder))
     monkeypatch.setattr(executors, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(executors, "QUEUE_SECONDS", 0.0)
     return folder
 
 
@@ -316,6 +318,43 @@ def test_an_array_of_slurm_jobs_one_of_which_is_preempted_and_one_comes_to_its_t
     flags = set(re.findall("^#SBATCH (.*)$", script.read_text(), re.MULTILINE))
     assert {"--array=0-2%3", "--requeue", "--cpus-per-task=1", "--partition=short", "--time=1"} <= flags
     assert any(flag.startswith("--signal=USR2@") for flag in flags)
+
+
+@needs("submitit")
+@pytest.mark.parametrize("fault", ["suspended", "down"])
+def test_a_slurm_job_that_is_suspended_and_a_slurm_that_does_not_answer_are_waited_for(
+    tmp_path, alone, slurm, monkeypatch, fault
+):
+    monkeypatch.setattr(executors, "LAG_SECONDS", 0.0)
+    mark = slurm / {"suspended": "0.suspended", "down": "down"}[fault]
+    asked = slurm / "asked"
+
+    def go_on(pid, before):
+        while asked.stat().st_size < before + 3:
+            time.sleep(0.02)
+        mark.unlink()
+        os.killpg(pid, signal.SIGCONT)
+
+    class Harm:
+        resumed = None
+
+        def row(self, job, seed, row):
+            if row["step"] == SAVED:
+                mark.touch()
+                lock = json.loads((tmp_path / "runs" / job.run_name(seed) / "lock").read_text())
+                os.killpg(lock["pid"], signal.SIGSTOP)
+                self.resumed = threading.Thread(target=go_on, args=(lock["pid"], asked.stat().st_size))
+                self.resumed.start()
+
+        def done(self, job, seed):
+            pass
+
+    out, harm = tmp_path / "runs", Harm()
+    (outcome,) = run_jobs(JOBS[:1], out, executor=Slurm(out), observers=[harm])
+    harm.resumed.join()
+    assert (outcome.attempts, outcome.error) == (1, None)
+    assert of_run(out, JOBS[0]) == alone[JOBS[0]]
+    assert len(list(slurm.glob("*.script"))) == 1
 
 
 @needs("submitit")
