@@ -330,7 +330,8 @@ def test_a_slurm_job_that_is_suspended_and_a_slurm_that_does_not_answer_are_wait
     asked = slurm / "asked"
 
     def go_on(pid, before):
-        while asked.stat().st_size < before + 3:
+        deadline = time.monotonic() + 60
+        while asked.stat().st_size < before + 3 and time.monotonic() < deadline:
             time.sleep(0.02)
         mark.unlink()
         os.killpg(pid, signal.SIGCONT)
