@@ -123,7 +123,7 @@ def ask(
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask the questions, print or write what comes out; 1 if one of them failed."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="fastent bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     parser.add_argument(
