@@ -388,10 +388,16 @@ def test_a_slurm_job_is_ended_by_its_answer_or_by_the_lack_of_one(tmp_path, monk
         def submit(self, attempt):
             submitted.append(attempt)
             name = str(len(submitted))
-            return SimpleNamespace(job_id=name, state="FAILED", done=lambda: True, stderr=lambda: "killed")
+            return SimpleNamespace(job_id=name, stderr=lambda: "killed")
 
+    queue, squeue = tmp_path / "queue", tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text(f'#!/bin/sh\nexec cat "{queue}"\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(SlurmExecutor=Executor))
     monkeypatch.setattr(executors, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(executors, "QUEUE_SECONDS", 0.0)
     executor = Slurm(tmp_path, size=5, threads=2, gpus=1, options={"time": 240, "partition": "short"})
     assert executor._executor.parameters == {
         "job_name": "fastent",
@@ -404,13 +410,23 @@ def test_a_slurm_job_is_ended_by_its_answer_or_by_the_lack_of_one(tmp_path, monk
     }
     executor.submit([Order(job(seed), tmp_path) for seed in range(2)])
     assert [Order.of_line(attempt.line).job for attempt in submitted] == [job(0), job(1)]
+    queue.write_text("1 COMPLETED\n2 FAILED\n")
     assert not list(executor.ended(Told(), None))  # a file system may show an answer late
     submitted[0].answer.parent.mkdir()
     submitted[0].answer.write_text(json.dumps({"error": None, "final": False, "messages": "done"}))
     assert list(executor.ended(Told(), None)) == [End(job(0), messages="done")]
     monkeypatch.setattr(executors, "LAG_SECONDS", 0.0)
+    for state in ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "STOPPED"):
+        queue.write_text(f"2 {state}\n")
+        assert not list(executor.ended(Told(), None))
+    queue.unlink()  # squeue fails, as where the controller starts anew
+    assert not list(executor.ended(Told(), None))
+    queue.write_text("1 COMPLETED\n2 FAILED\n")
     died = End(job(1), "its Slurm job 2 was ended (FAILED)", final=False, messages="killed")
     assert list(executor.ended(Told(), None)) == [died]
+    executor.submit([Order(job(1), tmp_path)])  # Slurm forgets a job some minutes after its end
+    forgotten = End(job(1), "its Slurm job 3 was ended", final=False, messages="killed")
+    assert list(executor.ended(Told(), None)) == [forgotten]
     assert not list(submitted[0].answer.parent.iterdir())
     for answer in ("", "[]", '{"error": 1}', '{"error": null, "final": 0, "messages": ""}'):
         executor.submit([Order(job(0), tmp_path)])
