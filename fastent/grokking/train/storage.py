@@ -33,6 +33,7 @@ import reprlib
 import signal
 import socket
 import stat
+import time
 import warnings
 import zlib
 from array import array
@@ -700,6 +701,10 @@ def _started(pid: int) -> int | None:
 
 
 # Not `filelock` (read at 4.3.1): its refusal names no holder, and of file systems without flock it knows ENOSYS alone.
+NAME_SECONDS = 1.0
+"""How long whoever took a lock may need to write down who it is."""
+
+
 class RunLock:
     """The right to write into `folder`, held from `acquire` (or ``with``) to `release`."""
 
@@ -745,12 +750,14 @@ class RunLock:
         return named
 
     def _lock(self, descriptor: int) -> None:
-        import fcntl  # where there is none, only training needs it
-
+        deadline = time.monotonic() + NAME_SECONDS
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunLocked(self._refusal(Process.named(_content(descriptor)))) from error
+            while not _locked(descriptor):
+                holder = Process.named(_content(descriptor))
+                # One that has just taken the lock has not said yet who it is; the one before it may stand there.
+                if (holder is not None and holder.may_live()) or time.monotonic() >= deadline:
+                    raise RunLocked(self._refusal(holder))
+                time.sleep(NAME_SECONDS / 100)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
@@ -827,6 +834,17 @@ def holder(folder: Path) -> Process | None:
     except FileNotFoundError:
         return None
     return named if named is not None and named.may_live() else None
+
+
+def _locked(descriptor: int) -> bool:
+    """Take the lock of an open file; return whether it is this one's now. Raises OSError where files have none."""
+    import fcntl  # where there is none, only training needs it
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

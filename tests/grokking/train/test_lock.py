@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,31 @@ def test_the_second_process_refuses_and_names_the_first(tmp_path, holder):
     with pytest.raises(RunLocked, match=rf"in use by process {holder.pid} on host {socket.gethostname()}"):
         RunLock(tmp_path).acquire()
     assert json.loads((tmp_path / "lock").read_text())["pid"] == holder.pid
+
+
+@pytest.mark.parametrize(
+    "before", [b"", json.dumps({"pid": 2**22 + 1, "host": socket.gethostname()}).encode()]
+)
+def test_one_that_has_just_taken_the_lock_is_named_once_it_has_said_who_it_is(tmp_path, before):
+    lock = tmp_path / "lock"
+    lock.write_bytes(before)
+    named = json.dumps(storage.Process.here().as_json()).encode()
+    with lock.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        soon = threading.Timer(0.1, lock.write_bytes, [named])
+        soon.start()
+        with pytest.raises(RunLocked, match=f"in use by process {os.getpid()} on host "):
+            RunLock(tmp_path).acquire()
+        soon.join()
+    assert lock.read_bytes() == named
+
+
+def test_one_that_takes_the_lock_and_says_nothing_is_refused_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "NAME_SECONDS", 0.05)
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunLocked, match="in use by another process: wait for it"):
+            RunLock(tmp_path).acquire()
 
 
 def test_the_lock_of_a_killed_process_is_recovered(tmp_path, holder):
