@@ -562,6 +562,9 @@ RESUMED_FOUND = (
     Case("half", "timing.jsonl", "link", sealed=False),
     Case("half", "timing.jsonl", "two names", sealed=False),
     Case("half, unchecked", "FAILED", "folder", sealed=False),
+    Case("complete, unchecked", "config.json", Damage("set", "stack.0", 9), sealed=False),
+    Case("complete, unchecked", "config.json", Damage("set", "stack", [9, 1]), sealed=False),
+    Case("half, unchecked", "config.json", Damage("set", "stack", [9, 1]), sealed=False),
 )
 
 

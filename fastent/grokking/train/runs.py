@@ -211,7 +211,7 @@ def plan_stacks(job: Job, out: Path, workers: int = 1) -> list[Job]:
     Raises
     ------
     RunError
-        If a folder's config.json cannot be read.
+        If a folder's config.json cannot be read, or its stack is another run's.
     ValueError
         If `workers` is below 1.
     """
@@ -221,6 +221,11 @@ def plan_stacks(job: Job, out: Path, workers: int = 1) -> list[Job]:
     def recorded(seed: int) -> tuple[int, ...] | None:
         path = out / job.run_name(seed)
         record = read_record(path) if what_counts(path) else None
+        if record is not None and seed not in record["stack"]:
+            found = _short(record["stack"])
+            raise RunError(
+                f"{path / 'config.json'}: stack must hold its own seed {seed}; got {found}: {MEND}"
+            )
         return None if record is None else tuple(record["stack"])
 
     stacks: list[tuple[int, ...]] = []
@@ -287,14 +292,22 @@ class Run:
         self._lock = RunLock(self.path)
 
     def __enter__(self) -> Self:
+        self._made = not self.path.exists()
         make_folder(self.path)
-        self._lock.acquire()
         try:
+            self._lock.acquire()
             self._open()
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
         return self
+
+    def _release(self) -> None:
+        """Give the lock back, and remove a folder that was made and got nothing, as where another run is refused."""
+        self._lock.release()
+        if self._made:
+            with contextlib.suppress(OSError):  # there is something in it
+                self.path.rmdir()
 
     def _open(self) -> None:
         self._ignored, self._config = self._check_config()
@@ -349,7 +362,7 @@ class Run:
     ) -> None:
         self.metrics.close()
         self.timing.close()
-        self._lock.release()
+        self._release()
 
     def _check_config(self) -> tuple[list[str], dict[str, Any] | None]:
         """Return what is ignored by `force`, and the content of config.json if it is to be written."""
