@@ -132,7 +132,8 @@ def claims(result: Tasks) -> Findings:
     others = [task for name, task in result.tasks.items() if name != "add"]
     ahead = _pooled(others)
     found |= {
-        "e6.pattern": Finding(
+        "e6.pattern": _of_grokked(
+            others,
             "; ".join(f"{NAMES[task.name]} {counted(task.left_out.preceding)}" for task in others) or NONE,
             judge_share(ahead),
         ),
@@ -145,13 +146,15 @@ def claims(result: Tasks) -> Findings:
     }
     s5, add = result.tasks.get("s5"), result.tasks.get("add")
     if s5 is not None:
-        found["e6.s5_window"] = Finding(
+        found["e6.s5_window"] = _of_grokked(
+            [s5],
             counted(s5.fall.preceding),
             CLAIMS["e6.s5_window"].judge(s5.fall.preceding, comparable=s5.runs.comparable),
         )
     if s5 is not None and add is not None:
         gap = difference(add, s5)
-        found["e6.s5_threshold"] = Finding(
+        found["e6.s5_threshold"] = _of_grokked(
+            [s5],
             f"H* of S5 less H* of addition {worded(gap.h_star, '')}",
             judge_positive(gap.h_star, CLAIMS["e6.s5_threshold"].margin),
         )
@@ -160,6 +163,15 @@ def claims(result: Tasks) -> Findings:
             "; ".join(_worded_difference(each) for each in result.controls), _judge_controls(result.controls)
         )
     return found
+
+
+def _of_grokked(tasks: Sequence[TaskRuns], said: str, verdict: Verdict) -> Finding:
+    """Make the finding on a claim about runs that grok; it has no case where `tasks` were run and no run groks."""
+    if verdict is not Verdict.NOT_RUN or not tasks or any(task.grokked.value for task in tasks):
+        return Finding(said, verdict)
+    return Finding(
+        "; ".join(f"{NAMES[task.name]}: grokked {counted(task.grokked)}" for task in tasks), Verdict.NO_CASE
+    )
 
 
 def _row(name: str, task: TaskRuns) -> Finding:

@@ -97,6 +97,15 @@ def test_a_run_that_does_not_grok_is_kept_to_the_limit_of_steps():
     assert task.t_grok.value == pytest.approx((5 * 20_000 + 50_000) / 6)
 
 
+def test_claims_about_runs_that_grok_have_no_case_where_none_does(runs):
+    stuck = [planted(S5, seed, test=[0.0] * 251, entropy=[0.9] * 251) for seed in range(10)]
+    claims = e6_tasks.claims(e6_tasks.analyse(Runs((*runs[:5], *stuck))))
+    for name in ("e6.pattern", "e6.s5_window", "e6.s5_threshold"):
+        assert claims[name].verdict == Verdict.NO_CASE
+        assert claims[name].ours.startswith("S5: grokked 0 of 10 runs")
+    assert claims["e6.s5"].verdict == Verdict.NOT_REPRODUCED
+
+
 def test_numbers_of_the_paper_are_judged_only_in_its_setting():
     quick = {job.config.task: job for job in planned("e6", preset("quick"), "quick", range(10))[:4]}
     claims = e6_tasks.claims(e6_tasks.analyse(Runs(tuple(some(quick["mul"], 21_600, 0.589)))))
