@@ -553,7 +553,7 @@ class Slurm:
         except OSError:
             if over is None:
                 return None
-            reason = f"its Slurm job {submitted.job.job_id} was ended{over}"
+            reason = f"its Slurm job {submitted.job.job_id} was ended" + (f" ({over})" if over else "")
             return End(job, reason, messages=submitted.job.stderr() or "")
         except (RunError, ValueError) as error:
             return End(job, f"the answer of its Slurm job {submitted.job.job_id} is none: {error}")
@@ -567,16 +567,16 @@ class Slurm:
         return End(job, why, final, messages)
 
     def _over(self, submitted: _Submitted) -> str | None:
-        """Say in which state a job is over, for long enough that its answer would be there; None if it is not."""
+        """State in which a job is over, for long enough that its answer would be there; None if it is not."""
         if self._local:
-            return f" ({submitted.job.state})" if submitted.job.done() else None
+            return str(submitted.job.state) if submitted.job.done() else None
         state = self._queue.state(submitted.job.job_id)
         if state is None or (state and state not in OVER):
             submitted.over = None
             return None
-        submitted.over = submitted.over or time.monotonic()
-        waited = time.monotonic() - submitted.over >= LAG_SECONDS
-        return (f" ({state})" if state else "") if waited else None
+        if submitted.over is None:
+            submitted.over = time.monotonic()
+        return state if time.monotonic() - submitted.over >= LAG_SECONDS else None
 
     def stop(self) -> None:
         """See `Executor`."""

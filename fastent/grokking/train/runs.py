@@ -326,9 +326,8 @@ class Run:
             )
             for name in ("metrics", "timing")
         )
-        if (
-            self.done is None
-        ):  # before a run beside it writes anything; of one that is complete nothing is written
+        if self.done is None:
+            # Now, as another run of the stack may write before this one does. Of a complete one nothing is written.
             self.metrics.check_place()
             self.timing.check_place()
             if (failed := self.path / "FAILED").is_dir() and not failed.is_symlink():
@@ -688,14 +687,14 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
             path, guest, dict.fromkeys((f.name for f in dataclasses.fields(Origin)), str), of="guests."
         )
     config = record["config"]
-    for name in config:
-        if name not in _setting_kinds():
-            raise RunError(
-                f"{path}: config.{printable(name)} is no setting that this fastent knows: {MEND}; a newer one may have "
-                "written it"
-            )
+    kinds_of_settings = _setting_kinds()
+    if unknown := config.keys() - kinds_of_settings.keys():
+        raise RunError(
+            f"{path}: config.{printable(min(unknown))} is no setting that this fastent knows: {MEND}; a newer one may "
+            "have written it"
+        )
     counts = ("evaluate_every", "max_steps")  # which steps have rows follows from them
-    known = {name: kind for name, kind in _setting_kinds().items() if name in config or name in counts}
+    known = {name: kind for name, kind in kinds_of_settings.items() if name in config or name in counts}
     _check_fields(path, config, known, of="config.")
     for name in counts:
         if config[name] == 0:

@@ -700,11 +700,11 @@ def _started(pid: int) -> int | None:
         return None
 
 
-# Not `filelock` (read at 4.3.1): its refusal names no holder, and of file systems without flock it knows ENOSYS alone.
 NAME_SECONDS = 1.0
 """How long whoever took a lock may need to write down who it is."""
 
 
+# Not `filelock` (read at 4.3.1): its refusal names no holder, and of file systems without flock it knows ENOSYS alone.
 class RunLock:
     """The right to write into `folder`, held from `acquire` (or ``with``) to `release`."""
 
