@@ -1,8 +1,8 @@
 """The page on reliability, from its rows and from what was recorded: ``python -m bench.reliability``.
 
 ``bench/reliability.toml`` has the faults, what must happen at each, and the tests that do the harm. ``--run`` runs
-these tests and records how many cases of each passed. Kills, flips and fuzz cases are counted where they are done, by
-the sessions `faults` and `sweeps`, into the same folder. Without an option the marked parts of the page are made anew;
+these tests, the slow ones left out, and records how many cases of each passed. Kills, flips and fuzz cases are counted
+where they are done, by the sessions `faults` and `sweeps`, into the same folder. Without an option the marked parts of the page are made anew;
 ``--check`` compares them and writes nothing.
 """
 
@@ -20,14 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.harness import ROOT
+from bench.harness import ROOT, recorded_commit
 from fastent.grokking.experiments.document import markdown_table, marked
-from fastent.grokking.train.environment import commit
 from fastent.grokking.train.storage import write_atomically
 
 ROWS = Path(__file__).with_suffix(".toml")
 FIGURES = ROOT / "bench" / "results" / "faults"
 PAGE = ROOT / "docs" / "reliability.md"
+
+SELECTED = "not sweeps and not nightly"
+"""What `--run` runs: the nightly tests count what they do themselves, in the session `faults`."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ def run(folder: Path) -> int:
     """Run the tests of all rows and record in `folder` how many cases passed and were skipped; nothing if one fails."""
     import pytest
 
-    cases, at = Cases(), commit()
+    cases, at = Cases(), recorded_commit()
     named = sorted({test for fault in faults() for test in fault.tests})
-    status = pytest.main(["-q", "-n0", "-m", "not sweeps", *named], plugins=[cases])
+    status = pytest.main(["-q", "-n0", "-m", SELECTED, *named], plugins=[cases])
     if status == 0:
         record = {
             "commit": at,
@@ -115,13 +117,19 @@ def _plural(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
+def _short(commit: str) -> str:
+    """Seven digits of a commit, and "-dirty" where the checkout had changes."""
+    digits, *changed = commit.split("-")
+    return "-".join((digits[:7], *changed))
+
+
 def _recorded(folder: Path) -> str:
     cases = _read(folder, "cases.json")
     if cases is None:
         return ""
     skipped = sum(ended.get("skipped", 0) for ended in cases["tests"].values())
     return (
-        f"\nCases: of {_plural(len(cases['tests']), 'test')}, all of which passed at commit {cases['commit'][:7]} "
+        f"\nCases: of {_plural(len(cases['tests']), 'test')}, all of which passed at commit {_short(cases['commit'])} "
         f"({cases['date']}, Python {cases['python']}); {skipped:,} need what that machine had not, such as a GPU.\n"
     )
 
@@ -145,7 +153,7 @@ def table_of_sweeps(folder: Path) -> str:
     header = ("trained by", "complete", "same bytes", "resumed", "trained twice to the end", "wall time")
     machine = found["machine"]
     return (
-        f"{markdown_table(header, lines)}\n\nRecorded at commit {machine['commit'][:7]} on {found['processors']} "
+        f"{markdown_table(header, lines)}\n\nRecorded at commit {_short(machine['commit'])} on {found['processors']} "
         f"processors ({machine['cpu']}) that did other work too: times tell only that each ended.\n"
     )
 
@@ -167,7 +175,7 @@ def table_of_long_runs(folder: Path) -> str:
         for what, row in sorted(largest.items(), key=lambda item: item[1]["test"])
     ]
     header = ("what", "number", "memory", "processor time", "each")
-    commits = ", ".join(sorted({row["commit"][:7] for row in largest.values()}))
+    commits = ", ".join(sorted({_short(row["commit"]) for row in largest.values()}))
     return markdown_table(header, lines) + f"\n\nRecorded at commit {commits}.\n"
 
 

@@ -65,7 +65,7 @@ def case(nodeid, outcome, when="call"):
 @pytest.mark.parametrize("status", [0, 1])
 def test_cases_are_counted_by_test_and_recorded_where_none_failed(tmp_path, monkeypatch, status):
     def main(arguments, plugins):
-        assert set(arguments[arguments.index("not sweeps") + 1 :]) == named
+        assert set(arguments[arguments.index(reliability.SELECTED) + 1 :]) == named
         (cases,) = plugins
         for report in (
             *(case("tests/a.py::test_x[1-[2]]", "passed", when) for when in ("setup", "call", "teardown")),
@@ -90,9 +90,9 @@ def test_cases_are_counted_by_test_and_recorded_where_none_failed(tmp_path, monk
 
 
 def test_of_long_runs_the_largest_stands_on_the_page_with_what_each_took(tmp_path):
-    row = {"what": "rows", "test": "x", "commit": "0123456789", "seconds": 0.01, "count": 10, "bytes": 0}
+    row = {"what": "rows", "test": "x", "commit": "0123456789-dirty", "seconds": 0.01, "count": 10, "bytes": 0}
     rows = [{**row, "count": 2_000_000, "seconds": 50.0, "bytes": 41_000_000}, row]
     (tmp_path / "long.json").write_text(json.dumps(rows))
     *_, line, _, end = reliability.table_of_long_runs(tmp_path).splitlines()
     assert line == "| rows | 2,000,000 | 41 MB | 50 s | 25 µs |"
-    assert end == "Recorded at commit 0123456."
+    assert end == "Recorded at commit 0123456-dirty."
