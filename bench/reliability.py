@@ -1,9 +1,9 @@
 """The page on reliability, from its rows and from what was recorded: ``python -m bench.reliability``.
 
 ``bench/reliability.toml`` has the faults, what must happen at each, and the tests that do the harm. ``--run`` runs
-these tests, the slow ones left out, and records how many cases of each passed. Kills, flips and fuzz cases are counted
-where they are done, by the sessions `faults` and `sweeps`, into the same folder. Without an option the marked parts of the page are made anew;
-``--check`` compares them and writes nothing.
+these tests, the slow ones left out, and records how many cases of each passed. Kills, flips and fuzz cases are
+counted where they are done, by the sessions `faults` and `sweeps`, into the same folder. Without an option the marked
+parts of the page are made anew; ``--check`` compares them and writes nothing.
 """
 
 from __future__ import annotations

@@ -90,7 +90,14 @@ def test_cases_are_counted_by_test_and_recorded_where_none_failed(tmp_path, monk
 
 
 def test_of_long_runs_the_largest_stands_on_the_page_with_what_each_took(tmp_path):
-    row = {"what": "rows", "test": "x", "commit": "0123456789-dirty", "seconds": 0.01, "count": 10, "bytes": 0}
+    row = {
+        "what": "rows",
+        "test": "x",
+        "commit": "0123456789-dirty",
+        "seconds": 0.01,
+        "count": 10,
+        "bytes": 0,
+    }
     rows = [{**row, "count": 2_000_000, "seconds": 50.0, "bytes": 41_000_000}, row]
     (tmp_path / "long.json").write_text(json.dumps(rows))
     *_, line, _, end = reliability.table_of_long_runs(tmp_path).splitlines()
