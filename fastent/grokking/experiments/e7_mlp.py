@@ -25,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastent.grokking.experiments import leads
 from fastent.grokking.experiments.claims import (
+    CLAIMS,
     NONE,
     Experiment,
     Finding,
@@ -72,6 +73,7 @@ class Sufficiency:
 
     `h_star` is the Transformers' mean H at T_grok; `mlps` are in the order of `MLPS`, those with no run left out; `few`
     are models of both kinds on the few pairs of p = 41, by share, and `few_h_star` what `h_star` is for them.
+    `comparable`: whether the setting is one in which the paper's numbers are judged.
     """
 
     transformer: ModelRuns
@@ -79,6 +81,7 @@ class Sufficiency:
     mlps: tuple[ModelRuns, ...]
     few: tuple[ModelRuns, ...]
     few_h_star: Estimate
+    comparable: bool
 
     @property
     def models(self) -> tuple[ModelRuns, ...]:
@@ -92,9 +95,18 @@ class Sufficiency:
 
     @property
     def papers(self) -> tuple[ModelRuns, ...]:
-        """What is nearest to the paper's MLP: p = 41 and its share of the pairs, or the plainest at E1's settings."""
-        own = [model for model in self.few if (model.kind, model.fraction) == ("mlp", PAPERS_FRACTION)]
-        return tuple(own) or self.plainest
+        """What is nearest to the paper's MLP: `own`, or the plainest at E1's settings."""
+        return self.own or self.plainest
+
+    @property
+    def own(self) -> tuple[ModelRuns, ...]:
+        """The MLP of the paper's modulus and of its share of the pairs."""
+        return tuple(m for m in self.few if (m.kind, m.fraction) == ("mlp", PAPERS_FRACTION))
+
+    @property
+    def shown(self) -> tuple[ModelRuns, ...]:
+        """The Transformer and the MLPs that figures set beside it."""
+        return (self.transformer, *self.plainest, *self.own)
 
     @property
     def plainest(self) -> tuple[ModelRuns, ...]:
@@ -113,7 +125,7 @@ def analyse(runs: Runs) -> Sufficiency | None:
         return None
 
     def model(label: str, runs: Runs, h_star: Estimate = h_star) -> ModelRuns:
-        return ModelRuns(label, runs, runs.first_below(h_star.value), outcomes_of(runs, h_star.value))
+        return ModelRuns(label, runs, h_star, runs.first_below(h_star.value), outcomes_of(runs, h_star.value))
 
     transformers = [each.h_star for label, each in few.items() if label.startswith("Transformer")]
     few_h_star = over(np.concatenate(transformers), least=0, most=1)
@@ -125,6 +137,7 @@ def analyse(runs: Runs) -> Sufficiency | None:
         mlps=tuple(model(label, each) for label, each in mlps.items() if len(each)),
         few=tuple(sorted(on_few, key=lambda model: model.fraction)),
         few_h_star=few_h_star,
+        comparable=len(base) > 0 and base.comparable,
     )
 
 
@@ -148,6 +161,7 @@ def claims(result: Sufficiency) -> Findings:
         "e7.mlp": Finding(
             _said_of(result.papers), judge_share(papers) if _judged(result.papers) else Verdict.NOT_RUN
         ),
+        "e7.level": CLAIMS["e7.level"].finding(_level(result), comparable=result.comparable, unit=""),
         "e7.insufficient": Finding(_said_of_some(result, held), _judge_some(result)),
         "e7.same_pairs": _same_pairs(result),
         "e7.necessary": Finding(counted(grokked), judge_share(grokked)),
@@ -160,17 +174,28 @@ def claims(result: Sufficiency) -> Findings:
     }
 
 
+def _level(result: Sufficiency) -> Estimate:
+    """H at the end of the runs of the paper's own MLP."""
+    found = [model.runs.at(model.runs.entropy, model.runs.end) for model in result.own]
+    return over(np.concatenate([*found, np.empty(0)]), least=0, most=1)
+
+
 def _judged(models: Sequence[ModelRuns]) -> bool:
     """Whether there is an H* to judge them by."""
     return not any(outcome == OUTCOMES[-1] for model in models for outcome in model.outcomes)
 
 
+def _by_fraction(result: Sufficiency) -> dict[float, dict[str, ModelRuns]]:
+    """Group the models of few pairs by share of the pairs and kind."""
+    found: dict[float, dict[str, ModelRuns]] = {}
+    for model in result.few:
+        found.setdefault(model.fraction, {})[model.kind] = model
+    return found
+
+
 def _same_pairs(result: Sufficiency) -> Finding:
     """At which shares of the pairs of p = 41 each kind of model groks."""
-    by_fraction: dict[float, dict[str, ModelRuns]] = {}
-    for model in result.few:
-        by_fraction.setdefault(model.fraction, {})[model.kind] = model
-    both = {fraction: kinds for fraction, kinds in by_fraction.items() if len(kinds) == 2}
+    both = {fraction: kinds for fraction, kinds in _by_fraction(result).items() if len(kinds) == 2}
     if not both:
         return Finding(NONE, Verdict.NOT_RUN)
     groks = {
@@ -195,7 +220,20 @@ def _fell_first(model: ModelRuns) -> Mask:
 def _said_of(models: Sequence[ModelRuns]) -> str:
     if not models:
         return NONE
-    return "; ".join(f"{model.label}: {told(model)}" for model in models)
+    return "; ".join(f"{model.label}: {told(model)}; {_course(model)}" for model in models)
+
+
+def _course(model: ModelRuns) -> str:
+    """How H goes, in means over the runs, and what of its fall comes after memorising, and stays."""
+    runs, fall = model.runs, leads.paper_collapse(model.runs)
+    at_start, at_t_mem, at_end = (
+        decimal(over(runs.at(runs.entropy, at)).value) for at in (runs.start, runs.t_mem, runs.end)
+    )
+    said = f"H {at_start} at the start, {at_t_mem} at T_mem, {at_end} at the end"
+    if model.h_star.known:
+        said += f", H* {decimal(model.h_star.value)}"
+    said += f"; T_collapse in {of(share(~np.isnan(fall.times)))}"
+    return said + (f", and H does not recover in {of(fall.lasting)}" if fall.lasting.known else "")
 
 
 def _judge_some(result: Sufficiency) -> Verdict:
@@ -235,20 +273,19 @@ def headline(result: Sufficiency) -> str:
     said = f"E7: {grokked} of {runs} MLP runs grok, of {len(mlps)} settings."
     if (pairs := _same_pairs(result)).verdict is not Verdict.NOT_RUN:
         said += f" At p = {FEW}, {pairs.ours}."
-    if not result.h_star.known:
+    judged = [model for model in mlps if model.h_star.known]
+    if not judged:
         return said + " No Transformer groks, so there is no H* to say whether their entropy collapses."
-    held = [model.label for model in mlps if model.holds.value == 1]
+    of_its_mlp = f"H at the end below the Transformer's H*, and test accuracy at most {percent(NEAR_ZERO)}"
+    held = [model for model in judged if model.holds.value == 1]
     if held:
-        said += (
-            f" What the paper says of its MLP, H below {decimal(result.h_star.value)} and test accuracy at most "
-            f"{percent(NEAR_ZERO)} to the end, holds in every run of: {', '.join(held)}."
-        )
-    else:
-        said += (
-            f" In none of these settings does every run do what the paper says of its MLP: H below "
-            f"{decimal(result.h_star.value)} and test accuracy at most {percent(NEAR_ZERO)} to the end."
-        )
-    return said
+        named = ", ".join(f"{model.label} (H* {decimal(model.h_star.value)})" for model in held)
+        return f"{said} What the paper says of its MLP, {of_its_mlp}, holds in every run of: {named}."
+    levels = " or ".join(dict.fromkeys(decimal(model.h_star.value) for model in judged))
+    return (
+        f"{said} In none of these settings does every run do what the paper says of its MLP: {of_its_mlp} "
+        f"(H* {levels})."
+    )
 
 
 NEAR_ZERO = 0.1
@@ -274,10 +311,14 @@ LAST = 5
 
 @dataclass(frozen=True, eq=False)
 class ModelRuns:
-    """The runs of one model, `outcomes` as in `OUTCOMES` and `below` the first step with H under H*, by run."""
+    """The runs of one model, `outcomes` as in `OUTCOMES` and `below` the first step with H under H*, by run.
+
+    `h_star` is the Transformers', by which it is judged.
+    """
 
     label: str
     runs: Runs
+    h_star: Estimate
     below: Array
     outcomes: tuple[str, ...]
 
@@ -363,8 +404,8 @@ def told(model: ModelRuns) -> str:
 
 
 def side_by_side(result: Sufficiency) -> Figure:
-    """Accuracy, H and alignment of the Transformer and of the plainest MLPs, one column a model."""
-    models = (result.transformer, *result.plainest)
+    """Accuracy, H and alignment of the models `shown`, one column a model."""
+    models = result.shown
     figure, grid = _grid(models, 3, 7.8)
     for axes, model in zip(grid[0], models, strict=True):
         for step, train, test in model.runs.lines(model.runs.train_accuracy, model.runs.test_accuracy):
@@ -375,8 +416,8 @@ def side_by_side(result: Sufficiency) -> Figure:
         for i, (step, entropy) in enumerate(model.runs.lines(model.runs.entropy)):
             axes.plot(step, entropy, color=LIGHT.entropy, linewidth=1.1)
             mark(axes, step, entropy, model.runs.t_grok[i], GROK, LIGHT.ink)
-        if result.h_star.known:
-            axes.axhline(result.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
+        if model.h_star.known:
+            axes.axhline(model.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
     for axes, model in zip(grid[2], models, strict=True):
         _columns(axes, model, "alignment_null", LIGHT.train, DOTTED)
         _columns(axes, model, "alignment", LIGHT.norm, "solid")
@@ -401,7 +442,7 @@ def side_by_side(result: Sufficiency) -> Figure:
 
 def spectra(result: Sufficiency) -> Figure:
     """Shares of variance by label and frequency, and the progress measures, one column a model."""
-    models = (result.transformer, *result.plainest)
+    models = result.shown
     figure, grid = _grid(models, 2, 5.6)
     for axes, model in zip(grid[0], models, strict=True):
         _columns(axes, model, "label_share", LIGHT.test, DASHED)
@@ -502,7 +543,8 @@ def section(result: Sufficiency) -> Section:
         drawn(
             "e7-models",
             functools.partial(side_by_side, result),
-            "In the manner of the paper's Figure 9: the Transformer and the MLPs with its settings, one line a run. "
+            "In the manner of the paper's Figure 9: the Transformer, the MLPs with its settings and that of the "
+            f"paper's p = {FEW} and share of the pairs, as far as they were run, one line a run. "
             "Circles: T_grok. Bottom: the paper's Fourier alignment, and the largest of 19 values that it takes "
             "for permuted labels.",
             "Accuracy, spectral entropy and Fourier alignment against the training step, one column a model.",
@@ -520,13 +562,13 @@ def section(result: Sufficiency) -> Section:
             "five key frequencies of the moment, without them, and on the test set, after Nanda et al. 2023.",
             "Shares of variance and losses against the training step, one column a model.",
         ),
-        _signals_table((result.transformer, *result.plainest)),
+        _signals_table(result.shown),
         Text(
             "The first three need the group and the labels, of the training probe, of the test set and of all pairs; "
             "the last two the representations alone. They say what is learnt before the test accuracy moves, the "
             "entropy how much of the representation is that."
         ),
-        *compared("e7", {model.label: model.runs for model in result.models}),
+        *compared("e7", {model.label: model.runs for model in (*result.models, *result.own)}),
         *(
             [
                 drawn(
@@ -547,17 +589,21 @@ def section(result: Sufficiency) -> Section:
 def _few_blocks(result: Sufficiency) -> list[Block]:
     if not result.few:
         return []
+    caption = f"The models at p = {FEW}, one line a run"
+    if len(_by_fraction(result)) * 2 == len(result.few):
+        caption += ", a row for each share of the pairs that both are trained on"
     return [
         Text(
-            f"The paper's MLP is of p = {FEW}, whose {FEW**2:,} pairs leave few to learn from. Below, an MLP and the "
-            "Transformer on the same pairs. H of less than 512 pairs is of fewer than at E1, and reads lower."
+            f"The paper's MLP is of p = {FEW}, whose {FEW**2:,} pairs leave few to learn from. Below are an MLP and "
+            "the Transformer by the share of these pairs that they are trained on, as far as they were run; H* is that "
+            "of all these Transformers together. H of less than 512 pairs is of fewer than at E1, and reads lower."
         ),
         _models_table(result.few, result.few_h_star),
         drawn(
             "e7-few-pairs",
             functools.partial(settings, result.few, result.few_h_star, columns=2),
-            f"The models at p = {FEW}, one line a run, a row for each share of the pairs that both are trained on.",
-            "Test accuracy and spectral entropy against the training step, MLP and Transformer side by side.",
+            f"{caption}.",
+            "Test accuracy and spectral entropy against the training step, one panel a model and share of the pairs.",
         ),
     ]
 
@@ -566,7 +612,8 @@ def _models_table(models: Sequence[ModelRuns], h_star: Estimate) -> Table:
     rows = []
     for model in models:
         runs = model.runs
-        shown = (runs.at(runs.entropy, runs.start), runs.h_star, runs.at(runs.entropy, runs.end))
+        start, memorised, end = (runs.at(runs.entropy, at) for at in (runs.start, runs.t_mem, runs.end))
+        shown = (start, memorised, runs.h_star, end)
         ends = (model.at_end(name) for name in ("alignment", "alignment_null", "top_share"))
         rows.append(
             (
@@ -585,7 +632,7 @@ def _models_table(models: Sequence[ModelRuns], h_star: Estimate) -> Table:
         f"it does not generalise if test accuracy never exceeds {percent(NEAR_ZERO)}."
     )
     columns = (
-        *("model", "runs", "H at start", "H at T_grok", "H at end", "H below H*"),
+        *("model", "runs", "H at start", "H at T_mem", "H at T_grok", "H at end", "H below H*"),
         *("test accuracy at end", "alignment at end", "its null", "five frequencies at end"),
     )
     return Table(caption, columns, tuple(rows))

@@ -94,7 +94,7 @@ def test_the_papers_mlp_reproduces_its_claims(transformers):
     assert claims["e7.alignment"].verdict == Verdict.REPRODUCED
     assert claims["e7.alignment"].ours.startswith("at the end 0.20 to 0.20")
     assert claims["e7.alignment_grows"].verdict == Verdict.UNDECIDED  # in all of three Transformers
-    assert "concatenated, 512-128, summed, 512-128" in e7_mlp.headline(result)
+    assert "concatenated, 512-128 (H* 0.610), summed, 512-128 (H* 0.610)" in e7_mlp.headline(result)
 
 
 def test_mlps_that_grok_do_not(transformers):
@@ -247,6 +247,46 @@ def test_at_p_41_both_models_are_judged_on_the_same_pairs_and_by_their_own_h_sta
     rows = tables(e7_mlp.section(result))["Models"].rows
     assert [row[0] for row in rows] == ["Transformer"]
     assert len(e7_mlp.settings(result.few, result.few_h_star, columns=2).axes) == 4
+
+
+def test_an_mlp_of_few_pairs_is_told_with_the_h_star_of_few_pairs_and_with_the_course_of_its_h(
+    transformers, undrawn
+):
+    runs = [
+        *transformers,
+        *few("mlp", 0.2, STUCK),
+        *few("transformer", 0.5, GROKS, entropy=[h + 0.1 for h in FALLS]),
+    ]
+    result = e7_mlp.analyse(Runs(tuple(runs)))
+    assert (result.h_star.value, result.few_h_star.value) == pytest.approx((0.61, 0.7))
+    headline = e7_mlp.headline(result)
+    assert headline.endswith("holds in every run of: MLP, p = 41, 20 % (H* 0.700).")
+    claims = e7_mlp.claims(result)
+    # The fall is over when they have memorised.
+    assert claims["e7.mlp"].ours == (
+        "MLP, p = 41, 20 %: 5 of 5 collapses, does not generalise; "
+        "H 0.900 at the start, 0.600 at T_mem, 0.500 at the end, H* 0.700; T_collapse in 0 of 5"
+    )
+    # It ends well above the paper's 0.15, though below H*.
+    assert claims["e7.level"].verdict == Verdict.NOT_REPRODUCED
+    assert claims["e7.level"].ours.startswith("0.500 (95 % CI 0.500 to 0.500; n = 5); less the paper's 0.350")
+    assert [model.label for model in result.shown] == ["Transformer", "MLP, p = 41, 20 %"]
+    levels = [
+        line.get_ydata()[0]
+        for axes in e7_mlp.side_by_side(result).axes[2:4]
+        for line in axes.lines
+        if list(line.get_xdata()) == [0, 1]  # across the panel
+    ]
+    assert levels == pytest.approx([0.61, 0.7])
+    (drawn,) = [
+        block for block in e7_mlp.section(result).blocks if getattr(block, "name", "") == "e7-few-pairs"
+    ]
+    assert "a row for each share" not in drawn.caption  # one has the MLP alone, the other the Transformer
+
+
+def test_without_the_papers_own_mlp_nothing_is_said_of_the_level_that_its_h_falls_to(transformers):
+    claims = e7_mlp.claims(e7_mlp.analyse(Runs((*transformers, mlp(CONCAT, 0)))))
+    assert claims["e7.level"].verdict == Verdict.NOT_RUN
 
 
 @pytest.mark.parametrize(
