@@ -13,6 +13,7 @@ pairs, at several shares of them: what the two have in common is no matter of th
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -470,14 +471,17 @@ def spectra(result: Sufficiency) -> Figure:
     return _with_legends(figure, grid)
 
 
-def settings(models: Sequence[ModelRuns], h_star: Estimate, columns: int = 3) -> Figure:
-    """Test accuracy and H of every run, one panel a model, on one scale."""
+def settings(models: Sequence[ModelRuns | None], h_star: Estimate, columns: int = 3) -> Figure:
+    """Test accuracy and H of every run, one panel a model, on one scale; None leaves a place empty."""
     columns = min(columns, len(models))
     rows = -(-len(models) // columns)
     figure = Figure(figsize=(WIDTH, 0.9 + 2.3 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     panels = grid.ravel()
-    for axes, model in zip(panels, models, strict=False):
+    for axes, model in itertools.zip_longest(panels, models):
+        if model is None:
+            axes.set_visible(False)
+            continue
         for step, test, entropy in model.runs.lines(model.runs.test_accuracy, model.runs.entropy):
             axes.plot(step, test, color=LIGHT.test, linewidth=1.1)
             axes.plot(step, entropy, color=LIGHT.entropy, linewidth=1.1, linestyle=DASHED)
@@ -486,10 +490,8 @@ def settings(models: Sequence[ModelRuns], h_star: Estimate, columns: int = 3) ->
         axes.set(title=model.label, ylim=(-0.03, 1.05), xlabel="training step")
         axes.xaxis.set_major_formatter(thousands)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-    for axes in panels[len(models) :]:
-        axes.set_visible(False)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("accuracy; H (no unit)")
+    for row in grid:
+        next(axes for axes in row if axes.get_visible()).set_ylabel("accuracy; H (no unit)")
     series = {
         "test accuracy": (LIGHT.test, "solid"),
         "H": (LIGHT.entropy, DASHED),
@@ -498,6 +500,12 @@ def settings(models: Sequence[ModelRuns], h_star: Estimate, columns: int = 3) ->
     handles = [panels[0].plot([], [], color=c, linestyle=d, label=name)[0] for name, (c, d) in series.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
     return figure
+
+
+def few_pairs(result: Sufficiency) -> Figure:
+    """Draw `settings` of the models of few pairs, a row for each share of these, the MLP at the left."""
+    panels = [kinds.get(kind) for kinds in _by_fraction(result).values() for kind in ("mlp", "transformer")]
+    return settings(panels, result.few_h_star, columns=2)
 
 
 def _grid(models: Sequence[ModelRuns], rows: int, height: float) -> tuple[Figure, Any]:
@@ -589,9 +597,6 @@ def section(result: Sufficiency) -> Section:
 def _few_blocks(result: Sufficiency) -> list[Block]:
     if not result.few:
         return []
-    caption = f"The models at p = {FEW}, one line a run"
-    if len(_by_fraction(result)) * 2 == len(result.few):
-        caption += ", a row for each share of the pairs that both are trained on"
     return [
         Text(
             f"The paper's MLP is of p = {FEW}, whose {FEW**2:,} pairs leave few to learn from. Below are an MLP and "
@@ -601,8 +606,8 @@ def _few_blocks(result: Sufficiency) -> list[Block]:
         _models_table(result.few, result.few_h_star),
         drawn(
             "e7-few-pairs",
-            functools.partial(settings, result.few, result.few_h_star, columns=2),
-            f"{caption}.",
+            functools.partial(few_pairs, result),
+            f"The models at p = {FEW}, one line a run, a row for each share of the pairs that they are trained on.",
             "Test accuracy and spectral entropy against the training step, one panel a model and share of the pairs.",
         ),
     ]

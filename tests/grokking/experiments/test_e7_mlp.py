@@ -246,7 +246,7 @@ def test_at_p_41_both_models_are_judged_on_the_same_pairs_and_by_their_own_h_sta
     assert "At p = 41, groks at 20 %" in e7_mlp.headline(result)
     rows = tables(e7_mlp.section(result))["Models"].rows
     assert [row[0] for row in rows] == ["Transformer"]
-    assert len(e7_mlp.settings(result.few, result.few_h_star, columns=2).axes) == 4
+    assert len(e7_mlp.few_pairs(result).axes) == 4
 
 
 def test_an_mlp_of_few_pairs_is_told_with_the_h_star_of_few_pairs_and_with_the_course_of_its_h(
@@ -278,10 +278,13 @@ def test_an_mlp_of_few_pairs_is_told_with_the_h_star_of_few_pairs_and_with_the_c
         if list(line.get_xdata()) == [0, 1]  # across the panel
     ]
     assert levels == pytest.approx([0.61, 0.7])
-    (drawn,) = [
-        block for block in e7_mlp.section(result).blocks if getattr(block, "name", "") == "e7-few-pairs"
+    panels = e7_mlp.few_pairs(result).axes  # by share of the pairs, the MLP at the left
+    assert [axes.get_title(loc="left") or axes.get_title() for axes in panels if axes.get_visible()] == [
+        "MLP, p = 41, 20 %",
+        "Transformer, p = 41, 50 %",
     ]
-    assert "a row for each share" not in drawn.caption  # one has the MLP alone, the other the Transformer
+    assert [axes.get_visible() for axes in panels] == [True, False, False, True]
+    assert panels[3].get_ylabel() == panels[0].get_ylabel() == "accuracy; H (no unit)"
 
 
 def test_without_the_papers_own_mlp_nothing_is_said_of_the_level_that_its_h_falls_to(transformers):
