@@ -126,7 +126,7 @@ def analyse(runs: Runs) -> Sufficiency | None:
         return None
 
     def model(label: str, runs: Runs, h_star: Estimate = h_star) -> ModelRuns:
-        return ModelRuns(label, runs, h_star, runs.first_below(h_star.value), outcomes_of(runs, h_star.value))
+        return ModelRuns(label, runs, h_star, runs.first_below(h_star.value), outcomes_of(runs, h_star))
 
     transformers = [each.h_star for label, each in few.items() if label.startswith("Transformer")]
     few_h_star = over(np.concatenate(transformers), least=0, most=1)
@@ -144,7 +144,6 @@ def analyse(runs: Runs) -> Sufficiency | None:
 
 def claims(result: Sufficiency) -> Findings:
     """Each claim of the paper that E7's runs speak to, beside what they say."""
-    papers = share(o == COLLAPSES for model in result.papers for o in model.outcomes)
     memorised = np.concatenate([model.runs.t_mem for model in (*result.models, *result.few)])
     early = share(memorised[~np.isnan(memorised)] <= MEMORISED_BY)
     aligned = share(
@@ -160,7 +159,7 @@ def claims(result: Sufficiency) -> Findings:
     held = [model.label for model in result.all_mlps if model.holds.value == 1]
     return {
         "e7.mlp": Finding(
-            _said_of(result.papers), judge_share(papers) if _judged(result.papers) else Verdict.NOT_RUN
+            _said_of(result.papers), _judge_papers(result) if _judged(result.papers) else Verdict.NOT_RUN
         ),
         "e7.level": CLAIMS["e7.level"].finding(_level(result), comparable=result.comparable, unit=""),
         "e7.insufficient": Finding(_said_of_some(result, held), _judge_some(result)),
@@ -192,6 +191,16 @@ def _by_fraction(result: Sufficiency) -> dict[float, dict[str, ModelRuns]]:
     for model in result.few:
         found.setdefault(model.fraction, {})[model.kind] = model
     return found
+
+
+def _judge_papers(result: Sufficiency) -> Verdict:
+    """Judge the paper's MLP: undecided where it matters whether what ends about H* is below it."""
+    outcomes = [outcome for model in result.papers for outcome in model.outcomes]
+    surely, perhaps = (
+        judge_share(share(outcome in below for outcome in outcomes))
+        for below in ((COLLAPSES,), (COLLAPSES, ABOUT))
+    )
+    return surely if surely is perhaps else Verdict.UNDECIDED
 
 
 def _same_pairs(result: Sufficiency) -> Finding:
@@ -232,7 +241,7 @@ def _course(model: ModelRuns) -> str:
     )
     said = f"H {at_start} at the start, {at_t_mem} at T_mem, {at_end} at the end"
     if model.h_star.known:
-        said += f", H* {decimal(model.h_star.value)}"
+        said += f", H* {span(model.h_star, decimal)}"
     said += f"; T_collapse in {of(share(~np.isnan(fall.times)))}"
     return said + (f", and H does not recover in {of(fall.lasting)}" if fall.lasting.known else "")
 
@@ -240,12 +249,18 @@ def _course(model: ModelRuns) -> str:
 def _judge_some(result: Sufficiency) -> Verdict:
     judged = [model for model in result.all_mlps if _judged([model])]
     most = max((model.holds.value for model in judged), default=0)
-    return judge(bool(judged), most == 1, most > 0 or bool(_crossing(result)))
+    found = judge(bool(judged), most == 1, most > 0 or bool(_crossing(result)))
+    about = any(ABOUT in model.outcomes for model in judged)
+    return Verdict.UNDECIDED if found is Verdict.NOT_REPRODUCED and about else found
 
 
 def _crossing(result: Sufficiency) -> list[str]:
     """Name the MLPs of which every run has H below H* at some time and does not generalise."""
-    return [model.label for model in result.all_mlps if set(model.outcomes) <= {COLLAPSES, DIPS}]
+    return [
+        model.label
+        for model in result.all_mlps
+        if set(model.outcomes) <= {COLLAPSES, ABOUT, DIPS} and not np.isnan(model.below).any()
+    ]
 
 
 def _said_of_some(result: Sufficiency, held: Sequence[str]) -> str:
@@ -277,12 +292,14 @@ def headline(result: Sufficiency) -> str:
     judged = [model for model in mlps if model.h_star.known]
     if not judged:
         return said + " No Transformer groks, so there is no H* to say whether their entropy collapses."
-    of_its_mlp = f"H at the end below the Transformer's H*, and test accuracy at most {percent(NEAR_ZERO)}"
+    of_its_mlp = (
+        f"H at the end below the interval of the Transformer's H*, test accuracy at most {percent(NEAR_ZERO)}"
+    )
     held = [model for model in judged if model.holds.value == 1]
     if held:
-        named = ", ".join(f"{model.label} (H* {decimal(model.h_star.value)})" for model in held)
+        named = ", ".join(f"{model.label} (H* {span(model.h_star, decimal)})" for model in held)
         return f"{said} What the paper says of its MLP, {of_its_mlp}, holds in every run of: {named}."
-    levels = " or ".join(dict.fromkeys(decimal(model.h_star.value) for model in judged))
+    levels = " or ".join(dict.fromkeys(span(model.h_star, decimal) for model in judged))
     return (
         f"{said} In none of these settings does every run do what the paper says of its MLP: {of_its_mlp} "
         f"(H* {levels})."
@@ -296,15 +313,16 @@ OUTCOMES = (
     "collapses, does not generalise",
     "groks",
     "half-way",
+    "ends about H*, does not generalise",
     "dips, does not generalise",
     "does not collapse",
     "does not memorise",
     "does not generalise, no H* to judge by",
 )
 """What a run can do; the first is what the paper says of its MLP. Half-way: test accuracy above 0.1, not grokked. Dips:
-H falls below H* and is back above it over the last evaluations; collapses: it stays."""
+H falls below H* and is back above it over the last evaluations; collapses: it stays; about: within H*'s interval."""
 
-COLLAPSES, DIPS = OUTCOMES[0], OUTCOMES[3]
+COLLAPSES, ABOUT, DIPS = OUTCOMES[0], OUTCOMES[3], OUTCOMES[4]
 
 LAST = 5
 """Evaluations at the end of a run whose median H says whether it has collapsed."""
@@ -370,9 +388,10 @@ def _classes(run: StoredRun) -> int:
     return make_task(TrainConfig(**run.config)).classes
 
 
-def outcomes_of(runs: Runs, h_star: float) -> tuple[str, ...]:
-    """Say which of `OUTCOMES` each run has, H* being the Transformers' mean; NaN if there is none."""
-    collapses, groks, half_way, dips, stays, never, unjudged = OUTCOMES
+def outcomes_of(runs: Runs, h_star: Estimate) -> tuple[str, ...]:
+    """Say which of `OUTCOMES` each run has, by the Transformers' H* with its interval, if it has one."""
+    collapses, groks, half_way, about, dips, stays, never, unjudged = OUTCOMES
+    low, high = (h_star.low, h_star.high) if h_star.bounded else (h_star.value, h_star.value)
     found = []
     for i, (_, accuracy, entropy) in enumerate(runs.lines(runs.test_accuracy, runs.entropy)):
         usable = entropy[~np.isnan(entropy)]
@@ -382,12 +401,14 @@ def outcomes_of(runs: Runs, h_star: float) -> tuple[str, ...]:
             found.append(never)
         elif np.nanmax(accuracy) > NEAR_ZERO:
             found.append(half_way)
-        elif np.isnan(h_star) or usable.size == 0:
+        elif not h_star.known or usable.size == 0:
             found.append(unjudged)
-        elif np.median(usable[-LAST:]) < h_star:
+        elif (end := np.median(usable[-LAST:])) < low:
             found.append(collapses)
+        elif end < high:
+            found.append(about)
         else:
-            found.append(dips if usable.min() < h_star else stays)
+            found.append(dips if usable.min() < low else stays)
     return tuple(found)
 
 
@@ -633,7 +654,7 @@ def _models_table(models: Sequence[ModelRuns], h_star: Estimate) -> Table:
     caption = (
         "Models, means over their runs with 95 % intervals where there are three. "
         f"H*: the Transformers' mean H at T_grok, {worded(h_star, '')}. A run collapses if H ends "
-        f"below it (median of the last {LAST} evaluations) and dips if H was below it before; "
+        f"below its interval (median of the last {LAST} evaluations) and dips if H was there before; "
         f"it does not generalise if test accuracy never exceeds {percent(NEAR_ZERO)}."
     )
     columns = (

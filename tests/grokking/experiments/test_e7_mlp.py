@@ -16,7 +16,7 @@ E1, *JOBS_E7 = JOBS["e7"](preset("paper"), range(5))
 FEW, E7 = {job.condition: job for job in JOBS_E7[: len(FEW_PAIRS)]}, JOBS_E7[len(FEW_PAIRS) :]
 CONCAT, SUM = E7[:2]
 FALLS = [0.9, 0.9, 0.8, 0.7, 0.6, 0.5]
-LOW = [0.9, 0.9, 0.6, 0.6, 0.5, 0.5]
+LOW = [0.9, 0.9, 0.6, 0.5, 0.5, 0.5]
 DIPS = [0.9, 0.5, 0.9, 0.9, 0.9, 0.9]
 STAYS = [0.9] * 6
 GROKS = [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
@@ -94,7 +94,35 @@ def test_the_papers_mlp_reproduces_its_claims(transformers):
     assert claims["e7.alignment"].verdict == Verdict.REPRODUCED
     assert claims["e7.alignment"].ours.startswith("at the end 0.20 to 0.20")
     assert claims["e7.alignment_grows"].verdict == Verdict.UNDECIDED  # in all of three Transformers
-    assert "concatenated, 512-128 (H* 0.610), summed, 512-128 (H* 0.610)" in e7_mlp.headline(result)
+    assert (
+        "concatenated, 512-128 (H* 0.610 [0.585, 0.635]), summed, 512-128 (H* 0.610 [0.585, 0.635])"
+        in e7_mlp.headline(result)
+    )
+
+
+ABOUT = [0.9, 0.5, 0.9, 0.6, 0.6, 0.6]
+"""Once below H*, and at the end within its interval, 0.585 to 0.635."""
+
+
+@pytest.mark.parametrize(
+    ("entropies", "mlp_is", "insufficient"),
+    [
+        ([ABOUT] * 5, Verdict.UNDECIDED, Verdict.IN_PART),
+        ([LOW, *[ABOUT] * 4], Verdict.UNDECIDED, Verdict.IN_PART),
+        ([STAYS, *[ABOUT] * 4], Verdict.NOT_REPRODUCED, Verdict.UNDECIDED),
+        ([STAYS] * 5, Verdict.NOT_REPRODUCED, Verdict.NOT_REPRODUCED),
+        ([LOW] * 5, Verdict.REPRODUCED, Verdict.REPRODUCED),
+    ],
+)
+def test_an_mlp_that_ends_within_the_interval_of_h_star_decides_nothing(
+    transformers, entropies, mlp_is, insufficient
+):
+    runs = [mlp(CONCAT, seed, entropy=entropy) for seed, entropy in enumerate(entropies)]
+    result = e7_mlp.analyse(Runs((*transformers, *runs)))
+    claims = e7_mlp.claims(result)
+    assert claims["e7.mlp"].verdict == mlp_is
+    assert claims["e7.insufficient"].verdict == insufficient
+    assert ("of 5 ends about H*, does not generalise" in claims["e7.mlp"].ours) == (ABOUT in entropies)
 
 
 def test_mlps_that_grok_do_not(transformers):
@@ -260,12 +288,12 @@ def test_an_mlp_of_few_pairs_is_told_with_the_h_star_of_few_pairs_and_with_the_c
     result = e7_mlp.analyse(Runs(tuple(runs)))
     assert (result.h_star.value, result.few_h_star.value) == pytest.approx((0.61, 0.7))
     headline = e7_mlp.headline(result)
-    assert headline.endswith("holds in every run of: MLP, p = 41, 20 % (H* 0.700).")
+    assert headline.endswith("holds in every run of: MLP, p = 41, 20 % (H* 0.700 [0.700, 0.700]).")
     claims = e7_mlp.claims(result)
     # The fall is over when they have memorised.
     assert claims["e7.mlp"].ours == (
         "MLP, p = 41, 20 %: 5 of 5 collapses, does not generalise; "
-        "H 0.900 at the start, 0.600 at T_mem, 0.500 at the end, H* 0.700; T_collapse in 0 of 5"
+        "H 0.900 at the start, 0.600 at T_mem, 0.500 at the end, H* 0.700 [0.700, 0.700]; T_collapse in 0 of 5"
     )
     # It ends well above the paper's 0.15, though below H*.
     assert claims["e7.level"].verdict == Verdict.NOT_REPRODUCED
