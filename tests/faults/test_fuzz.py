@@ -546,9 +546,8 @@ def test_a_damaged_run_goes_on_to_the_end_or_is_refused_as_it_is(
         else:
             ended = [outcome for outcome in outcomes if outcome.error is not None]
             refused = [outcome.error for outcome in ended]
-            seeds = [
-                seed for outcome in ended for seed in outcome.job.seeds
-            ]  # another stack trains all the same
+            # Another stack of the job trains all the same.
+            seeds = [seed for outcome in ended for seed in outcome.job.seeds]
         assert "Traceback" not in capsys.readouterr().err
         assert not [*out.rglob("*.tmp")]
         assert all(str(out) in said for said in refused)
@@ -574,9 +573,8 @@ RESUMED_FOUND = (
     Case("complete, unchecked", "config.json", Damage("set", "stack.0", 9), sealed=False),
     Case("complete, unchecked", "config.json", Damage("set", "stack", [9, 1]), sealed=False),
     Case("half, unchecked", "config.json", Damage("set", "stack", [9, 1]), sealed=False),
-    Case(
-        "half, unchecked", "config.json", Damage("swap", 139), sealed=False
-    ),  # its width and a seed of its stack
+    # Its width and a seed of its stack.
+    Case("half, unchecked", "config.json", Damage("swap", 139), sealed=False),
 )
 
 

@@ -74,7 +74,6 @@ class Sufficiency:
 
     `h_star` is the Transformers' mean H at T_grok; `mlps` are in the order of `MLPS`, those with no run left out; `few`
     are models of both kinds on the few pairs of p = 41, by share, and `few_h_star` what `h_star` is for them.
-    `comparable`: whether the setting is one in which the paper's numbers are judged.
     """
 
     transformer: ModelRuns
@@ -82,7 +81,6 @@ class Sufficiency:
     mlps: tuple[ModelRuns, ...]
     few: tuple[ModelRuns, ...]
     few_h_star: Estimate
-    comparable: bool
 
     @property
     def models(self) -> tuple[ModelRuns, ...]:
@@ -138,7 +136,6 @@ def analyse(runs: Runs) -> Sufficiency | None:
         mlps=tuple(model(label, each) for label, each in mlps.items() if len(each)),
         few=tuple(sorted(on_few, key=lambda model: model.fraction)),
         few_h_star=few_h_star,
-        comparable=len(base) > 0 and base.comparable,
     )
 
 
@@ -153,6 +150,7 @@ def claims(result: Sufficiency) -> Findings:
         if not np.isnan(value + null)
     )
     transformers = result.transformer.runs
+    comparable = len(transformers) > 0 and transformers.comparable  # E7's own runs all differ from the preset
     growth = result.transformer.at_end("alignment") - transformers.at("alignment", transformers.t_grok)
     grows = share(growth[~np.isnan(growth)] > 0)
     grokked = share(answer for model in result.all_mlps for answer in _fell_first(model))
@@ -161,7 +159,7 @@ def claims(result: Sufficiency) -> Findings:
         "e7.mlp": Finding(
             _said_of(result.papers), _judge_papers(result) if _judged(result.papers) else Verdict.NOT_RUN
         ),
-        "e7.level": CLAIMS["e7.level"].finding(_level(result), comparable=result.comparable, unit=""),
+        "e7.level": CLAIMS["e7.level"].finding(_level(result), comparable=comparable, unit=""),
         "e7.insufficient": Finding(_said_of_some(result, held), _judge_some(result)),
         "e7.same_pairs": _same_pairs(result),
         "e7.necessary": Finding(counted(grokked), judge_share(grokked)),
@@ -176,8 +174,8 @@ def claims(result: Sufficiency) -> Findings:
 
 def _level(result: Sufficiency) -> Estimate:
     """H at the end of the runs of the paper's own MLP."""
-    found = [model.runs.at(model.runs.entropy, model.runs.end) for model in result.own]
-    return over(np.concatenate([*found, np.empty(0)]), least=0, most=1)
+    ends = [h for model in result.own for h in model.runs.at(model.runs.entropy, model.runs.end)]
+    return over(ends, least=0, most=1)
 
 
 def _judged(models: Sequence[ModelRuns]) -> bool:
@@ -492,7 +490,7 @@ def spectra(result: Sufficiency) -> Figure:
     return _with_legends(figure, grid)
 
 
-def settings(models: Sequence[ModelRuns | None], h_star: Estimate, columns: int = 3) -> Figure:
+def settings(models: Sequence[ModelRuns | None], columns: int = 3) -> Figure:
     """Test accuracy and H of every run, one panel a model, on one scale; None leaves a place empty."""
     columns = min(columns, len(models))
     rows = -(-len(models) // columns)
@@ -506,8 +504,8 @@ def settings(models: Sequence[ModelRuns | None], h_star: Estimate, columns: int 
         for step, test, entropy in model.runs.lines(model.runs.test_accuracy, model.runs.entropy):
             axes.plot(step, test, color=LIGHT.test, linewidth=1.1)
             axes.plot(step, entropy, color=LIGHT.entropy, linewidth=1.1, linestyle=DASHED)
-        if h_star.known:
-            axes.axhline(h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
+        if model.h_star.known:
+            axes.axhline(model.h_star.value, color=LIGHT.signal, linewidth=1.2, linestyle=DOTTED)
         axes.set(title=model.label, ylim=(-0.03, 1.05), xlabel="training step")
         axes.xaxis.set_major_formatter(thousands)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -526,7 +524,7 @@ def settings(models: Sequence[ModelRuns | None], h_star: Estimate, columns: int 
 def few_pairs(result: Sufficiency) -> Figure:
     """Draw `settings` of the models of few pairs, a row for each share of these, the MLP at the left."""
     panels = [kinds.get(kind) for kinds in _by_fraction(result).values() for kind in ("mlp", "transformer")]
-    return settings(panels, result.few_h_star, columns=2)
+    return settings(panels, columns=2)
 
 
 def _grid(models: Sequence[ModelRuns], rows: int, height: float) -> tuple[Figure, Any]:
@@ -568,7 +566,7 @@ def section(result: Sufficiency) -> Section:
             "Transformers of E1, with the settings of E1 but for what each is named by."
         ),
         *_few_blocks(result),
-        _models_table(result.models, result.h_star),
+        _models_table(result.models),
         drawn(
             "e7-models",
             functools.partial(side_by_side, result),
@@ -602,7 +600,7 @@ def section(result: Sufficiency) -> Section:
             [
                 drawn(
                     "e7-settings",
-                    functools.partial(settings, result.mlps, result.h_star),
+                    functools.partial(settings, result.mlps),
                     "Every MLP, one line a run.",
                     "Test accuracy and spectral entropy against the training step, one panel a setting.",
                 )
@@ -624,7 +622,7 @@ def _few_blocks(result: Sufficiency) -> list[Block]:
             "the Transformer by the share of these pairs that they are trained on, as far as they were run; H* is that "
             "of all these Transformers together. H of less than 512 pairs is of fewer than at E1, and reads lower."
         ),
-        _models_table(result.few, result.few_h_star),
+        _models_table(result.few),
         drawn(
             "e7-few-pairs",
             functools.partial(few_pairs, result),
@@ -634,7 +632,8 @@ def _few_blocks(result: Sufficiency) -> list[Block]:
     ]
 
 
-def _models_table(models: Sequence[ModelRuns], h_star: Estimate) -> Table:
+def _models_table(models: Sequence[ModelRuns]) -> Table:
+    """Make a table of models that are judged by one H*."""
     rows = []
     for model in models:
         runs = model.runs
@@ -653,7 +652,7 @@ def _models_table(models: Sequence[ModelRuns], h_star: Estimate) -> Table:
         )
     caption = (
         "Models, means over their runs with 95 % intervals where there are three. "
-        f"H*: the Transformers' mean H at T_grok, {worded(h_star, '')}. A run collapses if H ends "
+        f"H*: the Transformers' mean H at T_grok, {worded(models[0].h_star, '')}. A run collapses if H ends "
         f"below its interval (median of the last {LAST} evaluations) and dips if H was there before; "
         f"it does not generalise if test accuracy never exceeds {percent(NEAR_ZERO)}."
     )

@@ -217,7 +217,7 @@ def test_without_transformers_that_grok_nothing_is_said_of_a_collapse(transforme
     assert "no H* to say" in e7_mlp.headline(result)
     assert e7_mlp.section(result).anchor == "e7"
     e7_mlp.side_by_side(result)
-    e7_mlp.settings(result.mlps, result.h_star)
+    e7_mlp.settings(result.mlps)
 
 
 def test_runs_without_the_columns_are_reported_without_their_spectra(transformers, undrawn):
@@ -240,7 +240,7 @@ def test_figures_draw_every_run_in_the_column_of_its_model(transformers):
     ]
     drawn = [line.get_ydata() for line in top[1].lines if len(line.get_xdata()) == 6]
     assert sum(list(y) == STUCK for y in drawn) == 2
-    assert len([axes for axes in e7_mlp.settings(result.mlps, result.h_star).axes if axes.get_visible()]) == 3
+    assert len([axes for axes in e7_mlp.settings(result.mlps).axes if axes.get_visible()]) == 3
     assert len(e7_mlp.spectra(result).axes) == 6
 
 
