@@ -36,10 +36,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastent.entropy import spectral_entropy
 from fastent.grokking.mathematics.checks import entropy_of, slopes_over
-from fastent.grokking.train.config import PRESETS, TrainConfig, preset
+from fastent.grokking.train.config import PRESETS, TrainConfig, completed, preset
 from fastent.grokking.train.models import PlainMLP, PlainTransformer
 from fastent.grokking.train.stack import Stack
-from fastent.grokking.train.storage import read_rows
+from fastent.grokking.train.storage import Log, RunError
 from fastent.grokking.train.tasks import batch_index, probe_index, split
 from fastent.reference import mixing
 from fastent.reference.covariance import covariance
@@ -549,20 +549,39 @@ def curvature_of(stack: Stack, seed: int) -> Ritz:
 
 
 def read_followed(path: Path) -> FollowedRun:
-    """Read what `main` wrote; lines of a run that was cut short are as good as any."""
-    (head, *lines), _ = read_rows(path, 0)
-    values: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in head["config"].items()
-    }
-    run = FollowedRun(TrainConfig(**values), head["seed"])
-    for line in lines:
-        kind = line.pop("kind")
-        if kind == "evaluation":
-            run.evaluations.append(line)
-        elif kind == "step":
-            run.steps.append(StepChange(**line))
-        else:
-            run.curvature.append((line.pop("step"), Ritz(**line)))
+    """Read what `main` wrote; a run that was cut short is as good as any.
+
+    Raises
+    ------
+    RunError
+        If the file is missing, damaged, or none that `main` writes.
+    """
+    again = "follow the seed again, or put the file back from a copy"
+    log = Log.read(path)
+    if log.fault is not None and not log.torn:
+        raise log.fault.replaced(again)
+    if not log.rows:
+        raise RunError(f"{path} is no followed run, for it is missing or empty: {again}")
+    head, *lines = log.rows
+    try:
+        settings = completed(head["config"])
+        values: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()
+        }
+        run = FollowedRun(TrainConfig(**values), head["seed"])
+        for line in lines:
+            kind = line.pop("kind")
+            if kind == "evaluation":
+                run.evaluations.append(line)
+            elif kind == "step":
+                run.steps.append(StepChange(**line))
+            elif kind == "curvature":
+                run.curvature.append((line.pop("step"), Ritz(**line)))
+            else:
+                raise ValueError(f"a line is of kind {kind!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise RunError(f"{path} is no followed run ({what}): {again}") from error
     return run
 
 

@@ -12,6 +12,7 @@ from fastent.grokking.mathematics import figures, runs, table
 from fastent.grokking.mathematics.checks import CheckResult
 from fastent.grokking.mathematics.table import Item, items, spread_of_thresholds, stored_thresholds
 from fastent.grokking.train.config import PRESETS, preset
+from fastent.grokking.train.storage import RunError
 
 TABLE_6 = (
     "Lemma 1",
@@ -115,6 +116,38 @@ def test_followed_runs_are_written_and_read_back_and_drawn(tmp_path, monkeypatch
         assert path.stat().st_size > 20_000
     with pytest.raises(FileNotFoundError, match="holds no run"):
         figures.draw_all(tmp_path / "figures", tmp_path)
+
+
+def test_a_file_that_is_no_followed_run_is_named_with_what_it_lacks(tmp_path):
+    path = tmp_path / "add-16-seed0.jsonl"
+    head = {"config": {"task": "add"}, "seed": 0}
+    step = {"kind": "curvature", "step": 10, "value": 1.0, "residual": 0.1, "products": 9}
+
+    def read(*lines, end="\n"):
+        path.write_text("\n".join(lines) + end)
+        return runs.read_followed(path)
+
+    whole = [json.dumps(line) for line in (head, step)]
+    assert len(read(*whole, whole[1]).curvature) == 2
+    assert len(read(*whole, whole[1][:20], end="").curvature) == 1
+    for lines, lacks in (
+        ([whole[1]], "no 'config'"),
+        ([json.dumps({"config": {"tusk": "add"}, "seed": 0})], "tusk"),
+        ([json.dumps({"config": ["add"], "seed": 0})], "add"),
+        ([whole[0], json.dumps({"kind": "curvature", "step": 10})], "value"),
+        ([whole[0], json.dumps({"step": 10})], "no 'kind'"),
+        ([whole[0], json.dumps({"kind": "walk"})], "'walk'"),
+        ([whole[0], "{", whole[1]], "row 2 is damaged"),
+    ):
+        with pytest.raises(RunError) as error:
+            read(*lines)
+        assert str(path) in str(error.value)
+        assert lacks in str(error.value)
+        assert "follow the seed again" in str(error.value)
+    for make in (path.unlink, path.touch):
+        make()
+        with pytest.raises(RunError, match="no followed run, for it is missing or empty"):
+            runs.read_followed(path)
 
 
 def test_a_task_is_followed_at_its_own_share_of_the_pairs(tmp_path, monkeypatch):
