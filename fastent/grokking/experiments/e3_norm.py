@@ -71,6 +71,9 @@ HELD = f"norm-as-{LOSSES}"
 RE_MIXED = f"{LOSSES}+{HELD}"
 """The mixed runs' own norm re-imposed on them: the sham of mixing, and the fourth cell of the design."""
 
+AT_SCALE = {held: f"logits-as-baseline+{held}" for held in (SHAM, "norm-mem")}
+"""Ways to hold the norm, each with the one that also holds the scale of the logits."""
+
 
 @dataclass(frozen=True)
 class Factorial:
@@ -252,7 +255,7 @@ def headline(result: Norm) -> str:
             said.append(f"At equal norm, so held, mixing moves it by {worded(at_equal.later)}.")
     elif control:
         said.append(f"What of this the holding does by itself is open: {NO_SHAM}.")
-    for name in (HELD, "norm-mem", "norm-start"):
+    for name in (HELD, "norm-mem", AT_SCALE["norm-mem"], "norm-start"):
         if held := result.conditions.get(name):
             said.append(f"Without mixing, {words(name)}: {worded(held.later)}.")
     return (
@@ -331,14 +334,15 @@ def _sham_blocks(result: Norm) -> list[Block]:
     return [delays_table("At a held norm: against the sham.", sham, shown)] if shown else []
 
 
-def _apart_blocks(result: Norm) -> list[Block]:
-    def ratio(value: float) -> str:
-        return NONE if math.isnan(value) else decimal(math.exp(value), 2)
+def _factor(logarithm: float) -> str:
+    return NONE if math.isnan(logarithm) else decimal(math.exp(logarithm), 2)
 
+
+def _apart_blocks(result: Norm) -> list[Block]:
     rows = tuple(
         (
             words(each.condition),
-            *(span(over(ratios.values()), ratio) for ratios in (each.time, each.norm, each.scale)),
+            *(span(over(ratios.values()), _factor) for ratios in (each.time, each.norm, each.scale)),
             span(over(each.entropy.values()), decimal),
         )
         for each in result.apart
@@ -368,7 +372,33 @@ def _apart_blocks(result: Norm) -> list[Block]:
                 "note",
             )
         )
-    return blocks
+    apart = {each.condition: each for each in result.apart}
+    said = [
+        _said_of_scale(apart[held], apart[cooled])
+        for held, cooled in AT_SCALE.items()
+        if held in apart and cooled in apart
+    ]
+    return [*blocks, Text(" ".join(said))] if said else blocks
+
+
+def _said_of_scale(held: Apart, cooled: Apart) -> str:
+    """Say what is left of a held norm's effect at the baseline's scale of the logits, and where H is then."""
+    shared = held.time.keys() & cooled.time.keys()
+    factor = over(cooled.time[seed] - held.time[seed] for seed in sorted(shared))
+    before, after, entropy = (over(each.values()) for each in (held.time, cooled.time, cooled.entropy))
+    said = (
+        f"With the {words(held.condition)}, dividing the logits to the baseline's scale changes T_grok to "
+        f"{span(factor, _factor)} times what it is"
+    )
+    if _excludes_zero(before):
+        delays = "delay" if before.value > 0 else "advance"
+        if _excludes_zero(after) and before.value * after.value > 0:
+            said += f": the {delays} is not the scale's, for it is there without it"
+            if entropy.bounded and not _excludes_zero(entropy):
+                said += ", and with an H that is not told from the baseline's"
+        else:
+            said += f": the {delays} may be the scale's, for without it it is not told from none"
+    return f"{said}."
 
 
 def _correlation(apart: tuple[Apart, ...], name: str) -> Estimate:

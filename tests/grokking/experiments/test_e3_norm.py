@@ -171,7 +171,45 @@ def test_what_t_grok_follows_is_measured_against_the_baseline_of_the_same_seed(t
         b.text for b in e3_norm.section(result).blocks if "variance of ln(T_grok" in getattr(b, "text", "")
     )
     assert "scale of the logits 1.00 (n = 15)" in said
+    (left,) = (
+        b.text for b in e3_norm.section(result).blocks if "dividing the logits" in getattr(b, "text", "")
+    )
+    assert "0.50 [0.50, 0.50] times what it is: the delay may be the scale's" in left
     assert math.isnan(result.deviations["logits-as-norm-mem"])
+
+
+@pytest.mark.parametrize(
+    ("held", "cooled", "entropy", "says"),
+    [
+        (
+            2,
+            2.5,
+            0,
+            "1.25: the delay is not the scale's, for it is there without it, and with an H that is not told",
+        ),
+        (2, 2, 0.1, "1.00: the delay is not the scale's, for it is there without it."),
+        (2, 1, 0, "0.50: the delay may be the scale's, for without it it is not told from none."),
+        (2, 0.5, 0, "0.25: the delay may be the scale's"),
+        (0.5, 0.5, 0.1, "1.00: the advance is not the scale's"),
+        (1, 2, 0, "2.00."),
+    ],
+)
+def test_a_held_norm_acts_through_the_scale_of_the_logits_only_where_nothing_is_left_without_it(
+    held, cooled, entropy, says
+):
+    def apart(condition, times, h):
+        # Seeds that differ, the first of which only one of the two has.
+        seeds, off = range(condition == "norm-mem", 5), (0.0, -0.1, 0.1, -0.1, 0.1)
+        time = {seed: math.log(times) + off[seed] for seed in seeds}
+        return e3_norm.Apart(condition, time, {}, {}, {seed: h + off[seed] / 10 for seed in seeds})
+
+    said = e3_norm._said_of_scale(
+        apart("norm-mem", held, 0.2), apart("logits-as-baseline+norm-mem", cooled, entropy)
+    )
+    start = "With the norm held where the baseline has memorised, dividing the logits to the baseline's scale changes"
+    said = said.removeprefix(f"{start} T_grok to ")
+    figure, _, rest = said.partition(" times what it is")
+    assert f"{figure.partition(' ')[0]}{rest}".startswith(says)
 
 
 def test_where_no_run_groks_there_is_nothing_to_judge(tmp_path):
