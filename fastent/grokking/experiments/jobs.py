@@ -71,7 +71,7 @@ def e3(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
         *(f"norm-as-{mixed}", f"{mixed}+norm-as-{mixed}", "logits-as-baseline", f"logits-as-{sham}"),
         *(f"{sham}-{how}" for how in ("every-step", "each", "moments")),
         *(f"{mixed}+{held}", "norm-start", f"{mixed}+norm-start"),
-        *("norm-start-each", f"{mixed}+norm-start-each"),
+        *("norm-start-each", f"{mixed}+norm-start-each", f"losses-{max(DOSES):g}+{sham}"),
     ]
 
     def job(experiment: str, condition: str, seeds: Sequence[int]) -> Job:

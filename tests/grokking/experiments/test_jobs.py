@@ -143,6 +143,7 @@ def test_the_sham_alone_is_the_part_of_e3_that_holds_the_baselines_norm():
         "norm-as-baseline-every-step",
         "norm-as-baseline-each",
         "norm-as-baseline-moments",
+        "losses-0.4+norm-as-baseline",
     ]
     assert set(asked) <= set(JOBS["e3"](preset("quick"), (0, 1, 2)))
 
