@@ -101,21 +101,36 @@ def claims(result: MixedRuns) -> Findings:
     losses, logits = result.conditions.get(LOSSES), result.conditions.get(LOGITS)
     mean, grokked = (losses.mean, losses.grokked) if losses else (UNKNOWN, UNKNOWN)
     comparable = result.comparable
+    doses = "".join(f", {_at_dose(each)} by {worded(each.later)}" for each in _other_doses(result))
     return {
         **{
-            name: Finding(worded(each.later) if each else NONE, judge_later(each, CLAIMS[name]))
-            for name, each in (("e2.delays", losses), ("e2.delays_logits", logits))
+            name: Finding(f"{worded(each.later)}{others}" if each else NONE, judge_later(each, CLAIMS[name]))
+            for name, each, others in (("e2.delays", losses, doses), ("e2.delays_logits", logits, ""))
         },
         "e2.t_grok": CLAIMS["e2.t_grok"].finding(mean, comparable=comparable),
         "e2.test": Finding(tested(losses), judge_test(losses, CLAIMS["e2.test"], comparable=comparable)),
         "e2.all_grok": Finding(counted(grokked), judge_share(grokked)),
-        "e2.kept_up": Finding(_kept_up(result.baseline, losses), judge_kept_up(losses)),
+        "e2.kept_up": Finding(_kept_up(result, losses), judge_kept_up(losses)),
     }
 
 
-def _kept_up(baseline: Runs, mixed: Delay | None) -> str:
+def _other_doses(result: MixedRuns) -> list[Delay]:
+    """Conditions of other alphas, losses averaged, that move T_grok: the paper's alpha is lost, and 0.1 may miss it."""
+    return [
+        each
+        for name, each in result.conditions.items()
+        if name.startswith("losses-") and name != LOSSES and each.later.excludes_zero
+    ]
+
+
+def _at_dose(mixed: Delay) -> str:
+    return f"at α = {alpha_of(mixed.condition):g}"
+
+
+def _kept_up(result: MixedRuns, mixed: Delay | None) -> str:
     if mixed is None:
         return NONE
+    baseline = result.baseline
     said = f"H is higher at equal step by {worded(mixed.equal_step, '')}"
     said += f", at grokking by {worded(mixed.collapse.shift, '')}"
     if mixed.equal_loss:
@@ -124,7 +139,10 @@ def _kept_up(baseline: Runs, mixed: Delay | None) -> str:
         last = [level for level in mixed.equal_loss if level.difference.n == most][-1]
         said += f", at equal training loss ({last.loss:g}) by {worded(last.difference, '')}"
     own = collapse(baseline, baseline).below
-    return f"{said}; below the baseline's H* by T_grok: {counted(mixed.collapse.below)}, of the baseline {counted(own)}"
+    said += f"; below the baseline's H* by T_grok: {counted(mixed.collapse.below)}, of the baseline {counted(own)}"
+    for each in _other_doses(result):
+        said += f"; {_at_dose(each)}, at equal step, by {worded(each.equal_step, '')}"
+    return said
 
 
 def judge_kept_up(mixed: Delay | None) -> Verdict:
@@ -148,11 +166,17 @@ def headline(result: MixedRuns) -> str:
     if mixed is None:
         return f"E2: {len(result.conditions)} conditions of mixing have complete runs, but not the paper's."
     said = (
-        f"E2: mixing with the losses averaged moves T_grok by {worded(mixed.later)}; "
+        f"E2: mixing with the losses averaged, {_at_dose(mixed)}, moves T_grok by {worded(mixed.later)}; "
         f"{of(mixed.grokked)} runs grok."
     )
     if mixed.equal_step.known:
         said += f" At equal step H differs from the baseline's by {worded(mixed.equal_step, '')}."
+    for each in _other_doses(result):
+        dose = _at_dose(each)
+        said += (
+            f" {dose[0].upper()}{dose[1:]} mixing moves T_grok by {worded(each.later)}, {of(each.grokked)} runs grok, "
+            f"and H differs by {worded(each.equal_step, '')}."
+        )
     return said
 
 

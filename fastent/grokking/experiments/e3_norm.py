@@ -110,7 +110,7 @@ class Norm:
     """Analysis of E3: the baseline, E2's mixed runs where there are any, and every condition by name.
 
     `conditions` are compared with the baseline, `against_sham` the others with the sham if it was run; `deviations`:
-    the largest relative distance of each condition's norm from what it was held to; `apart` has E2's mixing too.
+    the largest relative distance of each condition's norm from what it was held to; `apart` has each of E2's too.
     """
 
     baseline: Runs
@@ -126,13 +126,14 @@ class Norm:
 def analyse(runs: Runs) -> Norm | None:
     """Compare E3's conditions with E1's baseline; None if either has no run."""
     baseline, mixed = runs.select("e1", "baseline"), runs.select("e2", LOSSES)
+    doses = by_condition(runs.select("e2"))
     treated = by_condition(runs.select("e3"))
     if not len(baseline) or not treated:
         return None
     sources = {"baseline": baseline, LOSSES: mixed, **treated}
     sham = treated.get(SHAM)
     others = [] if sham is None else [each for name, each in treated.items() if name != SHAM]
-    intervened = ([mixed] if len(mixed) else []) + list(treated.values())
+    intervened = [*doses.values(), *treated.values()]
     return Norm(
         baseline=baseline,
         mixed=mixed,
@@ -236,12 +237,8 @@ def _judge_driver(result: Norm) -> Verdict:
     if mixing is None:
         return Verdict.UNDECIDED if control.events else Verdict.NO_CASE
     verdict, path = judge_later(mixing, CLAIMS["e3.driver"]), result.against_sham.get(HELD)
-    too = verdict == Verdict.REPRODUCED and path is not None and _excludes_zero(path.later)
+    too = verdict == Verdict.REPRODUCED and path is not None and path.later.excludes_zero
     return Verdict.IN_PART if too else verdict
-
-
-def _excludes_zero(estimate: Estimate) -> bool:
-    return estimate.bounded and not estimate.low <= 0 <= estimate.high
 
 
 def headline(result: Norm) -> str:
@@ -390,11 +387,11 @@ def _said_of_scale(held: Apart, cooled: Apart) -> str:
         f"With the {words(held.condition)}, dividing the logits to the baseline's scale changes T_grok to "
         f"{span(factor, _factor)} times what it is"
     )
-    if _excludes_zero(before):
+    if before.excludes_zero:
         delays = "delay" if before.value > 0 else "advance"
-        if _excludes_zero(after) and before.value * after.value > 0:
+        if after.excludes_zero and before.value * after.value > 0:
             said += f": the {delays} is not the scale's, for it is there without it"
-            if entropy.bounded and not _excludes_zero(entropy):
+            if entropy.bounded and not entropy.excludes_zero:
                 said += ", and with an H that is not told from the baseline's"
         else:
             said += f": the {delays} may be the scale's, for without it it is not told from none"

@@ -71,6 +71,11 @@ class Estimate:
         """Whether there is an interval."""
         return not math.isnan(self.low)
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether there is an interval and 0 lies outside it."""
+        return self.bounded and not self.low <= 0 <= self.high
+
 
 UNKNOWN = Estimate()
 """The number that no run gives."""

@@ -177,7 +177,29 @@ def test_section_tables_hold_the_closed_form_values(result):
     assert rows["baseline"][:3] == ("baseline", "6 of 6", "1,250 [1,054, 1,446]")
     assert rows["mixing, α = 0.1, logits averaged"][3] == "300 [300, 300]"
     assert rows["mixing, α = 0.1, losses averaged"][5] == "undefined"
-    assert "moves T_grok by 917 steps" in e2_mixing.headline(result)
+    assert "losses averaged, at α = 0.1, moves T_grok by 917 steps" in e2_mixing.headline(result)
+
+
+def test_other_alphas_are_named_where_they_move_t_grok_for_that_of_the_paper_is_lost(result, runs):
+    found, said = e2_mixing.claims(result), e2_mixing.headline(result)
+    assert (
+        ", at α = 0.05 by 300 steps (95 % CI 300 to 300; n = 4), at α = 0.2 by 1,200 steps"
+        in found["e2.delays"].ours
+    )
+    assert "; at α = 0.2, at equal step, by " in found["e2.kept_up"].ours
+    assert "at α" not in found["e2.delays_logits"].ours
+    assert (
+        "At α = 0.2 mixing moves T_grok by 1,200 steps (95 % CI 1,200 to 1,200; n = 4), 4 of 4 runs grok"
+        in said
+    )
+    # One seed has no interval, and an interval around 0 says nothing.
+    for kept in ([0], [0, 1, 2, 3]):
+        fewer = [run for run in runs if run.condition != "losses-0.2" or run.seed in kept]
+        seen = e2_mixing.headline(e2_mixing.analyse(Runs(tuple(fewer), judged=False)))
+        assert ("At α = 0.2" in seen) == (len(kept) > 1)
+    undone = dataclasses.replace(result.conditions["losses-0.2"], later=Estimate(10.0, -5.0, 25.0, 4))
+    several = {**result.conditions, "losses-0.2": undone}
+    assert "α = 0.2" not in e2_mixing.headline(dataclasses.replace(result, conditions=several))
 
 
 def test_one_run_against_one_has_a_delay_and_no_certainty(tmp_path):
