@@ -51,7 +51,7 @@ from fastent.grokking.experiments.delays import (
     words,
 )
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.e2_mixing import LOSSES
+from fastent.grokking.experiments.e2_mixing import LOSSES, alpha_of
 from fastent.grokking.experiments.figures import drawn
 from fastent.grokking.experiments.statistics import UNKNOWN, Estimate, over, pearson
 from fastent.grokking.train.conditions import NORM, SCALE, followed
@@ -203,14 +203,27 @@ def claims(result: Norm) -> Findings:
     """Each claim of the paper that E3's runs speak to, beside what they say."""
     delay = result.conditions.get(CONTROL)
     later, mean, grokked = (delay.later, delay.mean, delay.grokked) if delay else (UNKNOWN,) * 3
+    others = [
+        f", {dose} by {worded(result.conditions[name].later)}" for name, dose in _other_doses(result).items()
+    ]
     return {
-        "e3.delays": Finding(worded(later), judge_later(delay, CLAIMS["e3.delays"])),
+        "e3.delays": Finding("".join((worded(later), *others)), judge_later(delay, CLAIMS["e3.delays"])),
         "e3.t_grok": CLAIMS["e3.t_grok"].finding(mean, comparable=result.comparable),
         "e3.grok_share": Finding(
             counted(grokked), CLAIMS["e3.grok_share"].judge(grokked, comparable=result.comparable)
         ),
         "e3.test": Finding(tested(delay), judge_test(delay, CLAIMS["e3.test"], comparable=result.comparable)),
         "e3.driver": Finding(_said_of_driver(result), _judge_driver(result)),
+    }
+
+
+def _other_doses(result: Norm) -> dict[str, str]:
+    """Name the controls at other alphas: "at α = 0.4" by condition."""
+    doses = {name: name.removesuffix(f"+{SHAM}") for name in result.conditions if name != CONTROL}
+    return {
+        name: f"at α = {alpha_of(mixing):g}"
+        for name, mixing in doses.items()
+        if mixing != name and mixing.startswith("losses-")
     }
 
 
@@ -227,6 +240,8 @@ def _said_of_driver(result: Norm) -> str:
     )
     if path := result.against_sham.get(HELD):
         said += f"; the mixed runs' norm without mixing against the sham: later by {worded(path.later)}"
+    for name, dose in _other_doses(result).items():
+        said += f"; mixing {dose} against the sham: later by {worded(result.against_sham[name].later)}"
     return said
 
 
@@ -252,6 +267,9 @@ def headline(result: Norm) -> str:
             said.append(f"At equal norm, so held, mixing moves it by {worded(at_equal.later)}.")
     elif control:
         said.append(f"What of this the holding does by itself is open: {NO_SHAM}.")
+    for name, dose in _other_doses(result).items():
+        moved = worded(result.conditions[name].later)
+        said.append(f"{dose[0].upper()}{dose[1:]} mixing with the baseline's norm moves T_grok by {moved}.")
     for name in (HELD, "norm-mem", AT_SCALE["norm-mem"], "norm-start"):
         if held := result.conditions.get(name):
             said.append(f"Without mixing, {words(name)}: {worded(held.later)}.")

@@ -212,6 +212,25 @@ def test_a_held_norm_acts_through_the_scale_of_the_logits_only_where_nothing_is_
     assert f"{figure.partition(' ')[0]}{rest}".startswith(says)
 
 
+def test_controls_at_other_alphas_are_named_beside_that_of_the_claim(tmp_path):
+    runs = cells(tmp_path, mixing=500, norm=0, holding=300)
+    before = verdicts(runs)
+    for seed in range(4):
+        write_run(tmp_path / "other", "e3", f"losses-0.4+{SHAM}", seed, t_grok=1000 + 100 * seed + 1300)
+        write_run(tmp_path / "other", "e3", "losses-0.4+norm-mem", seed, t_grok=3000)
+    runs += read_runs(tmp_path / "other")
+    result = e3_norm.analyse(Runs(tuple(runs), judged=False))
+    found = e3_norm.claims(result)
+    assert found["e3.delays"].ours == (
+        "800 steps (95 % CI 800 to 800; n = 5), at α = 0.4 by 1,300 steps (95 % CI 1,300 to 1,300; n = 4)"
+    )
+    assert "; mixing at α = 0.4 against the sham: later by 1,000 steps" in found[DRIVER].ours
+    assert "At α = 0.4 mixing with the baseline's norm moves T_grok by 1,300 steps" in e3_norm.headline(
+        result
+    )
+    assert {name: each.verdict for name, each in found.items()} == before
+
+
 def test_where_no_run_groks_there_is_nothing_to_judge(tmp_path):
     for experiment, condition in (
         ("e1", "baseline"),
