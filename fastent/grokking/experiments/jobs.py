@@ -65,13 +65,14 @@ def e3(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
     where the baseline has memorised, and at its start. All seeds that are asked for go to the baseline and the control,
     at most ten to the sham and the mixing: ``--seeds 0-29`` gives the control the paper's thirty.
     """
-    mixed, sham, held = f"losses-{ALPHA:g}", "norm-as-baseline", "norm-mem"
+    mixed, most = (f"losses-{alpha:g}" for alpha in (ALPHA, max(DOSES)))
+    sham, held = "norm-as-baseline", "norm-mem"
     fewer = [
         *(f"logits-as-baseline+{sham}", held, f"logits-as-baseline+{held}", f"logits-as-{held}"),
         *(f"norm-as-{mixed}", f"{mixed}+norm-as-{mixed}", "logits-as-baseline", f"logits-as-{sham}"),
         *(f"{sham}-{how}" for how in ("every-step", "each", "moments")),
         *(f"{mixed}+{held}", "norm-start", f"{mixed}+norm-start"),
-        *("norm-start-each", f"{mixed}+norm-start-each", f"losses-{max(DOSES):g}+{sham}"),
+        *("norm-start-each", f"{mixed}+norm-start-each", f"{most}+{sham}", f"norm-as-{most}"),
     ]
 
     def job(experiment: str, condition: str, seeds: Sequence[int]) -> Job:
@@ -82,6 +83,7 @@ def e3(config: TrainConfig, seeds: Sequence[int]) -> list[Job]:
         job("e3", sham, seeds[:TEN]),
         job("e3", f"{mixed}+{sham}", seeds),
         job("e2", mixed, seeds[:TEN]),
+        job("e2", most, seeds[:FEWER]),
         *(job("e3", condition, seeds[:FEWER]) for condition in fewer),
     ]
 
