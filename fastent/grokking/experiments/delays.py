@@ -357,15 +357,19 @@ def notes(delays: Sequence[Delay]) -> str:
     """Say how the columns of `delays_table` were made."""
     limit = min(delay.limit for delay in delays)
     said = (
-        f"Means are restricted to {steps(limit)} steps; the delay is the mean over seeds that both conditions share; "
-        "both with Student's interval over seeds. P(later): the "
+        f"Means are restricted to {steps(limit)} steps; the delay is the mean over seeds that both conditions share, "
+        "so where one has more seeds it is not the difference of the means, and may differ in sign from P(later), d "
+        "and the tests that take all runs; both with Student's interval over seeds. P(later): the "
         "chance that a run under the condition groks later than a baseline run. d: Cohen's, undefined once "
         "a run is censored. All tests are one-sided and, up to ten runs against ten, exact; by seed: each seed a "
         "stratum; Holm is over the "
         "conditions of this table. Brackets: 95 % intervals."
     )
     if any(delay.rank.note for delay in delays):
-        said += " Runs that do not grok are tied last in Mann-Whitney and cut at the limit in the signed-rank test."
+        said += (
+            " Runs that do not grok are tied last in Mann-Whitney and cut at the limit in the signed-rank test and in "
+            "the delay, which is larger in truth."
+        )
     return said
 
 

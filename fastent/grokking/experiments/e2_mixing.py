@@ -203,7 +203,9 @@ def section(result: MixedRuns) -> Section:
         blocks.append(
             Text(
                 f"Dose-response, losses averaged: Kendall's τ between α (0 included) and T_grok, seed by seed, is "
-                f"{worded(result.dose, '')}. 1 would be: later with every higher α, in every seed."
+                f"{worded(result.dose, '')}. 1 would be: later with every higher α, in every seed. Of the α other than "
+                f"{alpha_of(LOSSES):g}, told from the baseline by their own interval: "
+                f"{', '.join(f'{alpha_of(each.condition):g}' for each in _other_doses(result)) or 'none'}."
             )
         )
     blocks += [

@@ -65,6 +65,9 @@ CONTROL = f"{LOSSES}+norm-as-baseline"
 SHAM = "norm-as-baseline"
 """Each baseline run's own norm re-imposed on it: what the holding does by itself."""
 
+MIXED_NORM = "norm-as-losses-"
+"""How the conditions begin that hold the norm of runs mixed at some alpha, losses averaged, without their mixing."""
+
 HELD = f"norm-as-{LOSSES}"
 """The mixed runs' norm without their mixing."""
 
@@ -238,8 +241,12 @@ def _said_of_driver(result: Norm) -> str:
         f"mixing against the sham, at one norm: later by {worded(control.later)}; the sham against the baseline: "
         f"later by {worded(sham.later)}"
     )
-    if path := result.against_sham.get(HELD):
-        said += f"; the mixed runs' norm without mixing against the sham: later by {worded(path.later)}"
+    for name, path in result.against_sham.items():
+        if name.startswith(MIXED_NORM):
+            dose = "" if name == HELD else f" (α = {alpha_of(name):g})"
+            said += (
+                f"; the mixed runs' norm{dose} without mixing against the sham: later by {worded(path.later)}"
+            )
     for name, dose in _other_doses(result).items():
         said += f"; mixing {dose} against the sham: later by {worded(result.against_sham[name].later)}"
     return said
@@ -270,7 +277,8 @@ def headline(result: Norm) -> str:
     for name, dose in _other_doses(result).items():
         moved = worded(result.conditions[name].later)
         said.append(f"{dose[0].upper()}{dose[1:]} mixing with the baseline's norm moves T_grok by {moved}.")
-    for name in (HELD, "norm-mem", AT_SCALE["norm-mem"], "norm-start"):
+    without = [name for name in result.conditions if name.startswith(MIXED_NORM)]
+    for name in (*without, "norm-mem", AT_SCALE["norm-mem"], "norm-start"):
         if held := result.conditions.get(name):
             said.append(f"Without mixing, {words(name)}: {worded(held.later)}.")
     return (
@@ -339,14 +347,24 @@ def section(result: Norm) -> Section:
 def _sham_blocks(result: Norm) -> list[Block]:
     if SHAM not in result.conditions:
         return [Text(f"{NO_SHAM[0].upper()}{NO_SHAM[1:]}; `fastent run e3` makes it.", "note")]
-    named = (CONTROL, HELD, RE_MIXED)
     shown = [
         each
         for name, each in result.against_sham.items()
-        if name in named or name.startswith(f"{SHAM}-") or name.endswith(f"+{SHAM}")
+        if name == RE_MIXED or name.startswith((f"{SHAM}-", MIXED_NORM)) or name.endswith(f"+{SHAM}")
     ]
     sham = result.conditions[SHAM].runs
-    return [delays_table("At a held norm: against the sham.", sham, shown)] if shown else []
+    blocks: list[Block] = [delays_table("At a held norm: against the sham.", sham, shown)] if shown else []
+    if rounded := result.conditions.get(f"{SHAM}-every-step"):
+        blocks.append(
+            Text(
+                "The sham of every step holds the norm that the run has of itself, rounded to float32: it is the "
+                f"baseline run but for rounding. It moves T_grok by {worded(rounded.later)}. So runs of one seed part "
+                "by rounding alone, pairing by seed takes little of the noise away, and a difference of that size "
+                "between a few seeds says little.",
+                "note",
+            )
+        )
+    return blocks
 
 
 def _factor(logarithm: float) -> str:
@@ -383,7 +401,8 @@ def _apart_blocks(result: Norm) -> list[Block]:
         blocks.append(
             Text(
                 f"Share of the variance of ln(T_grok / the baseline's) over all these runs that goes with each (r²): "
-                f"{', '.join(said)}. Runs of a condition are alike, so these have no interval.",
+                f"{', '.join(said)}. Runs of a condition are alike, so these have no interval; and a run that groks "
+                "earlier than the baseline has the lower H at equal step for that alone, so H's share is too large.",
                 "note",
             )
         )
@@ -410,7 +429,7 @@ def _said_of_scale(held: Apart, cooled: Apart) -> str:
         if after.excludes_zero and before.value * after.value > 0:
             said += f": the {delays} is not the scale's, for it is there without it"
             if entropy.bounded and not entropy.excludes_zero:
-                said += ", and with an H that is not told from the baseline's"
+                said += f", and with an H that is not told from the baseline's ({span(entropy, decimal)} off)"
         else:
             said += f": the {delays} may be the scale's, for without it it is not told from none"
     return f"{said}."

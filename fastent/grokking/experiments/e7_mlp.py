@@ -162,7 +162,7 @@ def claims(result: Sufficiency) -> Findings:
         "e7.level": CLAIMS["e7.level"].finding(_level(result), comparable=comparable, unit=""),
         "e7.insufficient": Finding(_said_of_some(result, held), _judge_some(result)),
         "e7.same_pairs": _same_pairs(result),
-        "e7.necessary": Finding(counted(grokked), judge_share(grokked)),
+        "e7.necessary": Finding(_said_of_fall(result, grokked), judge_share(grokked)),
         "e7.memorised_by": Finding(counted(early), judge_share(early)),
         "e7.alignment": Finding(
             f"at the end {_range(result.all_mlps)}; at most its null in {counted(aligned)}",
@@ -216,6 +216,18 @@ def _same_pairs(result: Sufficiency) -> Finding:
         for fraction, found in groks.items()
     )
     return Finding(f"groks at {said}", judge(True, all(apart), any(apart)) if apart else Verdict.NO_CASE)
+
+
+def _said_of_fall(result: Sufficiency, grokked: Estimate) -> str:
+    """Count the MLPs that grok after a fall of H, and beside them those that fall and do not grok."""
+    fallen = share(
+        fell
+        for model in result.all_mlps
+        for fell in (~np.isnan(np.fmin(model.below, leads.collapse(model.runs).times)))[~model.runs.grokked]
+    )
+    if not (grokked.known and fallen.known):
+        return counted(grokked)
+    return f"{counted(grokked)}; so it falls in {of(fallen)} of those that do not grok"
 
 
 def _fell_first(model: ModelRuns) -> Mask:
@@ -562,8 +574,10 @@ def section(result: Sufficiency) -> Section:
     blocks: list[Block] = [
         Text(
             "The paper's MLP, which it does not describe, memorises, loses entropy and never generalises; hence "
-            '"necessary but not sufficient". Here are MLPs of several kinds, trained longer than the '
-            "Transformers of E1, with the settings of E1 but for what each is named by."
+            '"necessary but not sufficient". Here are MLPs, as far as they were run, trained longer than the '
+            "Transformers of E1, with the settings of E1 but for what each is named by. What a run does: half-way, its "
+            f"test accuracy exceeds {NEAR_ZERO:g} and it does not grok; collapses, H is below the interval of H* at "
+            "the end; about H*, within it."
         ),
         *_few_blocks(result),
         _models_table(result.models),
@@ -592,8 +606,7 @@ def section(result: Sufficiency) -> Section:
         _signals_table(result.shown),
         Text(
             "The first three need the group and the labels, of the training probe, of the test set and of all pairs; "
-            "the last two the representations alone. They say what is learnt before the test accuracy moves, the "
-            "entropy how much of the representation is that."
+            "the last two the representations alone. What comes in runs that never grok too is no warning."
         ),
         *compared("e7", {model.label: model.runs for model in (*result.models, *result.own)}),
         *(
@@ -620,7 +633,8 @@ def _few_blocks(result: Sufficiency) -> list[Block]:
         Text(
             f"The paper's MLP is of p = {FEW}, whose {FEW**2:,} pairs leave few to learn from. Below are an MLP and "
             "the Transformer by the share of these pairs that they are trained on, as far as they were run; H* is that "
-            "of all these Transformers together. H of less than 512 pairs is of fewer than at E1, and reads lower."
+            "of all these Transformers together. Where less than 512 pairs are trained on, H is of those alone, "
+            "and reads lower than that of E1's probe."
         ),
         _models_table(result.few),
         drawn(

@@ -192,6 +192,9 @@ def test_other_alphas_are_named_where_they_move_t_grok_for_that_of_the_paper_is_
         "At α = 0.2 mixing moves T_grok by 1,200 steps (95 % CI 1,200 to 1,200; n = 4), 4 of 4 runs grok"
         in said
     )
+    assert any(
+        "their own interval: 0.05, 0.2." in getattr(b, "text", "") for b in e2_mixing.section(result).blocks
+    )
     # One seed has no interval, and an interval around 0 says nothing.
     for kept in ([0], [0, 1, 2, 3]):
         fewer = [run for run in runs if run.condition != "losses-0.2" or run.seed in kept]

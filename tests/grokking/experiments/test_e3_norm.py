@@ -218,6 +218,8 @@ def test_controls_at_other_alphas_are_named_beside_that_of_the_claim(tmp_path):
     for seed in range(4):
         write_run(tmp_path / "other", "e3", f"losses-0.4+{SHAM}", seed, t_grok=1000 + 100 * seed + 1300)
         write_run(tmp_path / "other", "e3", "losses-0.4+norm-mem", seed, t_grok=3000)
+        write_run(tmp_path / "other", "e3", "norm-as-losses-0.4", seed, t_grok=1000 + 100 * seed + 1000)
+        write_run(tmp_path / "other", "e3", f"{SHAM}-every-step", seed, t_grok=1000 + 100 * seed + 200)
     runs += read_runs(tmp_path / "other")
     result = e3_norm.analyse(Runs(tuple(runs), judged=False))
     found = e3_norm.claims(result)
@@ -225,9 +227,21 @@ def test_controls_at_other_alphas_are_named_beside_that_of_the_claim(tmp_path):
         "800 steps (95 % CI 800 to 800; n = 5), at α = 0.4 by 1,300 steps (95 % CI 1,300 to 1,300; n = 4)"
     )
     assert "; mixing at α = 0.4 against the sham: later by 1,000 steps" in found[DRIVER].ours
-    assert "At α = 0.4 mixing with the baseline's norm moves T_grok by 1,300 steps" in e3_norm.headline(
-        result
+    assert "; the mixed runs' norm without mixing against the sham: later by 0 steps" in found[DRIVER].ours
+    assert (
+        "; the mixed runs' norm (α = 0.4) without mixing against the sham: later by 700 steps"
+        in found[DRIVER].ours
     )
+    said = e3_norm.headline(result)
+    assert "At α = 0.4 mixing with the baseline's norm moves T_grok by 1,300 steps" in said
+    assert "Without mixing, norm as under mixing (α = 0.4, losses averaged): 1,000 steps" in said
+    blocks = e3_norm.section(result).blocks
+    (sham,) = (block for block in blocks if isinstance(block, Table) and "against the sham" in block.caption)
+    assert {row[0] for row in sham.rows} >= {
+        "norm as under mixing (α = 0.4, losses averaged)",
+        "mixing, α = 0.4, losses averaged; norm as in the baseline",
+    }
+    assert any("but for rounding. It moves T_grok by 200 steps" in getattr(b, "text", "") for b in blocks)
     assert {name: each.verdict for name, each in found.items()} == before
 
 

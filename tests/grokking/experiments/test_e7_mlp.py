@@ -172,6 +172,13 @@ def test_grokking_without_a_fall_of_entropy_denies_necessity(transformers):
     assert e7_mlp.claims(result)["e7.necessary"].verdict == Verdict.NOT_REPRODUCED
 
 
+def test_necessity_is_said_beside_the_falls_of_the_mlps_that_do_not_grok(transformers):
+    runs = [mlp(CONCAT, seed, entropy=entropy) for seed, entropy in enumerate((LOW, DIPS, STAYS))]
+    result = e7_mlp.analyse(Runs((*transformers, *runs, mlp(CONCAT, 3, test=GROKS))))
+    said = e7_mlp.claims(result)["e7.necessary"].ours
+    assert said == "1 of 1 runs (95 % CI 3 % to 100 %); so it falls in 2 of 3 of those that do not grok"
+
+
 def test_alignment_is_dated_after_memorising_by_two_evaluations_above_the_null(transformers):
     once = {**SPECTRA, "alignment": [0.3, 0.3, 0.2, 0.3, 0.2, 0.2]}
     result = e7_mlp.analyse(
