@@ -133,7 +133,7 @@ def analyse(runs: Runs) -> Norm | None:
     treated = by_condition(runs.select("e3"))
     if not len(baseline) or not treated:
         return None
-    sources = {"baseline": baseline, LOSSES: mixed, **treated}
+    sources = {"baseline": baseline, **doses, **treated}
     sham = treated.get(SHAM)
     others = [] if sham is None else [each for name, each in treated.items() if name != SHAM]
     intervened = [*doses.values(), *treated.values()]
