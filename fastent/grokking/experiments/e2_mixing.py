@@ -85,6 +85,11 @@ def alpha_of(condition: str) -> float:
     return 0.0 if condition == "baseline" else float(condition.rpartition("-")[2])
 
 
+def at_alpha(condition: str) -> str:
+    """Write `alpha_of` for a sentence, "at α = 0.4"."""
+    return f"at α = {alpha_of(condition):g}"
+
+
 def _dose(baseline: Runs, treated: dict[str, Runs]) -> Estimate:
     doses = [baseline, *(runs for name, runs in treated.items() if name.startswith("losses-"))]
     shared = set.intersection(*(set(runs.seeds) for runs in doses))
@@ -101,7 +106,7 @@ def claims(result: MixedRuns) -> Findings:
     losses, logits = result.conditions.get(LOSSES), result.conditions.get(LOGITS)
     mean, grokked = (losses.mean, losses.grokked) if losses else (UNKNOWN, UNKNOWN)
     comparable = result.comparable
-    doses = "".join(f", {_at_dose(each)} by {worded(each.later)}" for each in _other_doses(result))
+    doses = "".join(f", {at_alpha(each.condition)} by {worded(each.later)}" for each in _other_doses(result))
     return {
         **{
             name: Finding(f"{worded(each.later)}{others}" if each else NONE, judge_later(each, CLAIMS[name]))
@@ -123,10 +128,6 @@ def _other_doses(result: MixedRuns) -> list[Delay]:
     ]
 
 
-def _at_dose(mixed: Delay) -> str:
-    return f"at α = {alpha_of(mixed.condition):g}"
-
-
 def _kept_up(result: MixedRuns, mixed: Delay | None) -> str:
     if mixed is None:
         return NONE
@@ -141,7 +142,7 @@ def _kept_up(result: MixedRuns, mixed: Delay | None) -> str:
     own = collapse(baseline, baseline).below
     said += f"; below the baseline's H* by T_grok: {counted(mixed.collapse.below)}, of the baseline {counted(own)}"
     for each in _other_doses(result):
-        said += f"; {_at_dose(each)}, at equal step, by {worded(each.equal_step, '')}"
+        said += f"; {at_alpha(each.condition)}, at equal step, by {worded(each.equal_step, '')}"
     return said
 
 
@@ -166,16 +167,15 @@ def headline(result: MixedRuns) -> str:
     if mixed is None:
         return f"E2: {len(result.conditions)} conditions of mixing have complete runs, but not the paper's."
     said = (
-        f"E2: mixing with the losses averaged, {_at_dose(mixed)}, moves T_grok by {worded(mixed.later)}; "
+        f"E2: mixing with the losses averaged, {at_alpha(mixed.condition)}, moves T_grok by {worded(mixed.later)}; "
         f"{of(mixed.grokked)} runs grok."
     )
     if mixed.equal_step.known:
         said += f" At equal step H differs from the baseline's by {worded(mixed.equal_step, '')}."
     for each in _other_doses(result):
-        dose = _at_dose(each)
         said += (
-            f" {dose[0].upper()}{dose[1:]} mixing moves T_grok by {worded(each.later)}, {of(each.grokked)} runs grok, "
-            f"and H differs by {worded(each.equal_step, '')}."
+            f" {at_alpha(each.condition).capitalize()} mixing moves T_grok by {worded(each.later)}, "
+            f"{of(each.grokked)} runs grok, and H differs by {worded(each.equal_step, '')}."
         )
     return said
 

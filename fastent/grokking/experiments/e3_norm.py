@@ -51,7 +51,7 @@ from fastent.grokking.experiments.delays import (
     words,
 )
 from fastent.grokking.experiments.document import Block, Section, Table, Text, Verdict
-from fastent.grokking.experiments.e2_mixing import LOSSES, alpha_of
+from fastent.grokking.experiments.e2_mixing import LOSSES, alpha_of, at_alpha
 from fastent.grokking.experiments.figures import drawn
 from fastent.grokking.experiments.statistics import UNKNOWN, Estimate, over, pearson
 from fastent.grokking.train.conditions import NORM, SCALE, followed
@@ -224,7 +224,7 @@ def _other_doses(result: Norm) -> dict[str, str]:
     """Name the controls at other alphas: "at α = 0.4" by condition."""
     doses = {name: name.removesuffix(f"+{SHAM}") for name in result.conditions if name != CONTROL}
     return {
-        name: f"at α = {alpha_of(mixing):g}"
+        name: at_alpha(mixing)
         for name, mixing in doses.items()
         if mixing != name and mixing.startswith("losses-")
     }
@@ -276,7 +276,7 @@ def headline(result: Norm) -> str:
         said.append(f"What of this the holding does by itself is open: {NO_SHAM}.")
     for name, dose in _other_doses(result).items():
         moved = worded(result.conditions[name].later)
-        said.append(f"{dose[0].upper()}{dose[1:]} mixing with the baseline's norm moves T_grok by {moved}.")
+        said.append(f"{dose.capitalize()} mixing with the baseline's norm moves T_grok by {moved}.")
     without = [name for name in result.conditions if name.startswith(MIXED_NORM)]
     for name in (*without, "norm-mem", AT_SCALE["norm-mem"], "norm-start"):
         if held := result.conditions.get(name):

@@ -221,9 +221,7 @@ def _same_pairs(result: Sufficiency) -> Finding:
 def _said_of_fall(result: Sufficiency, grokked: Estimate) -> str:
     """Count the MLPs that grok after a fall of H, and beside them those that fall and do not grok."""
     fallen = share(
-        fell
-        for model in result.all_mlps
-        for fell in (~np.isnan(np.fmin(model.below, leads.collapse(model.runs).times)))[~model.runs.grokked]
+        fell for model in result.all_mlps for fell in (~np.isnan(_falls(model)))[~model.runs.grokked]
     )
     if not (grokked.known and fallen.known):
         return counted(grokked)
@@ -233,8 +231,12 @@ def _said_of_fall(result: Sufficiency, grokked: Estimate) -> str:
 def _fell_first(model: ModelRuns) -> Mask:
     """Whether H fell below H* or collapsed by T_grok, of each run that grokked."""
     runs = model.runs
-    signals = np.fmin(model.below, leads.collapse(runs).times)
-    return (signals <= runs.t_grok)[runs.grokked]
+    return (_falls(model) <= runs.t_grok)[runs.grokked]
+
+
+def _falls(model: ModelRuns) -> Array:
+    """First step of each run at which H is below H* or has collapsed."""
+    return np.fmin(model.below, leads.collapse(model.runs).times)
 
 
 def _said_of(models: Sequence[ModelRuns]) -> str:

@@ -564,11 +564,7 @@ def read_followed(path: Path) -> FollowedRun:
         raise RunError(f"{path} is no followed run, for it is missing or empty: {again}")
     head, *lines = log.rows
     try:
-        settings = completed(head["config"])
-        values: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()
-        }
-        run = FollowedRun(TrainConfig(**values), head["seed"])
+        run = FollowedRun(TrainConfig(**completed(head["config"])), head["seed"])
         for line in lines:
             kind = line.pop("kind")
             if kind == "evaluation":
