@@ -524,7 +524,11 @@ def settings(models: Sequence[ModelRuns | None], columns: int = 3) -> Figure:
         axes.xaxis.set_major_formatter(thousands)
         axes.xaxis.set_major_locator(MaxNLocator(4))
     for row in grid:
-        next(axes for axes in row if axes.get_visible()).set_ylabel("accuracy; H (no unit)")
+        first = next(axes for axes in row if axes.get_visible())
+        first.set_ylabel("accuracy; H (no unit)")
+        first.tick_params(
+            labelleft=True
+        )  # a shared axis has its numbers at the left alone, even where that place is empty
     series = {
         "test accuracy": (LIGHT.test, "solid"),
         "H": (LIGHT.entropy, DASHED),

@@ -320,6 +320,7 @@ def test_an_mlp_of_few_pairs_is_told_with_the_h_star_of_few_pairs_and_with_the_c
     ]
     assert [axes.get_visible() for axes in panels] == [True, False, False, True]
     assert panels[3].get_ylabel() == panels[0].get_ylabel() == "accuracy; H (no unit)"
+    assert panels[3].yaxis.get_tick_params()["labelleft"]
 
 
 def test_without_the_papers_own_mlp_nothing_is_said_of_the_level_that_its_h_falls_to(transformers):
